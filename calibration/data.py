@@ -1,0 +1,119 @@
+"""Labelled images in three parts that never overlap: `train` (also what calibration draws from), `val` (chooses the
+best epoch) and `test`, which nothing but verification ever reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from models.errors import BadRequest
+from models.spec import ModelSpec, Preprocess
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
+
+Part: TypeAlias = Literal["train", "val", "test"]
+PARTS: tuple[Part, ...] = ("train", "val", "test")
+
+_DIGITS_SIDE = 64  # pixels: the input side that is usual for digits, eight for each of the originals'
+
+
+class Data(Protocol):
+    """A labelled set of images, cut into parts."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether a mirror image shows the same class: true of things, not of digits."""
+        ...
+
+    def preprocess(self, model: ModelSpec) -> Preprocess:
+        """How these images become inputs of `model`, at the side that is usual for them."""
+        ...
+
+    def labels(self, part: Part) -> list[int]:
+        """The class index of every image of a part."""
+        ...
+
+    def image(self, part: Part, index: int) -> Image.Image | None:
+        """One picture, decoded, of its own size; None where it cannot be read and few enough others are like it.
+
+        Raises BadRequest where too many images are unreadable.
+        """
+        ...
+
+    def identity(self) -> dict[str, object]:
+        """What makes this data this data: part of every key built from it."""
+        ...
+
+
+def load(request: str, seed: int) -> Data:
+    """The dataset that DATA names: `digits`, or a folder of class folders (with or without train/ and val/).
+
+    Raises BadRequest where the name is neither, or the folder cannot serve.
+    """
+    from calibration.folder import Folder
+
+    if request == "digits":
+        return Digits()
+    folder = Path(request).expanduser()
+    if not folder.is_dir():
+        raise BadRequest(
+            f"DATA={request}: there is no such folder; give `digits`, or a folder that holds one folder of images per "
+            "class, or train/ and val/ that do"
+        )
+    return Folder.scan(folder.resolve(), seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """The 1,797 handwritten digits that scikit-learn carries (UCI, "Optical Recognition of Handwritten Digits", 8x8).
+
+    The split is drawn by class and the same for every seed: 1,257 train, 180 val, 360 test.
+    """
+
+    name: str = "digits"
+    classes: tuple[str, ...] = tuple("0123456789")
+    mirrors: bool = False
+
+    def preprocess(self, model: ModelSpec) -> Preprocess:
+        side = min(model.sizes.nearest(_DIGITS_SIDE), key=lambda size: abs(size - _DIGITS_SIDE))
+        return replace(model.preprocess, size=side, crop=1.0)  # eight pixels have no margin to crop
+
+    def labels(self, part: Part) -> list[int]:
+        _, labels, split = _digits()
+        return [int(labels[index]) for index in split[part]]
+
+    def image(self, part: Part, index: int) -> Image.Image:
+        from PIL import Image
+
+        images, _, split = _digits()
+        return Image.fromarray(images[split[part][index]])
+
+    def identity(self) -> dict[str, object]:
+        return {"name": self.name, "split": 1}
+
+
+@functools.cache
+def _digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], dict[Part, list[int]]]:
+    """Images (1797, 8, 8), labels, and the indices of each part."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    found = load_digits()
+    images = (found.images * (255 / 16)).round().astype(np.uint8)
+    labels = found.target.astype(np.int64)
+    rest, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    train, val = train_test_split(rest, test_size=180, stratify=labels[rest], random_state=0)
+    return images, labels, {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}

@@ -1,0 +1,180 @@
+"""What stands on a quantized edge: watch a tensor, fix its range, then round it as the device will.
+
+One module serves post-training quantization and quantization-aware training, and its scale is the scale of every
+artifact: whatever the fake-quantized model computes, the converted one computes too.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchao.quantization.pt2e import FakeQuantizeBase
+
+Mode = Literal["observe", "train", "frozen"]
+
+LEVELS = 127  # of each sign: symmetric int8 without -128, which TensorRT and Core ML both execute
+
+# The smallest normal FP16 number: below it an FP16 graph would round the scale itself, or flush it to zero.
+_SMALLEST_SCALE = 2.0**-14
+_BINS = 2048
+_SAMPLES = 2**17  # values of each tensor that are counted, evenly spaced; its peak is always exact
+_PEAK_MEMORY = 0.99  # of the moving average that lets ranges follow the training
+
+
+class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
+    """Symmetric int8 with zero point 0 on one edge of the graph.
+
+    In mode `observe` it passes the tensor through and collects statistics; `fix_range` turns them into a scale. In
+    `train` it rounds, and lets the scale follow the tensor; in `frozen` it rounds with the scale as it stands. None
+    of this depends on the model being in training or evaluation mode, so evaluating never moves a range.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, *, dtype: torch.dtype, qscheme: torch.qscheme, **_: Any) -> None:
+        """Called by `prepare_pt2e` with the fields of a QuantizationSpec; those not named have one value only."""
+        super().__init__()
+        self.dtype, self.qscheme = dtype, qscheme
+        self.quant_min, self.quant_max = -LEVELS, LEVELS
+        self.is_dynamic = False
+        self.mode: Mode = "observe"
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "observe":
+            self.observe(x.detach())
+            return x
+        if self.mode == "train":
+            self.follow(x.detach())
+        return self.round(x)
+
+    @abstractmethod
+    def observe(self, x: Tensor) -> None: ...
+
+    @abstractmethod
+    def fix_range(self) -> None:
+        """Choose the scale from what was observed."""
+
+    @abstractmethod
+    def follow(self, x: Tensor) -> None: ...
+
+    @abstractmethod
+    def round(self, x: Tensor) -> Tensor: ...
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.scale, self.zero_point
+
+    def _set_limits(self, limits: Tensor) -> None:
+        """`limits`: the largest absolute value that is represented, one a channel or one for all, of shape (n,)."""
+        scale = snap(limits / LEVELS)
+        if self.scale.shape != scale.shape:
+            self.scale.resize_(scale.shape)
+            self.zero_point.resize_(scale.shape).zero_()
+        self.scale.copy_(scale)
+
+
+class PerTensorFakeQuant(FakeQuant):
+    """For activations: the range is the clip with the least squared error over all images seen."""
+
+    def __init__(self, **spec: Any) -> None:
+        super().__init__(**spec)
+        self.histogram = Histogram()
+        # Mean over batches of the largest absolute value, and the share of it that the range covers.
+        self.register_buffer("peak", torch.zeros(()))
+        self.register_buffer("covered", torch.ones(()))
+        self.batches = 0
+
+    def observe(self, x: Tensor) -> None:
+        self.histogram.add(x)
+        self.batches += 1
+        self.peak += (x.abs().amax() - self.peak) / self.batches
+
+    def fix_range(self) -> None:
+        clip = self.histogram.best_clip(LEVELS)
+        self._set_limits(torch.tensor([clip]))
+        self.covered.fill_(clip / max(float(self.peak), 1e-12))
+        self.histogram = Histogram()  # its memory is not needed any more
+
+    def follow(self, x: Tensor) -> None:
+        self.peak.lerp_(x.abs().amax(), 1 - _PEAK_MEMORY)
+        self._set_limits((self.peak * self.covered).reshape(1))
+
+    def round(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+
+
+class PerChannelFakeQuant(FakeQuant):
+    """For weights: the range of each channel is its exact peak.
+
+    The name matters: `prepare_pt2e` passes `ch_axis` only to classes whose name contains "PerChannel".
+    """
+
+    def __init__(self, *, ch_axis: int, **spec: Any) -> None:
+        super().__init__(**spec)
+        self.ch_axis = ch_axis
+        self.weight = torch.zeros(1)
+
+    def observe(self, x: Tensor) -> None:
+        self.weight = x
+
+    def fix_range(self) -> None:
+        self.follow(self.weight)
+        self.weight = torch.zeros(1)
+
+    def follow(self, x: Tensor) -> None:
+        self._set_limits(x.abs().transpose(0, self.ch_axis).flatten(1).amax(1))
+
+    def round(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_channel_affine(
+            x, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max
+        )
+
+
+def snap(scale: Tensor) -> Tensor:
+    """The nearest FP16 value, as float32: a graph typed in FP16 and one typed in FP32 then carry the same scale."""
+    return scale.clamp(min=_SMALLEST_SCALE).to(torch.float16).to(torch.float32)
+
+
+class Histogram:
+    """Counts of absolute values in equal bins from 0 to a limit that doubles when it must: constant memory, one pass,
+    and no second look at the images.
+    """
+
+    def __init__(self) -> None:
+        self.limit = 0.0
+        self.counts = torch.zeros(_BINS)
+
+    def add(self, x: Tensor) -> None:
+        magnitudes = x.float().abs().flatten()
+        peak = float(magnitudes.amax())
+        if peak == 0:
+            return
+        if self.limit == 0:
+            self.limit = peak
+        while self.limit < peak:
+            self.counts = torch.cat((self.counts.view(-1, 2).sum(1), torch.zeros(_BINS // 2)))
+            self.limit *= 2
+        step = len(magnitudes) // _SAMPLES | 1  # odd, so that it does not keep step with power-of-two shapes
+        self.counts += torch.histc(magnitudes[::step], _BINS, 0, self.limit).cpu()
+
+    def best_clip(self, levels: int) -> float:
+        """The clipping threshold with the least mean squared error of clip-and-round into `levels` steps.
+
+        The search of NVIDIA's "mse" calibrator (Wu et al., "Integer Quantization for Deep Learning Inference",
+        arXiv 2004.09602, section 5.2, compares such thresholds), on bin centres.
+        """
+        if self.limit == 0:
+            return 0.0
+        width = self.limit / _BINS
+        centres = (torch.arange(_BINS) + 0.5) * width
+        highest = int(self.counts.nonzero().max()) + 1
+        clips = torch.linspace(0.2, 1.0, 161)[:, None] * highest * width
+        steps = clips / levels
+        rounded = ((centres / steps).round() * steps).minimum(clips)
+        errors = (self.counts * (centres - rounded).square()).sum(1)
+        return float(clips[int(errors.argmin())])

@@ -1,0 +1,84 @@
+"""A model as a torch.export program: how it is made, kept on disk, and asked for its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+# Registers the quantized_decomposed operators, without which a quantized program can be neither run nor loaded.
+import torchao.quantization.pt2e  # noqa: F401
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from calibration.batches import Batch
+
+_LARGEST_BATCH = 1024  # images a query; only the batch is dynamic: windows, patches and biases fix height and width
+WEIGHTED = frozenset({torch.ops.aten.conv2d.default, torch.ops.aten.linear.default})
+
+
+def export(model: nn.Module, size: int) -> ExportedProgram:
+    """Trace `model` as it is (training or evaluation mode) for images (batch, 3, size, size)."""
+    example = torch.zeros(2, 3, size, size)  # two images: one would be specialised into the graph
+    return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch", min=1, max=_LARGEST_BATCH)},))
+
+
+def save(program: ExportedProgram, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+def load(path: Path) -> ExportedProgram:
+    """Read back a program of ours. (The format is a zip of JSON and tensors that is read without unpickling code.)"""
+    return torch.export.load(path)
+
+
+def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32]:
+    """Run every batch through `model`, as it is, and return all logits (N, classes)."""
+    with torch.no_grad():
+        return cast("npt.NDArray[np.float32]", torch.cat([model(images) for images, _ in batches]).numpy())
+
+
+def scales(graph: GraphModule) -> dict[str, dict[str, float | list[float]]]:
+    """The scales of a converted graph by path of the module that computes with them.
+
+    Each entry has `activation`, the scale of the layer's input, and `weight`, one scale an output channel.
+    """
+    found: dict[str, dict[str, float | list[float]]] = {}
+    for node in quantized_layers(graph):
+        activation, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
+        per_channel = _tensor(graph, cast(Node, weight.args[1]))
+        found[module_path(node)] = {
+            "activation": float(cast(float, activation.args[1])),
+            "weight": per_channel.tolist(),
+        }
+    return found
+
+
+def quantized_layers(graph: GraphModule) -> Iterator[Node]:
+    """The convolutions and linear layers whose inputs are both dequantized integers, in order of execution."""
+    dequantize = torch.ops.quantized_decomposed
+    for node in graph.graph.nodes:
+        if node.target in WEIGHTED:
+            inputs = {cast(Node, argument).target for argument in node.args[:2]}
+            if inputs == {dequantize.dequantize_per_tensor.default, dequantize.dequantize_per_channel.default}:
+                yield node
+
+
+def module_path(node: Node) -> str:
+    """The path of the innermost module that `node` was traced in, such as `stages.2.1.conv_kxk.conv`."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    return str(list(stack.values())[-1][0])
+
+
+def _tensor(graph: GraphModule, node: Node) -> Tensor:
+    assert node.op == "get_attr", f"{node} is computed, not stored"
+    return cast(
+        Tensor, graph.get_parameter(str(node.target)) if "." in str(node.target) else getattr(graph, str(node.target))
+    )

@@ -1,0 +1,51 @@
+"""How a float model becomes small. A recipe is data; `quantize.py` carries it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Float:
+    """Leave the weights as they are and compute in `precision`."""
+
+    name: str
+    precision: Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ptq:
+    """Post-training quantization: observe `samples` training images and fix the ranges. No training."""
+
+    name: str
+    precision: Literal["int8"] = "int8"
+    samples: int = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Qat:
+    """Quantization-aware training: fine-tune through fake quantization, starting from the ranges PTQ finds."""
+
+    name: str
+    warm_start: Ptq
+    precision: Literal["int8"] = "int8"
+    epochs: int = 3
+    learning_rate: float = 1e-4
+    # Fractions of the epochs after which ranges, then BatchNorm statistics, stand still.
+    freeze_ranges_at: float = 0.5
+    freeze_batchnorm_at: float = 0.67
+
+
+Recipe: TypeAlias = Float | Ptq | Qat
+
+_PTQ = Ptq(name="int8_ptq")
+_RECIPES: tuple[Recipe, ...] = (
+    Float(name="fp32", precision="fp32"),
+    Float(name="fp16", precision="fp16"),
+    _PTQ,
+    Qat(name="int8_qat", warm_start=_PTQ),
+)
+ALL: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}

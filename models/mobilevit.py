@@ -1,0 +1,175 @@
+"""MobileViT v1: inverted residuals, with transformers over 2x2-pixel patches inside the three deep stages.
+
+Mehta & Rastegari, "MobileViT: Light-weight, General-purpose, and Mobile-friendly Vision Transformer", ICLR 2022,
+arXiv 2110.02178, Table 4; details as in the authors' code (apple/ml-cvnets, tag cvnets-v0.1). Modules are named as
+in timm, so its checkpoints fit key by key.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from models._layers import ConvNormAct, initialize
+
+_PATCH = 2  # pixels a side, in every stage
+_HEADS = 4
+_DEPTHS = (2, 4, 3)  # transformer layers in stages 3, 4 and 5
+
+
+def mobilevit_xxs(classes: int) -> nn.Module:
+    return MobileViT(classes, (16, 24, 48, 64, 80), dims=(64, 80, 96), expansion=2, head=320)
+
+
+def mobilevit_xs(classes: int) -> nn.Module:
+    return MobileViT(classes, (32, 48, 64, 80, 96), dims=(96, 120, 144), expansion=4, head=384)
+
+
+def mobilevit_s(classes: int) -> nn.Module:
+    return MobileViT(classes, (32, 64, 96, 128, 160), dims=(144, 192, 240), expansion=4, head=640)
+
+
+class MobileViT(nn.Module):
+    """Images (N, 3, S, S), S a multiple of 64 -> logits (N, classes).
+
+    `channels` are the outputs of stages 1 to 5, `dims` the token widths of the transformers in stages 3 to 5 (their
+    MLPs are twice as wide), `head` the channels before the classifier.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        channels: tuple[int, int, int, int, int],
+        *,
+        dims: tuple[int, int, int],
+        expansion: int,
+        head: int,
+    ) -> None:
+        super().__init__()
+        self.stem = ConvNormAct(3, 16, 3, stride=2)
+        c1, c2, *deep = channels
+        self.stages = nn.Sequential(
+            nn.Sequential(InvertedResidual(16, c1, expansion)),
+            nn.Sequential(
+                InvertedResidual(c1, c2, expansion, stride=2),
+                InvertedResidual(c2, c2, expansion),
+                InvertedResidual(c2, c2, expansion),
+            ),
+        )
+        inputs = c2
+        for outputs, dim, depth in zip(deep, dims, _DEPTHS, strict=True):
+            self.stages.append(
+                nn.Sequential(
+                    InvertedResidual(inputs, outputs, expansion, stride=2), MobileViTBlock(outputs, dim, depth)
+                )
+            )
+            inputs = outputs
+        self.final_conv = ConvNormAct(inputs, head)
+        self.head = nn.Sequential(
+            OrderedDict(
+                pool=nn.AdaptiveAvgPool2d(1),
+                flatten=nn.Flatten(1),
+                drop=nn.Dropout(0.1),
+                fc=nn.Linear(head, classes),
+            )
+        )
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.final_conv(self.stages(self.stem(x))))  # type: ignore[no-any-return]
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expand -> 3x3 depthwise -> 1x1 linear projection, SiLU; identity skip where shape allows (MobileNetV2)."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, *, stride: int = 1) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        self.conv1_1x1 = ConvNormAct(inputs, hidden)
+        self.conv2_kxk = ConvNormAct(hidden, hidden, 3, stride=stride, groups=hidden)
+        self.conv3_1x1 = ConvNormAct(hidden, outputs, act=None)
+        self.skip = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(x)))
+        return x + y if self.skip else y
+
+
+class MobileViTBlock(nn.Module):
+    """Local 3x3 convolution -> transformers that attend between like-placed pixels of all patches -> fusion with the
+    input. Maps (N, C, H, W) to the same shape; H and W must be even.
+
+    Unfolding and folding are written with tensors of rank 4 (the textbook form needs rank 6, which Core ML refuses).
+    """
+
+    def __init__(self, channels: int, dim: int, depth: int) -> None:
+        super().__init__()
+        self.conv_kxk = ConvNormAct(channels, channels, 3)
+        self.conv_1x1 = nn.Conv2d(channels, dim, 1, bias=False)
+        self.transformer = nn.Sequential(*(TransformerLayer(dim) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.conv_proj = ConvNormAct(dim, channels)
+        self.conv_fusion = ConvNormAct(2 * channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local = self.conv_1x1(self.conv_kxk(x))
+        _, dim, height, width = local.shape
+        folded = fold(self.norm(self.transformer(unfold(local))), dim, height, width)
+        return self.conv_fusion(torch.cat((x, self.conv_proj(folded)), 1))  # type: ignore[no-any-return]
+
+
+def unfold(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N * 4, H/2 * W/2, C): one sequence per place in the patch, one token per patch."""
+    _, channels, height, width = x.shape
+    rows, columns = height // _PATCH, width // _PATCH
+    x = x.reshape(-1, _PATCH, columns, _PATCH).transpose(1, 2)  # (N * C * rows, columns, 2, 2)
+    x = x.reshape(-1, channels, rows * columns, _PATCH * _PATCH).transpose(1, 3)  # (N, 4, patches, C)
+    return x.reshape(-1, rows * columns, channels)
+
+
+def fold(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """The inverse of `unfold`: (N * 4, H/2 * W/2, C) -> (N, C, H, W)."""
+    rows, columns = height // _PATCH, width // _PATCH
+    x = x.reshape(-1, _PATCH * _PATCH, rows * columns, channels).transpose(1, 3)  # (N, C, patches, 4)
+    x = x.reshape(-1, columns, _PATCH, _PATCH).transpose(1, 2)  # (N * C * rows, 2, columns, 2)
+    return x.reshape(-1, channels, height, width)
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and MLP, each with a residual, on tokens (sequences, length, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(dim, 2 * dim), act=nn.SiLU(), drop=nn.Dropout(0.1), fc2=nn.Linear(2 * dim, dim))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on tokens (sequences, length, dim), in rank 4 throughout.
+
+    Written out rather than called as one operator: every exporter then emits the same MatMul - Softmax - MatMul, and
+    the queries are scaled before the product, where FP16 has the room.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.head_dim = dim // _HEADS
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, length, dim = x.shape
+        heads = self.qkv(x).reshape(-1, length, 3 * _HEADS, self.head_dim).transpose(1, 2)
+        query, key, value = heads.split(_HEADS, 1)  # each (sequences, heads, length, head_dim)
+        weights = ((query * self.head_dim**-0.5) @ key.transpose(2, 3)).softmax(-1)
+        return self.proj((weights @ value).transpose(1, 2).reshape(-1, length, dim))  # type: ignore[no-any-return]

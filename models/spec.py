@@ -1,0 +1,82 @@
+"""What a model is: everything the pipeline needs to know about one, and nothing it has to guess."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocess:
+    """How an image becomes an input: resize so that the centre crop of share `crop` is `size` pixels wide, scale
+    to [0, 1], subtract `mean`, divide by `std` (both RGB). One value serves training, calibration, verification
+    and the device.
+    """
+
+    size: int  # side of the square input, in pixels
+    crop: float = 0.875
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """The input sides, in pixels, that an architecture takes without padding or resampling inside."""
+
+    multiple_of: int
+    minimum: int
+    maximum: int = 1024
+
+    def __contains__(self, size: int) -> bool:
+        return self.minimum <= size <= self.maximum and size % self.multiple_of == 0
+
+    def nearest(self, size: int) -> tuple[int, ...]:
+        """The one or two sizes that work and lie closest to `size`, ascending."""
+        low, high = -(-self.minimum // self.multiple_of), self.maximum // self.multiple_of
+        below = min(max(size // self.multiple_of, low), high)
+        above = min(max(-(-size // self.multiple_of), low), high)
+        return tuple(sorted({below * self.multiple_of, above * self.multiple_of}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """One variant of a family: how to build it, and the published figures that every later stage is held against.
+
+    `network` names a function `module:function` that takes the number of classes and returns the float model in
+    training mode: images (N, 3, S, S) to logits (N, classes). It is a name, not the function, so that listing models
+    imports no framework. `parameters` and `macs` count the model with 1,000 classes at `preprocess.size` (the mini
+    variants: as built for the ten digits).
+    """
+
+    name: str
+    network: str
+    preprocess: Preprocess
+    sizes: Sizes
+    # Not part of a spec's identity (compare=False): correcting a figure must not retrain anything.
+    parameters: int = field(compare=False)
+    macs: int = field(compare=False)  # multiply-accumulates of one image, attention products included
+    top1: float | None = field(compare=False)  # published ImageNet-1k top-1 in percent; None where there is none
+    source: str = field(compare=False)  # who published `top1`
+    classes: int = field(default=1000, compare=False)  # that `parameters` and `macs` are counted with
+
+    @property
+    def module(self) -> str:
+        """The module that defines the network; its code is part of every key built from this spec."""
+        return self.network.partition(":")[0]
+
+    @property
+    def family(self) -> str:
+        return self.module.rpartition(".")[2]
+
+    def build(self, classes: int) -> nn.Module:
+        """The float model with random weights, in training mode."""
+        module, _, function = self.network.partition(":")
+        return cast("nn.Module", getattr(importlib.import_module(module), function)(classes))

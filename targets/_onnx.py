@@ -1,0 +1,39 @@
+"""ONNX files as the toolchains want them: a fixed batch, and FP16 typed into the graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def with_batch(model: ModelProto, batch: int) -> ModelProto:
+    """A copy of `model` with the dynamic batch of its input and output fixed; shapes in between are inferred anew."""
+    import onnx
+
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    return onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True)
+
+
+def to_fp16(model: ModelProto) -> ModelProto:
+    """`model` with every float tensor typed FP16, input and output excepted: strongly typed TensorRT (10 on request,
+    11 and RTX always) computes in the types that the graph states.
+
+        image (float32) -> Cast -> [everything, and the scales of Q/DQ, in FP16] -> Cast -> logits (float32)
+
+    FP16 scales need opset 19 or later; they are FP16 values already (`Scheme.fp16_scales`), so nothing is rounded.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import TopologicalSortPass
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    # The default block list keeps operators in float32 that lack FP16 kernels in ONNX Runtime: of no concern here.
+    typed = convert_float_to_float16(model, keep_io_types=True, op_block_list=[])
+    # The converter appends its casts at the end, which the ONNX specification forbids.
+    ordered: ModelProto = onnx_ir.to_proto(TopologicalSortPass()(onnx_ir.from_proto(typed)).model)
+    return ordered

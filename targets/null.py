@@ -1,0 +1,67 @@
+"""A target without a device: copies the export, answers with its own sums, always takes a millisecond.
+
+It lets every stage, the store, the results and the command line be tested in seconds on any machine. It does not
+compute the model: its sessions run nothing, so `make engine TARGET=null` reports `executed: false`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calibration.scheme import SHARED, Scheme
+from targets.base import Export
+
+if TYPE_CHECKING:
+    from targets.base import Images, Logits
+
+
+@dataclass(frozen=True, slots=True)
+class NullTarget:
+    name: str = "null"
+    summary: str = "no device at all: for testing the pipeline itself"
+    scheme: Scheme = SHARED
+
+    def missing(self) -> str | None:
+        return None
+
+    def not_executed(self) -> str | None:
+        return "the null target has no device"
+
+    def toolchain(self) -> dict[str, str]:
+        return {"null": "1"}
+
+    def build(self, export: Export, out: Path) -> None:
+        shutil.copyfile(export.onnx, out / "model.onnx")
+
+    def inspect(self, export: Export, engine: Path) -> dict[str, object]:
+        return {}
+
+    def graph(self, engine: Path) -> Path | None:
+        return None
+
+    @contextmanager
+    def open(self, engine: Path) -> Iterator[NullSession]:
+        yield NullSession()
+
+
+@dataclass(frozen=True, slots=True)
+class NullSession:
+    batch: int = 1
+
+    def infer(self, images: Images) -> Logits:
+        """Two numbers a picture that depend on its pixels alone: their sum, and its negative."""
+        import numpy as np
+
+        sums = images.reshape(len(images), -1).sum(1)
+        return np.stack((sums, -sums), 1)
+
+    def latencies_ns(self, images: Images, count: int) -> list[int]:
+        return [1_000_000] * count
+
+
+TARGET = NullTarget()

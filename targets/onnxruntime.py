@@ -1,0 +1,91 @@
+"""ONNX Runtime on the CPU: the reference executor that every artifact is compared with, and a target of its own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.scheme import SHARED, Scheme
+from targets._host import HostSession, padded, threads
+from targets.base import INPUT_NAME, Export
+
+if TYPE_CHECKING:
+    from targets.base import Images, Logits
+
+_REFERENCE_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxRuntimeTarget:
+    name: str = "onnxruntime"
+    summary: str = "ONNX Runtime on this machine's CPU"
+    scheme: Scheme = SHARED
+
+    def missing(self) -> str | None:
+        return (
+            None if importlib.util.find_spec("onnxruntime") else "the onnxruntime package is missing: run `make setup`"
+        )
+
+    def not_executed(self) -> str | None:
+        return self.missing()
+
+    def toolchain(self) -> dict[str, str]:
+        return {"onnxruntime": importlib.metadata.version("onnxruntime")}
+
+    def build(self, export: Export, out: Path) -> None:
+        import onnx
+
+        from targets._onnx import to_fp16, with_batch
+
+        model = with_batch(onnx.load(export.onnx), export.batch)
+        # Around INT8 the CPU computes in float32: it has no FP16 arithmetic that would be faster.
+        onnx.save(to_fp16(model) if export.precision == "fp16" else model, out / "model.onnx")
+
+    def inspect(self, export: Export, engine: Path) -> dict[str, object]:
+        import onnx
+
+        model = onnx.load(engine / "model.onnx")
+        onnx.checker.check_model(model, full_check=True)
+        return {"threads": threads(), "operators": len(model.graph.node)}
+
+    def graph(self, engine: Path) -> Path | None:
+        return engine / "model.onnx"
+
+    @contextmanager
+    def open(self, engine: Path) -> Iterator[HostSession]:
+        session = _session(engine / "model.onnx", fuse_integers=True)
+        batch = session.get_inputs()[0].shape[0]
+        yield HostSession(batch=batch, run=lambda images: session.run(None, {INPUT_NAME: images})[0])
+
+
+def reference_logits(model: Path | bytes, images: Images) -> Logits:
+    """Compute an ONNX graph (a file, or its bytes) as its operators are defined: every Q/DQ pair rounds, every other
+    operator is float. Takes images (N, 3, S, S) in any number, for a graph of dynamic or fixed batch.
+    """
+    import numpy as np
+
+    session = _session(model, fuse_integers=False)
+    fixed = session.get_inputs()[0].shape[0]
+    step = fixed if isinstance(fixed, int) else _REFERENCE_BATCH
+    queries = (padded(images[start : start + step], step) for start in range(0, len(images), step))
+    return np.concatenate([session.run(None, {INPUT_NAME: query})[0] for query in queries])[: len(images)]
+
+
+def _session(model: Path | bytes, *, fuse_integers: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads()
+    options.log_severity_level = 3  # errors
+    if not fuse_integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+TARGET = OnnxRuntimeTarget()
