@@ -66,7 +66,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
     @abstractmethod
     def round(self, x: Tensor) -> Tensor: ...
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
 
     def _set_limits(self, limits: Tensor) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Array = npt.NDArray[np.float32]
+Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)
+Labels: TypeAlias = npt.NDArray[np.int64]  # (N,)
 
 IDENTICAL_DB = 200.0  # what `snr_db` says of equal arrays, since infinity is not JSON
 
 
-def snr_db(reference: Array, other: Array) -> float:
+def snr_db(reference: Logits, other: Logits) -> float:
     """Signal-to-noise ratio of `other` against `reference` in decibels; -200 where `other` is not finite."""
     if not np.isfinite(other).all():
         return -IDENTICAL_DB
@@ -25,11 +24,11 @@ def snr_db(reference: Array, other: Array) -> float:
     return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -IDENTICAL_DB, IDENTICAL_DB))
 
 
-def top1(logits: Array, labels: npt.NDArray[np.int64]) -> float:
+def top1(logits: Logits, labels: Labels) -> float:
     """Share of images whose largest logit is their label's, in percent."""
     return float((logits.argmax(1) == labels).mean() * 100)
 
 
-def agreement(reference: Array, other: Array) -> float:
+def agreement(reference: Logits, other: Logits) -> float:
     """Share of images for which both prefer the same class, in percent."""
     return float((reference.argmax(1) == other.argmax(1)).mean() * 100)

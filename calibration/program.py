@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from calibration.batches import Batch
 
 _LARGEST_BATCH = 1024  # images a query; only the batch is dynamic: windows, patches and biases fix height and width
+# Operators with a weight as their second argument, whose output channels are the weight's first axis.
 WEIGHTED = frozenset({torch.ops.aten.conv2d.default, torch.ops.aten.linear.default})
 
 

@@ -7,10 +7,8 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from calibration.fake_quant import LEVELS, FakeQuant, PerChannelFakeQuant, PerTensorFakeQuant
+from calibration.program import WEIGHTED
 from calibration.scheme import Scheme
-
-# Operators with a weight as their second argument, whose output channels are the weight's first axis.
-_WEIGHTED = frozenset({torch.ops.aten.conv2d.default, torch.ops.aten.linear.default})
 
 
 class SchemeQuantizer(Quantizer):  # type: ignore[misc]
@@ -33,7 +31,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
-            if node.target in _WEIGHTED:
+            if node.target in WEIGHTED:
                 value, weight = node.args[0], node.args[1]
                 assert isinstance(value, Node) and isinstance(weight, Node)
                 node.meta["quantization_annotation"] = QuantizationAnnotation(

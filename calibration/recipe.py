@@ -33,10 +33,8 @@ class Qat:
     warm_start: Ptq
     precision: Literal["int8"] = "int8"
     epochs: int = 3
-    learning_rate: float = 1e-4
-    # Fractions of the epochs after which ranges, then BatchNorm statistics, stand still.
-    freeze_ranges_at: float = 0.5
-    freeze_batchnorm_at: float = 0.67
+    learning_rate: float = 2e-4  # the peak of the cycle
+    freeze_ranges_at: float = 0.67  # fraction of the epochs after which the ranges stand still
 
 
 Recipe: TypeAlias = Float | Ptq | Qat

@@ -6,6 +6,7 @@ where, what came, what was expected, what to do next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -13,6 +14,11 @@ class EdgelineError(Exception):
     """A failure that is explained in one sentence; the command line prints it without a traceback."""
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, answer: Mapping[str, object] | None = None) -> None:
+        """`answer`: what was achieved all the same, for the machine-readable answer."""
+        super().__init__(message)
+        self.answer = dict(answer or {})
 
 
 class BadRequest(EdgelineError):

@@ -6,7 +6,7 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from calibration.recipe import Precision
 from calibration.scheme import Scheme
@@ -132,4 +132,13 @@ class Bundles(Protocol):
 
     def next_command(self, bundle: Path) -> str:
         """The command that a person types next, on the device, to turn the bundle into an engine."""
+        ...
+
+
+@runtime_checkable
+class Probes(Protocol):
+    """A target that can show the tensors inside an engine, to find where it goes wrong."""
+
+    def probe(self, engine: Path, names: list[str], images: Images) -> dict[str, npt.NDArray[Any]]:
+        """Run one query and return those of the tensors `names` (of the export's ONNX file) that still exist."""
         ...

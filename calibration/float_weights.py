@@ -1,0 +1,46 @@
+"""Where a run's float weights come from: a checkpoint, a short training on the data, or one after the other."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from calibration.batches import Images
+from calibration.train import TrainingPlan, fit
+from models import checkpoint
+from models.spec import ModelSpec
+
+# Enough for small images such as the digits, in a minute or two on two cores; bring WEIGHTS for anything larger.
+FROM_SCRATCH = TrainingPlan(epochs=9, learning_rate=3e-3)
+NEW_HEAD = TrainingPlan(epochs=4, learning_rate=5e-4)
+
+log = logging.getLogger(__name__)
+
+
+def make(
+    spec: ModelSpec, file: Path | None, train: Images, val: Images, *, seed: int
+) -> tuple[nn.Module, dict[str, object]]:
+    """The float model in evaluation mode, and a report of its training.
+
+    Raises BadRequest where `file` is no checkpoint of the model, CheckFailed where training diverges.
+    """
+    torch.manual_seed(seed)  # weights and dropout; order and augmentation have generators of their own
+    model = spec.build(len(train.data.classes))
+    plan: TrainingPlan | None = FROM_SCRATCH
+    if file is not None:
+        fresh = checkpoint.load_into(model, checkpoint.read(file), file)
+        plan = NEW_HEAD if fresh else None
+        if fresh:
+            log.warning(
+                "%s was trained for another number of classes: %s start anew and are trained on %s",
+                file,
+                " and ".join(fresh),
+                train.data.name,
+            )
+    epochs = fit(model, train, val, plan, seed=seed, title=f"{spec.name} float training") if plan else []
+    model.eval()
+    return model, {"file": str(file) if file else None, "epochs": [asdict(epoch) for epoch in epochs]}

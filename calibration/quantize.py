@@ -1,0 +1,120 @@
+"""Carry out a recipe: from a trained float model to the program that targets compile.
+
+Both integer recipes are one flow on one graph, traced in evaluation mode with BatchNorm folded into the convolution
+before it (static folding: Nagel et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295, section 5.2).
+So quantization-aware training divides by no gamma, counts no batches, and trains the very weights that are rounded:
+
+    float model -> traced -> FakeQuant on every quantized edge -> ranges observed -> [trained] -> frozen -> converted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from calibration import program
+from calibration.batches import Images
+from calibration.fake_quant import FakeQuant, Mode
+from calibration.metrics import snr_db
+from calibration.progress import bar
+from calibration.quantizer import SchemeQuantizer
+from calibration.recipe import Float, Ptq, Qat, Recipe
+from calibration.scheme import Scheme
+from calibration.train import TrainingPlan, evaluate, fit
+from models.errors import CheckFailed
+
+_CALIBRATION_BATCH = 32
+_LEAST_DB = 60.0  # between the fake-quantized model and the converted one: they round at the same places
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantized:
+    """A program ready for export, and what there is to tell about how it came to be."""
+
+    program: ExportedProgram
+    report: dict[str, object] = field(default_factory=dict)
+
+
+def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, val: Images, *, seed: int) -> Quantized:
+    """Turn a trained float `model` into the program that `recipe` asks for. `train` is what calibration and training
+    see; `val` chooses the best epoch.
+
+    Raises CheckFailed where training diverges, or where converting changes what the fake-quantized model computes.
+    """
+    model.eval()
+    size = train.preprocess.size
+    match recipe:  # no default case: mypy reports a recipe that nobody carries out
+        case Float():
+            return Quantized(program=program.export(model, size))
+        case Ptq():
+            prepared = _calibrated(model, recipe, scheme, train, seed=seed)
+            report: dict[str, object] = {}
+        case Qat():
+            prepared = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
+            report = _trained(prepared, model, recipe, train, val, seed=seed)
+    _set_mode(prepared, "frozen")
+    probe = next(val.batches(_CALIBRATION_BATCH))
+    before = program.logits(prepared, [probe])
+    converted = convert_pt2e(prepared)
+    agreement = snr_db(before, program.logits(converted, [probe]))
+    if agreement < _LEAST_DB:
+        raise CheckFailed(
+            f"converting changed the fake-quantized model: {agreement:.1f} dB on {len(probe[1])} images, expected at "
+            f"least {_LEAST_DB:.0f} dB; its accuracy would not be the artifact's"
+        )
+    return Quantized(
+        program=program.export(converted, size),
+        report={"layers": len(list(fake_quants(prepared))), "converted_db": round(agreement, 1), **report},
+    )
+
+
+def prepare(model: nn.Module, scheme: Scheme, size: int) -> GraphModule:
+    """Trace `model`, in evaluation mode, fold its BatchNorms and put a FakeQuant on every edge that `scheme` rounds."""
+    prepared: GraphModule = prepare_pt2e(program.export(model, size).module(), SchemeQuantizer(scheme))
+    return prepared
+
+
+def fake_quants(model: nn.Module) -> Iterator[FakeQuant]:
+    return (module for module in model.modules() if isinstance(module, FakeQuant))
+
+
+def _calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
+    """Show `recipe.samples` training images, drawn evenly by class, to the traced model and fix the ranges."""
+    prepared = prepare(model, scheme, train.preprocess.size)
+    chosen = train.stratified(recipe.samples, seed)
+    with torch.no_grad(), bar(total=len(chosen), title="calibration", unit="image") as progress:
+        for images, _ in train.batches(_CALIBRATION_BATCH, chosen):
+            prepared(images)
+            progress.update(len(images))
+    for fake_quant in fake_quants(prepared):
+        fake_quant.fix_range()
+    return prepared
+
+
+def _trained(
+    prepared: GraphModule, teacher: nn.Module, recipe: Qat, train: Images, val: Images, *, seed: int
+) -> dict[str, object]:
+    """Train the weights of `prepared` through its rounding to answer as the float `teacher` does; ranges follow until
+    `recipe.freeze_ranges_at`.
+    """
+    frozen_from = round(recipe.freeze_ranges_at * recipe.epochs)
+
+    def before_epoch(epoch: int) -> None:
+        _set_mode(prepared, "train" if epoch < frozen_from else "frozen")
+
+    _set_mode(prepared, "frozen")
+    start = evaluate(prepared, val)
+    plan = TrainingPlan(epochs=recipe.epochs, learning_rate=recipe.learning_rate)
+    epochs = fit(prepared, train, val, plan, seed=seed, title="QAT", teacher=teacher, before_epoch=before_epoch)
+    return {"val_top1_before_qat": start, "qat": [asdict(epoch) for epoch in epochs]}
+
+
+def _set_mode(prepared: GraphModule, mode: Mode) -> None:
+    for fake_quant in fake_quants(prepared):
+        fake_quant.mode = mode

@@ -1,0 +1,139 @@
+"""The one training loop: it trains float models from scratch, fine-tunes them, and trains through fake quantization."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from calibration.batches import Batch, Images, augment
+from calibration.metrics import Labels, Logits, top1
+from calibration.program import logits
+from calibration.progress import bar
+from models.errors import CheckFailed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """AdamW with a one-cycle learning rate (Smith & Topin, arXiv 1708.07120) and label smoothing."""
+
+    epochs: int
+    learning_rate: float  # the peak of the cycle
+    batch: int = 32
+    weight_decay: float = 0.05  # of matrices and kernels; norms and biases have none
+    label_smoothing: float = 0.1
+    warmup: float = 0.25  # share of the steps until the peak
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epoch:
+    """What one epoch came to."""
+
+    loss: float
+    val_top1: float  # percent
+
+
+def fit(
+    model: nn.Module,
+    train: Images,
+    val: Images,
+    plan: TrainingPlan,
+    *,
+    seed: int,
+    title: str,
+    teacher: nn.Module | None = None,
+    before_epoch: Callable[[int], None] = lambda epoch: None,
+) -> list[Epoch]:
+    """Train `model` in place and leave it with the weights of its best epoch on `val` (the later one of equals).
+
+    With a `teacher`, in evaluation mode, the target is its distribution over the classes instead of the label
+    (distillation: Hinton et al., arXiv 1503.02531). Shows a progress bar with the time that remains. Raises
+    CheckFailed where the loss stops being a number.
+    """
+    order = np.random.default_rng(seed)
+    noise = torch.Generator().manual_seed(seed)
+    steps_per_epoch = math.ceil(len(train) / plan.batch)
+    optimizer = torch.optim.AdamW(_groups(model, plan.weight_decay), lr=plan.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, plan.learning_rate, total_steps=plan.epochs * steps_per_epoch, pct_start=plan.warmup
+    )
+    epochs: list[Epoch] = []
+    best = copy.deepcopy(model.state_dict())
+    with bar(total=plan.epochs * steps_per_epoch, title=title, unit="step") as progress:
+        for index in range(plan.epochs):
+            before_epoch(index)
+            _set_training(model, True)
+            losses = []
+            for images, labels in train.batches(plan.batch, order.permutation(len(train)).tolist()):
+                images = augment(images, noise, mirrors=train.data.mirrors)
+                loss = _loss(model(images), _targets(images, labels, teacher), plan)
+                losses.append(float(loss.detach()))
+                if not math.isfinite(losses[-1]):
+                    raise CheckFailed(
+                        f"{title}: the loss became {losses[-1]} in epoch {index + 1}, step {len(losses)}; try another "
+                        "SEED, or weights that are already trained (WEIGHTS=<file>)"
+                    )
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                progress.update()
+            epochs.append(Epoch(loss=float(np.mean(losses)), val_top1=evaluate(model, val)))
+            progress.set_postfix(val=f"{epochs[-1].val_top1:.1f} %")
+            if epochs[-1].val_top1 >= max(epoch.val_top1 for epoch in epochs):
+                best = copy.deepcopy(model.state_dict())
+    model.load_state_dict(best)
+    _set_training(model, False)
+    return epochs
+
+
+def _targets(images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Tensor:
+    """Class indices (N,), or the teacher's probabilities (N, classes)."""
+    if teacher is None:
+        return labels
+    with torch.no_grad():
+        return teacher(images).softmax(1)  # type: ignore[no-any-return]
+
+
+def _loss(logits: Tensor, targets: Tensor, plan: TrainingPlan) -> Tensor:
+    smoothing = plan.label_smoothing if targets.ndim == 1 else 0.0  # a teacher's answers are as soft as they should be
+    return nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+
+def evaluate(model: nn.Module, images: Images) -> float:
+    """Top-1 in percent, in evaluation mode."""
+    found, labels = predictions(model, images)
+    return top1(found, labels)
+
+
+def predictions(model: nn.Module, images: Images) -> tuple[Logits, Labels]:
+    """Logits (N, classes) and labels (N,) of one part, in evaluation mode."""
+    _set_training(model, False)
+    labels: list[int] = []
+
+    def noted() -> Iterator[Batch]:
+        for batch in images.batches(60):
+            labels.extend(batch[1].tolist())
+            yield batch
+
+    return logits(model, noted()), np.asarray(labels)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _set_training(model: nn.Module, training: bool) -> None:
+    # A traced program stays in the mode that it was traced in.
+    if not isinstance(model, GraphModule):
+        model.train(training)

@@ -1,0 +1,100 @@
+"""Weights from a file that somebody gives us: read without running any code in it, and checked before they are used."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.errors import BadRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Keys under which training scripts wrap the weights, in order of preference: averaged weights are the better ones.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by name: safetensors, or a PyTorch file loaded with `weights_only=True`.
+
+    Raises BadRequest where the file is missing, damaged, would have to run code to be read, or holds NaN or infinity.
+    """
+    if not path.is_file():
+        raise BadRequest(f"WEIGHTS={path}: there is no such file; give a .safetensors, .pt or .pth checkpoint")
+    found = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise BadRequest(
+                f"WEIGHTS={path}: `{name}` holds NaN or infinite values; the training diverged, use an earlier one"
+            )
+    return found
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> tuple[str, ...]:
+    """Put `state` into `model`; every key must be there with its shape, except that a classifier for another number
+    of classes is left as it is. Returns the keys so left: they are still random and want training.
+
+    Raises BadRequest naming the first keys that do not fit.
+    """
+    expected = model.state_dict()
+    ignorable = {name for name in expected if name.endswith("num_batches_tracked")}
+    missing = sorted(expected.keys() - state.keys() - ignorable)
+    extra = sorted(state.keys() - expected.keys())
+    shapes = {name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape}
+    head = {name for name in shapes if expected[name].shape[1:] == state[name].shape[1:] and _is_last(name, expected)}
+    for problem, names in (("lacks", missing), ("has unknown", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise BadRequest(
+                f"WEIGHTS={path} is not a checkpoint of this model: it {problem} "
+                f"{', '.join(names[:3])}{more}; check MODEL"
+            )
+    for name in sorted(shapes - head):
+        raise BadRequest(
+            f"WEIGHTS={path}: `{name}` has shape {tuple(state[name].shape)}, this model expects "
+            f"{tuple(expected[name].shape)}; check MODEL"
+        )
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name not in head}, strict=False)
+    return tuple(sorted(head))
+
+
+def _is_last(name: str, expected: dict[str, Tensor]) -> bool:
+    """Whether `name` belongs to the last layer: the classifier, in every model that ends in one."""
+    return name.rpartition(".")[0] == list(expected)[-1].rpartition(".")[0]
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise BadRequest(f"WEIGHTS={path} is not a whole safetensors file ({error}); copy it again") from error
+
+
+def _torch(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path) or "weights_only" in str(error).lower():
+            raise BadRequest(
+                f"WEIGHTS={path} holds pickled Python objects, which could run code when loaded, and is refused; save "
+                "model.state_dict() alone, or convert it to safetensors where you trust it"
+            ) from error
+        raise BadRequest(f"WEIGHTS={path} is not a PyTorch checkpoint, or a truncated one; copy it again") from error
+    # The zip reader reports damage as RuntimeError, the legacy reader as EOFError, and both as OSError.
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise BadRequest(f"WEIGHTS={path} is damaged or truncated; copy it again") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+            break
+    if not isinstance(found, dict) or not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise BadRequest(f"WEIGHTS={path} holds no state dict: expected tensors by name, as model.state_dict() gives")
+    return {str(name).removeprefix("module."): value for name, value in found.items()}

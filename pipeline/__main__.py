@@ -1,0 +1,183 @@
+"""`python -m pipeline VERB --model M --target T ...`: what every Makefile rule calls.
+
+Names and values are checked here, once; past this file nothing handles a bad one. The story goes to stderr; the last
+line of stdout is one JSON object with the answer. Exit codes: 0 done, 2 bad request, 3 not possible on this machine,
+4 the artifact failed its check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import calibration.data
+import calibration.recipe
+import models
+import targets
+from models.errors import BadRequest, EdgelineError
+from models.spec import ModelSpec
+from pipeline import verbs
+from pipeline.stages import Run
+
+T = TypeVar("T")
+Answer = dict[str, object]
+
+_LISTINGS: Mapping[str, Callable[[], Answer]] = {"models": verbs.list_models, "targets": verbs.list_targets}
+_REPORTS: Mapping[str, Callable[[Path], Answer]] = {"dashboard": verbs.dashboard}
+_ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
+    "engine": verbs.engine,
+    "calibrate": verbs.calibrate,
+    "qat": verbs.qat,
+    "verify": verbs.verify,
+    "profile": verbs.profile,
+    "explain": verbs.explain,
+}
+_LARGEST_BATCH = 256
+_LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
+
+log = logging.getLogger("edgeline")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
+    request = _parser().parse_args(arguments)
+    _be_quiet()
+    answer: Answer = {"verb": request.verb}
+    try:
+        if request.verb in _LISTINGS:
+            answer |= _LISTINGS[request.verb]()
+        elif request.verb in _REPORTS:
+            answer |= _REPORTS[request.verb](request.store)
+        else:
+            answer |= {"model": request.model, "target": request.target, "recipe": request.recipe}
+            answer |= {"artifact": None, "key": None, "cached": False}
+            run = read(request)
+            answer |= {"target": run.target.name}
+            answer |= _ON_RUNS[request.verb](run, request.store)
+    except EdgelineError as error:
+        answer |= {"error": str(error), **error.answer}
+        log.error("%s", error)
+        return _finish(answer, started, error.exit_code)
+    except KeyboardInterrupt:
+        log.error("interrupted; what was finished is kept, the same command goes on from there")
+        return _finish(answer | {"error": "interrupted"}, started, 130)
+    return _finish(answer, started, 0)
+
+
+def read(request: argparse.Namespace) -> Run:
+    """The run that the command line asks for. Raises BadRequest where a name or a value cannot be used."""
+    model = pick("model", request.model, models.ALL)
+    recipe = pick("recipe", request.recipe, calibration.recipe.ALL)
+    aliases = {alias: targets.ALL[name] for alias, name in targets.ALIASES.items()}
+    target = pick("target", request.target, targets.ALL | aliases)
+    seed = number("SEED", request.seed, 0, _LARGEST_SEED)
+    data = calibration.data.load(request.data, seed)
+    preprocess = data.preprocess(model)
+    if request.size:
+        preprocess = replace(preprocess, size=size_for(model, request.size))
+    if request.device != "local":
+        raise BadRequest(f"DEVICE={request.device}: no such device; this version knows `local` alone")
+    weights = Path(request.weights).expanduser().resolve() if request.weights else None
+    if weights and not weights.is_file():
+        raise BadRequest(
+            f"WEIGHTS={request.weights}: there is no such file; give a .safetensors, .pt or .pth checkpoint"
+        )
+    return Run(
+        model=model,
+        recipe=recipe,
+        target=target,
+        data=data,
+        preprocess=preprocess,
+        weights=weights,
+        batch=number("BATCH", request.batch, 1, _LARGEST_BATCH),
+        seed=seed,
+    )
+
+
+def pick(kind: str, name: str, options: Mapping[str, T]) -> T:
+    """The option called `name`. Raises BadRequest, suggesting the nearest one."""
+    if name in options:
+        return options[name]
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise BadRequest(f"{kind.upper()}={name}: no such {kind}; {hint}Known: {', '.join(options)}")
+
+
+def number(name: str, text: str, lowest: int, highest: int) -> int:
+    """The whole number in `text`. Raises BadRequest where it is none, or out of range."""
+    if not (text.isascii() and text.isdigit() and lowest <= int(text) <= highest):
+        raise BadRequest(f"{name}={text}: expected a whole number from {lowest} to {highest}")
+    return int(text)
+
+
+def size_for(model: ModelSpec, text: str) -> int:
+    """The input side in `text`. Raises BadRequest naming the nearest sides that the architecture takes."""
+    sizes = model.sizes
+    size = int(text) if text.isascii() and text.isdigit() else 0
+    if size not in sizes:
+        nearest = " or ".join(f"SIZE={near}" for near in sizes.nearest(size))
+        lowest, highest = sizes.nearest(sizes.minimum)[0], sizes.nearest(sizes.maximum)[-1]
+        raise BadRequest(
+            f"SIZE={text}: {model.name} takes sides from {lowest} to {highest} pixels that are multiples of "
+            f"{sizes.multiple_of}; the nearest: {nearest}"
+        )
+    return size
+
+
+def _or_default(text: str, *, default: str) -> str:
+    return text.strip() or default
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(BadRequest.exit_code, f"{message}; `make help` lists what there is\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("verb", choices=[*_LISTINGS, *_REPORTS, *_ON_RUNS], metavar="VERB")
+    # An empty value means the default: the Makefile passes every variable, set or not.
+    for name, default in (
+        ("model", "mobilevit_xs"),
+        ("target", "cpu"),
+        ("recipe", "int8_qat"),
+        ("data", "digits"),
+        ("weights", ""),
+        ("size", ""),
+        ("batch", "1"),
+        ("device", "local"),
+        ("seed", "0"),
+    ):
+        parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
+    parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")
+    return parser
+
+
+def _be_quiet() -> None:
+    """Let only this project speak, on stderr: libraries announce optional parts that nobody asked for."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("torch", "torchao", "onnxscript", "onnx_ir", "coremltools", "openvino", "sqlalchemy"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TORCH_LOGS", "-all")
+
+
+def _finish(answer: Answer, started: float, code: int) -> int:
+    print(json.dumps(answer | {"seconds": round(time.monotonic() - started, 3)}), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

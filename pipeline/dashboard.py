@@ -1,0 +1,403 @@
+"""Show the measurements: one static HTML page, a section per device, nothing hidden and nothing fetched.
+
+The page is a single file without scripts, fonts or links to anywhere, so it can be mailed, archived or opened from a
+board. What is INVALID is shown as INVALID, with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeAlias, TypeVar
+
+import jinja2
+
+from calibration import recipe as recipes
+from pipeline.results import Row
+
+FIRST_COMMAND: Final = "make profile MODEL=mobilevit_xs TARGET=cpu"
+
+# Top-1 must stay at 99 % of the float model's. Source: MLPerf inference rules, accuracy target of ResNet-50.
+KEPT_ACCURACY: Final = 0.99
+
+_TEMPLATE: Final = "dashboard.html.j2"
+_DASH: Final = "\N{EN DASH}"
+_MINUS: Final = "\N{MINUS SIGN}"
+
+
+def write(rows: Sequence[Row], out: Path) -> None:
+    """Write the page to `out`, whole or not at all: a reader never meets half of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        scratch.write_text(render(rows, now=datetime.now(UTC)), encoding="utf-8")
+        scratch.replace(out)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def render(rows: Sequence[Row], *, now: datetime) -> str:
+    """The page, made at `now`, as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"ms": _ms, "percent": _percent, "minute": _minute, "pairs": _pairs}
+    sections = _sections(rows)
+    return environment.get_template(_TEMPLATE).render(
+        now=now.isoformat(timespec="seconds"),
+        measurements=len(rows),
+        invalid=sum(not row.summary.valid for row in rows),
+        models=len({row.model for row in rows}),
+        sections=sections,
+        legend=[mark for mark in _MARKS if any(mark == entry.mark for s in sections for entry in s.entries())],
+        first_command=FIRST_COMMAND,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """Lengths in percent of the longest p90 among one model's valid rows; `beyond` where a row would be longer."""
+
+    p50: float
+    p90: float
+    beyond: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spark:
+    """The p50 of every run of one cell, oldest first, as points (x, y, valid) in pixels."""
+
+    points: tuple[tuple[float, float, bool], ...]
+    label: str
+
+    @property
+    def line(self) -> str:
+        return " ".join(f"{x:g},{y:g}" for x, y, _ in self.points)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One line of a table: the latest measurement of a cell, and what it is compared with."""
+
+    row: Row
+    earlier: tuple[Row, ...]  # newest first
+    bar: Bar
+    spark: Spark | None
+    speedup: str  # p50 of fp32 over p50, or a dash
+    delta: str  # top-1 minus the float model's, in points, or a dash
+    below_target: bool  # top-1 is under KEPT_ACCURACY of the float model's
+    fastest_recipe: bool  # of this model on this device, at this size and batch
+    best_device: bool  # of all devices for this model and recipe, at this size and batch
+
+    @property
+    def mark(self) -> str:
+        """The name of the symbol and colour that stand for the recipe."""
+        return self.row.recipe if self.row.recipe in recipes.ALL else "other"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The lines of one model on one device."""
+
+    model: str
+    family: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    x: float
+    y: float
+    entry: Entry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trail:
+    """The valid recipes of one model in the scatter, fastest first; the label stands beside the slowest."""
+
+    label: str
+    label_x: float
+    label_y: float
+    anchor: str
+    points: tuple[Point, ...]
+
+    @property
+    def line(self) -> str:
+        return " ".join(f"{point.x:g},{point.y:g}" for point in self.points)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scatter:
+    """Top-1 over p50 (logarithmic), in pixels of a WIDTH x HEIGHT drawing."""
+
+    trails: tuple[Trail, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    summary: str  # the picture in words
+
+    WIDTH = 1240
+    HEIGHT = 340
+    LEFT, RIGHT, TOP, BOTTOM = 52, 1224, 14, 298
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """One device of one target."""
+
+    target: str
+    device: str
+    groups: tuple[Group, ...]
+    scatter: Scatter | None
+
+    def entries(self) -> Iterator[Entry]:
+        for group in self.groups:
+            yield from group.entries
+
+    @property
+    def invalid(self) -> int:
+        return sum(not entry.row.summary.valid for entry in self.entries())
+
+
+# A cell is what is measured again and again: everything a person chooses, on one device.
+Cell: TypeAlias = tuple[str, str, str, str, int, int, int | None]
+
+_RECIPE_ORDER: Final = {name: place for place, name in enumerate(recipes.ALL)}
+_MARKS: Final = (*recipes.ALL, "other")
+
+
+def _sections(rows: Sequence[Row]) -> list[Section]:
+    cells = _by((row for row in sorted(rows, key=_when)), _cell)
+    latest = [runs[-1] for runs in cells.values()]
+    best = set(map(id, _best_devices(latest)))
+    sections = []
+    for (target, device), here in sorted(_by(latest, lambda row: (row.target, row.device)).items()):
+        groups = tuple(
+            _group(model, lines, cells=cells, best=best) for model, lines in sorted(_by(here, _model_of).items())
+        )
+        entries = [entry for group in groups for entry in group.entries]
+        sections.append(Section(target=target, device=device, groups=groups, scatter=_scatter(entries)))
+    return sections
+
+
+def _group(model: str, lines: list[Row], *, cells: Mapping[Cell, list[Row]], best: set[int]) -> Group:
+    lines = sorted(lines, key=_line_order)
+    fastest = set(map(id, _fastest_recipes(lines)))
+    scale = _scale(lines)
+    entries = tuple(
+        Entry(
+            row=row,
+            earlier=tuple(reversed(cells[_cell(row)][:-1])),
+            bar=_bar(row, scale),
+            spark=_spark(cells[_cell(row)]),
+            speedup=_speedup(row, lines),
+            delta=_delta(row),
+            below_target=_below_target(row),
+            fastest_recipe=id(row) in fastest,
+            best_device=id(row) in best,
+        )
+        for row in lines
+    )
+    return Group(model=model, family=lines[0].family, entries=entries)
+
+
+def _when(row: Row) -> tuple[str, int]:
+    return row.created or "", row.id or 0
+
+
+def _cell(row: Row) -> Cell:
+    return row.target, row.device, row.model, row.recipe, row.size, row.batch, row.threads
+
+
+def _model_of(row: Row) -> str:
+    return row.model
+
+
+def _line_order(row: Row) -> tuple[int, int, int, str, int]:
+    place = _RECIPE_ORDER.get(row.recipe, len(_RECIPE_ORDER))
+    return row.size, row.batch, place, row.recipe, row.threads or 0
+
+
+def _best_devices(latest: Sequence[Row]) -> Iterator[Row]:
+    """The fastest valid row of each model and recipe, where more than one device has one."""
+    for same in _by(_valid(latest), lambda row: (row.model, row.recipe, row.size, row.batch)).values():
+        if len({(row.target, row.device) for row in same}) > 1:
+            yield min(same, key=_p50)
+
+
+def _fastest_recipes(lines: Sequence[Row]) -> Iterator[Row]:
+    """The fastest valid row at each size and batch, where there is a choice."""
+    for same in _by(_valid(lines), lambda row: (row.size, row.batch)).values():
+        if len(same) > 1:
+            yield min(same, key=_p50)
+
+
+def _valid(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.summary.valid]
+
+
+def _p50(row: Row) -> float:
+    return row.summary.p50_ms
+
+
+def _scale(lines: Sequence[Row]) -> float:
+    """Milliseconds of a full bar. Invalid rows count only where there is nothing else: one may be off by anything."""
+    return max(row.summary.p90_ms for row in _valid(lines) or lines)
+
+
+def _bar(row: Row, scale: float) -> Bar:
+    p50, p90 = 100 * row.summary.p50_ms / scale, 100 * row.summary.p90_ms / scale
+    return Bar(p50=round(min(p50, 100), 1), p90=round(min(p90, 100), 1), beyond=p90 > 100.05)
+
+
+def _speedup(row: Row, lines: Sequence[Row]) -> str:
+    same = (row.size, row.batch, row.threads)
+    base = [other for other in lines if other.recipe == "fp32" and (other.size, other.batch, other.threads) == same]
+    if not base or row.recipe == "fp32" or not (base[0].summary.valid and row.summary.valid):
+        return _DASH
+    return f"{base[0].summary.p50_ms / row.summary.p50_ms:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def _delta(row: Row) -> str:
+    if row.top1 is None or row.float_top1 is None:
+        return _DASH
+    points = round(row.top1 - row.float_top1, 1)
+    sign = "+" if points > 0 else _MINUS if points < 0 else "\N{PLUS-MINUS SIGN}"
+    return f"{sign}{abs(points):.1f}"
+
+
+def _below_target(row: Row) -> bool:
+    return row.top1 is not None and row.float_top1 is not None and row.top1 < KEPT_ACCURACY * row.float_top1
+
+
+def _spark(runs: Sequence[Row], *, width: int = 64, height: int = 18, shown: int = 20) -> Spark | None:
+    """None for a single run: a point has no history."""
+    runs = runs[-shown:]
+    if len(runs) < 2:
+        return None
+    values = [row.summary.p50_ms for row in runs]
+    low, span = min(values), max(values) - min(values)
+    points = tuple(
+        (
+            round(3 + (width - 6) * number / (len(runs) - 1), 1),
+            round(height - 3 - (height - 6) * ((value - low) / span if span else 0.5), 1),
+            row.summary.valid,
+        )
+        for number, (row, value) in enumerate(zip(runs, values, strict=True))
+    )
+    return Spark(points=points, label=f"p50 of the last {len(runs)} runs: {', '.join(map(_ms, values))} ms")
+
+
+def _scatter(entries: Sequence[Entry]) -> Scatter | None:
+    """None where fewer than two valid rows carry an accuracy."""
+    shown = [(entry, entry.row.top1) for entry in entries if entry.row.summary.valid and entry.row.top1 is not None]
+    if len(shown) < 2:
+        return None
+    x_of, x_ticks = _log_axis([_p50(entry.row) for entry, _ in shown])
+    y_of, y_ticks = _linear_axis([top1 for _, top1 in shown])
+    points = [Point(x=x_of(_p50(entry.row)), y=y_of(top1), entry=entry) for entry, top1 in shown]
+    fastest = min(shown, key=lambda pair: _p50(pair[0].row))[0].row
+    finest, top1 = max(shown, key=lambda pair: pair[1])
+    return Scatter(
+        trails=_trails(points),
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        summary=(
+            f"Top-1 over p50 latency of {len(shown)} valid rows. Fastest: {fastest.model} {fastest.recipe}, "
+            f"{_ms(fastest.summary.p50_ms)} ms. Most accurate: {finest.row.model} {finest.row.recipe}, {top1:.1f} %."
+        ),
+    )
+
+
+def _trails(points: Sequence[Point]) -> tuple[Trail, ...]:
+    taken: list[tuple[float, float]] = []
+    trails = []
+    together = _by(points, lambda point: (point.entry.row.model, point.entry.row.size, point.entry.row.batch))
+    several = len(together) > len({model for model, _, _ in together})
+    for (model, size, batch), same in together.items():
+        path = tuple(sorted(same, key=lambda point: point.x))
+        label = f"{model} ({size} px, batch {batch})" if several else model
+        crowded = path[-1].x > Scatter.RIGHT - 9 - 7 * len(label)  # no room on the right, at 7 px a letter: go above
+        x, y = (path[-1].x + 5, path[-1].y - 10) if crowded else (path[-1].x + 9, path[-1].y + 4)
+        while any(abs(y - other_y) < 13 and abs(x - other_x) < 150 for other_x, other_y in taken):
+            y += 13 if y < Scatter.BOTTOM - 13 else -26
+        taken.append((x, y))
+        anchor = "end" if crowded else "start"
+        trails.append(Trail(label=label, label_x=round(x, 1), label_y=round(y, 1), anchor=anchor, points=path))
+    return tuple(trails)
+
+
+Axis: TypeAlias = tuple[Callable[[float], float], tuple[tuple[float, str], ...]]
+
+
+def _log_axis(values: Sequence[float]) -> Axis:
+    """Milliseconds to pixels, with ticks at 1, 2 and 5 of each decade."""
+    low, high = math.log10(min(values) / 1.25), math.log10(max(values) * 1.25)
+
+    def pixel(value: float) -> float:
+        share = (math.log10(value) - low) / (high - low)
+        return round(Scatter.LEFT + share * (Scatter.RIGHT - Scatter.LEFT), 1)
+
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    return pixel, tuple((pixel(tick), f"{tick:g}") for tick in ticks if low <= math.log10(tick) <= high)
+
+
+def _linear_axis(values: Sequence[float]) -> Axis:
+    """Percent to pixels (which grow downwards), with three to seven ticks at round numbers."""
+    margin = max((max(values) - min(values)) * 0.12, 0.25)
+    low, high = min(values) - margin, max(values) + margin
+    step = next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if (high - low) / step <= 6)
+
+    def pixel(value: float) -> float:
+        share = (value - low) / (high - low)
+        return round(Scatter.BOTTOM - share * (Scatter.BOTTOM - Scatter.TOP), 1)
+
+    ticks = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return pixel, tuple((pixel(tick), f"{tick:g}" if step >= 1 else f"{tick:.1f}") for tick in ticks)
+
+
+def _ms(value: float) -> str:
+    """Milliseconds with three significant digits, and never fewer than the unit."""
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 1000 else 0
+    return f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return _DASH if value is None else f"{value:.1f}"
+
+
+def _minute(created: str | None) -> str:
+    """An ISO time as a person reads it, to the minute."""
+    return created[:16].replace("T", " ") if created else "unknown"
+
+
+def _pairs(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """A JSON object as flat name-value pairs: {"before": {"load": 1}} becomes ("before load", "1")."""
+    flat: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat += _pairs(value, f"{prefix}{name} ")
+        else:
+            flat.append((f"{prefix}{name}", "unknown" if value is None else str(value)))
+    return flat
+
+
+_Item = TypeVar("_Item")
+_Key = TypeVar("_Key")
+
+
+def _by(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    """Items with equal keys together, in the order they came."""
+    groups: dict[_Key, list[_Item]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups

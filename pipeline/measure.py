@@ -1,0 +1,285 @@
+"""Time an engine, one query in flight, until enough was seen; then say what was measured and whether to believe it.
+
+This is the only stopwatch of the project. An engine is an artifact and is built once; a measurement is an event, and
+each carries the conditions it was taken under and a verdict: valid, or the sentence that says why not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tqdm import tqdm
+
+from models.errors import BadRequest, CannotRunHere
+
+if TYPE_CHECKING:
+    from targets.base import Images, Session
+
+# Queries below which a percentile says nothing at 99 % confidence: the smallest n with
+# P(at most 1 of n queries is slower than the true percentile) <= 1 %. Source: LoadGen's early stopping (MLPerf
+# inference rules, appendix "Early Stopping"; p95 needs 130).
+BACKED_FROM: Final = {"p50": 11, "p90": 64, "p99": 662}
+
+# A latency is not one number when its halves disagree: clocks fell, or the warm-up was too short.
+MAX_DRIFT: Final = 0.10  # between the medians of the first and the second half, relative to the first
+# Standard deviation over mean of the fastest 99 % of the queries. trtexec calls GPU compute time unstable from 0.025;
+# a host clock also sees the scheduler, hence the wide margin. The slowest 1 % is left out because one stall of the
+# operating system among a thousand queries is what `max_ms` is for.
+MAX_CV: Final = 0.5
+
+_CORES: Final = Path("/sys/devices/system/cpu")
+_BAR: Final = "{desc}: {percentage:3.0f}% |{bar}| {remaining} left{postfix}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimingPlan:
+    """When a measurement is finished: both floors are reached, as in LoadGen (few samples and short runs both lie).
+
+    Both floors count what the session reports, so time spent between queries (a network, the progress bar) is not
+    taken for time spent on the device.
+    """
+
+    warmup: int = 20  # queries that are run first and forgotten
+    min_queries: int = BACKED_FROM["p90"]
+    min_seconds: float = 3.0  # inside timed queries
+    chunk: int = 16  # queries between two looks at the floors; a run ends up to this many queries late
+
+    def __post_init__(self) -> None:
+        usable = self.warmup >= 0 and self.min_queries >= 1 and self.chunk >= 1
+        if not (usable and math.isfinite(self.min_seconds) and self.min_seconds >= 0):
+            raise BadRequest(
+                f"cannot time with {self}: expected warmup >= 0, min_queries >= 1, chunk >= 1 and a finite "
+                "min_seconds >= 0; leave an option out to get its default"
+            )
+
+    def method(self) -> dict[str, object]:
+        """How latencies taken with this plan came about, as stored beside every row."""
+        return {
+            "warmup": self.warmup,
+            "min_queries": self.min_queries,
+            "min_seconds": self.min_seconds,
+            "chunk": self.chunk,
+            "in_flight": 1,
+            "percentiles": "nearest rank, as trtexec",
+        }
+
+
+STANDARD: Final = TimingPlan()
+
+
+def time_session(session: Session, images: Images, plan: TimingPlan = STANDARD) -> list[int]:
+    """The latency of every query after the warm-up, in nanoseconds, in the order they ran.
+
+    `images` is one query: exactly `session.batch` preprocessed images. The bar on stderr advances with whichever floor
+    is further away. Raises CannotRunHere where the session's clock is broken.
+    """
+    samples: list[int] = []
+    busy_ns = 0
+    with tqdm(total=1.0, desc="warming up", bar_format=_BAR, dynamic_ncols=True) as bar:
+        if plan.warmup:
+            session.latencies_ns(images, plan.warmup)
+        bar.set_description_str("measuring", refresh=False)
+        bar.reset()
+        while (done := _progress(len(samples), busy_ns, plan)) < 1.0:
+            chunk = _timed(session, images, plan.chunk)
+            samples += chunk
+            busy_ns += sum(chunk)
+            bar.set_postfix_str(f"{len(samples)} queries", refresh=False)
+            bar.update(_progress(len(samples), busy_ns, plan) - done)
+    return samples
+
+
+def _progress(queries: int, busy_ns: int, plan: TimingPlan) -> float:
+    """The share of the slower floor that is reached; 1.0 exactly when both are."""
+    of_time = busy_ns / (plan.min_seconds * 1e9) if plan.min_seconds else 1.0
+    return min(queries / plan.min_queries, of_time, 1.0)
+
+
+def _timed(session: Session, images: Images, count: int) -> list[int]:
+    found = session.latencies_ns(images, count)
+    if len(found) != count or min(found) <= 0:
+        raise CannotRunHere(
+            f"cannot time on this device: {count} queries came back as {len(found)} latencies, the shortest "
+            f"{min(found, default=None)} ns; expected one latency above 0 ns for each; repair the target's clock first"
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What a run of queries amounts to. `why_invalid` is None, or names every cause in one sentence."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    min_ms: float
+    max_ms: float
+    mean_ms: float
+    n: int
+    cv: float  # standard deviation over mean, of all queries
+    why_invalid: str | None
+
+    @property
+    def valid(self) -> bool:
+        return self.why_invalid is None
+
+    @property
+    def backed(self) -> tuple[str, ...]:
+        """The percentiles that `n` queries are enough for; the others are shown, and should not be quoted."""
+        return tuple(name for name, needed in BACKED_FROM.items() if self.n >= needed)
+
+
+def summarize(
+    samples: Sequence[int],
+    plan: TimingPlan = STANDARD,
+    *,
+    before: Conditions | None = None,
+    after: Conditions | None = None,
+) -> Summary:
+    """Condense latencies in nanoseconds, in the order they ran, and judge them against the plan and the conditions.
+
+    Percentiles are nearest rank as trtexec defines it: of n ascending samples, the one at index
+    max(n - 1 - int((1 - p) * n), 0); no interpolation, so each is a latency that happened. Source: NVIDIA/TensorRT,
+    samples/common/sampleReporting.cpp, findPercentile.
+
+    Invalid is a run that
+    - has fewer queries, or less time in them, than `plan` asks for;
+    - is scattered: the fastest 99 % have a coefficient of variation above MAX_CV;
+    - drifts: the medians of its halves are more than MAX_DRIFT apart;
+    - began on a busy machine: a 1-minute load average above the number of logical cores;
+    - was throttled: the kernel counted thermal throttling between `before` and `after`.
+    A condition that is unknown is no cause: pass none for a device other than this machine.
+    """
+    if not samples:
+        raise BadRequest("cannot summarize a measurement without latencies: expected at least one query; measure again")
+    ascending = sorted(samples)
+    mean_ns, cv = _mean_and_cv(ascending)
+    causes = [*_unfinished(samples, plan), *_unsteady(samples, ascending), *_disturbed(before, after)]
+    return Summary(
+        p50_ms=_percentile(ascending, 50) / 1e6,
+        p90_ms=_percentile(ascending, 90) / 1e6,
+        p99_ms=_percentile(ascending, 99) / 1e6,
+        min_ms=ascending[0] / 1e6,
+        max_ms=ascending[-1] / 1e6,
+        mean_ms=mean_ns / 1e6,
+        n=len(samples),
+        cv=cv,
+        why_invalid="; ".join(causes) or None,
+    )
+
+
+def _percentile(ascending: Sequence[int], percent: int) -> int:
+    # In whole numbers: (1 - 0.9) * 10 is 0.9999999999999998 in floating point and would drop a rank.
+    n = len(ascending)
+    return ascending[max(n - 1 - (100 - percent) * n // 100, 0)]
+
+
+def _mean_and_cv(samples: Sequence[int]) -> tuple[float, float]:
+    mean = sum(samples) / len(samples)
+    variance = sum((sample - mean) ** 2 for sample in samples) / len(samples)
+    return mean, math.sqrt(variance) / mean
+
+
+def _unfinished(samples: Sequence[int], plan: TimingPlan) -> Iterator[str]:
+    if len(samples) < plan.min_queries:
+        yield f"only {len(samples)} queries of at least {plan.min_queries}"
+    if (busy_ns := sum(samples)) < plan.min_seconds * 1e9:
+        yield f"only {busy_ns / 1e9:.3f} s in timed queries of at least {plan.min_seconds:g} s"
+
+
+def _unsteady(samples: Sequence[int], ascending: Sequence[int]) -> Iterator[str]:
+    _, cv = _mean_and_cv(ascending[: len(ascending) - len(ascending) // 100])
+    if cv > MAX_CV:
+        yield f"latencies are scattered: coefficient of variation {cv:.2f} of the fastest 99%, above {MAX_CV:g}"
+    half = len(samples) // 2
+    if half == 0:
+        return
+    first, second = (_percentile(sorted(part), 50) for part in (samples[:half], samples[-half:]))
+    if abs(drift := second / first - 1) > MAX_DRIFT:
+        yield (
+            f"latencies drifted: the median of the second half is {abs(drift):.0%} "
+            f"{'above' if drift > 0 else 'below'} that of the first, more than {MAX_DRIFT:.0%}"
+        )
+
+
+def _disturbed(before: Conditions | None, after: Conditions | None) -> Iterator[str]:
+    if before is None:
+        return
+    if before.load_1min is not None and before.logical_cores is not None and before.load_1min > before.logical_cores:
+        yield (
+            f"the machine was busy before the first query: load average {before.load_1min:.1f} on "
+            f"{before.logical_cores} logical cores"
+        )
+    if after is None or before.throttle_events is None or after.throttle_events is None:
+        return
+    if (events := after.throttle_events - before.throttle_events) > 0:
+        yield f"the processor was throttled by heat during the run ({events} events)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditions:
+    """The state of this machine at one moment. None means unknown: nothing here is guessed."""
+
+    load_1min: float | None  # load average over one minute: runnable (and, on Linux, disk-waiting) tasks
+    cpu: str | None
+    logical_cores: int | None
+    allowed_cores: int | None  # that this process may run on
+    governor: str | None  # CPU frequency governors of the allowed cores, comma separated where they differ
+    cpu_mhz: float | None  # current frequency, mean over the allowed cores
+    throttle_events: int | None  # thermal throttling counted by the kernel since boot, summed over all cores
+    system: str
+    kernel: str
+    python: str
+
+    @classmethod
+    def now(cls) -> Conditions:
+        allowed = _allowed_cores()
+        mhz = _per_core(allowed, "cpufreq/scaling_cur_freq")  # kHz
+        governors = sorted(set(_per_core(allowed, "cpufreq/scaling_governor")))
+        throttles = _per_core(range(os.cpu_count() or 0), "thermal_throttle/core_throttle_count")
+        return cls(
+            load_1min=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            cpu=_cpu(),
+            logical_cores=os.cpu_count(),
+            allowed_cores=len(allowed) or None,
+            governor=", ".join(governors) or None,
+            cpu_mhz=sum(map(int, mhz)) / len(mhz) / 1000 if mhz else None,
+            throttle_events=sum(map(int, throttles)) if throttles else None,
+            system=platform.system(),
+            kernel=platform.release(),
+            python=platform.python_version(),
+        )
+
+
+def _allowed_cores() -> list[int]:
+    """Core numbers; empty where the system does not tell (macOS)."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def _per_core(cores: Sequence[int], name: str) -> list[str]:
+    """One value of each core's folder in /sys; empty unless every core has it."""
+    try:
+        return [(_CORES / f"cpu{core}" / name).read_text().strip() for core in cores]
+    except OSError:  # virtual machines and containers show none of these files
+        return []
+
+
+def _cpu() -> str | None:
+    """The processor's own name: /proc/cpuinfo on Linux, sysctl on macOS. ARM boards often have none."""
+    if sys.platform == "darwin":
+        name = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(name, capture_output=True, text=True, check=False).stdout.strip() or None
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)

@@ -1,0 +1,268 @@
+"""The pipeline itself: what is made from what. Each stage names the one before it, so the call graph is the DAG.
+
+weights -> quantized -> exported -> compiled -> engine
+                                 -> bundle                where the engine is built on the device
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calibration.data import Data, Part
+from calibration.recipe import Float, Recipe
+from models.errors import CannotRunHere
+from models.spec import ModelSpec, Preprocess
+from pipeline.store import MANIFEST, Step, file_digest
+from targets.base import Bundles, Export, Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from calibration.batches import Images
+
+Inputs = Mapping[str, Path]
+
+_SAMPLE_IMAGES = 16  # that travel with an export, from the validation part
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One cell of the matrix: this model, made small this way, for that target, on these images."""
+
+    model: ModelSpec
+    recipe: Recipe
+    target: Target
+    data: Data
+    preprocess: Preprocess
+    weights: Path | None = None  # None: train on `data`
+    batch: int = 1
+    seed: int = 0
+    max_drop: float = 1.0  # points of top-1 that the artifact may lose against the float model
+
+    def images(self, part: Part) -> Images:
+        from calibration.batches import Images
+
+        return Images(data=self.data, part=part, preprocess=self.preprocess)
+
+    def label(self, *parts: str) -> str:
+        return "-".join((self.model.name, self.data.name, str(self.preprocess.size), *parts))
+
+    @property
+    def _makes(self) -> str:
+        """What the quantized stage makes: both float recipes share one program."""
+        return "float" if isinstance(self.recipe, Float) else self.recipe.name
+
+
+def weights(run: Run) -> Step:
+    """Float weights: read from a file, or trained on the data. Leaves `weights.safetensors`, `report.json`, and
+    `test.npz` with the logits and labels of the test part.
+    """
+
+    def build(inputs: Inputs, out: Path) -> None:
+        from safetensors.torch import save_file
+
+        from calibration import float_weights
+
+        model, report = float_weights.make(
+            run.model, run.weights, run.images("train"), run.images("val"), seed=run.seed
+        )
+        save_file(model.state_dict(), out / "weights.safetensors")
+        _evaluated(run, model, out, report)
+
+    return Step(
+        stage="weights",
+        label=run.label(),
+        inputs={},
+        params={
+            "model": run.model,
+            "data": run.data.identity(),
+            "preprocess": run.preprocess,
+            "seed": run.seed,
+            "file": file_digest(run.weights) if run.weights else None,
+            "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
+        },
+        code=("calibration.float_weights", run.model.module),
+        build=build,
+    )
+
+
+def quantized(run: Run) -> Step:
+    """The torch program that the recipe makes. It depends on the target's arithmetic, not on the target: targets that
+    agree share the training. Leaves `program.pt2`, `report.json` and `test.npz`.
+    """
+    floats = isinstance(run.recipe, Float)
+
+    def build(inputs: Inputs, out: Path) -> None:
+        from calibration import program
+        from calibration.quantize import quantize
+        from models import checkpoint
+
+        model = run.model.build(len(run.data.classes))
+        source = inputs["weights"] / "weights.safetensors"
+        checkpoint.load_into(model, checkpoint.read(source), source)
+        made = quantize(model, run.recipe, run.target.scheme, run.images("train"), run.images("val"), seed=run.seed)
+        program.save(made.program, out / "program.pt2")
+        _evaluated(run, made.program.module(), out, made.report)
+
+    return Step(
+        stage="quantized",
+        label=run.label(run._makes),
+        inputs={"weights": weights(run)},
+        params={
+            "recipe": None if floats else run.recipe,
+            "scheme": None if floats else run.target.scheme,
+            "seed": run.seed,
+            "versions": versions("torch", "torchao"),
+        },
+        code=("calibration.quantize", run.model.module),
+        build=build,
+    )
+
+
+def exported(run: Run) -> Step:
+    """The files that every target compiles: see `targets.base.Export`."""
+
+    def build(inputs: Inputs, out: Path) -> None:
+        from calibration import program
+        from pipeline.export import export
+
+        sample, _ = next(run.images("val").batches(_SAMPLE_IMAGES))
+        description = {
+            "model": run.model.name,
+            "recipe": run._makes,
+            "size": run.preprocess.size,
+            "classes": list(run.data.classes),
+            "preprocess": asdict(run.preprocess),
+        }
+        export(program.load(inputs["quantized"] / "program.pt2"), sample.numpy(), description, out)
+
+    return Step(
+        stage="exported",
+        label=run.label(run._makes),
+        inputs={"quantized": quantized(run)},
+        params={"versions": versions("torch", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime")},
+        code=("pipeline.export",),
+        build=build,
+    )
+
+
+def compiled(run: Run) -> Step:
+    """What the target's own toolchain makes of the export; nobody has looked at it yet."""
+
+    def build(inputs: Inputs, out: Path) -> None:
+        run.target.build(export_of(run, inputs["exported"]), out)
+
+    return Step(
+        stage="compiled",
+        label=run.label(run.recipe.name, run.target.name),
+        inputs={"exported": exported(run)},
+        params={
+            "target": run.target.name,
+            "precision": run.recipe.precision,
+            "batch": run.batch,
+            "toolchain": run.target.toolchain(),
+        },
+        code=(type(run.target).__module__,),
+        build=build,
+    )
+
+
+def engine(run: Run) -> Step:
+    """The compiled files and the report of their verification, `report.json`: published only if they are right."""
+
+    def build(inputs: Inputs, out: Path) -> None:
+        from pipeline.verify import verify
+
+        report = verify(run, export_of(run, inputs["exported"]), inputs["compiled"], inputs)
+        shutil.copytree(inputs["compiled"], out, copy_function=_link, dirs_exist_ok=True)
+        (out / MANIFEST).unlink()
+        shutil.copyfile(inputs["exported"] / "model.json", out / "model.json")
+        _write_json(out / "report.json", report)
+
+    made = compiled(run)
+    return _verified(run, "engine", {"compiled": made}, build)
+
+
+def bundle(run: Run) -> Step:
+    """All host work for an engine that is built on the device: what to carry there, verified as far as it goes."""
+    target = run.target
+    assert isinstance(target, Bundles)
+
+    def build(inputs: Inputs, out: Path) -> None:
+        from pipeline.verify import verify_bundle
+
+        export = export_of(run, inputs["exported"])
+        target.bundle(export, out)
+        _write_json(out / "report.json", verify_bundle(run, export, out, inputs))
+
+    return _verified(run, "bundle", {}, build)
+
+
+def deliverable(run: Run) -> Step:
+    """The last step that this machine can take towards an engine for the run's target.
+
+    Raises CannotRunHere where it can take none.
+    """
+    reason = run.target.missing()
+    if reason is None:
+        return engine(run)
+    if isinstance(run.target, Bundles):
+        return bundle(run)
+    raise CannotRunHere(f"cannot build for {run.target.name}: {reason}")
+
+
+def export_of(run: Run, path: Path) -> Export:
+    return Export(path=path, precision=run.recipe.precision, batch=run.batch)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions, read without importing anything."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def _verified(run: Run, stage: str, inputs: Mapping[str, Step], build: Callable[[Inputs, Path], None]) -> Step:
+    return Step(
+        stage=stage,
+        label=run.label(run.recipe.name, run.target.name),
+        inputs={**inputs, "exported": exported(run), "quantized": quantized(run), "weights": weights(run)},
+        params={
+            "target": run.target.name,
+            "precision": run.recipe.precision,
+            "batch": run.batch,
+            "max_drop": run.max_drop,
+            "versions": versions("onnxruntime"),
+        },
+        code=("pipeline.verify", type(run.target).__module__),
+        build=build,
+    )
+
+
+def _evaluated(run: Run, model: nn.Module, out: Path, report: Mapping[str, object]) -> None:
+    """Leave what `model` says of the test part in `test.npz`, and the report with its accuracy."""
+    import numpy as np
+
+    from calibration.metrics import top1
+    from calibration.train import predictions
+
+    logits, labels = predictions(model, run.images("test"))
+    np.savez_compressed(out / "test.npz", logits=logits, labels=labels)
+    _write_json(out / "report.json", {**report, "test_top1": top1(logits, labels), "images": len(labels)})
+
+
+def _link(source: str, target: str) -> None:
+    """Share a file between two artifacts; both are immutable. Copies where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,235 @@
+"""Build things once. An artifact's key is the digest of everything that went into it.
+
+A `Step` says what would be built and from what; its key is known without building anything. The `Store` builds what is
+missing, each artifact once however many processes ask for it, and publishes it whole or not at all.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from pathlib import Path
+
+MANIFEST = "artifact.json"
+_ROOT = Path(__file__).parent.parent
+_LAYERS = ("pipeline", "targets", "calibration", "models")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One artifact that could be built: from `inputs`, with `params`, by the code of the modules `code`.
+
+    `build` receives the folders of the inputs by name, and the empty folder to fill.
+    """
+
+    stage: str
+    label: str  # for people; the key decides
+    inputs: Mapping[str, Step]
+    params: Mapping[str, object]
+    code: tuple[str, ...]
+    build: Callable[[Mapping[str, Path], Path], None]
+
+    @cached_property
+    def ingredients(self) -> dict[str, object]:
+        return {
+            "stage": self.stage,
+            "inputs": {name: step.key for name, step in self.inputs.items()},
+            "params": plain(self.params),
+            "code": {name: _file_code(name) for root in self.code for name in sorted(_closure(root))},
+        }
+
+    @cached_property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.ingredients, sort_keys=True).encode()).hexdigest()
+
+    def chain(self) -> Iterator[Step]:
+        """Every step that this one needs, inputs first, itself last, each once."""
+        seen: dict[str, Step] = {}
+        for step in self.inputs.values():
+            seen |= {needed.key: needed for needed in step.chain()}
+        yield from seen.values()
+        yield self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """A finished, immutable folder."""
+
+    step: Step
+    path: Path
+    cached: bool  # it was there before this process asked
+
+    @property
+    def key(self) -> str:
+        return self.step.key
+
+    def files(self) -> dict[str, int]:
+        """Relative names and sizes in bytes."""
+        return {str(path.relative_to(self.path)): path.stat().st_size for path in _files(self.path)}
+
+
+class Store:
+    """Artifacts under one folder, one subfolder a stage."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, step: Step) -> Path:
+        return self.root / step.stage / f"{step.label}-{step.key[:12]}"
+
+    def has(self, step: Step) -> bool:
+        return (self.path(step) / MANIFEST).exists()
+
+    def get(self, step: Step) -> Artifact:
+        """The artifact of `step`, built now if nobody has; its inputs are only looked at if it must be built."""
+        path = self.path(step)
+        if self.has(step):
+            return Artifact(step=step, path=path, cached=True)
+        inputs = {name: self.get(needed).path for name, needed in step.inputs.items()}
+        with self._alone(step):
+            if self.has(step):  # another process built it while this one waited
+                return Artifact(step=step, path=path, cached=True)
+            self._build(step, inputs, path)
+        return Artifact(step=step, path=path, cached=False)
+
+    def explain(self, step: Step) -> list[str]:
+        """Why the artifact of `step` will be reused, or what makes it differ from the latest of the same label."""
+        if self.has(step):
+            return ["nothing that it depends on has changed"]
+        manifests = (self.root / step.stage).glob(f"{step.label}-*/{MANIFEST}")
+        latest = max(manifests, key=lambda path: path.stat().st_mtime, default=None)
+        if latest is None:
+            return ["it was never built"]
+        return list(_differences(json.loads(latest.read_text())["ingredients"], step.ingredients))
+
+    def _build(self, step: Step, inputs: Mapping[str, Path], path: Path) -> None:
+        scratch = path.with_name(f".building-{path.name}")
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed: whoever holds the lock is alone
+        scratch.mkdir(parents=True)
+        try:
+            started = time.monotonic()
+            step.build(inputs, scratch)
+            manifest = {
+                "key": step.key,
+                "ingredients": step.ingredients,
+                "seconds": round(time.monotonic() - started, 3),
+                "files": {str(file.relative_to(scratch)): file_digest(file) for file in _files(scratch)},
+            }
+            _write_durably(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            # The manifest is written last and the rename publishes all at once: a reader sees everything or nothing.
+            scratch.rename(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextmanager
+    def _alone(self, step: Step) -> Iterator[None]:
+        """Hold this artifact's lock; the kernel lets go of it however the process ends."""
+        path = self.path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".lock-{path.name}").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def plain(value: object) -> object:
+    """Reduce a description to JSON. A value with no stable form is an error, never a guess."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        identity = {item.name: plain(getattr(value, item.name)) for item in fields(value) if item.compare}
+        return {"type": type(value).__name__, **identity}
+    raise TypeError(f"{value!r} cannot be part of an artifact key; use numbers, strings, tuples or dataclasses of them")
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def _closure(module: str) -> frozenset[str]:
+    """`module` and every module of ours that it imports, directly or not, at its top or inside a function."""
+    found: set[str] = set()
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name not in found and _source(name).exists():
+            found.add(name)
+            pending += _imports(name)
+    return frozenset(found)
+
+
+@functools.cache
+def _imports(module: str) -> tuple[str, ...]:
+    names: set[str] = set()
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return tuple(name for name in sorted(names) if name.partition(".")[0] in _LAYERS)
+
+
+@functools.cache
+def _file_code(module: str) -> str:
+    """Digest of what a module does: editing a comment, a docstring or the layout rebuilds nothing."""
+    tree = _tree(module)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0].value = ast.Constant("")
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_source(module).read_bytes())
+
+
+def _source(module: str) -> Path:
+    """The file of a module; a package itself is only a name here, what it re-exports is imported from its parts."""
+    return _ROOT / (module.replace(".", "/") + ".py")
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _differences(before: object, after: object, where: str = "") -> Iterator[str]:
+    """The leaves in which two descriptions differ, as sentences."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(name), after.get(name), f"{where}.{name}" if where else name)
+    elif before != after:
+        layer, _, rest = where.partition(".")
+        if layer == "code":
+            yield f"the code of {rest} changed"
+        elif layer == "inputs":
+            yield f"its input `{rest}` is another one"
+        else:
+            yield f"{rest or where} was {json.dumps(before)}, is {json.dumps(after)}"

@@ -1,0 +1,215 @@
+"""What each verb does: it asks for artifacts, tells the story on stderr, and returns what the JSON answer says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import calibration.recipe
+import models
+import targets
+from models.errors import CannotRunHere
+from pipeline import stages
+from pipeline.stages import Run
+from pipeline.store import Artifact, Step, Store
+from targets.base import Bundles
+
+Answer = dict[str, object]
+
+_MEASUREMENTS = "measurements.sqlite"
+_DASHBOARD = "dashboard.html"
+_VERIFIED = ("executed", "why_not", "by", "top1", "float_top1", "agreement", "images", "snr_db")
+
+log = logging.getLogger("edgeline")
+
+
+def list_models() -> Answer:
+    rows = [
+        {
+            "name": spec.name,
+            "family": spec.family,
+            "parameters": spec.parameters,
+            "macs": spec.macs,
+            "input_size": spec.preprocess.size,
+            "top1": spec.top1,
+        }
+        for spec in models.ALL.values()
+    ]
+    log.info("%-18s %-12s %10s %9s %6s  %s", "model", "family", "parameters", "MACs", "input", "published top-1")
+    for spec in models.ALL.values():
+        parameters, macs = f"{spec.parameters / 1e6:.2f} M", f"{spec.macs / 1e6:,.0f} M"
+        top1 = f"{spec.top1:.2f} % ({spec.source})" if spec.top1 else f"none: {spec.source}"
+        log.info("%-18s %-12s %10s %9s %6d  %s", spec.name, spec.family, parameters, macs, spec.preprocess.size, top1)
+    return {"models": rows}
+
+
+def list_targets() -> Answer:
+    rows = []
+    for target in targets.ALL.values():
+        reason = target.missing()
+        rows.append({"name": target.name, "ready": reason is None, "why_not": reason})
+        log.info("%-15s %-9s %s", target.name, "ready" if reason is None else "not ready", target.summary)
+        if reason or (reason := target.not_executed()):
+            log.info("%-15s %-9s %s", "", "", reason)
+    return {"targets": rows}
+
+
+def engine(run: Run, root: Path) -> Answer:
+    """Build and verify the run's engine; where it can only be built on the device, leave a bundle for that.
+
+    Raises CannotRunHere with the bundle in its answer where the bundle is all that this machine can make.
+    """
+    artifact = _produced(stages.deliverable(run), root)
+    report = json.loads((artifact.path / "report.json").read_text())
+    answer = _answer(artifact) | {"files": artifact.files()} | {name: report[name] for name in _VERIFIED}
+    _tell(report)
+    if artifact.step.stage == "bundle":
+        assert isinstance(run.target, Bundles)
+        command = run.target.next_command(artifact.path)
+        raise CannotRunHere(
+            f"the engine for {run.target.name} was not built here: {run.target.missing()}. All host work is done; "
+            f"next: {command}",
+            answer=answer | {"next": command},
+        )
+    return answer
+
+
+def calibrate(run: Run, root: Path) -> Answer:
+    """Stop after post-training quantization: the calibrated program and the report of its accuracy in torch."""
+    return _quantized(replace(run, recipe=calibration.recipe.ALL["int8_ptq"]), root)
+
+
+def qat(run: Run, root: Path) -> Answer:
+    """Stop after quantization-aware training."""
+    return _quantized(replace(run, recipe=calibration.recipe.ALL["int8_qat"]), root)
+
+
+def verify(run: Run, root: Path) -> Answer:
+    """Verify the engine again, now and from disk, whatever an earlier report says."""
+    from pipeline.verify import verify as verified
+
+    step = _engine_step(run)
+    artifact = _produced(step, root)
+    before = {name: Store(root).get(needed).path for name, needed in step.inputs.items()}
+    report = verified(run, stages.export_of(run, before["exported"]), artifact.path, before)
+    _tell(report)
+    return _answer(artifact) | {"files": artifact.files()} | {name: report[name] for name in _VERIFIED}
+
+
+def profile(run: Run, root: Path) -> Answer:
+    """Time the engine and append the measurement. Raises CannotRunHere where it cannot be executed."""
+    from pipeline.measure import Conditions, summarize, time_session
+    from pipeline.results import Results, Row
+
+    step = _engine_step(run)
+    if reason := run.target.not_executed():
+        raise CannotRunHere(f"{run.target.name} cannot be timed here: {reason}")
+    artifact = _produced(step, root)
+    report = json.loads((artifact.path / "report.json").read_text())
+    images = next(run.images("val").batches(run.batch))[0].numpy()
+    before = Conditions.now()
+    with run.target.open(artifact.path) as session:
+        samples = time_session(session, images)
+    after = Conditions.now()
+    summary = summarize(samples, before=before, after=after)
+    row = Row(
+        model=run.model.name,
+        family=run.model.family,
+        target=run.target.name,
+        device="local",
+        recipe=run.recipe.name,
+        precision=run.recipe.precision,
+        size=run.preprocess.size,
+        batch=run.batch,
+        threads=report["inspected"].get("threads"),
+        artifact_key=artifact.key,
+        artifact_path=str(artifact.path),
+        summary=summary,
+        samples_ns=tuple(samples),
+        versions=run.target.toolchain(),
+        conditions={"before": asdict(before), "after": asdict(after)},
+        top1=report["top1"],
+        float_top1=report["float_top1"],
+        agreement=report["agreement"],
+    )
+    Results(root / _MEASUREMENTS).append(row)
+    log.info(
+        "p50 %.3f ms, p90 %.3f ms, p99 %.3f ms over %d queries%s",
+        summary.p50_ms,
+        summary.p90_ms,
+        summary.p99_ms,
+        summary.n,
+        "" if summary.valid else f"; INVALID: {summary.why_invalid}",
+    )
+    return _answer(artifact) | {
+        "p50_ms": summary.p50_ms,
+        "p90_ms": summary.p90_ms,
+        "p99_ms": summary.p99_ms,
+        "n": summary.n,
+        "valid": summary.valid,
+        "why_invalid": summary.why_invalid,
+    }
+
+
+def dashboard(root: Path) -> Answer:
+    """Draw all measurements on one page, and open it where somebody watches."""
+    from pipeline import dashboard as page
+    from pipeline.results import Results
+
+    rows = Results(root / _MEASUREMENTS).rows()
+    path = (root / _DASHBOARD).resolve()
+    page.write(rows, path)
+    log.info("%d measurements: %s", len(rows), path.as_uri())
+    if sys.stdout.isatty():
+        import webbrowser
+
+        webbrowser.open(path.as_uri())
+    return {"path": str(path), "rows": len(rows)}
+
+
+def explain(run: Run, root: Path) -> Answer:
+    """Say of every stage whether it would be reused, and if not, what changed. Builds nothing."""
+    store = Store(root)
+    told = []
+    for step in stages.deliverable(run).chain():
+        why = store.explain(step)
+        told.append({"stage": step.stage, "key": step.key, "cached": store.has(step), "why": why})
+        log.info("%-10s %-6s %s", step.stage, "hit" if store.has(step) else "build", "; ".join(why))
+    return {"stages": told}
+
+
+def _quantized(run: Run, root: Path) -> Answer:
+    artifact = _produced(stages.quantized(run), root)
+    report = json.loads((artifact.path / "report.json").read_text())
+    log.info("%s in torch: top-1 %.2f %% on %d test images", run.recipe.name, report["test_top1"], report["images"])
+    return _answer(artifact) | {"recipe": run.recipe.name, "top1": report["test_top1"], "images": report["images"]}
+
+
+def _engine_step(run: Run) -> Step:
+    """The engine itself: a bundle will not do. Raises CannotRunHere where this machine cannot build it."""
+    if reason := run.target.missing():
+        raise CannotRunHere(f"there is no engine for {run.target.name} on this machine: {reason}")
+    return stages.engine(run)
+
+
+def _produced(step: Step, root: Path) -> Artifact:
+    """The artifact of `step`, telling of each stage whether it was there."""
+    store = Store(root)
+    for needed in step.chain():
+        if store.has(needed):
+            log.info("%-10s hit    %s", needed.stage, store.path(needed))
+    return store.get(step)
+
+
+def _answer(artifact: Artifact) -> Answer:
+    return {"artifact": str(artifact.path), "key": artifact.key, "cached": artifact.cached}
+
+
+def _tell(report: dict[str, object]) -> None:
+    for step in report["steps"]:  # type: ignore[attr-defined]
+        log.info("  %-32s top-1 %6.2f %%   %7.1f dB to the step before", step["name"], step["top1"], step["snr_db"])
+    if not report["executed"]:
+        log.info("  the engine itself was not executed: %s", report["why_not"])

@@ -1,0 +1,166 @@
+"""Hold an artifact against the float model on the whole test part, and every step between them against the one before.
+
+    torch float -> torch quantized -> ONNX Runtime on model.onnx -> the engine
+
+Where the engine cannot be executed, the graph that it was compiled from is, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibration.metrics import Labels, Logits, agreement, snr_db, top1
+from calibration.progress import bar
+from models.errors import CheckFailed
+from pipeline.divergence import engine_divergence, export_divergence
+from targets._host import padded
+from targets.onnxruntime import reference_logits
+
+if TYPE_CHECKING:
+    from pipeline.stages import Run
+    from targets.base import Export, Images
+
+# Least signal-to-noise ratio in decibels of a step against the one before it, by precision. ONNX Runtime computes what
+# torch computes but for the order of sums. An engine of 16-bit floats is 22 dB (bfloat16) to 60 dB (FP16) away; one of
+# INT8 may fuse, and so move, roundings, and is held by its answers more than by its decibels.
+_ONNX_DB = {"fp32": 60.0, "fp16": 60.0, "int8": 20.0}
+_ENGINE_DB = {"fp32": 50.0, "fp16": 15.0, "int8": 12.0}
+_FLIPS = 0.02  # share of the images whose answer a step may change, and one image in any case
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What one step says of the test part."""
+
+    name: str
+    top1: float  # percent
+    agreement: float  # percent of the images that the step before answers alike
+    snr_db: float  # of its logits against those of the step before
+
+
+@dataclass(kw_only=True, slots=True)
+class Ladder:
+    """Steps from the float model to the artifact, each held against the one before as it is added."""
+
+    labels: Labels
+    float_logits: Logits
+    logits: Logits  # of the last step
+    steps: list[Step] = field(default_factory=list)
+
+    def add(self, name: str, logits: Logits, *, least_db: float, diverging: Callable[[], str]) -> None:
+        """Raises CheckFailed, naming what `diverging` finds, where `logits` are too far from the step before."""
+        step = self._compared(name, logits)
+        flips = round((100 - step.agreement) / 100 * len(self.labels))
+        if step.snr_db < least_db or flips > max(1, _FLIPS * len(self.labels)):
+            raise CheckFailed(
+                f"{name} computes something else than {self.steps[-1].name}: {step.snr_db:.1f} dB and {flips} of "
+                f"{len(self.labels)} answers changed, expected at least {least_db:.0f} dB and at most "
+                f"{max(1, int(_FLIPS * len(self.labels)))}; {diverging()}"
+            )
+        self.steps.append(step)
+        self.logits = logits
+
+    def note(self, name: str, logits: Logits) -> None:
+        """Add a step that may differ as it will: what it costs is accuracy, which the budget limits."""
+        self.steps.append(self._compared(name, logits))
+        self.logits = logits
+
+    def _compared(self, name: str, logits: Logits) -> Step:
+        return Step(
+            name=name,
+            top1=top1(logits, self.labels),
+            agreement=agreement(self.logits, logits),
+            snr_db=round(snr_db(self.logits, logits), 2),
+        )
+
+
+def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -> dict[str, object]:
+    """The report of `engine`; `before` holds the folders of the weights and quantized stages.
+
+    Raises CheckFailed where a step changed the model, or the artifact loses more than `run.max_drop` points.
+    """
+    inspected = run.target.inspect(export, engine)
+    images = _test_images(run)
+    ladder = _climbed(export, images, before)
+    why_not = run.target.not_executed()
+    if why_not is None:
+        by, logits = run.target.name, _executed(run, engine, images)
+        diverging = lambda: engine_divergence(run.target, export, engine, images[: export.batch])  # noqa: E731
+    else:
+        graph = run.target.graph(engine) or export.onnx
+        by, logits = f"onnxruntime, on {graph.name}", reference_logits(graph, images)
+        diverging = lambda: f"look at {graph}"  # noqa: E731
+    ladder.add(by, logits, least_db=_ENGINE_DB[export.precision], diverging=diverging)
+    return {**_report(run, ladder, why_not, by), "inspected": inspected}
+
+
+def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> dict[str, object]:
+    """The report of a bundle: that of the graph in it, since the engine does not exist yet. Raises as `verify` does."""
+    images = _test_images(run)
+    ladder = _climbed(export, images, before)
+    graph = bundle / "model.onnx"
+    ladder.add(
+        f"onnxruntime, on {graph.name}",
+        reference_logits(graph, images),
+        least_db=_ENGINE_DB[export.precision],
+        diverging=lambda: f"look at {graph}",
+    )
+    return _report(run, ladder, run.target.missing(), ladder.steps[-1].name)
+
+
+def _climbed(export: Export, images: Images, before: Mapping[str, Path]) -> Ladder:
+    """The ladder up to ONNX Runtime on the export."""
+    with np.load(before["weights"] / "test.npz") as found:
+        ladder = Ladder(labels=found["labels"], float_logits=found["logits"], logits=found["logits"])
+    ladder.note("torch float", ladder.logits)
+    with np.load(before["quantized"] / "test.npz") as found:
+        ladder.note("torch quantized" if export.precision == "int8" else "torch exported", found["logits"])
+    ladder.add(
+        "onnxruntime, on model.onnx",
+        reference_logits(export.onnx, images),
+        least_db=_ONNX_DB[export.precision],
+        diverging=lambda: export_divergence(export, images[:2]),
+    )
+    return ladder
+
+
+def _test_images(run: Run) -> Images:
+    """All images of the test part that can be read, (N, 3, S, S)."""
+    return np.concatenate([batch.numpy() for batch, _ in run.images("test").batches(64)])
+
+
+def _executed(run: Run, engine: Path, images: Images) -> Logits:
+    found = []
+    with run.target.open(engine) as session, bar(total=len(images), title="verification", unit="image") as progress:
+        for start in range(0, len(images), session.batch):
+            query = images[start : start + session.batch]
+            found.append(np.array(session.infer(padded(query, session.batch))[: len(query)]))
+            progress.update(len(query))
+    return np.concatenate(found)
+
+
+def _report(run: Run, ladder: Ladder, why_not: str | None, by: str) -> dict[str, object]:
+    found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
+    one_image = 100 / len(ladder.labels)
+    if reference - found > max(run.max_drop, one_image) + 1e-9:
+        raise CheckFailed(
+            f"the {run.recipe.name} artifact of {run.model.name} has {found:.2f} % top-1 on {len(ladder.labels)} test "
+            f"images, {reference - found:.2f} points below float ({reference:.2f} %), with {run.max_drop} allowed; try "
+            " RECIPE=int8_qat, or RECIPE=fp16"
+        )
+    return {
+        "executed": why_not is None,
+        "why_not": why_not,
+        "by": by,
+        "top1": round(found, 3),
+        "float_top1": round(reference, 3),
+        "agreement": round(agreement(ladder.float_logits, ladder.logits), 3),
+        "snr_db": round(snr_db(ladder.float_logits, ladder.logits), 2),
+        "images": len(ladder.labels),
+        "steps": [asdict(step) for step in ladder.steps],
+    }

@@ -1,0 +1,122 @@
+"""OpenVINO on this machine's CPU: float32, the CPU's own half precision, or real INT8 from the shared Q/DQ graph."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.scheme import SHARED, Scheme
+from models.errors import CheckFailed
+from targets._host import HostSession, threads
+from targets.base import INPUT_NAME, Export
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from targets.base import Images, Logits
+
+_OPTIONS = "engine.json"
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTarget:
+    name: str = "cpu"
+    summary: str = "OpenVINO on this machine's CPU"
+    scheme: Scheme = SHARED
+
+    def missing(self) -> str | None:
+        return None if importlib.util.find_spec("openvino") else "the openvino package is missing: run `make setup`"
+
+    def not_executed(self) -> str | None:
+        return self.missing()
+
+    def toolchain(self) -> dict[str, str]:
+        return {"openvino": importlib.metadata.version("openvino"), "half": half_precision()}
+
+    def build(self, export: Export, out: Path) -> None:
+        import openvino
+
+        model = openvino.Core().read_model(export.onnx)
+        model.reshape([export.batch, *list(model.input(0).partial_shape)[1:]])
+        openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
+        # Always explicit: left to itself, OpenVINO runs float32 models in bfloat16 where the CPU has it.
+        hint = half_precision() if export.precision == "fp16" else "f32"
+        options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+        (out / _OPTIONS).write_text(json.dumps(options, indent=1) + "\n")
+
+    def inspect(self, export: Export, engine: Path) -> dict[str, object]:
+        compiled = _compiled(engine)
+        precisions: dict[str, int] = {}
+        for node in compiled.get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            if info["layerType"].astype(str) in {"Convolution", "FullyConnected", "MatMul"}:
+                precision = info["runtimePrecision"].astype(str)
+                precisions[precision] = precisions.get(precision, 0) + 1
+        integers = precisions.get("i8", 0) + precisions.get("u8", 0)
+        if export.precision == "int8" and not integers:
+            raise CheckFailed(
+                f"{engine}: OpenVINO executes no layer in INT8 ({precisions}); this CPU may lack integer instructions, "
+                "use RECIPE=fp32"
+            )
+        hint = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        return {"threads": threads(), "precision_hint": hint, "weighted_layers_by_precision": precisions}
+
+    def graph(self, engine: Path) -> Path | None:
+        return None
+
+    @contextmanager
+    def open(self, engine: Path) -> Iterator[HostSession]:
+        compiled = _compiled(engine)
+        request = compiled.create_infer_request()
+
+        def run(images: Images) -> Logits:
+            found: Logits = request.infer({INPUT_NAME: images}, share_inputs=True)[0]
+            return found
+
+        yield HostSession(batch=int(compiled.input(0).shape[0]), run=run)
+
+    def probe(self, engine: Path, names: list[str], images: Images) -> dict[str, npt.NDArray[Any]]:
+        """Tensors become outputs, which keeps OpenVINO from fusing across them: the closest look that there is."""
+        model = _read(engine)
+        known = {name for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
+        shown = [name for name in names if name in known]
+        for name in shown:
+            model.add_outputs(name)
+        results = _compiled(engine, model).create_infer_request().infer({INPUT_NAME: images})
+        return {name: value.copy() for output, value in results.items() for name in output.get_names() if name in shown}
+
+
+def half_precision() -> str:
+    """OpenVINO's name of the 16-bit float that this CPU computes in fastest; `f32` where it has none.
+
+    bfloat16 needs AVX512-BF16 or AMX, FP16 needs AVX512-FP16 or Arm: the flags are those of Linux's /proc/cpuinfo.
+    """
+    flags = set(_CPUINFO.read_text().split()) if _CPUINFO.exists() else set()
+    if {"amx_fp16", "avx512_fp16", "asimdhp", "fphp"} & flags and "amx_bf16" not in flags:
+        return "f16"
+    return "bf16" if {"amx_bf16", "avx512_bf16"} & flags else "f32"
+
+
+def _compiled(engine: Path, model: Any = None) -> Any:
+    import openvino
+
+    options = json.loads((engine / _OPTIONS).read_text())
+    return openvino.Core().compile_model(
+        model or _read(engine), "CPU", {**options, "INFERENCE_NUM_THREADS": str(threads())}
+    )
+
+
+def _read(engine: Path) -> Any:
+    import openvino
+
+    return openvino.Core().read_model(engine / "model.xml")
+
+
+TARGET = CpuTarget()

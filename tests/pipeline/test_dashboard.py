@@ -1,0 +1,316 @@
+# ruff: noqa: RUF001 (the page sets real minus, dash and multiplication signs)
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.dashboard import render, write
+from pipeline.measure import Summary
+from pipeline.results import Results, Row
+
+NOW = datetime(2026, 3, 14, 15, 9, 26, tzinfo=UTC)
+HOSTILE = "<script>alert('x')</script>\"&{{ 7 * 7 }}"
+
+
+def summary(p50_ms: float, *, n: int = 1000, why_invalid: str | None = None) -> Summary:
+    return Summary(
+        p50_ms=p50_ms,
+        p90_ms=p50_ms * 1.1,
+        p99_ms=p50_ms * 1.5,
+        min_ms=p50_ms * 0.9,
+        max_ms=p50_ms * 2,
+        mean_ms=p50_ms,
+        n=n,
+        cv=0.05,
+        why_invalid=why_invalid,
+    )
+
+
+def measured(p50_ms: float, *, n: int = 1000, why_invalid: str | None = None, number: int = 1) -> Row:
+    return Row(
+        model="mobilevit_xs",
+        family="mobilevit",
+        target="cpu",
+        device="desk",
+        recipe="fp32",
+        precision="fp32",
+        size=256,
+        batch=1,
+        threads=2,
+        artifact_key="87f623c687bc" + "0" * 52,
+        artifact_path="build/engine/x",
+        summary=summary(p50_ms, n=n, why_invalid=why_invalid),
+        samples_ns=[int(p50_ms * 1e6)],
+        versions={"openvino": "2026.0.0"},
+        conditions={"before": {"load_1min": 0.25, "governor": None}},
+        top1=74.2,
+        float_top1=74.6,
+        agreement=98.0,
+        id=number,
+        created=f"2026-03-14T09:{number:02d}:00.000+00:00",
+    )
+
+
+FP32 = measured(8.0)
+INT8 = replace(measured(4.0, number=2), recipe="int8_qat", precision="int8")
+
+
+class Page(HTMLParser):
+    """What a reader gets: the visible text, the tags, and the text of each table line."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.lines: list[str] = []
+        self._hidden = 0
+        self._in_line = False
+        self.feed(html)
+        self.text = _squeezed(self.words)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += attrs
+        self._hidden += tag in ("style", "script")
+        if tag == "tr":
+            self.lines.append("")
+            self._in_line = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden -= tag in ("style", "script")
+        self._in_line &= tag != "tr"
+
+    def handle_data(self, data: str) -> None:
+        if self._hidden:
+            return
+        self.words.append(data)
+        if self._in_line:
+            self.lines[-1] = _squeezed([self.lines[-1], data])
+
+    def line(self, *words: str) -> str:
+        """The one table line that has every word."""
+        (found,) = [line for line in self.lines if all(word in line for word in words)]
+        return found
+
+
+def _squeezed(words: list[str]) -> str:
+    return " ".join(" ".join(words).split())
+
+
+def page(*rows: Row) -> Page:
+    return Page(render(rows, now=NOW))
+
+
+def test_the_header_says_when_and_how_much() -> None:
+    shown = page(FP32, INT8, replace(FP32, target="jetson", device="orin", id=3))
+    assert "Made 2026-03-14 15:09 UTC" in shown.text
+    assert "measurements 3 model 1 devices 2 INVALID 0" in shown.text
+
+
+def test_an_empty_database_says_how_to_get_the_first_row() -> None:
+    shown = page()
+    assert "Nothing is measured yet" in shown.text
+    assert "make profile MODEL=mobilevit_xs TARGET=cpu" in shown.text
+    assert shown.tags["table"] == 0
+
+
+def test_a_line_shows_what_was_measured() -> None:
+    line = page(FP32).line("fp32", "valid")
+    assert line.startswith("mobilevit_xs mobilevit fp32 256 1 2 8.00 – 8.80 12.0 1000 74.2 74.6 −0.4")
+
+
+def test_details_name_versions_artifact_and_conditions() -> None:
+    text = page(FP32).text
+    assert "artifact 87f623c687bc , openvino 2026.0.0" in text
+    assert f"key {FP32.artifact_key} path build/engine/x" in text
+    assert "before load_1min 0.25 before governor unknown" in text
+
+
+def test_hostile_names_are_text_and_nothing_else() -> None:
+    calm, hostile = page(_invalid(FP32)), page(_invalid(_with_hostile_names(FP32)))
+    assert hostile.tags == calm.tags
+    assert hostile.tags["script"] == 0
+    for label in (f"{HOSTILE} family", f"target{HOSTILE} on device{HOSTILE}", f"recipe{HOSTILE}", f"why{HOSTILE}"):
+        assert label in hostile.text
+
+
+def _with_hostile_names(row: Row) -> Row:
+    return replace(
+        row,
+        model=HOSTILE,
+        family=f"family{HOSTILE}",
+        target=f"target{HOSTILE}",
+        device=f"device{HOSTILE}",
+        recipe=f"recipe{HOSTILE}",
+        artifact_key=HOSTILE,
+        artifact_path=HOSTILE,
+        versions={HOSTILE: HOSTILE},
+        method={HOSTILE: [HOSTILE]},
+        conditions={HOSTILE: {HOSTILE: HOSTILE, "unknown": None}},
+    )
+
+
+def _invalid(row: Row) -> Row:
+    return replace(row, summary=replace(row.summary, why_invalid=f"why{HOSTILE}"))
+
+
+def test_invalid_rows_are_shown_with_their_reason() -> None:
+    shown = page(FP32, replace(INT8, summary=summary(2.0, why_invalid="latencies drifted")))
+    assert shown.line("int8_qat", "2.00").endswith("INVALID")
+    assert "INVALID: latencies drifted" in shown.text
+    assert "2 rows, 1 INVALID" in shown.text
+
+
+def test_the_fastest_recipe_is_a_valid_one() -> None:
+    ptq = replace(measured(1.0, why_invalid="only 3 queries of at least 64"), recipe="int8_ptq", id=3)
+    shown = page(FP32, INT8, ptq)
+    assert [line.split()[0] for line in shown.lines if "fastest" in line] == ["int8_qat"]
+
+
+def test_only_equal_sizes_and_batches_are_compared() -> None:
+    shown = page(FP32, replace(INT8, size=128), replace(INT8, batch=8, id=3))
+    assert not any("fastest" in line for line in shown.lines)
+    assert "2.00×" not in shown.text
+
+
+def test_the_best_device_is_named_where_there_is_a_choice() -> None:
+    jetson = replace(FP32, target="jetson", device="orin", summary=summary(2.0), id=3)
+    assert "best device for" not in page(FP32, INT8).text
+    assert page(FP32, INT8, jetson).text.count("best device for fp32") == 1
+
+
+def test_the_gain_over_fp32_is_told() -> None:
+    assert "4.00 2.00×" in page(FP32, INT8).line("int8_qat", "valid")
+
+
+def test_accuracy_below_the_target_is_marked_in_words_too() -> None:
+    below = page(replace(FP32, top1=73.0, float_top1=74.6))
+    assert "▼ −1.6" in below.line("fp32", "valid")
+    assert ("title", "below 99 % of the float model") in below.attributes
+    assert "▼" not in page(replace(FP32, top1=74.0, float_top1=74.6)).line("fp32", "valid")
+
+
+def test_unknown_accuracy_is_a_dash() -> None:
+    assert "1000 – – – " in page(replace(FP32, top1=None, float_top1=None)).line("fp32", "valid")
+
+
+def test_percentiles_from_too_few_queries_are_marked() -> None:
+    line = page(measured(8.0, n=64)).line("fp32", "valid")
+    assert "8.80 12.0 * 64" in line
+
+
+def test_the_latest_measurement_stands_in_the_table_and_earlier_ones_below_it() -> None:
+    first = measured(9.0, why_invalid="latencies are scattered", number=1)
+    second, third = measured(8.5, number=2), measured(7.5, number=3)
+    shown = page(third, first, second)  # in any order
+    assert " 7.50 " in shown.line("mobilevit_xs", "fp32")
+    assert ", 2 earlier" in shown.text
+    assert shown.line("2026-03-14 09:01").endswith("INVALID latencies are scattered")
+    assert "8.50" in shown.line("2026-03-14 09:02")
+    assert ("aria-label", "p50 of the last 3 runs: 9.00, 8.50, 7.50 ms") in shown.attributes
+
+
+def test_thread_counts_are_different_lines() -> None:
+    assert page(FP32, replace(FP32, threads=1, id=2)).text.count("first run") == 2
+
+
+def test_every_device_has_its_section_and_every_table_its_headers() -> None:
+    html = render([FP32, replace(FP32, device="other")], now=NOW)
+    shown = Page(html)
+    assert shown.tags["section"] == shown.tags["caption"] == 2
+    assert {value for name, value in shown.attributes if name == "scope"} == {"col", "row", "rowgroup"}
+    assert "cpu on desk" in shown.text and "cpu on other" in shown.text
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_scatter_needs_two_valid_accuracies() -> None:
+    assert "Accuracy against latency" in page(FP32, INT8).text
+    assert "Accuracy against latency" not in page(FP32).text
+    assert "Accuracy against latency" not in page(FP32, replace(INT8, top1=None)).text
+    assert "Accuracy against latency" not in page(FP32, _invalid(INT8)).text
+
+
+def test_the_scatter_describes_itself() -> None:
+    labels = [value for name, value in page(FP32, replace(INT8, top1=73.9)).attributes if name == "aria-label"]
+    assert (
+        "Top-1 over p50 latency of 2 valid rows. Fastest: mobilevit_xs int8_qat, 4.00 ms. "
+        "Most accurate: mobilevit_xs fp32, 74.2 %."
+    ) in labels
+
+
+@pytest.mark.parametrize("factor", [1, 1e-4, 1e4])
+def test_any_latency_and_accuracy_can_be_drawn(factor: float) -> None:
+    rows = [
+        replace(FP32, model=f"model{number}", summary=summary(factor * 3**number), top1=50.0 * (number % 3), id=number)
+        for number in range(6)
+    ]
+    shown = page(*rows, *(replace(row, recipe="int8_qat") for row in rows))
+    assert shown.tags["figure"] == 1
+    for x, y in re.findall(r"translate\(([-\d.]+) ([-\d.]+)\)", str(shown.attributes)):
+        assert 0 <= float(x) <= 1240 and 0 <= float(y) <= 340
+
+
+def test_the_page_fetches_nothing() -> None:
+    html = render([FP32, INT8], now=NOW)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<link rel=.stylesheet", html)
+    assert "default-src 'none'" in html
+
+
+def test_the_page_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "dashboard.html"
+    write([], out)
+    write([FP32], out)
+    assert "mobilevit_xs" in out.read_text(encoding="utf-8")
+    assert [path.name for path in out.parent.iterdir()] == ["dashboard.html"]
+
+
+def test_a_failure_leaves_the_old_page_and_no_scraps(tmp_path: Path) -> None:
+    out = tmp_path / "dashboard.html"
+    write([FP32], out)
+    before = out.read_bytes()
+    broken = replace(FP32, summary=summary(0.0))  # no scale to draw on
+    with pytest.raises(ZeroDivisionError):
+        write([broken], out)
+    assert out.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Debian package `chromium`")
+def test_chromium_shows_what_the_database_holds(tmp_path: Path) -> None:
+    """From the database to the pixels: the browser's own tree has every row, and the picture is not blank."""
+    results = Results(tmp_path / "results.db")
+    for row in (FP32, INT8, _invalid(_with_hostile_names(FP32))):
+        results.append(row)
+    out = tmp_path / "dashboard.html"
+    write(results.rows(), out)
+    results.close()
+
+    dom = Page(_chromium(tmp_path, "--dump-dom", out.as_uri()))
+    assert dom.tags["section"] == 2
+    assert dom.tags["script"] == 0
+    assert f"INVALID: why{HOSTILE}" in dom.text
+    assert "4.00 2.00×" in dom.text
+
+    picture = tmp_path / "dashboard.png"
+    _chromium(tmp_path, "--window-size=1440,1200", f"--screenshot={picture}", out.as_uri())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 30_000  # a blank page of this size is under 10 kB
+
+
+def _chromium(folder: Path, *arguments: str) -> str:
+    chromium = shutil.which("chromium")
+    assert chromium
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    quiet += ["--disable-background-networking", "--disable-component-update"]
+    command = [chromium, *quiet, f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout

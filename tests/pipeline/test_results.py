@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from models.errors import BadRequest, CannotRunHere
+from pipeline.measure import Summary, TimingPlan
+from pipeline.results import SCHEMA, Results, Row
+
+ROOT = Path(__file__).parents[2]
+SUMMARY = Summary(
+    p50_ms=5.67, p90_ms=6.1, p99_ms=7.25, min_ms=5.5, max_ms=9.125, mean_ms=5.75, n=3, cv=0.0625, why_invalid=None
+)
+ROW = Row(
+    model="mobilevit_xs",
+    family="mobilevit",
+    target="cpu",
+    device="Büro-PC",
+    recipe="int8_qat",
+    precision="int8",
+    size=256,
+    batch=1,
+    threads=2,
+    artifact_key="87f623c687bc",
+    artifact_path="build/engine/mobilevit_xs-int8_qat-cpu-87f623c687bc",
+    method=TimingPlan().method(),
+    summary=SUMMARY,
+    samples_ns=[5_500_000, 5_670_000, 9_125_000],
+    versions={"openvino": "2026.0.0"},
+    conditions={"before": {"load_1min": 0.25, "governor": None}},
+    top1=74.5,
+    float_top1=74.75,
+    agreement=98.0,
+)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "results.db"
+
+
+@pytest.fixture
+def results(database: Path) -> Iterator[Results]:
+    opened = Results(database)
+    yield opened
+    opened.close()
+
+
+def test_a_row_comes_back_as_it_was_given(results: Results) -> None:
+    before = datetime.now(UTC)
+    number = results.append(ROW)
+    (found,) = results.rows()
+    assert found == replace(ROW, id=number, created=found.created)
+    assert found.created is not None
+    created = datetime.fromisoformat(found.created)
+    assert created.utcoffset() is not None
+    assert abs((created - before).total_seconds()) < 60
+
+
+def test_what_is_unknown_comes_back_as_none(results: Results) -> None:
+    results.append(replace(ROW, threads=None, top1=None, float_top1=None, agreement=None))
+    (found,) = results.rows()
+    assert (found.threads, found.top1, found.float_top1, found.agreement) == (None, None, None, None)
+
+
+def test_an_invalid_measurement_keeps_its_reason(results: Results) -> None:
+    results.append(replace(ROW, summary=replace(SUMMARY, why_invalid="only 3 queries of at least 64")))
+    (found,) = results.rows()
+    assert not found.summary.valid
+    assert found.summary.why_invalid == "only 3 queries of at least 64"
+
+
+def test_rows_are_oldest_first_and_filtered_by_every_given_value(results: Results) -> None:
+    first = results.append(ROW)
+    second = results.append(replace(ROW, recipe="fp32"))
+    third = results.append(replace(ROW, target="jetson", device="orin"))
+    assert [row.id for row in results.rows()] == [first, second, third]
+    assert [row.id for row in results.rows(target="cpu")] == [first, second]
+    assert [row.id for row in results.rows(target="cpu", recipe="fp32")] == [second]
+    assert [row.id for row in results.rows(device="orin", model="mobilevit_xs")] == [third]
+    assert results.rows(artifact_key="absent") == []
+
+
+def test_a_second_opening_finds_the_rows(results: Results, database: Path) -> None:
+    results.append(ROW)
+    again = Results(f"sqlite:///{database}")
+    assert [row.model for row in again.rows()] == ["mobilevit_xs"]
+    again.close()
+
+
+def test_there_is_no_way_to_change_or_delete() -> None:
+    methods = {name for name, _ in inspect.getmembers(Results, inspect.isfunction) if not name.startswith("_")}
+    assert methods == {"append", "rows", "close"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE measurements SET p50_ms = 0.1",
+        "UPDATE measurements SET valid = 1 WHERE id = 1",
+        "DELETE FROM measurements",
+        "DELETE FROM measurements WHERE id = 1",
+        "REPLACE INTO measurements SELECT * FROM measurements",
+        "INSERT OR IGNORE INTO measurements SELECT * FROM measurements",
+    ],
+)
+def test_the_file_refuses_to_be_rewritten(results: Results, database: Path, statement: str) -> None:
+    results.append(ROW)
+    before = results.rows()
+    connection = sqlite3.connect(database)
+    with pytest.raises(sqlite3.IntegrityError, match="measurements are never changed or deleted: append a new row"):
+        connection.execute(statement)
+    connection.close()
+    assert results.rows() == before
+
+
+def test_four_processes_append_at_once(database: Path) -> None:
+    """They also race to create the database: none of them finds it there."""
+    script = (
+        "import sys\n"
+        "from tests.pipeline.test_results import ROW, Results, replace\n"
+        "results = Results(sys.argv[1])\n"
+        "for number in range(25):\n"
+        "    results.append(replace(ROW, model=sys.argv[2], threads=number))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(database), f"model{writer}"],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for writer in range(4)
+    ]
+    errors = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * 4, errors
+    results = Results(database)
+    for writer in range(4):
+        assert [row.threads for row in results.rows(model=f"model{writer}")] == list(range(25))
+    assert [row.id for row in results.rows()] == list(range(1, 101))
+    results.close()
+
+
+def test_a_database_of_a_later_edgeline_is_refused(database: Path) -> None:
+    Results(database).close()
+    connection = sqlite3.connect(database)
+    connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    connection.close()
+    message = (
+        f"cannot use the results database {database}: it has schema {SCHEMA + 1}, and this Edgeline knows schemas up "
+        f"to {SCHEMA}; update Edgeline, or name another database"
+    )
+    with pytest.raises(BadRequest, match=f"^{re.escape(message)}$"):
+        Results(database)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    damaged = tmp_path / "results.db"
+    damaged.write_bytes(b"not a database at all\n" * 100)
+    message = (
+        f"cannot use the results database {damaged}: file is not a database; expected an Edgeline results database "
+        "that this user can write; move it away to start a new one, or name another"
+    )
+    with pytest.raises(BadRequest, match=f"^{re.escape(message)}$"):
+        Results(damaged)
+    assert damaged.read_bytes() == b"not a database at all\n" * 100
+
+
+def test_a_database_damaged_in_the_middle_is_refused(database: Path) -> None:
+    results = Results(database)
+    for _ in range(50):
+        results.append(ROW)
+    results.close()
+    content = bytearray(database.read_bytes())
+    for page in range(4096, len(content), 4096):  # all pages but the one with the schema
+        content[page : page + 512] = b"\xff" * 512
+    database.write_bytes(content)
+    with pytest.raises(BadRequest, match="malformed; expected an Edgeline results database"):
+        Results(database).rows()
+
+
+def test_a_table_of_another_program_is_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.db"
+    connection = sqlite3.connect(foreign)
+    connection.execute("CREATE TABLE measurements (id INTEGER PRIMARY KEY, celsius REAL)")
+    connection.close()
+    with pytest.raises(BadRequest, match=r"its table measurements has no column created, model, .*another program"):
+        Results(foreign)
+
+
+def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match=f"{re.escape(str(tmp_path))}: unable to open database file"):
+        Results(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(BadRequest, match="cannot use the results database"):
+        Results(tmp_path / "file" / "results.db")
+
+
+def test_urls_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(BadRequest, match=r"^cannot read the database URL '://nothing'; expected one like sqlite:///"):
+        Results("://nothing")
+    with pytest.raises(BadRequest, match="SQLAlchemy has no database named 'mongodb'"):
+        Results("mongodb://host/name")
+
+
+def test_a_missing_driver_is_named_and_the_password_is_not() -> None:
+    if importlib.util.find_spec("oracledb"):
+        pytest.skip("the oracledb driver is installed")
+    with pytest.raises(CannotRunHere, match=r"its driver is missing \(No module named 'oracledb'\)") as caught:
+        Results("oracle+oracledb://user:hunter2@host/name")
+    assert "hunter2" not in str(caught.value)
