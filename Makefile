@@ -1,0 +1,99 @@
+# What a person types. Each rule is one call of `python -m pipeline`; the first one that needs it sets up .venv.
+
+MODEL   ?= mobilevit_xs
+TARGET  ?= cpu
+RECIPE  ?= int8_qat
+DATA    ?= digits
+WEIGHTS ?=
+SIZE    ?=
+BATCH   ?= 1
+DEVICE  ?= local
+SEED    ?= 0
+PYTHON  ?= python3.11
+
+# Values reach the commands through the environment, so that no shell ever parses them.
+export MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED
+RUN = --model "$$MODEL" --target "$$TARGET" --recipe "$$RECIPE" --data "$$DATA" --weights "$$WEIGHTS" \
+      --size "$$SIZE" --batch "$$BATCH" --device "$$DEVICE" --seed "$$SEED"
+
+# Caches of libraries stay in the checkout, too.
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+
+VENV     := .venv
+PIPELINE := $(VENV)/bin/python -m pipeline
+# The name of the stamp holds a checksum of the lock file: another lock, another environment.
+READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help engine calibrate qat verify profile dashboard explain models targets bench test test-slow lint setup lock \
+        system-packages clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Variables, with their defaults: MODEL=mobilevit_xs TARGET=cpu RECIPE=int8_qat (fp32 fp16 int8_ptq int8_qat)"
+	@echo "  DATA=digits (or a folder of class folders) WEIGHTS= (a checkpoint; trains on DATA without) SIZE= BATCH=1 SEED=0"
+
+engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
+	@$(PIPELINE) engine $(RUN)
+
+calibrate: $(READY) ## stop after INT8 calibration (PTQ) and say what it costs in accuracy
+	@$(PIPELINE) calibrate $(RUN)
+
+qat: $(READY) ## stop after quantization-aware training and say what it costs in accuracy
+	@$(PIPELINE) qat $(RUN)
+
+verify: $(READY) ## run the engine on every test image again, and compare each step with the one before
+	@$(PIPELINE) verify $(RUN)
+
+profile: $(READY) ## time the engine, one query at a time, and append the measurement
+	@$(PIPELINE) profile $(RUN)
+
+dashboard: $(READY) ## draw all measurements on one page: build/dashboard.html
+	@$(PIPELINE) dashboard
+
+explain: $(READY) ## which stages would be reused, and what changed for the others
+	@$(PIPELINE) explain $(RUN)
+
+models: $(READY) ## the models, with parameters, MACs and published accuracy
+	@$(PIPELINE) models
+
+targets: $(READY) ## the targets, and what this machine lacks for each
+	@$(PIPELINE) targets
+
+bench: $(READY) ## the README's table: three models, four recipes, every target this machine can build for (an hour)
+	@$(VENV)/bin/python -m tests.bench
+
+test: $(READY) ## the tests (a few minutes)
+	@$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(READY) ## the tests that train full-size models (half an hour)
+	@$(VENV)/bin/python -m pytest -q -m slow
+
+lint: $(READY) ## ruff and mypy --strict
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+setup: $(READY) ## create .venv from requirements.lock (the other rules do this when it is missing or stale)
+
+$(READY): requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH; on Debian and Ubuntu: apt install python3.11 python3.11-venv" >&2; exit 3; }
+	@echo "setting up .venv from requirements.lock; this takes a few minutes, once" >&2
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) >&2 || { rm -rf $(VENV); echo "$(PYTHON) cannot create environments; on Debian and Ubuntu: apt install python3.11-venv" >&2; exit 3; }
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --requirement requirements.lock >&2
+	@touch $@
+
+lock: ## resolve requirements.in into requirements.lock, in an environment of its own
+	@rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
+	@.cache/lock/bin/python -m pip install --disable-pip-version-check --no-cache-dir --requirement requirements.in >&2
+	@.cache/lock/bin/python -m pip freeze --exclude pip | sed -E 's/\+cpu$$//; s/^(tensorrt.*)$$/\1 ; sys_platform == "linux" and platform_machine == "x86_64"/' > requirements.lock
+	@rm -rf .cache/lock
+
+system-packages: ## Debian packages that some tests need (without them those tests skip)
+	@if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
+	 $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
+
+clean: ## remove .venv, caches and everything that was built (measurements, too)
+	rm -rf $(VENV) .cache build .mypy_cache .ruff_cache .pytest_cache
