@@ -15,7 +15,7 @@ from torchao.quantization.pt2e import FakeQuantizeBase
 
 Mode = Literal["observe", "train", "frozen"]
 
-LEVELS = 127  # of each sign: symmetric int8 without -128, which TensorRT and Core ML both execute
+LEVELS = 127  # a range reaches from -127 to 127 scales
 
 # The smallest normal FP16 number: below it an FP16 graph would round the scale itself, or flush it to zero.
 _SMALLEST_SCALE = 2.0**-14
@@ -35,11 +35,11 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, *, dtype: torch.dtype, qscheme: torch.qscheme, **_: Any) -> None:
-        """Called by `prepare_pt2e` with the fields of a QuantizationSpec; those not named have one value only."""
+    def __init__(self, *, dtype: torch.dtype, qscheme: torch.qscheme, **spec: Any) -> None:
+        """Called by `prepare_pt2e` with the fields of a QuantizationSpec."""
         super().__init__()
         self.dtype, self.qscheme = dtype, qscheme
-        self.quant_min, self.quant_max = -LEVELS, LEVELS
+        self.quant_min, self.quant_max = spec["quant_min"], spec["quant_max"]
         self.is_dynamic = False
         self.mode: Mode = "observe"
         self.register_buffer("scale", torch.ones(1))

@@ -49,13 +49,16 @@ def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32
 def scales(graph: GraphModule) -> dict[str, dict[str, float | list[float]]]:
     """The scales of a converted graph by path of the module that computes with them.
 
-    Each entry has `activation`, the scale of the layer's input, and `weight`, one scale an output channel.
+    Each entry has `activation`, the scale of the layer's input, and `weight`, one scale an output channel. A module
+    that is called again appears again, as `path#2`.
     """
     found: dict[str, dict[str, float | list[float]]] = {}
     for node in quantized_layers(graph):
         activation, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
         per_channel = _tensor(graph, cast(Node, weight.args[1]))
-        found[module_path(node)] = {
+        path = module_path(node)
+        calls = sum(name.partition("#")[0] == path for name in found)
+        found[f"{path}#{calls + 1}" if calls else path] = {
             "activation": float(cast(float, activation.args[1])),
             "weight": per_channel.tolist(),
         }

@@ -26,8 +26,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         super().__init__()
         if (scheme.weight_bits, scheme.activation_bits, scheme.per_channel_weights) != (8, 8, True):
             raise NotImplementedError(f"{scheme}: only 8 bits with per-channel weights are implemented")
-        self.activation = _spec(PerTensorFakeQuant, torch.per_tensor_symmetric)
-        self.weight = _spec(PerChannelFakeQuant, torch.per_channel_symmetric, axis=0)
+        # Every runtime's quantize operator saturates at -128, so fake quantization does; weights are stored integers and
+        # stay symmetric.
+        self.activation = _spec(PerTensorFakeQuant, torch.per_tensor_symmetric, lowest=-LEVELS - 1)
+        self.weight = _spec(PerChannelFakeQuant, torch.per_channel_symmetric, lowest=-LEVELS, axis=0)
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
@@ -43,11 +45,11 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         """Nothing to check: `annotate` marks each edge with the one spec of its kind."""
 
 
-def _spec(kind: type[FakeQuant], qscheme: torch.qscheme, *, axis: int | None = None) -> QuantizationSpec:
+def _spec(kind: type[FakeQuant], qscheme: torch.qscheme, *, lowest: int, axis: int | None = None) -> QuantizationSpec:
     return QuantizationSpec(
         dtype=torch.int8,
         observer_or_fake_quant_ctr=kind,
-        quant_min=-LEVELS,
+        quant_min=lowest,
         quant_max=LEVELS,
         qscheme=qscheme,
         ch_axis=axis,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """Symmetric INT8 with zero point 0: per-tensor activations, per-channel (axis 0) weights, both in [-127, 127].
+    """Symmetric INT8 with zero point 0: per-tensor activations, per-channel (axis 0) weights.
 
     The inputs of weighted operators are quantized, never their outputs: TensorRT fuses the rest, and Core ML reads
     the same graph. Source: docs.nvidia.com/deeplearning/tensorrt, "Working with Quantized Types", explicit

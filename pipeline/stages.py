@@ -168,6 +168,7 @@ def compiled(run: Run) -> Step:
             "precision": run.recipe.precision,
             "batch": run.batch,
             "toolchain": run.target.toolchain(),
+            "versions": versions("onnx", "onnx-ir", "onnxruntime"),  # they type and fix graphs on their way
         },
         code=(type(run.target).__module__,),
         build=build,
@@ -237,7 +238,8 @@ def _verified(run: Run, stage: str, inputs: Mapping[str, Step], build: Callable[
             "precision": run.recipe.precision,
             "batch": run.batch,
             "max_drop": run.max_drop,
-            "versions": versions("onnxruntime"),
+            "toolchain": run.target.toolchain(),
+            "versions": versions("onnx", "onnx-ir", "onnxruntime"),
         },
         code=("pipeline.verify", type(run.target).__module__),
         build=build,

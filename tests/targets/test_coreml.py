@@ -1,0 +1,527 @@
+"""The Core ML target on a network of three layers: what is built is what was exported, and any difference is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from calibration import program as programs
+from calibration.fake_quant import FakeQuant
+from calibration.quantizer import SchemeQuantizer
+from calibration.recipe import Precision
+from calibration.scheme import SHARED
+from models.errors import CannotRunHere, CheckFailed
+from targets import _coreml, coreml
+from targets._coreml_fixes import import_coremltools
+from targets.base import Export
+from targets.coreml import PACKAGE, TARGET, CoreMLSession
+
+SIZE, CLASSES = 16, 4
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+quantized_decomposed = torch.ops.quantized_decomposed
+
+
+class Toy(nn.Module):
+    """conv - BatchNorm - SiLU - depthwise conv - attention-like scalar gate - pool - linear"""
+
+    def __init__(self, *, stride: int = 2, kernel: int = 3, grouped: bool = True, hidden: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, kernel, stride, kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.act = nn.SiLU()
+        self.mix = nn.Conv2d(8, 8, 3, 1, 1, groups=8 if grouped else 1)
+        self.scale = nn.Buffer(torch.tensor(0.3536))
+        self.hidden = nn.Linear(8, 8) if hidden else nn.Identity()
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(self.act(self.norm(self.stem(x)))) * self.scale
+        logits: Tensor = self.head(self.hidden(x.mean((2, 3))))
+        return logits
+
+
+def quantized(model: nn.Module) -> torch.fx.GraphModule:
+    prepared = prepare_pt2e(programs.export(model, SIZE).module(), SchemeQuantizer(SHARED))
+    prepared(torch.rand(8, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)))
+    for module in prepared.modules():
+        if isinstance(module, FakeQuant):
+            module.fix_range()
+            module.mode = "frozen"
+    converted: torch.fx.GraphModule = convert_pt2e(prepared)
+    return converted
+
+
+def exported(path: Path, precision: Precision, model: nn.Module, batch: int = 1) -> Export:
+    path.mkdir(parents=True)
+    model.eval()
+    program = programs.export(quantized(model) if precision == "int8" else model, SIZE)
+    programs.save(program.run_decompositions({}), path / "model.pt2")
+    (path / "scales.json").write_text(json.dumps(programs.scales(program.module())))
+    description = {
+        "model": "toy",
+        "recipe": precision,
+        "size": SIZE,
+        "classes": list("abcd"),
+        "preprocess": {"crop": 1},
+    }
+    (path / "model.json").write_text(json.dumps(description))
+    return Export(path=path, precision=precision, batch=batch)
+
+
+def built(path: Path, export: Export) -> Path:
+    path.mkdir(parents=True)
+    TARGET.build(export, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, tuple[Export, Path]]:
+    """An export and its engine for each precision. Tests that damage one copy it first."""
+    root = tmp_path_factory.mktemp("coreml")
+    torch.manual_seed(0)
+    exports = {precision: exported(root / precision / "export", precision, Toy()) for precision in PRECISIONS}
+    return {precision: (export, built(root / precision / "engine", export)) for precision, export in exports.items()}
+
+
+@pytest.fixture
+def int8(made: dict[Precision, tuple[Export, Path]], tmp_path: Path) -> tuple[Export, Path]:
+    """A copy of the INT8 export and engine, to be damaged."""
+    export, engine = made["int8"]
+    shutil.copytree(export.path, tmp_path / "export")
+    shutil.copytree(engine, tmp_path / "engine")
+    return dataclasses.replace(export, path=tmp_path / "export"), tmp_path / "engine"
+
+
+# What is built
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_engine_passes_its_inspection(made: dict[Precision, tuple[Export, Path]], precision: Precision) -> None:
+    export, engine = made[precision]
+    found = TARGET.inspect(export, engine)
+    json.dumps(found)
+    assert found["specification"] == 9
+    assert found["layers"] == 3
+    assert found["quantized_layers"] == (3 if precision == "int8" else 0)
+    assert found["max_rank"] == 4
+    weights = engine / PACKAGE / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    assert found["weight_bytes"] == weights.stat().st_size
+
+
+def test_an_int8_engine_quantizes_the_input_and_the_weight_of_each_layer(
+    made: dict[Precision, tuple[Export, Path]],
+) -> None:
+    operators = TARGET.inspect(*made["int8"])["operators"]
+    assert isinstance(operators, dict)
+    assert operators["quantize"] == operators["dequantize"] == operators["constexpr_blockwise_shift_scale"] == 3
+
+
+@pytest.mark.parametrize(("precision", "number"), [("fp32", "FLOAT32"), ("fp16", "FLOAT16"), ("int8", "FLOAT16")])
+def test_input_and_output_have_the_type_that_is_computed_in(
+    made: dict[Precision, tuple[Export, Path]], precision: Precision, number: str
+) -> None:
+    description = _coreml.read(made[precision][1] / PACKAGE).spec.description
+    (image,), (logits,) = description.input, description.output
+    assert (image.name, logits.name) == ("image", "logits")
+    for value in (image, logits):
+        array = value.type.multiArrayType
+        assert array.ArrayDataType.Name(array.dataType) == number
+
+
+def test_a_package_says_what_it_is(made: dict[Precision, tuple[Export, Path]]) -> None:
+    metadata = _coreml.read(made["int8"][1] / PACKAGE).spec.description.metadata
+    assert metadata.shortDescription == "toy, int8, 16 pixels"
+    assert metadata.userDefined["edgeline.recipe"] == "int8"
+    assert json.loads(metadata.userDefined["edgeline.preprocess"]) == {"crop": 1}
+    assert json.loads(metadata.userDefined["edgeline.toolchain"]) == TARGET.toolchain()
+    assert not metadata.license
+
+
+def test_a_build_writes_one_package_and_leaves_nothing_behind(
+    made: dict[Precision, tuple[Export, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    engine = built(tmp_path / "engine", dataclasses.replace(made["fp16"][0], batch=3))
+    gc.collect()
+    assert list(scratch.iterdir()) == []
+    assert [file.name for file in engine.iterdir()] == [PACKAGE]
+    assert sorted(file.name for file in (engine / PACKAGE).iterdir()) == ["Data", "Manifest.json"]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "MIL" not in err and "has not been tested" not in err
+
+    (image,) = _coreml.read(engine / PACKAGE).spec.description.input
+    assert list(image.type.multiArrayType.shape) == [3, 3, SIZE, SIZE]
+
+
+def test_importing_the_target_imports_nothing_heavy() -> None:
+    code = "import sys, targets.coreml; print({'torch', 'coremltools', 'numpy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_toolchain_is_known_without_importing_it() -> None:
+    assert TARGET.toolchain().keys() == {"coremltools", "torch"}
+    assert TARGET.missing() is None
+
+
+# What inspection finds
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": 1}, r"layer 1 of 3, stem: .* has stride \(1, 1\), expected \(2, 2\)"),
+        ({"kernel": 5}, r"layer 1 of 3, stem: .* has shape \(8, 3, 5, 5\), expected \(8, 3, 3, 3\)"),
+        ({"grouped": False}, r"layer 2 of 3, mix: .* has shape \(8, 8, 3, 3\), expected \(8, 1, 3, 3\)"),
+        ({"hidden": True}, r"layer 3 of 3, head: .* has shape \(8, 8\), expected \(4, 8\)"),
+    ],
+)
+def test_a_package_of_another_network_is_refused(
+    made: dict[Precision, tuple[Export, Path]], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    other = built(tmp_path / "engine", exported(tmp_path / "export", "fp32", Toy(**change)))
+    with pytest.raises(CheckFailed, match=message):
+        TARGET.inspect(made["fp32"][0], other)
+
+
+def test_a_layer_too_few_or_too_many_is_named(made: dict[Precision, tuple[Export, Path]]) -> None:
+    export, engine = made["int8"]
+    expected = _coreml.exported_layers(programs.load(export.program), export.scales())
+    found = _coreml.layers(_coreml.read(engine / PACKAGE))
+    with pytest.raises(CheckFailed, match=r"has 2 layers, expected 3: head is missing"):
+        _coreml.compare(expected, found[:2])
+    with pytest.raises(CheckFailed, match=r"has 3 layers, expected 2: linear\w* is not in the export"):
+        _coreml.compare(expected[:2], found)
+    with pytest.raises(CheckFailed, match=r"layer 2 of 3, mix: .* has kind linear, expected conv"):
+        _coreml.compare(expected, [found[0], found[2]])
+
+
+def rescale_input(scales: dict[str, Any]) -> None:
+    scales["mix"]["activation"] = float(np.nextafter(np.float16(scales["mix"]["activation"]), np.float16(1)))
+
+
+def rescale_channel(scales: dict[str, Any]) -> None:
+    scales["head"]["weight"][2] *= 2
+
+
+def lose_a_channel(scales: dict[str, Any]) -> None:
+    scales["head"]["weight"].pop()
+
+
+def forget(scales: dict[str, Any]) -> None:
+    del scales["mix"]
+
+
+def invent(scales: dict[str, Any]) -> None:
+    scales["mix.gate"] = scales["mix"]
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        (rescale_input, "layer 2 of 3, mix: .* has activation scale .*, expected"),
+        (rescale_channel, "layer 3 of 3, head: .* has weight scale .* at index 2, expected"),
+        (lose_a_channel, "layer 3 of 3, head: .* has 4 weight scales, expected 3"),
+        (forget, r"quantizes mix in model\.pt2 but not in scales\.json"),
+        (invent, r"quantizes mix\.gate in scales\.json but not in model\.pt2"),
+    ],
+)
+def test_scales_that_are_not_the_exported_ones_are_named(
+    int8: tuple[Export, Path], sabotage: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    export, engine = int8
+    scales = export.scales()
+    sabotage(scales)
+    (export.path / "scales.json").write_text(json.dumps(scales))
+    with pytest.raises(CheckFailed, match=message):
+        TARGET.inspect(export, engine)
+
+
+def test_one_changed_int8_weight_is_named(int8: tuple[Export, Path]) -> None:
+    export, engine = int8
+    integers = _coreml.layers(_coreml.read(engine / PACKAGE))[1].integers
+    assert integers is not None
+    file = engine / PACKAGE / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    content = bytearray(file.read_bytes())
+    content[content.index(integers.tobytes()) + 7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckFailed, match=r"layer 2 of 3, mix: .* has int8 weight -?\d+ at index 7, expected -?\d+"):
+        TARGET.inspect(export, engine)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (("quantize", "dequantize"), r"layer 1 of 3, stem: .* has activation scale 2.0, expected"),
+        (("dequantize",), r"its input is quantized with scale .* and dequantized with 2.0"),
+    ],
+)
+def test_a_changed_scale_in_the_package_is_named(
+    int8: tuple[Export, Path], kinds: tuple[str, ...], message: str
+) -> None:
+    export, engine = int8
+    spec = _coreml.read(engine / PACKAGE).spec
+    for kind in kinds:
+        scale = argument(spec, first(spec, kind), "scale")
+        scale.immediateValue.tensor.bytes.values = np.float16(2).tobytes()
+    rewrite(engine, spec)
+    with pytest.raises(CheckFailed, match=message):
+        TARGET.inspect(export, engine)
+
+
+def test_a_package_for_older_systems_is_refused(int8: tuple[Export, Path]) -> None:
+    export, engine = int8
+    spec = _coreml.read(engine / PACKAGE).spec
+    spec.specificationVersion = 10
+    rewrite(engine, spec)
+    with pytest.raises(CheckFailed, match=r"specification .* \(10, 'CoreML8'\), expected \(9, 'CoreML8'\)"):
+        TARGET.inspect(export, engine)
+
+
+def test_another_batch_is_refused(int8: tuple[Export, Path]) -> None:
+    export, engine = int8
+    with pytest.raises(CheckFailed, match=r"inputs of .*\[1, 3, 16, 16\].*, expected .*\[2, 3, 16, 16\]"):
+        TARGET.inspect(dataclasses.replace(export, batch=2), engine)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:100])])
+@pytest.mark.parametrize("name", ["model.mlmodel", "weights/weight.bin"])
+def test_a_damaged_package_is_refused(int8: tuple[Export, Path], name: str, damage: Callable[[Path], object]) -> None:
+    export, engine = int8
+    damage(engine / PACKAGE / "Data" / "com.apple.CoreML" / name)
+    with pytest.raises(CheckFailed, match="cannot be read back"):
+        TARGET.inspect(export, engine)
+
+
+def test_a_quantizer_that_no_layer_owns_is_named(made: dict[Precision, tuple[Export, Path]]) -> None:
+    package = _coreml.read(made["int8"][1] / PACKAGE)
+    _coreml.check_quantizers(package)
+    without_head = tuple(operation for operation in package.operations if operation.op_type != "linear")
+    with pytest.raises(CheckFailed, match=r"quantizes with scale .*, and no layer has it"):
+        _coreml.check_quantizers(dataclasses.replace(package, operations=without_head))
+
+
+def test_a_zero_point_is_refused(tmp_path: Path) -> None:
+    class Asymmetric(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            integers = quantized_decomposed.quantize_per_tensor(x, 0.5, 3, -128, 127, torch.int8)
+            values: Tensor = quantized_decomposed.dequantize_per_tensor(integers, 0.5, 3, -128, 127, torch.int8)
+            return values
+
+    with pytest.raises(CheckFailed, match="has a zero point"):
+        _coreml.check_quantizers(converted(Asymmetric(), tmp_path))
+
+
+def test_a_constant_of_the_wrong_type_is_named(made: dict[Precision, tuple[Export, Path]]) -> None:
+    package = _coreml.read(made["fp32"][1] / PACKAGE)
+    with pytest.raises(CheckFailed, match="is fp32, expected fp16"):
+        coreml._check_types(package, made["fp16"][0])
+
+
+def test_a_tensor_of_rank_six_is_named(made: dict[Precision, tuple[Export, Path]]) -> None:
+    export, engine = made["fp32"]
+    wide = SimpleNamespace(name="patches", op_type="reshape", outputs=[SimpleNamespace(dtype=None, rank=6)])
+    package = dataclasses.replace(_coreml.read(engine / PACKAGE), operations=(wide,))
+    with pytest.raises(CheckFailed, match=r"patches of the Core ML package .* rank 6, expected at most 5"):
+        coreml._check_types(package, export)
+
+
+# Faults of coremltools
+
+
+class ScalarConstant(nn.Module):
+    """x times a quantized scalar: 100 with zero point -100 and scale 0.001 is 0.2."""
+
+    def __init__(self, *, zero_point: int) -> None:
+        super().__init__()
+        self.zero_point = zero_point
+        self.integer = nn.Buffer(torch.tensor(100, dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = quantized_decomposed.dequantize_per_tensor(self.integer, 0.001, self.zero_point, -128, 127, torch.int8)
+        product: Tensor = x * scale
+        return product
+
+
+def test_coremltools_still_folds_quantized_scalars_wrongly(tmp_path: Path) -> None:
+    """When this fails the fault is gone: `exported_layers` may then let quantized scalars through."""
+    (product,) = converted(ScalarConstant(zero_point=-100), tmp_path).named("mul")
+    assert product.y.val == pytest.approx(0.001 * np.int8(200 - 256), rel=1e-3)  # 100 - -100 does not fit int8
+
+
+def test_our_quantizer_leaves_scalars_alone(made: dict[Precision, tuple[Export, Path]]) -> None:
+    graph = programs.load(made["int8"][0].program).graph
+    dequantized = [node for node in graph.nodes if "dequantize_per" in str(node.target)]
+    assert len(dequantized) == 6
+    for node in dequantized:
+        assert node.meta["val"].dim() >= 2
+        assert {user.target for user in node.users} <= programs.WEIGHTED
+
+
+def test_an_export_with_a_quantized_scalar_is_refused() -> None:
+    program = programs.export(ScalarConstant(zero_point=0), SIZE)
+    with pytest.raises(CheckFailed, match="dequantize_per_tensor of the export is read by mul"):
+        _coreml.exported_layers(program, {})
+
+
+def test_coremltools_still_warns_about_what_it_is_given() -> None:
+    """When this fails, drop the message from `_EXPECTED`."""
+    found = subprocess.run(
+        [sys.executable, "-c", "import coremltools"], capture_output=True, text=True, check=True
+    ).stderr
+    messages = ["Torch version", "scikit-learn version"] + ([] if sys.platform == "darwin" else ["Failed to load _ML"])
+    assert [message for message in messages if message not in found] == []
+
+
+def test_importing_coremltools_here_prints_none_of_that() -> None:
+    code = "from targets._coreml_fixes import import_coremltools; import_coremltools()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "has not been tested" not in found.stderr and "Failed to load _ML" not in found.stderr
+
+
+def test_coremltools_still_draws_four_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """When this fails, see whether `one_progress_bar` is still needed."""
+    converted(nn.SiLU(), tmp_path)
+    err = capfd.readouterr().err
+    bars = {line.split(":")[0] for line in err.replace("\r", "\n").splitlines() if "%|" in line}
+    assert len(bars) == 4
+
+
+# Where it runs
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="this is macOS")
+def test_elsewhere_the_reason_is_one_sentence(made: dict[Precision, tuple[Export, Path]]) -> None:
+    reason = TARGET.not_executed()
+    assert reason is not None and reason.startswith("needs macOS: ")
+    with pytest.raises(CannotRunHere, match=f"^{reason}$"), TARGET.open(made["fp16"][1]):
+        pass
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import_coremltools()  # before the system looks like another
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("platform.mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    yield
+
+
+class ToyModel:
+    """Speaks as coremltools.models.MLModel does, and answers with the means of the images."""
+
+    last_predict_duration_in_nano_seconds = 1_500_000
+
+    def __init__(self, path: str, compute_units: Any) -> None:
+        self.spec, self.compute_units = _coreml.read(Path(path)).spec, compute_units
+
+    def get_spec(self) -> Any:
+        return self.spec
+
+    def predict(self, data: dict[str, Any]) -> dict[str, Any]:
+        return {"logits": data["image"].mean((2, 3)).astype(np.float16)}
+
+
+@pytest.mark.usefixtures("mac")
+def test_on_a_mac_a_session_infers_and_keeps_time(
+    made: dict[Precision, tuple[Export, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coremltools = import_coremltools()
+    monkeypatch.setattr(coremltools.models, "MLModel", ToyModel)
+    assert TARGET.not_executed() is None
+    images = np.ones((1, 3, SIZE, SIZE), np.float32)
+    with TARGET.open(made["int8"][1]) as session:
+        assert isinstance(session, CoreMLSession) and session.batch == 1
+        assert session.model.compute_units is coremltools.ComputeUnit.ALL
+        logits = session.infer(images)
+        assert logits.dtype == np.float32 and logits.tolist() == [[1, 1, 1]]
+        assert session.latencies_ns(images, 3) == [1_500_000] * 3
+
+
+@pytest.mark.usefixtures("mac")
+def test_a_package_that_core_ml_refuses_says_why(
+    made: dict[Precision, tuple[Export, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        warnings.warn("You will not be able to run predict(): no such operator", RuntimeWarning, stacklevel=2)
+
+    monkeypatch.setattr(import_coremltools().models, "MLModel", refused)
+    with pytest.raises(CannotRunHere, match=r"cannot load .* no such operator"), TARGET.open(made["int8"][1]):
+        pass
+
+
+@pytest.mark.usefixtures("mac")
+def test_an_old_mac_is_told_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
+    assert TARGET.not_executed() == "needs macOS 15 or later: this Mac has 14.5"
+
+
+def test_what_is_called_on_a_mac_exists_in_the_installed_coremltools() -> None:
+    coremltools = import_coremltools()
+    model = coremltools.models.MLModel
+    assert {"model", "compute_units"} <= inspect.signature(model.__init__).parameters.keys()
+    assert [*inspect.signature(model.predict).parameters][:2] == ["self", "data"]
+    assert isinstance(model.last_predict_duration_in_nano_seconds, property)
+    assert callable(model.get_spec)
+    assert coremltools.ComputeUnit.ALL
+
+
+# Helpers
+
+
+def converted(model: nn.Module, folder: Path) -> _coreml.Package:
+    """`model` as coremltools converts it, without this project's help."""
+    coremltools = import_coremltools()
+    program = torch.export.export(model.eval(), (torch.zeros(1, 3, SIZE, SIZE),)).run_decompositions({})
+    coremltools.convert(
+        program,
+        minimum_deployment_target=coremltools.target.iOS18,
+        skip_model_load=True,
+        package_dir=str(folder / PACKAGE),
+    )
+    return _coreml.read(folder / PACKAGE)
+
+
+def rewrite(engine: Path, spec: Any) -> None:
+    (engine / PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel").write_bytes(spec.SerializeToString())
+
+
+def operations(spec: Any) -> Any:
+    main = spec.mlProgram.functions["main"]
+    return main.block_specializations[main.opset].operations
+
+
+def first(spec: Any, kind: str) -> Any:
+    return next(operation for operation in operations(spec) if operation.type == kind)
+
+
+def argument(spec: Any, operation: Any, name: str) -> Any:
+    """The constant that an operation of the protobuf message takes as its input `name`."""
+    (binding,) = operation.inputs[name].arguments
+    if binding.WhichOneof("binding") == "value":
+        return binding.value
+    (constant,) = (other for other in operations(spec) if other.outputs and other.outputs[0].name == binding.name)
+    return constant.attributes["val"]
