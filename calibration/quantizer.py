@@ -26,8 +26,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         super().__init__()
         if (scheme.weight_bits, scheme.activation_bits, scheme.per_channel_weights) != (8, 8, True):
             raise NotImplementedError(f"{scheme}: only 8 bits with per-channel weights are implemented")
-        # Every runtime's quantize operator saturates at -128, so fake quantization does; weights are stored integers and
-        # stay symmetric.
+        # Every runtime's quantize operator saturates at -128, and so does ours; weights are stored integers and stay
+        # symmetric.
         self.activation = _spec(PerTensorFakeQuant, torch.per_tensor_symmetric, lowest=-LEVELS - 1)
         self.weight = _spec(PerChannelFakeQuant, torch.per_channel_symmetric, lowest=-LEVELS, axis=0)
 
