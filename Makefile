@@ -11,13 +11,16 @@ DEVICE  ?= local
 SEED    ?= 0
 PYTHON  ?= python3.11
 
-# Values reach the commands through the environment, so that no shell ever parses them.
-export MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED
-RUN = --model "$$MODEL" --target "$$TARGET" --recipe "$$RECIPE" --data "$$DATA" --weights "$$WEIGHTS" \
-      --size "$$SIZE" --batch "$$BATCH" --device "$$DEVICE" --seed "$$SEED"
+# Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
+VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED
+$(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
+export $(VALUES)
+RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
+      --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED"
 
 # Caches of libraries stay in the checkout, too.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 VENV     := .venv
 PIPELINE := $(VENV)/bin/python -m pipeline
@@ -77,7 +80,7 @@ lint: $(READY) ## ruff and mypy --strict
 
 setup: $(READY) ## create .venv from requirements.lock (the other rules do this when it is missing or stale)
 
-$(READY): requirements.lock
+$(READY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH; on Debian and Ubuntu: apt install python3.11 python3.11-venv" >&2; exit 3; }
 	@echo "setting up .venv from requirements.lock; this takes a few minutes, once" >&2
 	@rm -rf $(VENV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -38,37 +39,36 @@ class Images:
         """Batches of `size` images (the last one may be smaller), in `order` or as they lie."""
         labels = self.data.labels(self.part)
         order = range(len(labels)) if order is None else order
+        keep = len(labels) * 3 * self.preprocess.size**2 <= _KEEP_BYTES
         with ThreadPoolExecutor(4) as pool:  # decoding leaves the interpreter lock
             for start in range(0, len(order), size):
                 chosen = order[start : start + size]
-                read = [
-                    (index, bytes_)
-                    for index, bytes_ in zip(chosen, pool.map(self._pixels, chosen), strict=True)
-                    if bytes_ is not None
-                ]
+                found = pool.map(self._pixels, chosen, repeat(keep))
+                read = [(index, bytes_) for index, bytes_ in zip(chosen, found, strict=True) if bytes_ is not None]
                 if read:
                     stacked = normalize(np.stack([bytes_ for _, bytes_ in read]), self.preprocess)
                     yield torch.from_numpy(stacked), torch.tensor([labels[index] for index, _ in read])
 
     def stratified(self, count: int, seed: int) -> list[int]:
         """Up to `count` indices with every class as equally present as it can be, in an order drawn by `seed`."""
+        labels = self.data.labels(self.part)
         rng = np.random.default_rng(seed)
         queues: dict[int, list[int]] = {}
-        for index in rng.permutation(len(self)):
-            queues.setdefault(self.data.labels(self.part)[index], []).append(int(index))
+        for index in rng.permutation(len(labels)):
+            queues.setdefault(labels[index], []).append(int(index))
         chosen: list[int] = []
-        while len(chosen) < min(count, len(self)):
+        while len(chosen) < min(count, len(labels)):
             for label in sorted(queues):
                 if queues[label] and len(chosen) < count:
                     chosen.append(queues[label].pop())
         return chosen
 
-    def _pixels(self, index: int) -> npt.NDArray[np.uint8] | None:
+    def _pixels(self, index: int, keep: bool) -> npt.NDArray[np.uint8] | None:
         if index in self._kept:
             return self._kept[index]
         image = self.data.image(self.part, index)
         found = pixels(image, self.preprocess) if image is not None else None
-        if len(self) * 3 * self.preprocess.size**2 <= _KEEP_BYTES:
+        if keep:
             self._kept[index] = found
         return found
 

@@ -5,6 +5,7 @@ best epoch) and `test`, which nothing but verification ever reads.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
@@ -66,7 +67,7 @@ def load(request: str, seed: int) -> Data:
 
     if request == "digits":
         return Digits()
-    folder = Path(request).expanduser()
+    folder = Path(os.path.expanduser(request))  # noqa: PTH111 - the method raises where `~name` is nobody
     if not folder.is_dir():
         raise BadRequest(
             f"DATA={request}: there is no such folder; give `digits`, or a folder that holds one folder of images per "

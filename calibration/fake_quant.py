@@ -6,6 +6,7 @@ artifact: whatever the fake-quantized model computes, the converted one computes
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, Literal
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 from torchao.quantization.pt2e import FakeQuantizeBase
 
+from models.errors import CheckFailed
+
 Mode = Literal["observe", "train", "frozen"]
 
 LEVELS = 127  # a range reaches from -127 to 127 scales
 
-# The smallest normal FP16 number: below it an FP16 graph would round the scale itself, or flush it to zero.
-_SMALLEST_SCALE = 2.0**-14
+# The normal FP16 numbers: beyond them an FP16 graph would round the scale itself, flush it to zero, or overflow.
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
 _BINS = 2048
 _SAMPLES = 2**17  # values of each tensor that are counted, evenly spaced; its peak is always exact
 _PEAK_MEMORY = 0.99  # of the moving average that lets ranges follow the training
@@ -28,8 +31,8 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
     """Symmetric int8 with zero point 0 on one edge of the graph.
 
     In mode `observe` it passes the tensor through and collects statistics; `fix_range` turns them into a scale. In
-    `train` it rounds, and lets the scale follow the tensor; in `frozen` it rounds with the scale as it stands. None
-    of this depends on the model being in training or evaluation mode, so evaluating never moves a range.
+    `train` it rounds, and lets the scale follow the tensor wherever gradients are recorded; in `frozen` it rounds with
+    the scale as it stands. So evaluating, which records none, never moves a range, whatever the mode.
     """
 
     scale: Tensor
@@ -49,7 +52,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         if self.mode == "observe":
             self.observe(x.detach())
             return x
-        if self.mode == "train":
+        if self.mode == "train" and torch.is_grad_enabled():
             self.follow(x.detach())
         return self.round(x)
 
@@ -137,7 +140,7 @@ class PerChannelFakeQuant(FakeQuant):
 
 def snap(scale: Tensor) -> Tensor:
     """The nearest FP16 value, as float32: a graph typed in FP16 and one typed in FP32 then carry the same scale."""
-    return scale.clamp(min=_SMALLEST_SCALE).to(torch.float16).to(torch.float32)
+    return scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16).to(torch.float32)
 
 
 class Histogram:
@@ -154,6 +157,10 @@ class Histogram:
         peak = float(magnitudes.amax())
         if peak == 0:
             return
+        if not math.isfinite(peak):
+            raise CheckFailed(
+                f"calibration met an activation of {peak}: the float model is not finite on these images; check WEIGHTS"
+            )
         if self.limit == 0:
             self.limit = peak
         while self.limit < peak:

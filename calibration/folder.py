@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,11 +69,11 @@ class Folder:
                     "least 3, so that each part gets one"
                 )
             rng.shuffle(examples)
+            val_images = max(1, round(_VAL_SHARE * len(examples)))
             test = [] if test_root else examples[: max(1, round(_TEST_SHARE * len(examples)))]
             examples = examples[len(test) :]
-            val = examples[: max(1, round(_VAL_SHARE * len(examples)))]
-            parts["train"] += examples[len(val) :]
-            parts["val"] += val
+            parts["val"] += examples[:val_images]
+            parts["train"] += examples[val_images:]
             parts["test"] += [(path, index) for path in _images(test_root / name)] if test_root else test
         if test_root:
             extra = {path.name for path in test_root.iterdir() if path.is_dir()} - set(classes)
@@ -89,6 +90,10 @@ class Folder:
         return [label for _, label in self.parts[part]]
 
     def image(self, part: Part, index: int) -> Image.Image | None:
+        """As stored: an EXIF orientation is not applied, as torchvision and timm do not apply it, whose accuracies we
+        quote.
+        """
+        import numpy as np
         from PIL import Image
 
         path, _ = self.parts[part][index]
@@ -96,6 +101,8 @@ class Folder:
             return None
         try:
             with Image.open(path) as image:
+                if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255, to white
+                    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
                 return image.convert("RGB")
         # Pillow raises more kinds than it documents on damaged files (SyntaxError for a broken PNG, for one).
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -107,10 +114,10 @@ class Folder:
         digest = hashlib.sha256()
         for part in PARTS:
             for path, label in self.parts[part]:
-                stat = path.stat()
-                digest.update(
-                    f"{part}\0{path.relative_to(self.root)}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
-                )
+                # A link that leads nowhere is an image that cannot be read.
+                stat = path.stat() if path.exists() else path.lstat()
+                name = os.fsencode(path.relative_to(self.root))  # a name need not be text
+                digest.update(b"%b\0%d %d %d %b\n" % (name, label, stat.st_size, stat.st_mtime_ns, part.encode()))
         return {"name": self.name, "classes": list(self.classes), "files": digest.hexdigest()}
 
     def _skip(self, path: Path, error: Exception) -> None:
@@ -129,5 +136,5 @@ def _images(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         return
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in _SUFFIXES and path.is_file():
+        if path.suffix.lower() in _SUFFIXES and not path.is_dir():
             yield path

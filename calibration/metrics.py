@@ -14,8 +14,8 @@ IDENTICAL_DB = 200.0  # what `snr_db` says of equal arrays, since infinity is no
 
 
 def snr_db(reference: Logits, other: Logits) -> float:
-    """Signal-to-noise ratio of `other` against `reference` in decibels; -200 where `other` is not finite."""
-    if not np.isfinite(other).all():
+    """Signal-to-noise ratio of `other` against `reference` in decibels; -200 where either is not finite."""
+    if not (np.isfinite(reference).all() and np.isfinite(other).all()):
         return -IDENTICAL_DB
     signal = float(np.square(reference, dtype=np.float64).sum())
     noise = float(np.square(np.subtract(reference, other, dtype=np.float64)).sum())

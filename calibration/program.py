@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 _LARGEST_BATCH = 1024  # images a query; only the batch is dynamic: windows, patches and biases fix height and width
 # Operators with a weight as their second argument, whose output channels are the weight's first axis.
 WEIGHTED = frozenset({torch.ops.aten.conv2d.default, torch.ops.aten.linear.default})
+
+
+class LayerScales(TypedDict):
+    """The scales that one layer computes with."""
+
+    activation: float  # of its input
+    weight: list[float]  # one an output channel
 
 
 def export(model: nn.Module, size: int) -> ExportedProgram:
@@ -46,13 +53,11 @@ def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32
         return cast("npt.NDArray[np.float32]", torch.cat([model(images) for images, _ in batches]).numpy())
 
 
-def scales(graph: GraphModule) -> dict[str, dict[str, float | list[float]]]:
-    """The scales of a converted graph by path of the module that computes with them.
-
-    Each entry has `activation`, the scale of the layer's input, and `weight`, one scale an output channel. A module
-    that is called again appears again, as `path#2`.
+def scales(graph: GraphModule) -> dict[str, LayerScales]:
+    """The scales of a converted graph by path of the module that computes with them. A module that is called again
+    appears again, as `path#2`.
     """
-    found: dict[str, dict[str, float | list[float]]] = {}
+    found: dict[str, LayerScales] = {}
     for node in quantized_layers(graph):
         activation, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
         per_channel = _tensor(graph, cast(Node, weight.args[1]))

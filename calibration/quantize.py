@@ -9,6 +9,7 @@ So quantization-aware training divides by no gamma, counts no batches, and train
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -70,13 +71,19 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
         )
     return Quantized(
         program=program.export(converted, size),
-        report={"layers": len(list(fake_quants(prepared))), "converted_db": round(agreement, 1), **report},
+        report={
+            "layers": len(list(program.quantized_layers(converted))),
+            "converted_db": round(agreement, 1),
+            **report,
+        },
     )
 
 
 def prepare(model: nn.Module, scheme: Scheme, size: int) -> GraphModule:
     """Trace `model`, in evaluation mode, fold its BatchNorms and put a FakeQuant on every edge that `scheme` rounds."""
-    prepared: GraphModule = prepare_pt2e(program.export(model, size).module(), SchemeQuantizer(scheme))
+    # Of a copy: a traced program shares the parameters of its model, which would then be trained along.
+    traced = program.export(copy.deepcopy(model), size).module()
+    prepared: GraphModule = prepare_pt2e(traced, SchemeQuantizer(scheme))
     return prepared
 
 
@@ -111,7 +118,9 @@ def _trained(
     _set_mode(prepared, "frozen")
     start = evaluate(prepared, val)
     plan = TrainingPlan(epochs=recipe.epochs, learning_rate=recipe.learning_rate)
-    epochs = fit(prepared, train, val, plan, seed=seed, title="QAT", teacher=teacher, before_epoch=before_epoch)
+    epochs = fit(
+        prepared, train, val, plan, seed=seed, title="QAT", teacher=teacher, start_top1=start, before_epoch=before_epoch
+    )
     return {"val_top1_before_qat": start, "qat": [asdict(epoch) for epoch in epochs]}
 
 

@@ -32,9 +32,9 @@ class Qat:
     name: str
     warm_start: Ptq
     precision: Literal["int8"] = "int8"
-    epochs: int = 3
+    epochs: int = 2
     learning_rate: float = 2e-4  # the peak of the cycle
-    freeze_ranges_at: float = 0.67  # fraction of the epochs after which the ranges stand still
+    freeze_ranges_at: float = 0.5  # fraction of the epochs after which the ranges stand still
 
 
 Recipe: TypeAlias = Float | Ptq | Qat

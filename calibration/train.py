@@ -48,9 +48,11 @@ def fit(
     seed: int,
     title: str,
     teacher: nn.Module | None = None,
+    start_top1: float = 0.0,
     before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[Epoch]:
-    """Train `model` in place and leave it with the weights of its best epoch on `val` (the later one of equals).
+    """Train `model` in place and leave it with the weights of its best epoch on `val` (the later one of equals), or
+    as it was where no epoch reaches `start_top1`, in percent.
 
     With a `teacher`, in evaluation mode, the target is its distribution over the classes instead of the label
     (distillation: Hinton et al., arXiv 1503.02531). Shows a progress bar with the time that remains. Raises
@@ -58,19 +60,26 @@ def fit(
     """
     order = np.random.default_rng(seed)
     noise = torch.Generator().manual_seed(seed)
-    steps_per_epoch = math.ceil(len(train) / plan.batch)
+    steps = plan.epochs * math.ceil(len(train) / plan.batch)
     optimizer = torch.optim.AdamW(_groups(model, plan.weight_decay), lr=plan.learning_rate)
+    cycle = max(3, steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, plan.learning_rate, total_steps=plan.epochs * steps_per_epoch, pct_start=plan.warmup
+        # The scheduler divides by zero where the warm-up, or what follows it, is a single step.
+        optimizer,
+        plan.learning_rate,
+        total_steps=cycle,
+        pct_start=max(plan.warmup, 2 / cycle),
     )
     epochs: list[Epoch] = []
     best = copy.deepcopy(model.state_dict())
-    with bar(total=plan.epochs * steps_per_epoch, title=title, unit="step") as progress:
+    with bar(total=steps, title=title, unit="step") as progress:
         for index in range(plan.epochs):
             before_epoch(index)
             _set_training(model, True)
             losses = []
             for images, labels in train.batches(plan.batch, order.permutation(len(train)).tolist()):
+                if len(images) == 1:
+                    continue  # BatchNorm has no statistics of one value a channel, and poor ones of a few
                 images = augment(images, noise, mirrors=train.data.mirrors)
                 loss = _loss(model(images), _targets(images, labels, teacher), plan)
                 losses.append(float(loss.detach()))
@@ -86,7 +95,7 @@ def fit(
                 progress.update()
             epochs.append(Epoch(loss=float(np.mean(losses)), val_top1=evaluate(model, val)))
             progress.set_postfix(val=f"{epochs[-1].val_top1:.1f} %")
-            if epochs[-1].val_top1 >= max(epoch.val_top1 for epoch in epochs):
+            if epochs[-1].val_top1 >= max(start_top1, *(epoch.val_top1 for epoch in epochs)):
                 best = copy.deepcopy(model.state_dict())
     model.load_state_dict(best)
     _set_training(model, False)

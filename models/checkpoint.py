@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,11 @@ from models.errors import BadRequest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+# How plain pickles begin; PyTorch's own old format has protocol 2, its new one is a zip file.
+_PLAIN_PICKLES = (b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# What torch's restricted unpickler says where a file wants more than tensors and plain containers.
+_REFUSALS = ("Unsupported global", "unsupported GLOBAL", "allowlisted", "reduce for unrecognized function")
 
 # Keys under which training scripts wrap the weights, in order of preference: averaged weights are the better ones.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -23,6 +27,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise BadRequest(f"WEIGHTS={path}: there is no such file; give a .safetensors, .pt or .pth checkpoint")
     found = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    found = {name.removeprefix("module."): tensor for name, tensor in found.items()}  # of DataParallel
     for name, tensor in found.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise BadRequest(
@@ -79,22 +84,25 @@ def _torch(path: Path) -> dict[str, Tensor]:
 
     import torch
 
+    refused = BadRequest(
+        f"WEIGHTS={path} holds pickled Python objects, which could run code when loaded, and is refused; save "
+        "model.state_dict() alone, or convert it to safetensors where you trust it"
+    )
+    with path.open("rb") as file:
+        if file.read(2) in _PLAIN_PICKLES:
+            raise refused
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or "weights_only" in str(error).lower():
-            raise BadRequest(
-                f"WEIGHTS={path} holds pickled Python objects, which could run code when loaded, and is refused; save "
-                "model.state_dict() alone, or convert it to safetensors where you trust it"
-            ) from error
-        raise BadRequest(f"WEIGHTS={path} is not a PyTorch checkpoint, or a truncated one; copy it again") from error
-    # The zip reader reports damage as RuntimeError, the legacy reader as EOFError, and both as OSError.
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise BadRequest(f"WEIGHTS={path} is damaged or truncated; copy it again") from error
+    # The unpickler trusts its input to be well-formed: damage and foreign files surface as whatever it trips over
+    # (EOFError, KeyError, IndexError, struct.error, AssertionError, ... were all seen).
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and any(refusal in str(error) for refusal in _REFUSALS):
+            raise refused from error
+        raise BadRequest(f"WEIGHTS={path} is not a PyTorch checkpoint, or a damaged one; copy it again") from error
     for wrapper in _WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
             break
     if not isinstance(found, dict) or not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise BadRequest(f"WEIGHTS={path} holds no state dict: expected tensors by name, as model.state_dict() gives")
-    return {str(name).removeprefix("module."): value for name, value in found.items()}
+    return {str(name): value for name, value in found.items()}

@@ -45,27 +45,29 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
 }
 _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
+_LONGEST_NUMBER = 12  # digits
 
 log = logging.getLogger("edgeline")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    request = _parser().parse_args(arguments)
     _be_quiet()
     _share_the_machine()
-    answer: Answer = {"verb": request.verb}
+    answer: Answer = {**dict.fromkeys(("verb", "model", "target", "recipe", "artifact", "key")), "cached": False}
     try:
+        request = _parser().parse_args(arguments)
+        answer |= {"verb": request.verb}
         if request.verb in _LISTINGS:
             answer |= _LISTINGS[request.verb]()
         elif request.verb in _REPORTS:
             answer |= _REPORTS[request.verb](request.store)
         else:
             answer |= {"model": request.model, "target": request.target, "recipe": request.recipe}
-            answer |= {"artifact": None, "key": None, "cached": False}
+            carry_out = pick("verb", request.verb, _ON_RUNS, also=(*_LISTINGS, *_REPORTS))
             run = read(request)
             answer |= {"target": run.target.name}
-            answer |= _ON_RUNS[request.verb](run, request.store)
+            answer |= carry_out(run, request.store)
     except EdgelineError as error:
         answer |= {"error": str(error), **error.answer}
         log.error("%s", error)
@@ -89,7 +91,8 @@ def read(request: argparse.Namespace) -> Run:
         preprocess = replace(preprocess, size=size_for(model, request.size))
     if request.device != "local":
         raise BadRequest(f"DEVICE={request.device}: no such device; this version knows `local` alone")
-    weights = Path(request.weights).expanduser().resolve() if request.weights else None
+    # Not Path.expanduser, which raises where `~name` is nobody.
+    weights = Path(os.path.expanduser(request.weights)).resolve() if request.weights else None  # noqa: PTH111
     if weights and not weights.is_file():
         raise BadRequest(
             f"WEIGHTS={request.weights}: there is no such file; give a .safetensors, .pt or .pth checkpoint"
@@ -106,26 +109,28 @@ def read(request: argparse.Namespace) -> Run:
     )
 
 
-def pick(kind: str, name: str, options: Mapping[str, T]) -> T:
-    """The option called `name`. Raises BadRequest, suggesting the nearest one."""
+def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] = ()) -> T:
+    """The option called `name`. Raises BadRequest, suggesting the nearest one, of `also` too."""
     if name in options:
         return options[name]
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    known = [*also, *options]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise BadRequest(f"{kind.upper()}={name}: no such {kind}; {hint}Known: {', '.join(options)}")
+    raise BadRequest(f"{kind.upper()}={name}: no such {kind}; {hint}Known: {', '.join(known)}")
 
 
 def number(name: str, text: str, lowest: int, highest: int) -> int:
     """The whole number in `text`. Raises BadRequest where it is none, or out of range."""
-    if not (text.isascii() and text.isdigit() and lowest <= int(text) <= highest):
+    found = _whole(text)
+    if found is None or not lowest <= found <= highest:
         raise BadRequest(f"{name}={text}: expected a whole number from {lowest} to {highest}")
-    return int(text)
+    return found
 
 
 def size_for(model: ModelSpec, text: str) -> int:
     """The input side in `text`. Raises BadRequest naming the nearest sides that the architecture takes."""
     sizes = model.sizes
-    size = int(text) if text.isascii() and text.isdigit() else 0
+    size = _whole(text) or 0
     if size not in sizes:
         nearest = " or ".join(f"SIZE={near}" for near in sizes.nearest(size))
         lowest, highest = sizes.nearest(sizes.minimum)[0], sizes.nearest(sizes.maximum)[-1]
@@ -136,18 +141,23 @@ def size_for(model: ModelSpec, text: str) -> int:
     return size
 
 
+def _whole(text: str) -> int | None:
+    """The whole number that `text` says in ASCII digits; None where it says none, or one beyond all limits here."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER else None
+
+
 def _or_default(text: str, *, default: str) -> str:
     return text.strip() or default
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(BadRequest.exit_code, f"{message}; `make help` lists what there is\n")
+        raise BadRequest(f"{message}; `make help` lists what there is")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("verb", choices=[*_LISTINGS, *_REPORTS, *_ON_RUNS], metavar="VERB")
+    parser.add_argument("verb", metavar="VERB", help=", ".join((*_LISTINGS, *_REPORTS, *_ON_RUNS)))
     # An empty value means the default: the Makefile passes every variable, set or not.
     for name, default in (
         ("model", "mobilevit_xs"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.metrics import snr_db
-from targets.base import INPUT_NAME, Probes
+from targets.base import INPUT_NAME, OUTPUT_NAME, Probes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,15 +29,28 @@ def export_divergence(export: Export, images: Images) -> str:
 
 
 def engine_divergence(target: Target, export: Export, engine: Path, images: Images) -> str:
-    """One sentence: the first tensor in which `engine` parts from ONNX Runtime on the export, for one query."""
-    if not isinstance(target, Probes):
+    """One sentence: the first tensor in which `engine`, or else the graph that it was compiled from, parts from ONNX
+    Runtime on the export, for one query.
+    """
+    if isinstance(target, Probes):
+        reference = onnx_tensors(export.onnx, images)
+        return _sentence(_first(reference, target.probe(engine, list(reference), images)), target.name, "ONNX Runtime")
+    graph = target.graph(engine)
+    if graph is None:
         return f"{target.name} shows no tensors inside an engine"
-    reference = onnx_tensors(export.onnx, images)
-    return _sentence(_first(reference, target.probe(engine, list(reference), images)), target.name, "ONNX Runtime")
+    return graph_divergence(export, graph, images)
+
+
+def graph_divergence(export: Export, graph: Path, images: Images) -> str:
+    """One sentence: the first tensor in which the ONNX file `graph` parts from the export, for one query."""
+    diverging = _first(onnx_tensors(export.onnx, images), onnx_tensors(graph, images))
+    return _sentence(diverging, str(graph), str(export.onnx))
 
 
 def torch_tensors(program: Path, images: Images) -> dict[str, npt.NDArray[Any]]:
-    """Every float tensor that a saved torch program computes, by the name of its node, in order."""
+    """Every float tensor that a saved torch program computes from `images`, in order, by the name that it also has in
+    the ONNX file: that of its node, and for the last one that of the output.
+    """
     import torch
 
     from calibration import program as programs
@@ -48,16 +61,18 @@ def torch_tensors(program: Path, images: Images) -> dict[str, npt.NDArray[Any]]:
         def run_node(self, node: torch.fx.Node) -> Any:
             value = super().run_node(node)
             if node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point():
-                found[node.name] = value.numpy()
+                found[OUTPUT_NAME if node is last else node.name] = value.numpy()
             return value
 
+    graph = programs.load(program).module()
+    (last,) = graph.graph.output_node().all_input_nodes
     with torch.no_grad():
-        Recorder(programs.load(program).module()).run(torch.from_numpy(images))
+        Recorder(graph).run(torch.from_numpy(images))
     return found
 
 
 def onnx_tensors(model: Path, images: Images) -> dict[str, npt.NDArray[Any]]:
-    """Every float tensor that ONNX Runtime computes of a graph, by name, in order."""
+    """Every float tensor that ONNX Runtime computes from `images`, by name, in order."""
     import onnx
     import onnxruntime
 
@@ -76,8 +91,14 @@ def _float_names(graph: onnx.ModelProto) -> list[str]:
 
     inferred = shape_inference.infer_shapes(graph).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
-    outputs = (name for node in graph.graph.node for name in node.output)
-    return [name for name in outputs if types.get(name) == TensorProto.FLOAT]
+    constants = {tensor.name for tensor in graph.graph.initializer}
+    outputs = []
+    for node in graph.graph.node:
+        if constants.issuperset(node.input):  # a weight on its way to the layer, whose output says more
+            constants.update(node.output)
+        else:
+            outputs += node.output
+    return [name for name in outputs if types.get(name) in (TensorProto.FLOAT, TensorProto.FLOAT16)]
 
 
 def _first(reference: Tensors, other: Tensors) -> tuple[str, float] | None:

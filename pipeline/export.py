@@ -1,6 +1,6 @@
 """From a torch program to the files that every target compiles, each compared with the program on real images.
 
-program.pt2 -> model.pt2     decomposed to ATen core; Core ML reads this
+program.pt2 -> model.pt2     decomposed; Core ML reads this
             -> model.onnx    explicit Q/DQ, simplified, dynamic batch; everyone else reads this
             -> scales.json   every quantizer's scale, by module path
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch.export import ExportedProgram
 
+    from calibration.program import LayerScales
     from targets.base import Images, Logits
 
 # The newest opset that TensorRT 10.3 (JetPack 6) reads; Q/DQ in FP16 needs 19.
@@ -61,7 +62,7 @@ def export(program: ExportedProgram, sample: Images, description: Mapping[str, o
     simplified = _simplified(plain)
     _compare("onnxsim", reference_logits(plain.SerializeToString(), sample), simplified, sample, _FLOAT_DB)
     _compare("the ONNX conversion", logits, simplified, sample, _QUANTIZED_DB if scales else _FLOAT_DB)
-    _check_quantizers(simplified, layers=len(scales))
+    _check_quantizers(simplified, scales)
 
     onnx.save(simplified, out / "model.onnx")
     (out / "scales.json").write_text(json.dumps(scales, indent=1) + "\n")
@@ -107,27 +108,50 @@ def _compare(what: str, expected: Logits, model: ModelProto, sample: Images, lea
         )
 
 
-def _check_quantizers(model: ModelProto, *, layers: int) -> None:
-    """Hold the graph to what every INT8 consumer reads: int8 with zero point 0, positive scales, no integer bias; an
-    activation and a weight for each of the `layers`.
+def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales]) -> None:
+    """Hold the graph to what every INT8 consumer reads: int8 with zero point 0 and no integer bias; and to `scales`,
+    those of the torch program, layer by layer.
     """
     from onnx import TensorProto, numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    pairs = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    for node in pairs:
-        scale, zero = constants[node.input[1]], constants.get(node.input[2]) if len(node.input) > 2 else None
-        if zero is not None and (zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any()):
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
+        if zero is None or zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any():
             raise CheckFailed(
                 f"{node.name} of the ONNX export has a zero point that is not int8 0; TensorRT refuses it"
             )
-        if not (numpy_helper.to_array(scale) > 0).all():
-            raise CheckFailed(f"{node.name} of the ONNX export has a scale that is not positive")
         stored = constants.get(node.input[0])
         if stored is not None and stored.data_type != TensorProto.INT8:
-            raise CheckFailed(
-                f"{node.name} of the ONNX export dequantizes a constant that is not int8; TensorRT refuses it"
-            )
-    weights = sum(node.input[0] in constants for node in pairs)
-    if weights != layers:
-        raise CheckFailed(f"the ONNX export has {weights} quantized weights; the torch program has {layers}")
+            raise CheckFailed(f"{node.name} of the ONNX export rounds a constant that is not int8; TensorRT refuses it")
+    expected = sorted((layer["activation"], layer["weight"]) for layer in scales.values())
+    found = sorted(_layer_scales(model))
+    if found != expected:
+        differing = sum(layer not in expected for layer in found)
+        raise CheckFailed(
+            f"the ONNX export has {len(found)} quantized layers, {differing} of them with scales that are not the "
+            f"torch program's, which has {len(expected)}"
+        )
+
+
+def _layer_scales(model: ModelProto) -> Iterator[tuple[float, list[float]]]:
+    """Of each layer that multiplies a rounded input by a stored integer weight: the scale of its input, which is
+    quantized and dequantized with the same one, and those of its weight.
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        value, weight = makers.get(node.input[0]), makers.get(node.input[1])
+        if weight is not None and weight.op_type == "Transpose":  # of a linear layer on tokens
+            weight = makers.get(weight.input[0])
+        quantize = makers.get(value.input[0]) if value is not None else None
+        if weight is None or value is None or quantize is None or weight.input[0] not in constants:
+            continue
+        if quantize.op_type == "QuantizeLinear" and quantize.input[1] == value.input[1]:
+            yield float(constants[value.input[1]]), constants[weight.input[1]].tolist()

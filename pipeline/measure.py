@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,12 @@ MAX_DRIFT: Final = 0.10  # between the medians of the first and the second half,
 # operating system among a thousand queries is what `max_ms` is for.
 MAX_CV: Final = 0.5
 
+# Share of the processor's time that others took in the moment before the first query. The load average would not do: it
+# still holds the build that came before, a minute after it ended.
+MAX_BUSY: Final = 0.25
+_BUSY_SECONDS: Final = 0.5  # that moment
+
+_STAT: Final = Path("/proc/stat")
 _CORES: Final = Path("/sys/devices/system/cpu")
 _BAR: Final = "{desc}: {percentage:3.0f}% |{bar}| {remaining} left{postfix}"
 
@@ -154,7 +161,7 @@ def summarize(
     - has fewer queries, or less time in them, than `plan` asks for;
     - is scattered: the fastest 99 % have a coefficient of variation above MAX_CV;
     - drifts: the medians of its halves are more than MAX_DRIFT apart;
-    - began on a busy machine: a 1-minute load average above the number of logical cores;
+    - began on a busy machine: more than MAX_BUSY of the processor taken by others;
     - was throttled: the kernel counted thermal throttling between `before` and `after`.
     A condition that is unknown is no cause: pass none for a device other than this machine.
     """
@@ -213,10 +220,10 @@ def _unsteady(samples: Sequence[int], ascending: Sequence[int]) -> Iterator[str]
 def _disturbed(before: Conditions | None, after: Conditions | None) -> Iterator[str]:
     if before is None:
         return
-    if before.load_1min is not None and before.logical_cores is not None and before.load_1min > before.logical_cores:
+    if before.busy is not None and before.busy > MAX_BUSY:
         yield (
-            f"the machine was busy before the first query: load average {before.load_1min:.1f} on "
-            f"{before.logical_cores} logical cores"
+            f"the machine was busy before the first query: {before.busy:.0%} of the processor taken by others, more than "
+            f"{MAX_BUSY:.0%}"
         )
     if after is None or before.throttle_events is None or after.throttle_events is None:
         return
@@ -229,6 +236,7 @@ class Conditions:
     """The state of this machine at one moment. None means unknown: nothing here is guessed."""
 
     load_1min: float | None  # load average over one minute: runnable (and, on Linux, disk-waiting) tasks
+    busy: float | None  # share of all cores' time that was not idle in the half second until now
     cpu: str | None
     logical_cores: int | None
     allowed_cores: int | None  # that this process may run on
@@ -247,6 +255,7 @@ class Conditions:
         throttles = _per_core(range(os.cpu_count() or 0), "thermal_throttle/core_throttle_count")
         return cls(
             load_1min=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            busy=_busy(),
             cpu=_cpu(),
             logical_cores=os.cpu_count(),
             allowed_cores=len(allowed) or None,
@@ -257,6 +266,26 @@ class Conditions:
             kernel=platform.release(),
             python=platform.python_version(),
         )
+
+
+def _busy() -> float | None:
+    """Watches for half a second, in which this thread sleeps."""
+    before = _jiffies()
+    time.sleep(_BUSY_SECONDS)
+    after = _jiffies()
+    if before is None or after is None:
+        return None
+    total, idle = (now - then for now, then in zip(after, before, strict=True))
+    return round(1 - idle / total, 3) if total else None
+
+
+def _jiffies() -> tuple[int, int] | None:
+    """Time that all cores have spent since boot, in clock ticks: in total, and idle. Source: proc(5), /proc/stat."""
+    try:
+        fields = [int(field) for field in _STAT.read_text().splitlines()[0].split()[1:]]
+    except OSError:
+        return None
+    return sum(fields[:8]), fields[3] + fields[4]  # guest time, after the eighth, is in user time already
 
 
 def _allowed_cores() -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Inputs = Mapping[str, Path]
 
 _SAMPLE_IMAGES = 16  # that travel with an export, from the validation part
+_DATA_LETTERS = 40  # of a dataset's name, in the names of folders: file systems end at 255 bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,8 @@ class Run:
         return Images(data=self.data, part=part, preprocess=self.preprocess)
 
     def label(self, *parts: str) -> str:
-        return "-".join((self.model.name, self.data.name, str(self.preprocess.size), *parts))
+        data = re.sub(r"[^\w.-]+", "_", self.data.name)[:_DATA_LETTERS]
+        return "-".join((self.model.name, data, str(self.preprocess.size), *parts))
 
     @property
     def _makes(self) -> str:
@@ -188,7 +191,7 @@ def engine(run: Run) -> Step:
         _write_json(out / "report.json", report)
 
     made = compiled(run)
-    return _verified(run, "engine", {"compiled": made}, build)
+    return _verified(run, "engine", {"compiled": made}, made.inputs["exported"], build)
 
 
 def bundle(run: Run) -> Step:
@@ -203,7 +206,7 @@ def bundle(run: Run) -> Step:
         target.bundle(export, out)
         _write_json(out / "report.json", verify_bundle(run, export, out, inputs))
 
-    return _verified(run, "bundle", {}, build)
+    return _verified(run, "bundle", {}, exported(run), build)
 
 
 def deliverable(run: Run) -> Step:
@@ -228,16 +231,20 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-def _verified(run: Run, stage: str, inputs: Mapping[str, Step], build: Callable[[Inputs, Path], None]) -> Step:
+def _verified(
+    run: Run, stage: str, inputs: Mapping[str, Step], export: Step, build: Callable[[Inputs, Path], None]
+) -> Step:
+    program = export.inputs["quantized"]
     return Step(
         stage=stage,
         label=run.label(run.recipe.name, run.target.name),
-        inputs={**inputs, "exported": exported(run), "quantized": quantized(run), "weights": weights(run)},
+        inputs={**inputs, "exported": export, "quantized": program, "weights": program.inputs["weights"]},
         params={
             "target": run.target.name,
             "precision": run.recipe.precision,
             "batch": run.batch,
             "max_drop": run.max_drop,
+            "executed": run.target.not_executed() is None,  # with a device at last, there is more to verify
             "toolchain": run.target.toolchain(),
             "versions": versions("onnx", "onnx-ir", "onnxruntime"),
         },

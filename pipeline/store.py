@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import fcntl
 import functools
+import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -21,13 +23,16 @@ from functools import cached_property
 from pathlib import Path
 
 MANIFEST = "artifact.json"
+_KEY_LETTERS = 12  # of the key, in the name of an artifact's folder
 _ROOT = Path(__file__).parent.parent
 _LAYERS = ("pipeline", "targets", "calibration", "models")
+
+log = logging.getLogger("edgeline")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One artifact that could be built: from `inputs`, with `params`, by the code of the modules `code`.
+    """One artifact that could be built: from `inputs`, with `params`, by `build` and the code of the modules `code`.
 
     `build` receives the folders of the inputs by name, and the empty folder to fill.
     """
@@ -45,7 +50,8 @@ class Step:
             "stage": self.stage,
             "inputs": {name: step.key for name, step in self.inputs.items()},
             "params": plain(self.params),
-            "code": {name: _file_code(name) for root in self.code for name in sorted(_closure(root))},
+            "code": {name: _file_code(name) for root in self.code for name in sorted(_closure(root))}
+            | _own_code(self.build.__module__, self.build.__qualname__.partition(".")[0]),
         }
 
     @cached_property
@@ -85,7 +91,7 @@ class Store:
         self.root = root
 
     def path(self, step: Step) -> Path:
-        return self.root / step.stage / f"{step.label}-{step.key[:12]}"
+        return self.root / step.stage / f"{step.label}-{step.key[:_KEY_LETTERS]}"
 
     def has(self, step: Step) -> bool:
         return (self.path(step) / MANIFEST).exists()
@@ -106,7 +112,7 @@ class Store:
         """Why the artifact of `step` will be reused, or what makes it differ from the latest of the same label."""
         if self.has(step):
             return ["nothing that it depends on has changed"]
-        manifests = (self.root / step.stage).glob(f"{step.label}-*/{MANIFEST}")
+        manifests = (self.root / step.stage).glob(f"{glob.escape(step.label)}-{'?' * _KEY_LETTERS}/{MANIFEST}")
         latest = max(manifests, key=lambda path: path.stat().st_mtime, default=None)
         if latest is None:
             return ["it was never built"]
@@ -114,7 +120,9 @@ class Store:
 
     def _build(self, step: Step, inputs: Mapping[str, Path], path: Path) -> None:
         scratch = path.with_name(f".building-{path.name}")
-        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed: whoever holds the lock is alone
+        # Left by a process that was killed, while building or while deleting: whoever holds the lock is alone.
+        for left in (scratch, path):
+            shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
             started = time.monotonic()
@@ -137,7 +145,11 @@ class Store:
         path = self.path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(f".lock-{path.name}").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%-10s wait   another process is building %s", step.stage, path)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
@@ -145,8 +157,8 @@ def plain(value: object) -> object:
     """Reduce a description to JSON. A value with no stable form is an error, never a guess."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
@@ -187,21 +199,52 @@ def _imports(module: str) -> tuple[str, ...]:
 @functools.cache
 def _file_code(module: str) -> str:
     """Digest of what a module does: editing a comment, a docstring or the layout rebuilds nothing."""
-    tree = _tree(module)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value = ast.Constant("")
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return _digest(_tree(module))
 
 
+@functools.cache
+def _own_code(module: str, name: str) -> dict[str, str]:
+    """Digests of the definition `name` of a module of ours, and of those in the module that it uses, directly or not:
+    a module that only holds stages together is no single piece of code.
+    """
+    if not _source(module).exists():
+        return {}
+    definitions = _definitions(_tree(module))
+    found: set[str] = set()
+    pending = [name]
+    while pending:
+        used = pending.pop()
+        if used in definitions and used not in found:
+            found.add(used)
+            pending += [node.id for node in ast.walk(definitions[used]) if isinstance(node, ast.Name)]
+    return {f"{module}.{name}": _digest(definitions[name]) for name in sorted(found)}
+
+
+def _definitions(tree: ast.Module) -> dict[str, ast.stmt]:
+    """The functions, classes and constants at the top of a module."""
+    found: dict[str, ast.stmt] = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            found[statement.name] = statement
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            found |= {target.id: statement for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _digest(node: ast.AST) -> str:
+    return hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+
+
+@functools.cache
 def _tree(module: str) -> ast.Module:
-    return ast.parse(_source(module).read_bytes())
+    """The syntax of a module without its docstrings."""
+    tree = ast.parse(_source(module).read_bytes())
+    for node in ast.walk(tree):
+        match getattr(node, "body", None):
+            case [ast.Expr(value=ast.Constant()), *rest]:
+                node.body = rest or [ast.Pass()]  # type: ignore[attr-defined]
+    return tree
 
 
 def _source(module: str) -> Path:

@@ -15,6 +15,7 @@ from models.errors import CannotRunHere
 from pipeline import stages
 from pipeline.stages import Run
 from pipeline.store import Artifact, Step, Store
+from targets._host import padded, threads
 from targets.base import Bundles
 
 Answer = dict[str, object]
@@ -101,7 +102,7 @@ def verify(run: Run, root: Path) -> Answer:
 
 def profile(run: Run, root: Path) -> Answer:
     """Time the engine and append the measurement. Raises CannotRunHere where it cannot be executed."""
-    from pipeline.measure import Conditions, summarize, time_session
+    from pipeline.measure import Conditions, TimingPlan, summarize, time_session
     from pipeline.results import Results, Row
 
     step = _engine_step(run)
@@ -109,10 +110,11 @@ def profile(run: Run, root: Path) -> Answer:
         raise CannotRunHere(f"{run.target.name} cannot be timed here: {reason}")
     artifact = _produced(step, root)
     report = json.loads((artifact.path / "report.json").read_text())
-    images = next(run.images("val").batches(run.batch))[0].numpy()
+    images = padded(next(run.images("val").batches(run.batch))[0].numpy(), run.batch)
+    plan = TimingPlan()
     before = Conditions.now()
     with run.target.open(artifact.path) as session:
-        samples = time_session(session, images)
+        samples = time_session(session, images, plan)
     after = Conditions.now()
     summary = summarize(samples, before=before, after=after)
     row = Row(
@@ -124,9 +126,10 @@ def profile(run: Run, root: Path) -> Answer:
         precision=run.recipe.precision,
         size=run.preprocess.size,
         batch=run.batch,
-        threads=report["inspected"].get("threads"),
+        threads=threads() if "threads" in report["inspected"] else None,  # now, whatever it was at verification
         artifact_key=artifact.key,
         artifact_path=str(artifact.path),
+        method=plan.method(),
         summary=summary,
         samples_ns=tuple(samples),
         versions=run.target.toolchain(),

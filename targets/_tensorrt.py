@@ -55,15 +55,15 @@ class TensorRtTarget:
 
     def not_executed(self) -> str | None:
         if importlib.util.find_spec(self.package) is None:
-            return f"not executed: the {self.package} package is not importable here"
+            return f"the {self.package} package is not importable here"
         try:
             gpu = find_gpu()
         except CannotRunHere as e:
-            return f"not executed: {e}"
+            return str(e)
         if not self.capabilities or gpu.capability in self.capabilities:
             return None
         return (
-            f"not executed: {gpu.name} has compute capability {_dotted(gpu.capability)}, engines of {self.runtime} run "
+            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, engines of {self.runtime} run "
             f"on {', '.join(map(_dotted, self.capabilities))}; TARGET=nvidia builds for this GPU"
         )
 

@@ -1,20 +1,20 @@
-"""A target without a device: copies the export, answers with its own sums, always takes a millisecond.
+"""A target without a device: its engine is a copy of the export, which nothing executes.
 
-It lets every stage, the store, the results and the command line be tested in seconds on any machine. It does not
-compute the model: its sessions run nothing, so `make engine TARGET=null` reports `executed: false`.
+It lets every stage, the store, the results and the command line be tested in seconds on any machine; `make engine
+TARGET=null` reports `executed: false`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.scheme import SHARED, Scheme
-from targets.base import Export
+from models.errors import CannotRunHere
+from targets.base import Export, Session
 
 if TYPE_CHECKING:
     from targets.base import Images, Logits
@@ -44,13 +44,14 @@ class NullTarget:
     def graph(self, engine: Path) -> Path | None:
         return None
 
-    @contextmanager
-    def open(self, engine: Path) -> Iterator[NullSession]:
-        yield NullSession()
+    def open(self, engine: Path) -> AbstractContextManager[Session]:
+        raise CannotRunHere(f"cannot execute for {self.name}: {self.not_executed()}")
 
 
 @dataclass(frozen=True, slots=True)
 class NullSession:
+    """A session that runs nothing and always takes a millisecond: for testing what measures sessions."""
+
     batch: int = 1
 
     def infer(self, images: Images) -> Logits:

@@ -1,7 +1,7 @@
 """The README's table: three models, four recipes, every target that this machine can build for, on the digits.
 
-Run it with `make bench`. It goes through the same command as a user does, keeps what it builds in build/, and prints one
-row an engine; at the end, how many engines there are and which figures were missed.
+Run it with `make bench`. It goes through the same command as a user does, keeps what it builds in build/, and prints
+one row an engine; at the end, how many engines there are and which figures were missed.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""The stopwatch: when a measurement is finished, what its numbers are, and when it calls itself invalid."""
+
 from __future__ import annotations
 
 import os
@@ -22,6 +24,7 @@ IMAGES = np.zeros((1, 3, 8, 8), np.float32)
 ANY = TimingPlan(min_queries=1, min_seconds=0)
 QUIET = Conditions(
     load_1min=0.5,
+    busy=0.02,
     cpu="Some Processor",
     logical_cores=2,
     allowed_cores=2,
@@ -170,7 +173,7 @@ def _steady(n: int) -> Summary:
 
 
 def test_a_steady_run_on_a_quiet_machine_is_valid() -> None:
-    found = summarize([50 * MS] * 64, before=QUIET, after=replace(QUIET, load_1min=1.9))
+    found = summarize([50 * MS] * 64, before=QUIET, after=replace(QUIET, busy=0.9))
     assert found.valid
     assert found.why_invalid is None
 
@@ -213,9 +216,9 @@ def test_halves_that_almost_agree_are_valid() -> None:
 
 
 def test_a_busy_machine_is_invalid_and_only_before_the_run() -> None:
-    busy = replace(QUIET, load_1min=2.3)
+    busy = replace(QUIET, busy=0.6)
     assert summarize([MS] * 64, ANY, before=busy).why_invalid == (
-        "the machine was busy before the first query: load average 2.3 on 2 logical cores"
+        "the machine was busy before the first query: 60% of the processor taken by others, more than 25%"
     )
     assert summarize([MS] * 64, ANY, before=QUIET, after=busy).valid
 
@@ -226,12 +229,12 @@ def test_throttling_during_the_run_is_invalid() -> None:
 
 
 def test_unknown_conditions_are_no_cause() -> None:
-    unknown = replace(QUIET, load_1min=None, logical_cores=None, throttle_events=None)
+    unknown = replace(QUIET, busy=None, logical_cores=None, throttle_events=None)
     assert summarize([MS] * 64, ANY, before=unknown, after=QUIET).valid
 
 
 def test_every_cause_is_named() -> None:
-    busy = replace(QUIET, load_1min=4.0)
+    busy = replace(QUIET, busy=0.9)
     found = summarize([MS] * 4 + [9 * MS] * 4, before=busy, after=replace(busy, throttle_events=8))
     assert found.why_invalid is not None
     assert [cause.split(":")[0] for cause in found.why_invalid.split("; ")] == [

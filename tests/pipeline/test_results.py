@@ -1,3 +1,5 @@
+"""The memory of measurements: what is appended stays, whoever appends at the same time."""
+
 from __future__ import annotations
 
 import importlib.util

@@ -234,8 +234,8 @@ def no_driver(name: str) -> None:
 def test_without_a_gpu_an_engine_says_that_it_was_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", no_driver)
     why_not = rtx.TARGET.not_executed()
-    assert why_not is not None and why_not.startswith("not executed: ") and "NVIDIA GPU" in why_not
-    with pytest.raises(CannotRunHere, match=r"^not executed: "), rtx.TARGET.open(tmp_path):
+    assert why_not is not None and "NVIDIA GPU" in why_not
+    with pytest.raises(CannotRunHere, match="NVIDIA GPU"), rtx.TARGET.open(tmp_path):
         pass
 
 

@@ -1,0 +1,40 @@
+"""What tests in several files build on, made once: the exports of a toy, and one store for the whole session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from targets.base import Export
+
+# Read when torch is imported. One thread each, and none that spins: the processes of pytest-xdist share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store that all tests of the session fill, in every process of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-store"
+
+
+# None of the exports may be changed in place.
+
+
+@pytest.fixture(scope="session")
+def float_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    from tests.toys import toy_export
+
+    return toy_export(tmp_path_factory.mktemp("fp32"), "fp32")
+
+
+@pytest.fixture(scope="session")
+def int8_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    from tests.toys import toy_export
+
+    return toy_export(tmp_path_factory.mktemp("int8"), "int8")

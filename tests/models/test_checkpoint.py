@@ -1,0 +1,270 @@
+"""Weights from strangers: whole files are read, and each kind of bad one gets its own sentence and runs no code."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
+
+from models import checkpoint
+from models.errors import BadRequest
+
+State = dict[str, Tensor]
+
+DAMAGED = "WEIGHTS={path} is not a PyTorch checkpoint, or a damaged one; copy it again"
+PICKLED = (
+    "WEIGHTS={path} holds pickled Python objects, which could run code when loaded, and is refused; save "
+    "model.state_dict() alone, or convert it to safetensors where you trust it"
+)
+STATELESS = "WEIGHTS={path} holds no state dict: expected tensors by name, as model.state_dict() gives"
+
+
+def network(classes: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, classes))
+
+
+def exactly(sentence: str, path: Path) -> str:
+    return f"^{re.escape(sentence.replace('{path}', str(path)))}$"
+
+
+def torch_bytes(content: object, *, zipped: bool = True) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, _use_new_zipfile_serialization=zipped)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def state() -> State:
+    return network().state_dict()
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --- Files that are whole -------------------------------------------------------------------------------------------
+
+
+def test_safetensors_come_back(tmp_path: Path, state: State) -> None:
+    save_file(state, tmp_path / "w.safetensors")
+    assert_same(checkpoint.read(tmp_path / "w.safetensors"), state)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", ["pt", "pth", "bin"])
+def test_torch_files_of_both_formats_come_back(tmp_path: Path, state: State, zipped: bool, suffix: str) -> None:
+    path = tmp_path / f"w.{suffix}"
+    path.write_bytes(torch_bytes(state, zipped=zipped))
+    assert_same(checkpoint.read(path), state)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "state_dict_ema", "model_ema"])
+def test_what_training_scripts_wrap_around_weights_is_taken_off(tmp_path: Path, state: State, wrapper: str) -> None:
+    torch.save({"epoch": 7, wrapper: state, "optimizer": {"lr": 0.1}}, tmp_path / "w.pt")
+    assert_same(checkpoint.read(tmp_path / "w.pt"), state)
+
+
+def test_averaged_weights_are_preferred(tmp_path: Path, state: State) -> None:
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": averaged}, tmp_path / "w.pt")
+    assert_same(checkpoint.read(tmp_path / "w.pt"), averaged)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_prefix_of_data_parallel_training_is_taken_off(tmp_path: Path, state: State, suffix: str) -> None:
+    prefixed = {f"module.{name}": tensor for name, tensor in state.items()}
+    path = tmp_path / f"w.{suffix}"
+    path.write_bytes(save(prefixed) if suffix == "safetensors" else torch_bytes(prefixed))
+    assert_same(checkpoint.read(path), state)
+
+
+def test_half_precision_weights_are_loaded_as_float32(tmp_path: Path, state: State) -> None:
+    save_file({name: tensor.half() for name, tensor in state.items()}, tmp_path / "w.safetensors")
+    model = network()
+    checkpoint.load_into(model, checkpoint.read(tmp_path / "w.safetensors"), tmp_path)
+    weight = model.get_parameter("0.weight")
+    assert weight.dtype == torch.float32 and torch.equal(weight, state["0.weight"].half().float())
+
+
+# --- Files that are not ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["none.pt", "folder"])
+def test_what_is_no_file_is_said_to_be_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    sentence = "WEIGHTS={path}: there is no such file; give a .safetensors, .pt or .pth checkpoint"
+    with pytest.raises(BadRequest, match=exactly(sentence, path)):
+        checkpoint.read(path)
+
+
+def test_a_torch_file_that_ends_early_is_damaged_wherever_it_ends(tmp_path: Path, state: State) -> None:
+    whole, path = torch_bytes(state), tmp_path / "w.pt"
+    for end in range(0, len(whole), 29):
+        path.write_bytes(whole[:end])
+        with pytest.raises(BadRequest, match=exactly(DAMAGED, path)):
+            checkpoint.read(path)
+
+
+def test_a_torch_file_of_the_old_format_that_ends_early_is_damaged(tmp_path: Path, state: State) -> None:
+    whole, path = torch_bytes(state, zipped=False), tmp_path / "w.pt"
+    for end in range(0, len(whole), 29):
+        path.write_bytes(whole[:end])
+        # Cut inside the name of a class, it asks for a class that nobody knows.
+        with pytest.raises(BadRequest, match=f"{exactly(DAMAGED, path)}|{exactly(PICKLED, path)}"):
+            checkpoint.read(path)
+    for missing in (1, 50, 100, 400):  # all of them in the weights
+        path.write_bytes(whole[:-missing])
+        with pytest.raises(BadRequest, match=exactly(DAMAGED, path)):
+            checkpoint.read(path)
+
+
+def test_safetensors_that_end_early_are_damaged_wherever_they_end(tmp_path: Path, state: State) -> None:
+    whole, path = save(state), tmp_path / "w.safetensors"
+    sentence = rf"^WEIGHTS={re.escape(str(path))} is not a whole safetensors file \(.+\); copy it again$"
+    for end in range(0, len(whole), 29):
+        path.write_bytes(whole[:end])
+        with pytest.raises(BadRequest, match=sentence):
+            checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello\n", b"import os\n", b'{"weights": [1, 2]}', b"\x89PNG\r\n\x1a\n" + bytes(99), bytes(999)]
+)
+def test_a_file_of_another_kind_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "w.pt"
+    path.write_bytes(content)
+    with pytest.raises(BadRequest, match=exactly(DAMAGED, path)):
+        checkpoint.read(path)
+
+
+class Trap:
+    """Pickled, it asks to be unpickled by a call of `builtins.edgeline_trap`."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        found: Callable[[], None] = vars(builtins)["edgeline_trap"]
+        return found, ()
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def edgeline_trap() -> None:
+        calls.append("ran")
+
+    edgeline_trap.__module__, edgeline_trap.__qualname__ = "builtins", "edgeline_trap"
+    monkeypatch.setattr(builtins, "edgeline_trap", edgeline_trap, raising=False)
+    path = tmp_path / "w.pt"
+    for content in (
+        torch_bytes({"state_dict": Trap()}),
+        torch_bytes({"state_dict": Trap()}, zipped=False),
+        pickle.dumps(Trap()),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(BadRequest, match=exactly(PICKLED, path)):
+            checkpoint.read(path)
+    assert not calls
+    pickle.loads(content)  # the trap is a real one
+    assert calls == ["ran"]
+
+
+def test_a_whole_module_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(network(), path)
+    with pytest.raises(BadRequest, match=exactly(PICKLED, path)):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {}, {"epoch": 3}, {"model": {"lr": 0.1}}])
+def test_tensors_without_names_are_no_state_dict(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(content, path)
+    with pytest.raises(BadRequest, match=exactly(STATELESS, path)):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_one_value_that_is_not_finite_is_enough(tmp_path: Path, state: State, value: float, suffix: str) -> None:
+    path = tmp_path / f"w.{suffix}"
+    state["1.running_var"][2] = value
+    path.write_bytes(save(state) if suffix == "safetensors" else torch_bytes(state))
+    sentence = (
+        "WEIGHTS={path}: `1.running_var` holds NaN or infinite values; the training diverged, use an earlier one"
+    )
+    with pytest.raises(BadRequest, match=exactly(sentence, path)):
+        checkpoint.read(path)
+
+
+# --- Into a model ---------------------------------------------------------------------------------------------------
+
+FILE = Path("w.pt")
+
+
+def test_a_checkpoint_of_the_model_fills_all_of_it(state: State) -> None:
+    model = network()
+    assert checkpoint.load_into(model, {name: tensor + 1 for name, tensor in state.items()}, FILE) == ()
+    assert_same(model.state_dict(), {name: tensor + 1 for name, tensor in state.items()})
+
+
+def test_batch_counters_may_be_missing(state: State) -> None:
+    del state["1.num_batches_tracked"]
+    assert checkpoint.load_into(network(), state, FILE) == ()
+
+
+def test_missing_keys_are_named(state: State) -> None:
+    sentence = "WEIGHTS={path} is not a checkpoint of this model: it lacks 0.weight; check MODEL"
+    del state["0.weight"]
+    with pytest.raises(BadRequest, match=exactly(sentence, FILE)):
+        checkpoint.load_into(network(), state, FILE)
+
+
+def test_the_first_three_of_many_missing_keys_are_named() -> None:
+    sentence = (
+        "WEIGHTS={path} is not a checkpoint of this model: it lacks 0.bias, 0.weight, 1.bias and 5 more; check MODEL"
+    )
+    with pytest.raises(BadRequest, match=exactly(sentence, FILE)):
+        checkpoint.load_into(network(), {}, FILE)
+
+
+def test_unknown_keys_are_named(state: State) -> None:
+    sentence = "WEIGHTS={path} is not a checkpoint of this model: it has unknown 9.weight; check MODEL"
+    with pytest.raises(BadRequest, match=exactly(sentence, FILE)):
+        checkpoint.load_into(network(), {**state, "9.weight": torch.zeros(1)}, FILE)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [("0.weight", (4, 3, 5, 5), "(4, 3, 3, 3)"), ("0.bias", (8,), "(4,)"), ("3.weight", (5, 9), "(5, 4)")],
+)
+def test_another_shape_is_named(state: State, name: str, shape: tuple[int, ...], expected: str) -> None:
+    sentence = f"WEIGHTS={{path}}: `{name}` has shape {shape}, this model expects {expected}; check MODEL"
+    with pytest.raises(BadRequest, match=exactly(sentence, FILE)):
+        checkpoint.load_into(network(), {**state, name: torch.zeros(shape)}, FILE)
+
+
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(state: State) -> None:
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(BadRequest):
+        checkpoint.load_into(model, {**state, "0.bias": torch.zeros(8)}, FILE)
+    assert_same(model.state_dict(), before)
+
+
+def test_another_number_of_classes_leaves_the_head_and_nothing_else_to_train(state: State) -> None:
+    model = network(classes=9)
+    before = model.get_parameter("3.weight").clone()
+    assert checkpoint.load_into(model, state, FILE) == ("3.bias", "3.weight")
+    assert torch.equal(model.get_parameter("3.weight"), before)
+    assert torch.equal(model.get_parameter("0.weight"), state["0.weight"])

@@ -1,0 +1,163 @@
+"""Every model of the registry is what its spec says: parameters, multiplications, sizes, classes, published figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from models.spec import ModelSpec, Sizes
+
+# Millions of parameters and multiply-accumulates as others count or publish them, and top-1 in percent. Counts include
+# attention products and every depthwise convolution. Sources: MobileViT: arXiv 2110.02178 Table 4 and
+# apple/ml-cvnets; MobileNetV2: torch models of timm (keras counts no BatchNorm statistics: 1 % less); ConvMixer:
+# locuslab/convmixer. Accuracies: timm results-imagenet.csv; keras.applications for 0.35 and 0.75; ConvMixer README.
+PUBLISHED = {
+    "mobilevit_xxs": (1.272, 407, 68.94),
+    "mobilevit_xs": (2.318, 1026, 74.62),
+    "mobilevit_s": (5.579, 2001, 78.30),
+    "mobilenetv2_035": (1.677, 59, 60.3),
+    "mobilenetv2_050": (1.969, 97, 65.93),
+    "mobilenetv2_075": (2.636, 209, 69.8),
+    "mobilenetv2_100": (3.505, 301, 72.91),
+    "mobilenetv2_140": (6.109, 582, 76.53),
+    "convmixer_768_32": (21.11, 20_680, 80.16),
+    "convmixer_1024_20": (24.38, 5_950, 76.94),
+    "convmixer_1536_20": (51.63, 51_100, 81.37),
+}
+
+every_model = pytest.mark.parametrize("spec", models.ALL.values(), ids=models.ALL)
+
+
+def built(spec: ModelSpec, classes: int) -> nn.Module:
+    """The network without memory behind its weights: shapes and counts are exact, and a large one takes no time."""
+    with torch.device("meta"):
+        return spec.build(classes)
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def forward_shape(network: nn.Module, size: int, images: int = 2) -> tuple[int, ...]:
+    device = next(network.parameters()).device
+    return tuple(network(torch.zeros(images, 3, size, size, device=device)).shape)
+
+
+def members(sizes: Sizes) -> Iterator[int]:
+    return (size for size in range(1, sizes.maximum + 1) if size in sizes)
+
+
+@every_model
+def test_parameters_are_counted_exactly(spec: ModelSpec) -> None:
+    assert parameters(built(spec, spec.classes)) == spec.parameters
+
+
+@every_model
+def test_multiplications_are_counted_exactly_attention_products_included(spec: ModelSpec) -> None:
+    network = built(spec, spec.classes).eval()
+    with FlopCounterMode(display=False) as counter:
+        forward_shape(network, spec.preprocess.size, images=1)
+    assert counter.get_total_flops() / 2 == spec.macs
+
+
+@every_model
+def test_another_number_of_classes_changes_the_last_layer_alone(spec: ModelSpec) -> None:
+    few, many = built(spec, 3).state_dict(), built(spec, 7).state_dict()
+    assert few.keys() == many.keys()
+    changed = {name for name in few if few[name].shape != many[name].shape}
+    last = list(few)[-1].rpartition(".")[0]
+    assert changed == {f"{last}.weight", f"{last}.bias"}
+    assert few[f"{last}.bias"].shape == (3,)
+
+
+@every_model
+def test_a_network_comes_in_training_mode_without_a_zero_gamma(spec: ModelSpec) -> None:
+    assert built(spec, 2).training
+    if spec.parameters < 3e6:
+        norms = [module for module in spec.build(2).modules() if isinstance(module, nn.BatchNorm2d | nn.LayerNorm)]
+        assert norms and all((norm.weight == 1).all() for norm in norms)
+
+
+@every_model
+def test_the_smallest_sizes_work(spec: ModelSpec) -> None:
+    network = built(spec, 5).eval()
+    for size in itertools.islice(members(spec.sizes), 3):
+        assert forward_shape(network, size) == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilenetv2_035", "convmixer_mini"])
+def test_the_smallest_size_computes_and_trains(name: str) -> None:
+    spec = models.ALL[name]
+    network = spec.build(5)
+    smallest = next(members(spec.sizes))
+    logits = network(torch.randn(2, 3, smallest, smallest))
+    assert logits.shape == (2, 5) and logits.isfinite().all()
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilenetv2_035", "convmixer_mini"])
+def test_images_do_not_see_each_other(name: str) -> None:
+    spec = models.ALL[name]
+    network = spec.build(4).eval()
+    size = next(members(spec.sizes))
+    images = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images)[1:2], network(images[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@every_model
+def test_the_published_size_is_one_that_works(spec: ModelSpec) -> None:
+    assert spec.preprocess.size in spec.sizes
+
+
+@every_model
+def test_sizes_between_the_multiples_and_beyond_the_ends_are_refused(spec: ModelSpec) -> None:
+    sizes = spec.sizes
+    assert 0 not in sizes and -sizes.multiple_of not in sizes
+    assert sizes.minimum - sizes.multiple_of not in sizes
+    assert sizes.minimum + 1 not in sizes
+    assert (sizes.maximum // sizes.multiple_of + 1) * sizes.multiple_of not in sizes
+
+
+@given(
+    multiple=st.integers(1, 70), minimum=st.integers(1, 200), span=st.integers(0, 500), size=st.integers(-100, 2000)
+)
+def test_the_nearest_sizes_work_and_nothing_closer_does(multiple: int, minimum: int, span: int, size: int) -> None:
+    sizes = Sizes(multiple_of=multiple, minimum=minimum, maximum=minimum + span)
+    working = list(members(sizes))
+    assume(working)
+    nearest = sizes.nearest(size)
+    assert 1 <= len(nearest) <= 2 and set(nearest) <= set(working) and list(nearest) == sorted(set(nearest))
+    assert min(abs(found - size) for found in nearest) == min(abs(found - size) for found in working)
+    if size in sizes:
+        assert nearest == (size,)
+
+
+@every_model
+def test_figures_are_within_one_percent_of_the_published_ones(spec: ModelSpec) -> None:
+    if spec.name == "convmixer_mini":
+        assert spec.top1 is None
+        return
+    millions, mega_macs, top1 = PUBLISHED[spec.name]
+    assert spec.parameters == pytest.approx(millions * 1e6, rel=0.01)
+    assert spec.macs == pytest.approx(mega_macs * 1e6, rel=0.01)
+    assert spec.top1 == top1
+
+
+def test_every_published_variant_is_there() -> None:
+    assert models.ALL.keys() == PUBLISHED.keys() | {"convmixer_mini"}
+
+
+@every_model
+def test_a_name_says_family_and_variant(spec: ModelSpec) -> None:
+    assert spec.name.startswith(f"{spec.family}_")
+    assert spec.module == f"models.{spec.family}"

@@ -1,0 +1,229 @@
+"""The whole pipeline on a tiny network: every recipe on every target that this machine executes, and what is shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import calibration.recipe
+from models.errors import BadRequest, CannotRunHere
+from pipeline import stages, verbs
+from pipeline.store import MANIFEST, Store
+from tests.tiny import SIDE, SPEC, Colours, python, tiny_run
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from calibration.data import Part
+
+TARGETS = ("null", "cpu", "onnxruntime")
+VERIFIED = {"executed", "why_not", "by", "top1", "float_top1", "agreement", "images", "snr_db"}
+TEST_IMAGES = len(Colours().labels("test"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("recipe", calibration.recipe.ALL)
+def test_one_call_makes_a_verified_engine(shared: Path, recipe: str, target: str) -> None:
+    answer = verbs.engine(tiny_run(recipe, target), shared)
+    assert answer.keys() >= {"artifact", "key", "cached", "files"} | VERIFIED
+    assert (answer["executed"], answer["why_not"] is None) == ((target != "null"),) * 2
+    assert answer["images"] == TEST_IMAGES
+    assert answer["float_top1"] == 100
+    assert answer["top1"] == 100
+    assert answer["agreement"] == 100
+    assert 20 < answer["snr_db"] <= 200  # type: ignore[operator]
+    artifact = Path(str(answer["artifact"]))
+    assert answer["files"] == {
+        str(path.relative_to(artifact)): path.stat().st_size
+        for path in artifact.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    }
+    again = verbs.engine(tiny_run(recipe, target), shared)
+    assert again.pop("cached")
+    assert again == {name: value for name, value in answer.items() if name != "cached"}
+
+
+def test_the_report_tells_of_every_step_in_order(shared: Path) -> None:
+    path = Store(shared).get(stages.engine(tiny_run("int8_ptq", "cpu"))).path
+    report = json.loads((path / "report.json").read_text())
+    assert report.keys() == {*VERIFIED, "steps", "inspected"}
+    assert [step["name"] for step in report["steps"]] == [
+        "torch float",
+        "torch quantized",
+        "onnxruntime, on model.onnx",
+        "cpu",
+    ]
+    assert all(step.keys() == {"name", "top1", "agreement", "snr_db"} for step in report["steps"])
+    assert report["inspected"]["weighted_layers_by_precision"].keys() & {"i8", "u8"}
+
+
+def test_an_engine_holds_all_that_its_device_needs(shared: Path) -> None:
+    path = Store(shared).get(stages.engine(tiny_run("int8_ptq", "cpu"))).path
+    assert sorted(Store(shared).get(stages.engine(tiny_run("int8_ptq", "cpu"))).files()) == [
+        "engine.json",
+        "model.bin",
+        "model.json",
+        "model.xml",
+        "report.json",
+    ]
+    description = json.loads((path / "model.json").read_text())
+    assert description["classes"] == ["red", "green", "blue", "grey"]
+    assert (description["model"], description["recipe"], description["size"]) == ("tiny", "int8_ptq", SIDE)
+    assert description["preprocess"] == {
+        "size": SIDE,
+        "crop": 1.0,
+        "mean": list(SPEC.preprocess.mean),
+        "std": list(SPEC.preprocess.std),
+        "interpolation": "bicubic",
+    }
+
+
+def test_both_float_recipes_are_compiled_from_the_same_files(shared: Path) -> None:
+    store = Store(shared)
+    one, other = (store.get(stages.exported(tiny_run(recipe))) for recipe in ("fp32", "fp16"))
+    assert one.path == other.path
+    assert other.cached
+
+
+def test_the_compiled_files_are_stored_once_where_the_file_system_can(shared: Path) -> None:
+    step = stages.engine(tiny_run("int8_ptq", "cpu"))
+    engine, compiled = Store(shared).get(step).path, Store(shared).get(step.inputs["compiled"]).path
+    probe = shared / "probe"
+    probe.touch()
+    try:
+        os.link(probe, shared / "linked")
+    except OSError:
+        pytest.skip("this file system has no hard links")
+    finally:
+        for path in (probe, shared / "linked"):
+            path.unlink(missing_ok=True)
+    assert (engine / "model.bin").samefile(compiled / "model.bin")
+    assert (engine / MANIFEST).read_text() != (compiled / MANIFEST).read_text()
+
+
+def test_every_stage_is_a_hit_the_second_time(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tiny_run("fp32", "null")
+    verbs.engine(run, shared)
+    with caplog.at_level("INFO", "edgeline"):
+        assert verbs.engine(run, shared)["cached"]
+    hits = [message.split()[0] for message in caplog.messages if message.split()[1] == "hit"]
+    assert hits == ["weights", "quantized", "exported", "compiled", "engine"]
+
+
+def test_explain_tells_hits_from_builds_and_builds_nothing(shared: Path) -> None:
+    verbs.engine(tiny_run("fp32", "null"), shared)
+    before = sorted(shared.rglob("*"))
+    told = verbs.explain(tiny_run("fp32", "null", batch=3), shared)["stages"]
+    assert isinstance(told, list)
+    assert [(stage["stage"], stage["cached"]) for stage in told] == [
+        ("weights", True),
+        ("quantized", True),
+        ("exported", True),
+        ("compiled", False),
+        ("engine", False),
+    ]
+    assert told[3]["why"] == ["batch was 1, is 3"]
+    assert told[4]["why"] == ["its input `compiled` is another one", "batch was 1, is 3"]
+    assert sorted(shared.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", ["cpu", "onnxruntime"])
+def test_a_batch_that_does_not_divide_the_test_part_sees_every_image(shared: Path, target: str) -> None:
+    answer = verbs.engine(tiny_run("int8_ptq", target, batch=7), shared)
+    assert (answer["images"], answer["top1"]) == (TEST_IMAGES, 100)
+
+
+def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
+    for verb, recipe in ((verbs.calibrate, "int8_ptq"), (verbs.qat, "int8_qat")):
+        answer = verb(tiny_run("fp32", "cpu"), shared)
+        assert answer["recipe"] == recipe
+        assert (answer["top1"], answer["images"]) == (100, TEST_IMAGES)
+        assert answer["key"] == stages.quantized(tiny_run(recipe)).key
+
+
+def test_verify_looks_at_the_engine_again(shared: Path) -> None:
+    answer = verbs.verify(tiny_run("int8_ptq", "onnxruntime"), shared)
+    assert answer.keys() >= {"artifact", "key", "cached", "files"} | VERIFIED
+    assert (answer["executed"], answer["by"], answer["top1"]) == (True, "onnxruntime", 100)
+
+
+def test_profile_appends_a_measurement_of_queries_larger_than_the_validation_part(tmp_path: Path, shared: Path) -> None:
+    """The validation part holds 32 images, a query 40: the last one is repeated."""
+    (tmp_path / "build").mkdir()
+    for path in shared.iterdir():
+        (tmp_path / "build" / path.name).symlink_to(path)
+    run = tiny_run("fp32", "onnxruntime", batch=40)
+    answer = verbs.profile(run, tmp_path / "build")
+    assert answer.keys() >= {"p50_ms", "p90_ms", "p99_ms", "n", "valid", "why_invalid", "artifact", "key"}
+    assert answer["n"] >= 64  # type: ignore[operator]
+    assert 0 < answer["p50_ms"] <= answer["p90_ms"] <= answer["p99_ms"]  # type: ignore[operator]
+    database = sqlite3.connect(tmp_path / "build" / "measurements.sqlite")
+    (row,) = database.execute("select artifact_key, batch, threads, top1 from measurements").fetchall()
+    database.close()
+    assert row == (answer["key"], 40, len(os.sched_getaffinity(0)), 100)
+
+
+def test_a_target_without_a_device_cannot_be_timed(tmp_path: Path) -> None:
+    with pytest.raises(CannotRunHere, match="null cannot be timed here: the null target has no device"):
+        verbs.profile(tiny_run("fp32", "null"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", [verbs.engine, verbs.verify, verbs.profile, verbs.explain])
+def test_a_target_that_cannot_be_built_for_here_builds_nothing(verb: object, tmp_path: Path) -> None:
+    with pytest.raises(CannotRunHere, match=r"torch_tensorrt.*use TARGET=nvidia or TARGET=rtx"):
+        verb(tiny_run("fp32", "torch_tensorrt"), tmp_path)  # type: ignore[operator]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_fails_names_its_cause_and_publishes_nothing(tmp_path: Path) -> None:
+    class Unreadable(Colours):
+        def image(self, part: Part, index: int) -> Image.Image:
+            raise BadRequest(f"image {index} of {part} cannot be read")
+
+    with pytest.raises(BadRequest, match=r"image \d+ of train cannot be read"):
+        verbs.engine(tiny_run("fp32", "null", data=Unreadable()), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if not path.name.startswith(".lock")] == ["weights"]
+
+
+def test_the_sample_that_travels_is_from_the_validation_part(shared: Path) -> None:
+    exported = Store(shared).get(stages.exported(tiny_run("fp32"))).path
+    with np.load(exported / "sample.npz") as sample:
+        expected, _ = next(tiny_run().images("val").batches(16))
+        np.testing.assert_array_equal(sample["images"], expected.numpy())
+        assert sample["logits"].shape == (16, 4)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a user whose home and temporary folder are empty; caches are where the Makefile puts them."""
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    scratch.mkdir()
+    yield {"HOME": str(home), "TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from pipeline import verbs
+from tests.tiny import tiny_run
+from targets import ALL
+for name in ("onnxruntime", "cpu", "rtx", "coreml"):
+    if ALL[name].missing() is None:
+        verbs.engine(tiny_run("int8_ptq", name), Path(sys.argv[1]))
+"""
+
+
+def test_nothing_is_written_outside_the_store_nor_an_identity_left(tmp_path: Path, elsewhere: dict[str, str]) -> None:
+    result = python("-c", BUILD, str(tmp_path / "store"), **elsewhere)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "home").rglob("*")) == []
+    assert list((tmp_path / "scratch").rglob("*")) == []

@@ -1,0 +1,269 @@
+"""Wrong artifacts: each is refused with the step and the tensor where it goes wrong, and nothing of it is published."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from models.errors import CannotRunHere, CheckFailed
+from pipeline import stages, verbs
+from pipeline.stages import Run
+from pipeline.store import MANIFEST, Store
+from pipeline.verify import verify
+from targets.base import Export
+from targets.cpu import CpuTarget
+from targets.null import NullTarget
+from targets.onnxruntime import OnnxRuntimeTarget
+from tests.tiny import tiny_run
+
+Floats = npt.NDArray[np.float32]
+Change = Callable[[Floats], Floats]
+
+
+def negated(weights: Floats) -> Floats:
+    return -weights
+
+
+def not_numbers(weights: Floats) -> Floats:
+    return np.full_like(weights, np.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class WrongOnnx(OnnxRuntimeTarget):
+    """Compiles, and then changes the weights of the last layer."""
+
+    name: str = "wrong-onnx"
+    change: Change = negated
+
+    def build(self, export: Export, out: Path) -> None:
+        OnnxRuntimeTarget.build(self, export, out)
+        change_last_weight(out / "model.onnx", self.change)
+
+
+@dataclass(frozen=True, slots=True)
+class WrongBundle(NullTarget):
+    """Cannot build here; its bundle holds a graph whose last weights are `change` of the export's."""
+
+    name: str = "wrong-bundle"
+    change: Change = np.copy
+
+    def missing(self) -> str | None:
+        return "the board is somewhere else"
+
+    def bundle(self, export: Export, out: Path) -> None:
+        shutil.copyfile(export.onnx, out / "model.onnx")
+        change_last_weight(out / "model.onnx", self.change)
+
+    def next_command(self, bundle: Path) -> str:
+        return f"carry {bundle.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class WrongOpenVino(CpuTarget):
+    """Compiles, and then negates the largest float tensor of the weights file."""
+
+    name: str = "wrong-openvino"
+
+    def build(self, export: Export, out: Path) -> None:
+        CpuTarget.build(self, export, out)
+        constants = re.findall(r'element_type="f32"[^>]* offset="(\d+)" size="(\d+)"', (out / "model.xml").read_text())
+        offset, size = max(((int(start), int(length)) for start, length in constants), key=lambda found: found[1])
+        content = bytearray((out / "model.bin").read_bytes())
+        content[offset : offset + size] = (-np.frombuffer(content[offset : offset + size], np.float32)).tobytes()
+        (out / "model.bin").write_bytes(content)
+
+
+def change_last_weight(path: Path, change: Change) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(path)
+    weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 2]
+    assert weights
+    weights[-1].CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(weights[-1])), weights[-1].name))
+    onnx.save(model, path)
+
+
+def refused(run: Run, shared: Path) -> str:
+    """What is said of a run whose engine, and nothing before it, must be refused."""
+    store = Store(shared)
+    step = stages.deliverable(run)
+    with pytest.raises(CheckFailed) as caught:
+        verbs.engine(run, shared)
+    assert caught.value.exit_code == 4
+    assert not store.has(step)
+    assert not list((shared / step.stage).glob(f"*{store.path(step).name}/**/*")), "something half-made was left"
+    assert all(store.has(needed) for needed in step.inputs.values())
+    return str(caught.value)
+
+
+def test_an_engine_that_computes_something_else_is_refused_naming_step_and_tensor(shared: Path) -> None:
+    said = refused(tiny_run("fp32", WrongOnnx()), shared)
+    assert re.match(r"wrong-onnx computes something else than onnxruntime, on model\.onnx: -?\d+\.\d dB and", said)
+    assert re.search(r"first parts from \S+ at tensor `logits` \(-?\d+\.\d dB\)$", said)
+
+
+def test_a_target_that_shows_its_tensors_is_asked_for_the_first_that_differs(shared: Path) -> None:
+    said = refused(tiny_run("fp32", WrongOpenVino()), shared)
+    assert "wrong-openvino computes something else than onnxruntime" in said
+    tensor = re.search(r"wrong-openvino first parts from ONNX Runtime at tensor `([^`]+)`", said)
+    assert tensor, said
+    assert tensor[1] != "logits", "the largest weights are those of the second convolution"
+
+
+def test_the_tensor_is_found_where_a_query_is_larger_than_the_test_part(shared: Path) -> None:
+    said = refused(tiny_run("fp32", WrongOnnx(), batch=64), shared)
+    assert "at tensor `logits`" in said
+
+
+def test_an_engine_that_computes_no_numbers_is_refused(shared: Path) -> None:
+    said = refused(tiny_run("fp32", WrongOnnx(name="no-numbers", change=not_numbers)), shared)
+    assert "no-numbers computes something else than onnxruntime, on model.onnx: -200.0 dB" in said
+    assert "at tensor `logits` (-200.0 dB)" in said
+
+
+def test_a_half_precision_engine_is_looked_into_as_well(shared: Path) -> None:
+    assert re.search("at tensor `[^`]+`", refused(tiny_run("fp16", WrongOnnx()), shared))
+
+
+def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
+    run = tiny_run("fp32", WrongBundle(name="far"))
+    with pytest.raises(
+        CannotRunHere, match=r"the board is somewhere else\. All host work is done; next: carry"
+    ) as caught:
+        verbs.engine(run, shared)
+    answer = caught.value.answer
+    bundle = Path(str(answer["artifact"]))
+    assert (caught.value.exit_code, answer["executed"], answer["why_not"]) == (3, False, "the board is somewhere else")
+    assert answer["next"] == f"carry {bundle.name}"
+    assert (bundle.parent.name, answer["top1"]) == ("bundle", 100)
+    assert sorted(path.name for path in bundle.iterdir()) == [MANIFEST, "model.onnx", "report.json"]
+    with pytest.raises(CannotRunHere) as again:
+        verbs.engine(run, shared)
+    assert again.value.answer == answer | {"cached": True}
+
+
+def test_a_bundle_with_a_wrong_graph_is_refused(shared: Path) -> None:
+    said = refused(tiny_run("fp32", WrongBundle(change=negated)), shared)
+    assert "onnxruntime, on model.onnx computes something else than" in said
+    assert "at tensor `logits`" in said
+
+
+@pytest.mark.parametrize("verb", [verbs.verify, verbs.profile])
+def test_a_bundle_is_no_engine(verb: Callable[[Run, Path], object], shared: Path) -> None:
+    with pytest.raises(CannotRunHere, match="there is no engine for far on this machine: the board is somewhere else"):
+        verb(tiny_run("fp32", WrongBundle(name="far")), shared)
+
+
+# --- Reports of artifacts that are already there --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """A finished run, and copies of what its verification reads."""
+
+    run: Run
+    export: Export
+    engine: Path
+    before: dict[str, Path]
+
+    def verify(self) -> dict[str, Any]:
+        return verify(self.run, self.export, self.engine, self.before)
+
+    def doctor(self, stage: str, **arrays: npt.NDArray[Any]) -> None:
+        """Replace what a stage says of the test part."""
+        path = self.before[stage] / "test.npz"
+        with np.load(path) as found:
+            changed = dict(found) | arrays
+        path.unlink()
+        np.savez(path, **changed)
+
+    def test_part(self, stage: str) -> dict[str, npt.NDArray[Any]]:
+        with np.load(self.before[stage] / "test.npz") as found:
+            return dict(found)
+
+
+@pytest.fixture
+def finished(shared: Path, tmp_path: Path) -> Finished:
+    run = tiny_run("int8_ptq", "onnxruntime")
+    store = Store(shared)
+    step = stages.engine(run)
+    engine = store.get(step).path
+    before = {
+        name: Path(shutil.copytree(store.get(needed).path, tmp_path / name)) for name, needed in step.inputs.items()
+    }
+    return Finished(
+        run=run,
+        export=stages.export_of(run, before["exported"]),
+        engine=Path(shutil.copytree(engine, tmp_path / "engine")),
+        before=before,
+    )
+
+
+def test_an_engine_within_its_budget_passes(finished: Finished) -> None:
+    report = finished.verify()
+    assert (report["top1"], report["executed"], report["by"]) == (100, True, "onnxruntime")
+
+
+def test_an_artifact_that_loses_too_much_accuracy_is_refused(finished: Finished) -> None:
+    """As if the float model had been right about labels that nobody could guess."""
+    labels = np.random.default_rng(0).integers(0, 4, len(finished.test_part("weights")["labels"]))
+    finished.doctor("weights", labels=labels, logits=np.eye(4, dtype=np.float32)[labels])
+    with pytest.raises(
+        CheckFailed,
+        match=r"^the int8_ptq artifact of tiny has \d\d\.\d\d % top-1 on 48 test images, \d\d\.\d\d points below float "
+        r"\(100\.00 %\), with 2\.08 allowed; try RECIPE=int8_qat$",
+    ):
+        finished.verify()
+
+
+@pytest.mark.parametrize(("wrong", "passes"), [(1, True), (2, False)])
+def test_one_image_is_always_within_the_budget(finished: Finished, wrong: int, passes: bool) -> None:
+    """One of 48 images is two points, more than the one point that is allowed: it says nothing yet."""
+    labels, logits = finished.test_part("weights")["labels"].copy(), finished.test_part("weights")["logits"].copy()
+    labels[:wrong] = (labels[:wrong] + 1) % 4
+    logits[:wrong] = np.eye(4, dtype=np.float32)[labels[:wrong]] * 10
+    finished.doctor("weights", labels=labels, logits=logits)
+    if passes:
+        assert finished.verify()["top1"] == pytest.approx(100 - 100 / 48, abs=1e-3)
+    else:
+        with pytest.raises(CheckFailed, match=r"4\.17 points below float \(100\.00 %\), with 2\.08 allowed"):
+            finished.verify()
+
+
+def test_a_larger_budget_lets_more_pass(finished: Finished) -> None:
+    labels, logits = finished.test_part("weights")["labels"].copy(), finished.test_part("weights")["logits"].copy()
+    labels[:2] = (labels[:2] + 1) % 4
+    logits[:2] = np.eye(4, dtype=np.float32)[labels[:2]] * 10
+    finished.doctor("weights", labels=labels, logits=logits)
+    generous = replace(finished, run=replace(finished.run, max_drop=5.0))
+    assert generous.verify()["float_top1"] == 100
+
+
+def test_an_export_that_left_the_torch_program_is_refused_naming_the_tensor(finished: Finished) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(finished.export.onnx)
+    kernels = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
+    kernels[0].CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(kernels[0]), kernels[0].name))
+    onnx.save(model, finished.export.onnx)
+    with pytest.raises(CheckFailed, match=r"^onnxruntime, on model\.onnx computes something else than torch quantized"):
+        finished.verify()
+    with pytest.raises(CheckFailed, match=r"ONNX Runtime first parts from torch at tensor `\w+` \(-?\d+\.\d dB\)$"):
+        finished.verify()
+
+
+def test_a_quantized_program_without_numbers_is_refused(finished: Finished) -> None:
+    logits = finished.test_part("quantized")["logits"]
+    finished.doctor("quantized", logits=np.full_like(logits, np.nan))
+    with pytest.raises(CheckFailed, match=r"something else than torch quantized"):
+        finished.verify()

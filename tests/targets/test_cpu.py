@@ -1,0 +1,109 @@
+"""OpenVINO computes in the precision that was asked for, and in integers where the graph has them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.metrics import snr_db
+from calibration.recipe import Precision
+from models.errors import CheckFailed
+from pipeline.divergence import onnx_tensors
+from targets import cpu
+from targets.base import Export, Probes
+from targets.cpu import TARGET, half_precision
+from tests.toys import LAYERS
+
+
+def built(export: Export, path: Path, precision: Precision, batch: int = 1) -> tuple[Export, Path]:
+    export = replace(export, precision=precision, batch=batch)
+    TARGET.build(export, path)
+    return export, path
+
+
+@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("fp16", half_precision()), ("int8", "f32")])
+def test_the_precision_hint_is_explicit_and_arrives_in_the_compiled_model(
+    request: pytest.FixtureRequest, tmp_path: Path, precision: Precision, hint: str
+) -> None:
+    made: Export = request.getfixturevalue("int8_export" if precision == "int8" else "float_export")
+    export, engine = built(made, tmp_path, precision)
+    assert json.loads((engine / "engine.json").read_text())["INFERENCE_PRECISION_HINT"] == hint
+    inspected = TARGET.inspect(export, engine)
+    assert inspected["precision_hint"] == {"f32": "f32", "bf16": "bf16", "f16": "f16"}[hint]
+
+
+def test_float32_is_computed_in_float32(float_export: Export, tmp_path: Path) -> None:
+    export, engine = built(float_export, tmp_path, "fp32", batch=3)
+    precisions = TARGET.inspect(export, engine)["weighted_layers_by_precision"]
+    assert isinstance(precisions, dict) and precisions.keys() == {"f32"}
+    with np.load(export.path / "sample.npz") as sample, TARGET.open(engine) as session:
+        assert snr_db(sample["logits"][:3], session.infer(sample["images"][:3])) > 80  # bfloat16 is at 20 to 50
+
+
+def test_layers_with_integer_inputs_are_executed_in_integers(int8_export: Export, tmp_path: Path) -> None:
+    export, engine = built(int8_export, tmp_path, "int8")
+    precisions = TARGET.inspect(export, engine)["weighted_layers_by_precision"]
+    assert isinstance(precisions, dict)
+    assert precisions.get("i8", 0) + precisions.get("u8", 0) >= len(LAYERS) - 1
+    weights = (engine / "model.bin").stat().st_size
+    assert weights < 40_000
+
+
+def test_an_int8_engine_without_integers_is_refused(float_export: Export, tmp_path: Path) -> None:
+    _, engine = built(float_export, tmp_path, "fp32")
+    sentence = r"OpenVINO executes no layer in INT8 \(.*\); this CPU may lack integer instructions, use RECIPE=fp32$"
+    with pytest.raises(CheckFailed, match=sentence):
+        TARGET.inspect(replace(float_export, precision="int8"), engine)
+
+
+def test_the_batch_of_an_engine_is_fixed(float_export: Export, tmp_path: Path) -> None:
+    _, engine = built(float_export, tmp_path, "fp32", batch=3)
+    with TARGET.open(engine) as session:
+        assert session.batch == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu sse2 avx2 fma f16c", "f32"),  # f16c converts, it does not compute
+        ("avx512f avx512_bf16", "bf16"),
+        ("avx512_bf16 avx512_fp16 amx_bf16 amx_int8", "bf16"),
+        ("avx512f avx512_fp16", "f16"),
+        ("fp asimd fphp asimdhp", "f16"),
+        ("fp asimd", "f32"),
+    ],
+)
+def test_half_precision_is_what_the_processor_computes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, expected: str
+) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(cpu, "_CPUINFO", file)
+    assert half_precision() == expected
+    assert TARGET.toolchain()["half"] == expected
+
+
+def test_a_system_that_does_not_tell_computes_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "nothing")
+    assert half_precision() == "f32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_probe_shows_the_tensors_that_the_export_names(
+    request: pytest.FixtureRequest, tmp_path: Path, precision: Precision
+) -> None:
+    made: Export = request.getfixturevalue("int8_export" if precision == "int8" else "float_export")
+    export, engine = built(made, tmp_path, precision)
+    assert isinstance(TARGET, Probes)
+    with np.load(export.path / "sample.npz") as sample:
+        images = np.ascontiguousarray(sample["images"][:1])
+    expected = onnx_tensors(export.onnx, images)
+    found = TARGET.probe(engine, ["no such tensor", *expected], images)
+    assert found.keys() <= expected.keys() and "logits" in found
+    assert len(found) > 0.5 * len(expected)
+    least = 12 if precision == "int8" else 50
+    assert all(snr_db(expected[name], value) > least for name, value in found.items())

@@ -1,0 +1,111 @@
+"""ONNX graphs with a fixed batch, typed FP16, and executed as they are written."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from calibration.metrics import snr_db
+from targets._host import HostSession, padded, threads
+from targets._onnx import to_fp16, with_batch
+from targets.base import Export
+from targets.onnxruntime import reference_logits
+from tests.toys import CLASSES, SIDE
+
+
+@pytest.fixture(params=["float", "int8"])
+def export(request: pytest.FixtureRequest) -> Export:
+    found: Export = request.getfixturevalue(f"{request.param}_export")
+    return found
+
+
+@pytest.fixture
+def images(float_export: Export) -> npt.NDArray[np.float32]:
+    with np.load(float_export.path / "sample.npz") as found:
+        return found["images"]  # type: ignore[no-any-return]
+
+
+def test_a_fixed_batch_reaches_every_tensor_and_leaves_the_original_alone(export: Export) -> None:
+    model = onnx.load(export.onnx)
+    before = model.SerializeToString()
+    fixed = with_batch(model, 3)
+    assert model.SerializeToString() == before
+    onnx.checker.check_model(fixed, full_check=True)
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*fixed.graph.input, *fixed.graph.value_info, *fixed.graph.output)
+    }
+    assert shapes["image"] == [3, 3, SIDE, SIDE] and shapes["logits"] == [3, CLASSES]
+    assert all(0 not in shape for shape in shapes.values())
+    assert len(shapes) >= len(fixed.graph.node)
+
+
+def test_a_fixed_batch_changes_no_answer(export: Export, images: npt.NDArray[np.float32]) -> None:
+    fixed = with_batch(onnx.load(export.onnx), 3).SerializeToString()
+    expected = reference_logits(export.onnx, images)
+    assert len(images) % 3  # the last query is filled up
+    assert snr_db(expected, reference_logits(fixed, images)) > 60
+
+
+def test_fp16_is_typed_into_everything_but_input_output_and_integers(export: Export) -> None:
+    typed = to_fp16(onnx.load(export.onnx))
+    onnx.checker.check_model(typed, full_check=True)
+    assert [value.type.tensor_type.elem_type for value in (*typed.graph.input, *typed.graph.output)] == [1, 1]
+    types = {tensor.data_type for tensor in typed.graph.initializer}
+    assert TensorProto.FLOAT not in types and TensorProto.FLOAT16 in types
+    casts = [node for node in typed.graph.node if node.op_type == "Cast"]
+    assert len(casts) == 2
+
+
+def test_fp16_scales_are_the_very_same_numbers(int8_export: Export) -> None:
+    model = onnx.load(int8_export.onnx)
+    typed = to_fp16(model)
+
+    def scales(graph: onnx.GraphProto) -> list[list[float]]:
+        stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        return sorted(
+            stored[node.input[1]].astype(np.float64).reshape(-1).tolist()
+            for node in graph.node
+            if node.op_type == "DequantizeLinear"
+        )
+
+    assert scales(onnx.load(int8_export.onnx).graph) == scales(typed.graph)
+
+
+def test_the_reference_rounds_at_every_quantizer(int8_export: Export, images: npt.NDArray[np.float32]) -> None:
+    """The torch program rounds at the same places, so the two agree much better than integers agree with floats."""
+    with np.load(int8_export.path / "sample.npz") as found:
+        assert snr_db(found["logits"], reference_logits(int8_export.onnx, images)) > 60
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_the_reference_takes_any_number_of_images(float_export: Export, count: int) -> None:
+    images = np.random.default_rng(0).normal(size=(count, 3, SIDE, SIDE)).astype(np.float32)
+    assert reference_logits(float_export.onnx, images).shape == (count, CLASSES)
+
+
+def test_a_short_query_is_filled_with_its_last_image() -> None:
+    images = np.arange(2, dtype=np.float32).reshape(2, 1, 1, 1)
+    assert padded(images, 4).ravel().tolist() == [0, 1, 1, 1]
+    assert padded(images, 2) is images
+
+
+def test_a_host_session_times_each_query_on_its_own() -> None:
+    calls: list[int] = []
+
+    def run(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        calls.append(len(images))
+        return images[:, :, 0, 0]
+
+    session = HostSession(batch=2, run=run)
+    images = np.ones((2, 3, 1, 1), np.float32)
+    assert session.infer(images).shape == (2, 3)
+    latencies = session.latencies_ns(images, 7)
+    assert len(latencies) == 7 and min(latencies) > 0 and calls == [2] * 8
+
+
+def test_there_is_a_thread_for_each_processor_that_may_be_used() -> None:
+    assert threads() >= 1

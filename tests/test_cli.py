@@ -1,0 +1,259 @@
+"""The edge: every wrong request gets one sentence, the right exit code, and an answer that a script can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import targets
+from tests.tiny import ROOT, python
+
+CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "seconds"}
+VERBS = ("models", "targets", "dashboard", "engine", "calibrate", "qat", "verify", "profile", "explain")
+
+
+def call(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[str]]:
+    """Exit code, answer and lines of the story of one command."""
+    result = python("-m", "pipeline", *arguments, "--store", str(tmp_path / "store"))
+    assert "Traceback" not in result.stderr, result.stderr
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return result.returncode, answer, result.stderr.splitlines()
+
+
+def refused(tmp_path: Path, code: int, *arguments: str) -> str:
+    """The one sentence with which a command is refused."""
+    found, answer, story = call(tmp_path, *arguments)
+    assert found == code
+    assert answer.keys() >= CONTRACT | {"error"}
+    assert (answer["artifact"], answer["key"], answer["cached"]) == (None, None, False)
+    assert story == [answer["error"]]
+    left = [path for path in (tmp_path / "store").rglob("*") if path.is_file() and not path.name.startswith(".lock-")]
+    assert left == []
+    return story[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["engine", "--model", "mobilevit-xs"],
+            r"^MODEL=mobilevit-xs: no such model; did you mean mobilevit_xs\? Known",
+        ),
+        (["engine", "--model", "$(touch x)"], r"^MODEL=\$\(touch x\): no such model; Known: mobilevit_xxs, "),
+        (["engine", "--target", "jetsn"], r"^TARGET=jetsn: no such target; did you mean jetson\? Known: .*, iphone$"),
+        (["engine", "--recipe", "int8-qat"], r"^RECIPE=int8-qat: no such recipe; did you mean int8_qat\? Known: fp32,"),
+        (["engine", "--size", "100"], r"^SIZE=100: mobilevit_xs takes sides from 64 to 1024 .* SIZE=64 or SIZE=128$"),
+        (["engine", "--size", "9999"], r"the nearest: SIZE=1024$"),
+        (["engine", "--size", "0"], r"the nearest: SIZE=64$"),
+        (["engine", "--size", "64px"], r"^SIZE=64px: "),
+        (["engine", "--size", "9" * 5000], r"^SIZE=9+: "),
+        (["engine", "--batch", "0"], r"^BATCH=0: expected a whole number from 1 to 256$"),
+        (["engine", "--batch", "1.5"], r"^BATCH=1\.5: expected a whole number"),
+        (["engine", "--batch", "9" * 5000], r"^BATCH=9+: expected a whole number"),
+        (["engine", "--seed", "-1"], r"^SEED=-1: expected a whole number from 0 to 4294967295$"),
+        (["engine", "--seed", "²"], r"^SEED=²: expected"),
+        (["engine", "--seed", "4294967296"], r"^SEED=4294967296: expected"),
+        (["engine", "--device", "board7"], r"^DEVICE=board7: no such device"),
+        (["engine", "--data", "no/such folder"], r"^DATA=no/such folder: there is no such folder; give `digits`, or"),
+        (["engine", "--data", "~nobody-of-this-name/x"], r"^DATA=~nobody-of-this-name/x: there is no such folder"),
+        (["engine", "--weights", "missing.pt"], r"^WEIGHTS=missing\.pt: there is no such file; give a \.safetensors"),
+        (
+            ["engine", "--weights", "~nobody-of-this-name/x"],
+            r"^WEIGHTS=~nobody-of-this-name/x: there is no such file",
+        ),
+        (["modles"], r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, engine,"),
+        (["engine", "--no-such-option", "1"], r"^unrecognized arguments: --no-such-option 1; `make help` lists"),
+        (["engine", "--model"], r"^argument --model: expected one argument; `make help` lists"),
+        ([], r"^the following arguments are required: VERB; `make help` lists what there is$"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, list) else "",
+)
+def test_a_wrong_request_gets_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    assert re.search(sentence, refused(tmp_path, 2, *arguments))
+
+
+@pytest.mark.parametrize("verb", ["engine", "verify", "profile", "explain"])
+def test_what_this_machine_cannot_do_says_what_would(tmp_path: Path, verb: str) -> None:
+    assert "use TARGET=nvidia or TARGET=rtx" in refused(tmp_path, 3, verb, "--target", "torch_tensorrt")
+
+
+# --- Folders and checkpoints ----------------------------------------------------------------------------------------
+
+
+def no_class(root: Path) -> None:
+    root.mkdir()
+
+
+def one_half(root: Path) -> None:
+    (root / "train" / "cat").mkdir(parents=True)
+
+
+def too_few(root: Path) -> None:
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        (root / name / "one.png").touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (no_class, "holds 0 class folders; expected two or more"),
+        (one_half, "has train/ but no val/; add"),
+        (too_few, "holds 1 images"),
+    ],
+)
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path, make: Callable[[Path], None], sentence: str) -> None:
+    make(tmp_path / "my 'pictures'")
+    assert sentence in refused(tmp_path, 2, "engine", "--data", str(tmp_path / "my 'pictures'"))
+
+
+class Runs:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def state(spoil: bool = False) -> dict[str, Any]:
+    import models
+
+    found: dict[str, Any] = models.ALL["convmixer_mini"].build(10).state_dict()
+    if spoil:
+        found["head.bias"][3] = float("nan")
+    return found
+
+
+def truncated(path: Path) -> None:
+    import torch
+
+    torch.save(state(), path)
+    path.write_bytes(path.read_bytes()[:4000])
+
+
+def diverged(path: Path) -> None:
+    import torch
+
+    torch.save(state(spoil=True), path)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"state_dict": Runs()}))
+
+
+def another_model(path: Path) -> None:
+    import torch
+
+    torch.save({"stem.weight": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "sentence"),
+    [
+        (truncated, "short.pt", "is not a PyTorch checkpoint, or a damaged one; copy it again"),
+        (diverged, "nan.pth", "`head.bias` holds NaN or infinite values"),
+        (pickled, "pickle.pt", "holds pickled Python objects, which could run code when loaded, and is refused"),
+        (another_model, "other.pt", "is not a checkpoint of this model: it lacks"),
+        (lambda path: path.write_bytes(b"\0" * 7), "short.safetensors", "is not a whole safetensors file"),
+    ],
+    ids=["truncated", "NaN", "pickle", "another model", "truncated safetensors"],
+)
+def test_a_checkpoint_that_cannot_be_used_is_refused(
+    tmp_path: Path, make: Callable[[Path], None], name: str, sentence: str
+) -> None:
+    make(tmp_path / name)
+    said = refused(tmp_path, 2, "engine", "--model", "convmixer_mini", "--weights", str(tmp_path / name))
+    assert said.startswith(f"WEIGHTS={tmp_path / name}")
+    assert sentence in said
+    assert not (ROOT / "executed").exists()
+
+
+# --- What is right --------------------------------------------------------------------------------------------------
+
+
+def test_empty_values_mean_the_defaults(tmp_path: Path) -> None:
+    names = ("model", "target", "recipe", "data", "weights", "size", "batch", "device", "seed")
+    code, said, _ = call(tmp_path, "explain", *(f"--{name}=" for name in names))
+    assert code == 0
+    assert (said["model"], said["target"], said["recipe"]) == ("mobilevit_xs", "cpu", "int8_qat")
+    _, spoken, _ = call(tmp_path, "explain", "--batch", " 1 ", "--seed", "0", "--size", "64", "--data", "digits")
+    assert spoken["stages"] == said["stages"]
+
+
+def test_other_names_of_a_target_mean_the_same(tmp_path: Path) -> None:
+    answers = [call(tmp_path, "explain", "--target", name)[1] for name in ("coreml", "iphone")]
+    assert [answer["target"] for answer in answers] == ["coreml", "coreml"]
+    assert answers[0]["stages"] == answers[1]["stages"]
+
+
+def test_a_folder_that_is_called_digits_can_be_named(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pipeline", "explain", "--data", "./digits"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("DATA=./digits: there is no such folder")
+
+
+def test_models_and_targets_are_listed_for_people_and_for_scripts(tmp_path: Path) -> None:
+    code, said, story = call(tmp_path, "models")
+    assert (code, said.keys() >= CONTRACT) == (0, True)
+    assert all(row.keys() == {"name", "family", "parameters", "macs", "input_size", "top1"} for row in said["models"])
+    assert [line.split()[0] for line in story[1:]] == [row["name"] for row in said["models"]]
+
+    code, said, story = call(tmp_path, "targets")
+    assert (code, said.keys() >= CONTRACT) == (0, True)
+    assert [row["name"] for row in said["targets"]] == list(targets.ALL)
+    assert all((row["why_not"] is None) == row["ready"] for row in said["targets"])
+    assert {row["name"] for row in said["targets"]} <= {line.split()[0] for line in story if line.strip()}
+
+
+def test_help_names_every_verb_and_builds_nothing() -> None:
+    result = python("-m", "pipeline", "--help")
+    assert result.returncode == 0
+    assert ", ".join(VERBS) in " ".join(result.stdout.split())
+
+
+def test_a_dashboard_of_nothing_is_a_page(tmp_path: Path) -> None:
+    code, said, _ = call(tmp_path, "dashboard")
+    assert (code, said["rows"]) == (0, 0)
+    assert "<html" in Path(said["path"]).read_text()
+
+
+def test_an_engine_is_made_and_found_again_from_the_command_line(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(state(), tmp_path / "my weights.safetensors")
+    request = ["engine", "--model", "convmixer_mini", "--size", "16", "--recipe", "fp32", "--target", "onnxruntime"]
+    request += ["--weights", str(tmp_path / "my weights.safetensors")]
+    code, first, _ = call(tmp_path, *request)
+    assert code == 0
+    assert first.keys() >= CONTRACT | {
+        "files",
+        "executed",
+        "why_not",
+        "top1",
+        "float_top1",
+        "agreement",
+        "images",
+        "snr_db",
+    }
+    assert (first["cached"], first["executed"], first["images"]) == (False, True, 360)
+    code, second, story = min((call(tmp_path, *request) for _ in range(3)), key=lambda found: found[1]["seconds"])
+    assert (code, second["cached"], second["key"]) == (0, True, first["key"])
+    assert [line.split()[:2] for line in story[:5]] == [
+        [stage, "hit"] for stage in ("weights", "quantized", "exported", "compiled", "engine")
+    ]
+    assert second["seconds"] < 2

@@ -1,0 +1,73 @@
+"""Naming things, and finding that all is built, imports no framework and answers at once."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import python
+
+HEAVY = (
+    "torch",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "coremltools",
+    "tensorrt",
+    "tensorrt_rtx",
+    "sklearn",
+    "sqlalchemy",
+)
+BE_SECONDS = 0.5  # for what only names things
+# The keys of every target in a store where nothing is built: all that a call does that finds everything built.
+KEYS = """
+import sys, json
+from pathlib import Path
+from models.errors import CannotRunHere
+from pipeline import stages
+from pipeline.__main__ import _parser, read
+from pipeline.store import Store
+import targets
+for target in targets.ALL:
+    run = read(_parser().parse_args(["engine", "--target", target]))
+    try:
+        step = stages.deliverable(run)
+    except CannotRunHere:
+        continue
+    assert not Store(Path(sys.argv[1])).has(step)
+print(json.dumps([name for name in sys.modules if name.partition(".")[0] in sys.argv[2:]]))
+"""
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The top-level packages that Python imports on the way, as `-X importtime` lists them."""
+    result = python("-X", "importtime", "-m", "pipeline", *arguments)
+    assert result.returncode == 0, result.stderr
+    lines = (line for line in result.stderr.splitlines() if line.startswith("import time:"))
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["targets"], ["--help"], ["engine", "--model", "nobody"]], ids=str)
+def test_naming_things_imports_no_framework_and_answers_at_once(arguments: list[str]) -> None:
+    if arguments[0] != "engine":
+        assert imported_by(*arguments) & set(HEAVY) == set()
+    taken = []
+    for _ in range(5):  # the shortest of several, since others use the machine too
+        started = time.perf_counter()
+        python("-m", "pipeline", *arguments)
+        taken.append(time.perf_counter() - started)
+    assert min(taken) < BE_SECONDS
+
+
+def test_the_key_of_every_engine_is_known_without_a_framework(tmp_path: Path) -> None:
+    result = python("-c", KEYS, str(tmp_path), *HEAVY)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == []
+
+
+def test_explaining_imports_no_framework(tmp_path: Path) -> None:
+    assert imported_by("explain", "--target", "cpu", "--store", str(tmp_path)) & set(HEAVY) == set()

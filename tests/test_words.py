@@ -1,0 +1,70 @@
+"""What the files say: of this project alone, and of themselves first."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GENERATED = {".git", ".venv", "build", "__pycache__"}  # and every other folder whose name begins with a dot, but .ci
+OTHERS = {"LICENSE", "requirements.lock"}  # not our words
+
+# Spelled apart, so that this file does not say them either.
+UNWANTED = {
+    "a folder of somebody's machine": re.compile(r"(?<![\w.])/(?:work|root|home/\w+|tmp/w|Users/\w+)(?:/|\b)"),
+    "a package registry": re.compile(
+        r"pypi" r"\.org|python" r"hosted|index" r"-url|extra" r"-index|registry\.npm" r"js|artifact" r"ory", re.I
+    ),
+    "an address of a network": re.compile(r"\b(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2,3}:\d+"),
+    "who wrote it": re.compile(r"\bas an A" r"I\b|language mod" r"el|chat" r"gpt|\bclau" r"de\b|copi" r"lot", re.I),
+    "a mark for later": re.compile(r"\b(?:TO" r"DO|FIX" r"ME|X" r"XX)\b"),
+}
+
+
+def texts() -> Iterator[Path]:
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        hidden = any(part in GENERATED or (part[0] == "." and part != ".ci") for part in parts[:-1])
+        if path.is_file() and not hidden and parts[-1] not in OTHERS:
+            yield path
+
+
+TEXTS = list(texts())
+MODULES = [path for path in TEXTS if path.suffix == ".py" and path.stat().st_size]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=named)
+def test_no_file_speaks_of_the_machine_it_was_written_on(path: Path) -> None:
+    text = path.read_text(errors="replace")
+    found = {what: match[0] for what, pattern in UNWANTED.items() if (match := pattern.search(text))}
+    assert found == {}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_every_module_opens_with_a_sentence(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_bytes()))
+    assert text, "the module has no docstring"
+    first = text.split("\n\n")[0].strip()
+    assert first[0].isupper() or first[0] == "`", f"{first!r} does not begin like a sentence"
+    assert first[-1] in ".:!", f"{first!r} does not end like a sentence"
+
+
+def test_the_patterns_find_what_they_are_for() -> None:
+    said = {
+        "a folder of somebody's machine": ["see /" + "work/main/x", "cd /" + "root"],
+        "a package registry": ["https://pypi" + ".org/simple"],
+        "an address of a network": ["http://10.0" + ".0.7:8080/"],
+        "who wrote it": ["As an A" + "I model"],
+        "a mark for later": ["# TO" + "DO later"],
+    }
+    for what, sentences in said.items():
+        assert all(UNWANTED[what].search(sentence) for sentence in sentences), what
+    assert not any(pattern.search("the framework/tests in models/workbench") for pattern in UNWANTED.values())
