@@ -215,4 +215,4 @@ def _tell(report: dict[str, object]) -> None:
     for step in report["steps"]:  # type: ignore[attr-defined]
         log.info("  %-32s top-1 %6.2f %%   %7.1f dB to the step before", step["name"], step["top1"], step["snr_db"])
     if not report["executed"]:
-        log.info("  the engine itself was not executed: %s", report["why_not"])
+        log.info("  %s", report["why_not"])

@@ -1,6 +1,6 @@
 """Hold an artifact against the float model on the whole test part, and every step between them against the one before.
 
-    torch float -> torch quantized -> ONNX Runtime on model.onnx -> the engine
+    torch float -> torch quantized -> ONNX Runtime on the export -> the engine
 
 Where the engine cannot be executed, the graph that it was compiled from is, and the report says so.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -18,13 +18,17 @@ from calibration.metrics import Labels, Logits, agreement, snr_db, top1
 from calibration.progress import bar
 from models.errors import CheckFailed
 from pipeline.divergence import engine_divergence, export_divergence, graph_divergence
-from targets._host import padded
-from targets.onnxruntime import reference_logits
+from targets._host import in_queries, padded
+from targets.onnxruntime import reference
 
 if TYPE_CHECKING:
     from pipeline.stages import Run
     from targets.base import Export, Images
 
+    Executor: TypeAlias = Callable[[Images], Logits]  # takes any number of images
+
+_ON_EXPORT, _ON_COMPILED = "onnxruntime, on the export", "onnxruntime, on the compiled graph"
+_READ_AT_ONCE = 64  # images
 # Least signal-to-noise ratio in decibels of a step against the one before it, by precision. ONNX Runtime computes what
 # torch computes but for the order of sums. An engine of 16-bit floats is 22 dB (bfloat16) to 60 dB (FP16) away; one of
 # INT8 may fuse, and so move, roundings, and is held by its answers more than by its decibels.
@@ -86,74 +90,76 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     Raises CheckFailed where a step changed the model, or the artifact loses more than `run.max_drop` points.
     """
     inspected = run.target.inspect(export, engine)
-    images = _test_images(run)
-    ladder = _climbed(export, images, before)
     why_not = run.target.not_executed()
     if why_not is None:
-        by, logits = run.target.name, _executed(run, engine, images)
+        with run.target.open(engine) as session:
+            last = (run.target.name, lambda images: in_queries(session.infer, session.batch, images))
+            ladder = _climbed(run, export, before, last, lambda: _engine_divergence(run, export, engine))
     else:
-        graph = run.target.graph(engine) or export.onnx
-        by, logits = f"onnxruntime, on {graph.name}", reference_logits(graph, images)
-    ladder.add(
-        by,
-        logits,
-        least_db=_ENGINE_DB[export.precision],
-        diverging=lambda: engine_divergence(run.target, export, engine, _query(images, export)),
-    )
-    return {**_report(run, ladder, why_not, by), "inspected": inspected}
+        graph = run.target.graph(engine)
+        last = (_ON_COMPILED, reference(graph)) if graph else None
+        ladder = _climbed(run, export, before, last, lambda: _engine_divergence(run, export, engine))
+    return {**_report(run, ladder, why_not), "inspected": inspected}
 
 
 def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> dict[str, object]:
     """The report of a bundle: that of the graph in it, since the engine does not exist yet. Raises as `verify` does."""
-    images = _test_images(run)
-    ladder = _climbed(export, images, before)
     graph = bundle / "model.onnx"
-    ladder.add(
-        f"onnxruntime, on {graph.name}",
-        reference_logits(graph, images),
-        least_db=_ENGINE_DB[export.precision],
-        diverging=lambda: graph_divergence(export, graph, _query(images, export)),
+    diverging = lambda: graph_divergence(export, graph, _query(run, export))  # noqa: E731
+    return _report(
+        run, _climbed(run, export, before, (_ON_COMPILED, reference(graph)), diverging), run.target.missing()
     )
-    return _report(run, ladder, run.target.missing(), ladder.steps[-1].name)
 
 
-def _climbed(export: Export, images: Images, before: Mapping[str, Path]) -> Ladder:
-    """The ladder up to ONNX Runtime on the export."""
+def _climbed(
+    run: Run,
+    export: Export,
+    before: Mapping[str, Path],
+    last: tuple[str, Executor] | None,
+    diverging: Callable[[], str],
+) -> Ladder:
+    """The ladder from torch to ONNX Runtime on the export, and on to the `last` step where there is another one."""
+    executors = {_ON_EXPORT: reference(export.onnx)} | dict([last] if last else [])
+    answers = _answers(run, executors)
     with np.load(before["weights"] / "test.npz") as found:
         ladder = Ladder(labels=found["labels"], float_logits=found["logits"], logits=found["logits"])
     ladder.note("torch float", ladder.logits)
     with np.load(before["quantized"] / "test.npz") as found:
         ladder.note("torch quantized" if export.precision == "int8" else "torch exported", found["logits"])
     ladder.add(
-        "onnxruntime, on model.onnx",
-        reference_logits(export.onnx, images),
+        _ON_EXPORT,
+        answers[_ON_EXPORT],
         least_db=_ONNX_DB[export.precision],
-        diverging=lambda: export_divergence(export, images[:2]),
+        diverging=lambda: export_divergence(export, _query(run, export)),
     )
+    if last:
+        ladder.add(last[0], answers[last[0]], least_db=_ENGINE_DB[export.precision], diverging=diverging)
     return ladder
 
 
-def _test_images(run: Run) -> Images:
-    """All images of the test part that can be read, (N, 3, S, S)."""
-    return np.concatenate([batch.numpy() for batch, _ in run.images("test").batches(64)])
+def _answers(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
+    """What each executor says of the whole test part, which is read once and never held as a whole."""
+    test = run.images("test")
+    found: dict[str, list[Logits]] = {name: [] for name in executors}
+    with bar(total=len(test), title="verification", unit="image") as progress:
+        for images, _ in test.batches(_READ_AT_ONCE):
+            for name, execute in executors.items():
+                found[name].append(execute(images.numpy()))
+            progress.update(len(images))
+    return {name: np.concatenate(logits) for name, logits in found.items()}
 
 
-def _query(images: Images, export: Export) -> Images:
-    """The first images, as many as one query takes."""
-    return padded(images[: export.batch], export.batch)
+def _engine_divergence(run: Run, export: Export, engine: Path) -> str:
+    return engine_divergence(run.target, export, engine, _query(run, export))
 
 
-def _executed(run: Run, engine: Path, images: Images) -> Logits:
-    found = []
-    with run.target.open(engine) as session, bar(total=len(images), title="verification", unit="image") as progress:
-        for start in range(0, len(images), session.batch):
-            query = images[start : start + session.batch]
-            found.append(np.array(session.infer(padded(query, session.batch))[: len(query)]))
-            progress.update(len(query))
-    return np.concatenate(found)
+def _query(run: Run, export: Export) -> Images:
+    """The first test images, as many as one query takes."""
+    images, _ = next(run.images("test").batches(export.batch))
+    return padded(images.numpy(), export.batch)
 
 
-def _report(run: Run, ladder: Ladder, why_not: str | None, by: str) -> dict[str, object]:
+def _report(run: Run, ladder: Ladder, why_not: str | None) -> dict[str, object]:
     found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
     one_image = 100 / len(ladder.labels)
     allowed = max(run.max_drop, one_image)
@@ -165,8 +171,8 @@ def _report(run: Run, ladder: Ladder, why_not: str | None, by: str) -> dict[str,
         )
     return {
         "executed": why_not is None,
-        "why_not": why_not,
-        "by": by,
+        "why_not": None if why_not is None else f"not executed: {why_not}",
+        "by": ladder.steps[-1].name,
         "top1": round(found, 3),
         "float_top1": round(reference, 3),
         "agreement": round(agreement(ladder.float_logits, ladder.logits), 3),

@@ -38,6 +38,15 @@ def padded(images: Images, batch: int) -> Images:
     return images if len(images) == batch else np.concatenate((images, images[-1:].repeat(batch - len(images), 0)))
 
 
+def in_queries(run: Callable[[Images], Logits], batch: int, images: Images) -> Logits:
+    """The logits of any number of images from a `run` that takes exactly `batch` at a time."""
+    import numpy as np
+
+    queries = (padded(images[start : start + batch], batch) for start in range(0, len(images), batch))
+    # Copied, since a runtime may answer the next query in the same memory.
+    return np.concatenate([np.array(run(query)) for query in queries])[: len(images)]
+
+
 def threads() -> int:
     """The processors that this process may use: one thread each."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""ONNX files as the toolchains want them: a fixed batch, and FP16 typed into the graph."""
+"""ONNX files as the toolchains want them: a fixed batch, FP16 typed into the graph, nothing shared between weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,22 @@ def with_batch(model: ModelProto, batch: int) -> ModelProto:
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
     return onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True)
+
+
+def with_own_quantizers(model: ModelProto) -> ModelProto:
+    """A copy of `model` in which every weight has a scale and a zero point of its own; equal ones are shared before."""
+    import onnx
+
+    separate = onnx.ModelProto()
+    separate.CopyFrom(model)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in separate.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            for index in range(1, len(node.input)):
+                own = separate.graph.initializer.add()
+                own.CopyFrom(constants[node.input[index]])
+                own.name = node.input[index] = f"{node.input[0]}_{('scale', 'zero_point')[index - 1]}"
+    return separate
 
 
 def to_fp16(model: ModelProto) -> ModelProto:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.scheme import SHARED, Scheme
-from targets._host import HostSession, padded, threads
+from targets._host import HostSession, in_queries, threads
 from targets.base import INPUT_NAME, Export
 
 if TYPE_CHECKING:
@@ -63,17 +63,20 @@ class OnnxRuntimeTarget:
         yield HostSession(batch=batch, run=lambda images: session.run(None, {INPUT_NAME: images})[0])
 
 
-def reference_logits(model: Path | bytes, images: Images) -> Logits:
-    """Compute an ONNX graph (a file, or its bytes) as its operators are defined: every Q/DQ pair rounds, every other
-    operator is float. Takes images (N, 3, S, S) in any number, for a graph of dynamic or fixed batch.
+def reference(model: Path | bytes) -> Callable[[Images], Logits]:
+    """The reference executor of an ONNX graph (a file, or its bytes): it computes the operators as they are defined,
+    every Q/DQ pair rounds and every other operator is float. It takes images (N, 3, S, S) in any number, for a graph of
+    dynamic or fixed batch.
     """
-    import numpy as np
-
     session = _session(model, fuse_integers=False)
     fixed = session.get_inputs()[0].shape[0]
-    step = fixed if isinstance(fixed, int) else _REFERENCE_BATCH
-    queries = (padded(images[start : start + step], step) for start in range(0, len(images), step))
-    return np.concatenate([session.run(None, {INPUT_NAME: query})[0] for query in queries])[: len(images)]
+    batch = fixed if isinstance(fixed, int) else _REFERENCE_BATCH
+    return lambda images: in_queries(lambda query: session.run(None, {INPUT_NAME: query})[0], batch, images)
+
+
+def reference_logits(model: Path | bytes, images: Images) -> Logits:
+    """What the reference executor answers, once."""
+    return reference(model)(images)
 
 
 def _session(model: Path | bytes, *, fuse_integers: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,7 +90,9 @@ def toy_export(path: Path, precision: Precision, *, batch: int = 1) -> Export:
     from targets.base import Export
 
     recipe = Ptq(name="int8_ptq", samples=64) if precision == "int8" else Float(name=precision, precision=precision)
-    made = quantize(seeded(Hybrid), recipe, SHARED, images("train"), images("val"), seed=0)
+    train = images("train")
+    made = quantize(seeded(Hybrid), recipe, SHARED, train, images("val"), seed=0)
     sample, _ = next(images("val").batches(8))
-    export(made.program, sample.numpy(), {"model": "toy", "size": SIDE}, path)
+    description = {"model": "toy", "recipe": recipe.name, "size": SIDE, "classes": list(train.data.classes)}
+    export(made.program, sample.numpy(), {**description, "preprocess": asdict(PREPROCESS)}, path)
     return Export(path=path, precision=precision, batch=batch)

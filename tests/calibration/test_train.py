@@ -57,9 +57,7 @@ def test_the_weights_kept_are_those_of_the_best_epoch() -> None:
     parts = [Images(data=OneClass(), part=part, preprocess=PREPROCESS) for part in ("train", "val")]
     model = Constant()
     chosen = (1, 2, 3)
-    epochs = fit(
-        model, *parts, STILL, seed=0, title="toy", before_epoch=lambda epoch: model.prefer(chosen[epoch])
-    )
+    epochs = fit(model, *parts, STILL, seed=0, title="toy", before_epoch=lambda epoch: model.prefer(chosen[epoch]))
     assert [epoch.val_top1 for epoch in epochs] == [0.0, 100.0, 0.0]
     assert model.logits.argmax() == 2
 

@@ -200,9 +200,7 @@ def test_one_value_that_is_not_finite_is_enough(tmp_path: Path, state: State, va
     path = tmp_path / f"w.{suffix}"
     state["1.running_var"][2] = value
     path.write_bytes(save(state) if suffix == "safetensors" else torch_bytes(state))
-    sentence = (
-        "WEIGHTS={path}: `1.running_var` holds NaN or infinite values; the training diverged, use an earlier one"
-    )
+    sentence = "WEIGHTS={path}: `1.running_var` holds NaN or infinite values; the training diverged, use an earlier one"
     with pytest.raises(BadRequest, match=exactly(sentence, path)):
         checkpoint.read(path)
 

@@ -128,9 +128,7 @@ def test_sizes_between_the_multiples_and_beyond_the_ends_are_refused(spec: Model
     assert (sizes.maximum // sizes.multiple_of + 1) * sizes.multiple_of not in sizes
 
 
-@given(
-    multiple=st.integers(1, 70), minimum=st.integers(1, 200), span=st.integers(0, 500), size=st.integers(-100, 2000)
-)
+@given(multiple=st.integers(1, 70), minimum=st.integers(1, 200), span=st.integers(0, 500), size=st.integers(-100, 2000))
 def test_the_nearest_sizes_work_and_nothing_closer_does(multiple: int, minimum: int, span: int, size: int) -> None:
     sizes = Sizes(multiple_of=multiple, minimum=minimum, maximum=minimum + span)
     working = list(members(sizes))

@@ -57,7 +57,7 @@ def test_the_report_tells_of_every_step_in_order(shared: Path) -> None:
     assert [step["name"] for step in report["steps"]] == [
         "torch float",
         "torch quantized",
-        "onnxruntime, on model.onnx",
+        "onnxruntime, on the export",
         "cpu",
     ]
     assert all(step.keys() == {"name", "top1", "agreement", "snr_db"} for step in report["steps"])

@@ -107,7 +107,7 @@ def refused(run: Run, shared: Path) -> str:
 
 def test_an_engine_that_computes_something_else_is_refused_naming_step_and_tensor(shared: Path) -> None:
     said = refused(tiny_run("fp32", WrongOnnx()), shared)
-    assert re.match(r"wrong-onnx computes something else than onnxruntime, on model\.onnx: -?\d+\.\d dB and", said)
+    assert re.match(r"wrong-onnx computes something else than onnxruntime, on the export: -?\d+\.\d dB and", said)
     assert re.search(r"first parts from \S+ at tensor `logits` \(-?\d+\.\d dB\)$", said)
 
 
@@ -126,7 +126,7 @@ def test_the_tensor_is_found_where_a_query_is_larger_than_the_test_part(shared: 
 
 def test_an_engine_that_computes_no_numbers_is_refused(shared: Path) -> None:
     said = refused(tiny_run("fp32", WrongOnnx(name="no-numbers", change=not_numbers)), shared)
-    assert "no-numbers computes something else than onnxruntime, on model.onnx: -200.0 dB" in said
+    assert "no-numbers computes something else than onnxruntime, on the export: -200.0 dB" in said
     assert "at tensor `logits` (-200.0 dB)" in said
 
 
@@ -142,7 +142,7 @@ def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
         verbs.engine(run, shared)
     answer = caught.value.answer
     bundle = Path(str(answer["artifact"]))
-    assert (caught.value.exit_code, answer["executed"], answer["why_not"]) == (3, False, "the board is somewhere else")
+    assert (caught.value.exit_code, answer["executed"], answer["why_not"]) == (3, False, "not executed: the board is somewhere else")
     assert answer["next"] == f"carry {bundle.name}"
     assert (bundle.parent.name, answer["top1"]) == ("bundle", 100)
     assert sorted(path.name for path in bundle.iterdir()) == [MANIFEST, "model.onnx", "report.json"]
@@ -153,7 +153,7 @@ def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
 
 def test_a_bundle_with_a_wrong_graph_is_refused(shared: Path) -> None:
     said = refused(tiny_run("fp32", WrongBundle(change=negated)), shared)
-    assert "onnxruntime, on model.onnx computes something else than" in said
+    assert "onnxruntime, on the compiled graph computes something else than" in said
     assert "at tensor `logits`" in said
 
 
@@ -256,7 +256,7 @@ def test_an_export_that_left_the_torch_program_is_refused_naming_the_tensor(fini
     kernels = [tensor for tensor in model.graph.initializer if len(tensor.dims) == 4]
     kernels[0].CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(kernels[0]), kernels[0].name))
     onnx.save(model, finished.export.onnx)
-    with pytest.raises(CheckFailed, match=r"^onnxruntime, on model\.onnx computes something else than torch quantized"):
+    with pytest.raises(CheckFailed, match=r"^onnxruntime, on the export computes something else than torch quantized"):
         finished.verify()
     with pytest.raises(CheckFailed, match=r"ONNX Runtime first parts from torch at tensor `\w+` \(-?\d+\.\d dB\)$"):
         finished.verify()

@@ -44,13 +44,21 @@ def test_float32_is_computed_in_float32(float_export: Export, tmp_path: Path) ->
         assert snr_db(sample["logits"][:3], session.infer(sample["images"][:3])) > 80  # bfloat16 is at 20 to 50
 
 
-def test_layers_with_integer_inputs_are_executed_in_integers(int8_export: Export, tmp_path: Path) -> None:
+def test_every_layer_with_integer_inputs_is_executed_in_integers(int8_export: Export, tmp_path: Path) -> None:
     export, engine = built(int8_export, tmp_path, "int8")
     precisions = TARGET.inspect(export, engine)["weighted_layers_by_precision"]
     assert isinstance(precisions, dict)
-    assert precisions.get("i8", 0) + precisions.get("u8", 0) >= len(LAYERS) - 1
-    weights = (engine / "model.bin").stat().st_size
-    assert weights < 40_000
+    assert precisions.keys() <= {"i8", "u8"}
+    assert sum(precisions.values()) == len(LAYERS)
+
+
+def test_weights_stay_integers_in_the_engine(int8_export: Export, float_export: Export, tmp_path: Path) -> None:
+    weights = {}
+    for name, made in (("int8", int8_export), ("fp32", float_export)):
+        (tmp_path / name).mkdir()
+        built(made, tmp_path / name, made.precision)
+        weights[name] = (tmp_path / name / "model.bin").stat().st_size
+    assert weights["int8"] < 0.6 * weights["fp32"]
 
 
 def test_an_int8_engine_without_integers_is_refused(float_export: Export, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 
 from calibration.metrics import snr_db
 from targets._host import HostSession, padded, threads
-from targets._onnx import to_fp16, with_batch
+from targets._onnx import to_fp16, with_batch, with_own_quantizers
 from targets.base import Export
 from targets.onnxruntime import reference_logits
 from tests.toys import CLASSES, SIDE
@@ -73,6 +73,22 @@ def test_fp16_scales_are_the_very_same_numbers(int8_export: Export) -> None:
         )
 
     assert scales(onnx.load(int8_export.onnx).graph) == scales(typed.graph)
+
+
+def test_no_weight_shares_its_quantizer(int8_export: Export, images: npt.NDArray[np.float32]) -> None:
+    model = onnx.load(int8_export.onnx)
+    separate = with_own_quantizers(model)
+    onnx.checker.check_model(separate, full_check=True)
+
+    def quantizers(graph: onnx.GraphProto) -> list[str]:
+        stored = {tensor.name for tensor in graph.initializer}
+        pairs = [node.input for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
+        return [name for inputs in pairs for name in inputs[1:]]
+
+    assert len(set(quantizers(model.graph))) < len(quantizers(model.graph))  # onnxsim merges equal constants
+    assert len(set(quantizers(separate.graph))) == len(quantizers(separate.graph))
+    expected = reference_logits(int8_export.onnx, images)
+    assert np.array_equal(expected, reference_logits(separate.SerializeToString(), images))
 
 
 def test_the_reference_rounds_at_every_quantizer(int8_export: Export, images: npt.NDArray[np.float32]) -> None:
