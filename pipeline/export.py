@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.metrics import snr_db
+from calibration.progress import bar
 from models.errors import CheckFailed
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnxruntime import reference_logits
@@ -52,14 +53,18 @@ def export(program: ExportedProgram, sample: Images, description: Mapping[str, o
 
     from calibration import program as programs
 
-    graph = program.module()
-    with torch.no_grad():
-        logits = graph(torch.from_numpy(sample)).numpy()
-    scales = programs.scales(graph)
-    programs.save(program.run_decompositions({}), out / "model.pt2")
-
-    plain = _converted(program)
-    simplified = _simplified(plain)
+    with bar(total=4, title="export", unit="step") as progress:
+        graph = program.module()
+        with torch.no_grad():
+            logits = graph(torch.from_numpy(sample)).numpy()
+        scales = programs.scales(graph)
+        progress.update()
+        programs.save(program.run_decompositions({}), out / "model.pt2")
+        progress.update()
+        plain = _converted(program)
+        progress.update()
+        simplified = _simplified(plain)
+        progress.update()
     _compare("onnxsim", reference_logits(plain.SerializeToString(), sample), simplified, sample, _FLOAT_DB)
     _compare("the ONNX conversion", logits, simplified, sample, _QUANTIZED_DB if scales else _FLOAT_DB)
     _check_quantizers(simplified, scales)

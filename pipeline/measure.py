@@ -222,8 +222,8 @@ def _disturbed(before: Conditions | None, after: Conditions | None) -> Iterator[
         return
     if before.busy is not None and before.busy > MAX_BUSY:
         yield (
-            f"the machine was busy before the first query: {before.busy:.0%} of the processor taken by others, more than "
-            f"{MAX_BUSY:.0%}"
+            f"the machine was busy before the first query: {before.busy:.0%} of the processor taken by others, more "
+            f"than {MAX_BUSY:.0%}"
         )
     if after is None or before.throttle_events is None or after.throttle_events is None:
         return
