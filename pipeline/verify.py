@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -91,24 +92,29 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     """
     inspected = run.target.inspect(export, engine)
     why_not = run.target.not_executed()
+
+    def diverging() -> str:
+        return engine_divergence(run.target, export, engine, _query(run, export))
+
     if why_not is None:
         with run.target.open(engine) as session:
-            last = (run.target.name, lambda images: in_queries(session.infer, session.batch, images))
-            ladder = _climbed(run, export, before, last, lambda: _engine_divergence(run, export, engine))
+            execute = partial(in_queries, session.infer, session.batch)
+            ladder = _climbed(run, export, before, (run.target.name, execute), diverging)
     else:
         graph = run.target.graph(engine)
-        last = (_ON_COMPILED, reference(graph)) if graph else None
-        ladder = _climbed(run, export, before, last, lambda: _engine_divergence(run, export, engine))
+        ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)) if graph else None, diverging)
     return {**_report(run, ladder, why_not), "inspected": inspected}
 
 
 def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> dict[str, object]:
     """The report of a bundle: that of the graph in it, since the engine does not exist yet. Raises as `verify` does."""
     graph = bundle / "model.onnx"
-    diverging = lambda: graph_divergence(export, graph, _query(run, export))  # noqa: E731
-    return _report(
-        run, _climbed(run, export, before, (_ON_COMPILED, reference(graph)), diverging), run.target.missing()
-    )
+
+    def diverging() -> str:
+        return graph_divergence(export, graph, _query(run, export))
+
+    ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)), diverging)
+    return _report(run, ladder, run.target.missing())
 
 
 def _climbed(
@@ -147,10 +153,6 @@ def _answers(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
                 found[name].append(execute(images.numpy()))
             progress.update(len(images))
     return {name: np.concatenate(logits) for name, logits in found.items()}
-
-
-def _engine_divergence(run: Run, export: Export, engine: Path) -> str:
-    return engine_divergence(run.target, export, engine, _query(run, export))
 
 
 def _query(run: Run, export: Export) -> Images:
