@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
 
 
 def with_batch(model: ModelProto, batch: int) -> ModelProto:
@@ -34,6 +34,43 @@ def with_own_quantizers(model: ModelProto) -> ModelProto:
                 own.CopyFrom(constants[node.input[index]])
                 own.name = node.input[index] = f"{node.input[0]}_{('scale', 'zero_point')[index - 1]}"
     return separate
+
+
+def with_padding_before_rounding(model: ModelProto) -> ModelProto:
+    """A copy of `model` in which a convolution over a concatenation pads in float, before its input is quantized:
+
+        Concat -> Q -> DQ -> Conv(pads)      becomes      Concat -> Pad -> Q -> DQ -> Conv
+
+    The same numbers, since zero is an integer; for runtimes that shift such an input to uint8 and pad it with 0.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    padded = type(model)()
+    padded.CopyFrom(model)
+    graph = padded.graph
+    producers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        source = producers.get(quantize.input[0])
+        convolutions = [reader for dq in readers[quantize.output[0]] for reader in readers[dq.output[0]]]
+        if source is None or source.op_type != "Concat" or [node.op_type for node in convolutions] != ["Conv"]:
+            continue
+        pads = {found.name: found.ints for found in convolutions[0].attribute}.get("pads")
+        if pads is None or not any(pads):
+            continue
+        sides = np.array([0, 0, *pads[: len(pads) // 2], 0, 0, *pads[len(pads) // 2 :]], np.int64)
+        name = source.output[0]
+        graph.initializer.append(numpy_helper.from_array(sides, f"{name}_pads"))
+        pad = helper.make_node("Pad", [name, f"{name}_pads"], [f"{name}_padded"], name=f"{name}_padded")
+        graph.node.insert(list(graph.node).index(quantize), pad)
+        quantize.input[0] = pad.output[0]
+        pads[:] = [0] * len(pads)
+    del graph.value_info[:]  # some shapes have grown
+    return padded
 
 
 def to_fp16(model: ModelProto) -> ModelProto:

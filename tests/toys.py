@@ -83,15 +83,15 @@ def images(part: Part, preprocess: Preprocess = PREPROCESS) -> Images:
     return Images(data=Untested(), part=part, preprocess=preprocess)
 
 
-def toy_export(path: Path, precision: Precision, *, batch: int = 1) -> Export:
-    """The export of a `Hybrid` with random weights, in the empty folder `path`."""
+def toy_export(path: Path, precision: Precision, *, batch: int = 1, network: type[nn.Module] = Hybrid) -> Export:
+    """The export of a `network` with random weights, in the empty folder `path`."""
     from calibration.quantize import quantize
     from pipeline.export import export
     from targets.base import Export
 
     recipe = Ptq(name="int8_ptq", samples=64) if precision == "int8" else Float(name=precision, precision=precision)
     train = images("train")
-    made = quantize(seeded(Hybrid), recipe, SHARED, train, images("val"), seed=0)
+    made = quantize(seeded(network), recipe, SHARED, train, images("val"), seed=0)
     sample, _ = next(images("val").batches(8))
     description = {"model": "toy", "recipe": recipe.name, "size": SIDE, "classes": list(train.data.classes)}
     export(made.program, sample.numpy(), {**description, "preprocess": asdict(PREPROCESS)}, path)

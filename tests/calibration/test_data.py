@@ -11,6 +11,7 @@ import pytest
 import models
 from calibration.data import PARTS, Digits, Part, load
 from models.errors import BadRequest
+from models.spec import ModelSpec
 
 DIGITS = Digits()
 SIZES: dict[Part, int] = {"train": 1257, "val": 180, "test": 360}
@@ -67,7 +68,7 @@ def test_digits_are_images_of_grey_bytes_that_have_no_mirror() -> None:
 
 
 @pytest.mark.parametrize("spec", models.ALL.values(), ids=models.ALL)
-def test_digits_come_at_a_size_near_64_that_the_model_takes_uncropped(spec: models.ModelSpec) -> None:
+def test_digits_come_at_a_size_near_64_that_the_model_takes_uncropped(spec: ModelSpec) -> None:
     preprocess = DIGITS.preprocess(spec)
     assert preprocess.size in spec.sizes and abs(preprocess.size - 64) <= 6
     assert preprocess.crop == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_an_activation_that_is_not_finite_stops_the_calibration(bad: float) -> N
 
 
 @pytest.mark.parametrize("make", [per_tensor, per_channel])
-def test_a_range_follows_in_training_and_stands_still_in_evaluation(make: type[FakeQuant]) -> None:
+def test_a_range_follows_in_training_and_stands_still_in_evaluation(make: Callable[[], FakeQuant]) -> None:
     fake_quant = observed(make(), torch.rand(4, 50), mode="train")
     start = fake_quant.scale.clone()
     with torch.no_grad():
@@ -151,5 +152,5 @@ def test_following_keeps_the_share_of_the_peak_that_was_chosen() -> None:
 def test_gradients_pass_inside_the_range_alone() -> None:
     fake_quant = observed(per_tensor(), torch.full((100,), 1.0))
     x = torch.tensor([0.3, -0.7, 5.0, -5.0], requires_grad=True)
-    fake_quant(x).sum().backward()  # type: ignore[no-untyped-call]
+    fake_quant(x).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [1, 1, 0, 0]

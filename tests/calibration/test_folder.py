@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_names_are_any_names(tmp_path: Path) -> None:
 
 def test_a_file_name_need_not_be_text(tmp_path: Path) -> None:
     root = class_folders(tmp_path, {"a": 3, "b": 3})
-    os.rename(root / "a" / "000.png", os.fsencode(root / "a") + b"/caf\xe9.png")
+    (root / "a" / "000.png").rename(root / "a" / os.fsdecode(b"caf\xe9.png"))
     assert Folder.scan(root, seed=0).identity() != {}
 
 
@@ -174,7 +175,7 @@ def test_a_folder_takes_the_preprocessing_of_the_model(tmp_path: Path) -> None:
 # --- Pictures -------------------------------------------------------------------------------------------------------
 
 
-def stored(root: Path, name: str, image: Image.Image, **options: object) -> Image.Image:
+def stored(root: Path, name: str, image: Image.Image, **options: Any) -> Image.Image:
     """What a folder makes of one picture."""
     class_folders(root, {"b": 3})
     (root / "a").mkdir()

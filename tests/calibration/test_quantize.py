@@ -1,8 +1,9 @@
-"""From a float model to an integer program: the integers are where the scheme wants them, and the known traps are shut."""
+"""From a float model to an integer program: integers stand where the scheme wants them, the known traps are shut."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from calibration.scheme import SHARED, Scheme
 from calibration.train import TrainingPlan, evaluate, fit
 from models.convmixer import ConvMixer
 from models.errors import CheckFailed
-from tests.toys import CLASSES, LAYERS, SIDE, Hybrid, images, seeded
+from tests.tiny import SIDE
+from tests.toys import CLASSES, LAYERS, Hybrid, images, seeded
 
 PTQ = Ptq(name="int8_ptq", samples=64)
 QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=3, learning_rate=1e-3)
@@ -231,7 +233,7 @@ def test_scales_follow_in_training_until_they_are_frozen(trained: nn.Module) -> 
     seen.append(scales_of(prepared))
     moved = [
         sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-        for before, after in zip(seen[1:], seen[2:], strict=False)
+        for before, after in itertools.pairwise(seen[1:])
     ]
     assert moved[0] > len(LAYERS) and moved[1] == 0
 

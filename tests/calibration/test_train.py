@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.batches import Images
-from calibration.data import Part
+from calibration.data import PARTS, Part
 from calibration.train import TrainingPlan, evaluate, fit, predictions
 from models.errors import CheckFailed
 from tests.tiny import net
@@ -54,10 +54,10 @@ def test_the_weights_kept_are_those_of_the_best_epoch() -> None:
         def labels(self, part: Part) -> list[int]:
             return [2] * len(Untested.labels(self, part))
 
-    parts = [Images(data=OneClass(), part=part, preprocess=PREPROCESS) for part in ("train", "val")]
+    train, val = (Images(data=OneClass(), part=part, preprocess=PREPROCESS) for part in PARTS[:2])
     model = Constant()
     chosen = (1, 2, 3)
-    epochs = fit(model, *parts, STILL, seed=0, title="toy", before_epoch=lambda epoch: model.prefer(chosen[epoch]))
+    epochs = fit(model, train, val, STILL, seed=0, title="toy", before_epoch=lambda epoch: model.prefer(chosen[epoch]))
     assert [epoch.val_top1 for epoch in epochs] == [0.0, 100.0, 0.0]
     assert model.logits.argmax() == 2
 
@@ -115,9 +115,9 @@ def test_a_last_batch_of_one_image_is_left_out() -> None:
         def labels(self, part: Part) -> list[int]:
             return Untested.labels(self, part)[:33]
 
-    parts = [Images(data=OneMore(), part=part, preprocess=PREPROCESS) for part in ("train", "val")]
+    train, val = (Images(data=OneMore(), part=part, preprocess=PREPROCESS) for part in PARTS[:2])
     model = nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, CLASSES))
-    assert len(fit(model, *parts, TrainingPlan(epochs=1, learning_rate=1e-3), seed=0, title="toy")) == 1
+    assert len(fit(model, train, val, TrainingPlan(epochs=1, learning_rate=1e-3), seed=0, title="toy")) == 1
 
 
 @pytest.mark.parametrize("epochs", range(1, 5))

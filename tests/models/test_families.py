@@ -45,9 +45,9 @@ def test_attention_equals_that_of_torch() -> None:
 
 def test_a_transformer_layer_normalizes_before_each_branch_and_adds_after_it() -> None:
     layer = TransformerLayer(8).eval()
-    for last in (layer.attn.proj, layer.mlp.fc2):
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+    for name in ("attn.proj", "mlp.fc2"):
+        nn.init.zeros_(layer.get_parameter(f"{name}.weight"))
+        nn.init.zeros_(layer.get_parameter(f"{name}.bias"))
     x = torch.randn(2, 3, 8) * 7
     assert torch.equal(layer(x), x)
 
@@ -109,9 +109,10 @@ def test_the_bottleneck_of_mobilenetv2_is_linear() -> None:
 def test_a_convmixer_block_adds_the_input_around_the_depthwise_convolution_alone() -> None:
     network = ConvMixer(4, dim=8, depth=2, kernel=5, patch=4, act=nn.ReLU).eval()
     block = network.blocks[0]
+    assert isinstance(block, nn.Sequential)
     residual = block[0]
     assert isinstance(residual, Residual)
-    nn.init.zeros_(residual.fn[0].weight)
+    nn.init.zeros_(residual.get_parameter("fn.0.weight"))
     x = torch.randn(1, 8, 4, 4)
     assert torch.equal(block(x), block[3](block[2](block[1](x))))
 
@@ -120,7 +121,7 @@ def test_convmixer_normalizes_after_the_activation() -> None:
     network = ConvMixer(4, dim=8, depth=1, kernel=5, patch=4, act=nn.GELU)
     kinds = [type(module) for module in network.stem]
     assert kinds == [nn.Conv2d, nn.GELU, nn.BatchNorm2d]
-    assert [type(module) for module in network.blocks[0]][1:] == kinds
+    assert [type(module) for module in network.blocks[0].children()][1:] == kinds
 
 
 def test_only_the_768_wide_convmixer_has_relu() -> None:

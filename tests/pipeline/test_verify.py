@@ -142,7 +142,11 @@ def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
         verbs.engine(run, shared)
     answer = caught.value.answer
     bundle = Path(str(answer["artifact"]))
-    assert (caught.value.exit_code, answer["executed"], answer["why_not"]) == (3, False, "not executed: the board is somewhere else")
+    assert (caught.value.exit_code, answer["executed"], answer["why_not"]) == (
+        3,
+        False,
+        "not executed: the board is somewhere else",
+    )
     assert answer["next"] == f"carry {bundle.name}"
     assert (bundle.parent.name, answer["top1"]) == ("bundle", 100)
     assert sorted(path.name for path in bundle.iterdir()) == [MANIFEST, "model.onnx", "report.json"]

@@ -13,7 +13,8 @@ from targets._host import HostSession, padded, threads
 from targets._onnx import to_fp16, with_batch, with_own_quantizers
 from targets.base import Export
 from targets.onnxruntime import reference_logits
-from tests.toys import CLASSES, SIDE
+from tests.tiny import SIDE
+from tests.toys import CLASSES
 
 
 @pytest.fixture(params=["float", "int8"])
