@@ -33,7 +33,7 @@ class Qat:
     warm_start: Ptq
     precision: Literal["int8"] = "int8"
     epochs: int = 2
-    learning_rate: float = 2e-4  # the peak of the cycle
+    learning_rate: float = 1e-5  # the peak of the cycle: PTQ is a good start, and larger steps leave it
     freeze_ranges_at: float = 0.5  # fraction of the epochs after which the ranges stand still
 
 
