@@ -28,7 +28,7 @@ PIPELINE := $(VENV)/bin/python -m pipeline
 READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help engine calibrate qat verify profile dashboard explain models targets bench test test-slow lint setup lock \
+.PHONY: help engine calibrate qat verify profile dashboard explain models targets bench test lint setup lock \
         system-packages clean
 
 help: ## this list
@@ -68,10 +68,7 @@ bench: $(READY) ## the README's table: three models, four recipes, every target 
 	@$(VENV)/bin/python -m tests.bench
 
 test: $(READY) ## the tests (a few minutes)
-	@$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
-
-test-slow: $(READY) ## the tests that train full-size models (half an hour)
-	@$(VENV)/bin/python -m pytest -q -m slow
+	@$(VENV)/bin/python -m pytest -q -n 2
 
 lint: $(READY) ## ruff and mypy --strict
 	@$(VENV)/bin/ruff check .
