@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 SCRIPT = "build_engine.py"
 _WEAK_GRAPH = "model_weak.onnx"
 
-# Both graphs are computed by the same operators in the same order; weights may differ by their last bit.
-_LEAST_DB = 60.0
+# Both graphs are computed by the same operators in the same order, but weights may differ by their last bit: in INT8
+# that can tip a value from one integer to the next.
+_LEAST_DB = {"fp32": 60.0, "fp16": 60.0, "int8": 25.0}
 
 # Compute alone, at full speed: the defaults of TensorRT 11, which 10 and 8.x must be asked for. 11 accepts these flags
 # and changes nothing, so all three versions measure the same thing.
@@ -131,10 +132,10 @@ def _weak_graph(export: Export) -> tuple[ModelProto | None, str | None]:
     with np.load(export.path / "sample.npz") as sample:
         images = sample["images"]
     found = snr_db(reference_logits(export.onnx, images), reference_logits(weak.SerializeToString(), images))
-    if found < _LEAST_DB:
+    if found < _LEAST_DB[export.precision]:
         raise CheckFailed(
             f"the graph for TensorRT 8.x comes within {found:.1f} dB of the export on {len(images)} images, expected "
-            f"at least {_LEAST_DB:.0f} dB"
+            f"at least {_LEAST_DB[export.precision]:.0f} dB"
         )
     return weak, None
 

@@ -35,7 +35,7 @@ GRAPH, ENGINE = "model.onnx", "model.engine"
 _WEAK_OPSET, _WEAK_IR = 17, 8
 _WEAK = "weak"  # the metadata entry that marks such a graph
 
-_LEVELS = {"INFO": logging.INFO, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
+_LEVELS = {"INFO": logging.DEBUG, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
 _ERRORS = {_board.Damaged: BadRequest, _board.Unable: CannotRunHere, _board.Rejected: CheckFailed}
 
 log = logging.getLogger(__name__)
