@@ -64,7 +64,7 @@ models: $(READY) ## the models, with parameters, MACs and published accuracy
 targets: $(READY) ## the targets, and what this machine lacks for each
 	@$(PIPELINE) targets
 
-bench: $(READY) ## the README's table: three models, four recipes, every target this machine can build for (an hour)
+bench: $(READY) ## the README's table: three models, four recipes, four targets (10 minutes and more)
 	@$(VENV)/bin/python -m tests.bench
 
 test: $(READY) ## the tests (a few minutes)

@@ -212,7 +212,8 @@ def _answer(artifact: Artifact) -> Answer:
 
 
 def _tell(report: dict[str, object]) -> None:
-    for step in report["steps"]:  # type: ignore[attr-defined]
-        log.info("  %-32s top-1 %6.2f %%   %7.1f dB to the step before", step["name"], step["top1"], step["snr_db"])
+    for place, step in enumerate(report["steps"]):  # type: ignore[arg-type, var-annotated]
+        nearness = f"{step['snr_db']:8.1f} dB to the step before" if place else ""
+        log.info("  %-36s top-1 %6.2f %%%s", step["name"], step["top1"], nearness)
     if not report["executed"]:
         log.info("  %s", report["why_not"])
