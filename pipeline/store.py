@@ -136,6 +136,7 @@ class Store:
             _write_durably(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             # The manifest is written last and the rename publishes all at once: a reader sees everything or nothing.
             scratch.rename(path)
+            log.info("%-10s built  %s in %.1f s", step.stage, path, manifest["seconds"])
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
