@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import calibration.data
 import calibration.recipe
 import models
 import targets
-from models.errors import BadRequest, EdgelineError
+from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import ModelSpec
 from pipeline import verbs
 from pipeline.stages import Run
@@ -46,6 +47,9 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
 _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
 _LONGEST_NUMBER = 12  # digits
+
+# What the system says where artifacts cannot be kept; any other OSError is a fault of ours and shows its traceback.
+_NO_PLACE_TO_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 
 log = logging.getLogger("edgeline")
 
@@ -72,6 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answer |= {"error": str(error), **error.answer}
         log.error("%s", error)
         return _finish(answer, started, error.exit_code)
+    except OSError as error:
+        if error.errno not in _NO_PLACE_TO_WRITE:
+            raise
+        sentence = (
+            f"{error.filename or request.store} cannot be written: {error.strerror}; make room, or name another folder "
+            "with --store"
+        )
+        log.error("%s", sentence)
+        return _finish(answer | {"error": sentence}, started, CannotRunHere.exit_code)
     except KeyboardInterrupt:
         log.error("interrupted; what was finished is kept, the same command goes on from there")
         return _finish(answer | {"error": "interrupted"}, started, 130)

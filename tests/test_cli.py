@@ -257,3 +257,13 @@ def test_an_engine_is_made_and_found_again_from_the_command_line(tmp_path: Path)
         [stage, "hit"] for stage in ("weights", "quantized", "exported", "compiled", "engine")
     ]
     assert second["seconds"] < 2
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file, where a folder was expected")
+    found, answer, story = call(tmp_path, "engine", "--target", "null")
+    assert found == 3
+    assert story == [answer["error"]]
+    assert re.search(
+        r"store/weights cannot be written: Not a directory; make room, or name another folder with --store$", story[0]
+    )
