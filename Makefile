@@ -1,5 +1,10 @@
 # What a person types. Each rule is one call of `python -m pipeline`; the first one that needs it sets up .venv.
 
+# Every path below is the checkout's: run from elsewhere, `make -f` would remove that folder's .venv and build.
+ifneq ($(realpath $(dir $(lastword $(MAKEFILE_LIST)))),$(realpath $(CURDIR)))
+$(error run make in the checkout: make -C $(dir $(lastword $(MAKEFILE_LIST))))
+endif
+
 MODEL   ?= mobilevit_xs
 TARGET  ?= cpu
 RECIPE  ?= int8_qat

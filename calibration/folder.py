@@ -136,5 +136,8 @@ def _images(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         return
     for path in sorted(folder.rglob("*")):
+        # Hidden files are no pictures: macOS leaves a ._name.png beside each name.png, Jupyter its checkpoints.
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
         if path.suffix.lower() in _SUFFIXES and not path.is_dir():
             yield path

@@ -48,8 +48,8 @@ _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
 _LONGEST_NUMBER = 12  # digits
 
-# What the system says where artifacts cannot be kept; any other OSError is a fault of ours and shows its traceback.
-_NO_PLACE_TO_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+# What the system says of files that cannot be written, or read; any other OSError shows its traceback.
+_DENIED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 
 log = logging.getLogger("edgeline")
 
@@ -77,14 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return _finish(answer, started, error.exit_code)
     except OSError as error:
-        if error.errno not in _NO_PLACE_TO_WRITE:
+        if error.errno not in _DENIED:
             raise
-        sentence = (
-            f"{error.filename or request.store} cannot be written: {error.strerror}; make room, or name another folder "
-            "with --store"
-        )
+        written = Path(error.filename or request.store).resolve().is_relative_to(request.store.resolve())
+        code = CannotRunHere.exit_code if written else BadRequest.exit_code
+        remedy = "cannot be written: {}; make room in the folder of artifacts" if written else "cannot be read: {}"
+        sentence = f"{error.filename or request.store} {remedy.format(error.strerror)}"
         log.error("%s", sentence)
-        return _finish(answer | {"error": sentence}, started, CannotRunHere.exit_code)
+        return _finish(answer | {"error": sentence}, started, code)
     except KeyboardInterrupt:
         log.error("interrupted; what was finished is kept, the same command goes on from there")
         return _finish(answer | {"error": "interrupted"}, started, 130)

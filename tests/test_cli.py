@@ -265,5 +265,5 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert found == 3
     assert story == [answer["error"]]
     assert re.search(
-        r"store/weights cannot be written: Not a directory; make room, or name another folder with --store$", story[0]
+        r"store/weights cannot be written: Not a directory; make room in the folder of artifacts$", story[0]
     )

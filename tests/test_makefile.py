@@ -204,3 +204,16 @@ def test_the_environment_is_pinned() -> None:
     wanted = re.findall(r"^([A-Za-z][\w.-]*)", (ROOT / "requirements.in").read_text(), re.M)
     names = {line.partition("==")[0].lower().replace("_", "-") for line in pinned}
     assert {name.lower().replace("_", "-") for name in wanted} <= names
+
+
+def test_from_another_folder_nothing_of_it_is_touched(tmp_path: Path) -> None:
+    for rule in ("setup", "clean"):
+        found = subprocess.run(
+            ["make", "-n", "-f", str(ROOT / "Makefile"), rule],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert found.returncode != 0 and "rm -rf" not in found.stdout
+        assert "run make in the checkout" in found.stderr

@@ -293,3 +293,11 @@ def test_unreadable_images_are_counted_over_all_parts(tmp_path: Path) -> None:
     list(Images(data=folder, part="train", preprocess=TINY).batches(16))
     with pytest.raises(BadRequest, match="2 of 120 images cannot be read"):
         list(Images(data=folder, part="val", preprocess=TINY).batches(16))
+
+
+def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
+    root = class_folders(tmp_path, {"a": 5, "b": 5})
+    (root / "a" / "._000.png").write_bytes(b"what macOS leaves beside 000.png")
+    paint(root / "b" / ".ipynb_checkpoints" / "000.png")
+    folder = Folder.scan(root, seed=0)
+    assert sum(len(folder.parts[part]) for part in PARTS) == 10
