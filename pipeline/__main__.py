@@ -79,12 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _DENIED:
             raise
-        written = Path(error.filename or request.store).resolve().is_relative_to(request.store.resolve())
-        code = CannotRunHere.exit_code if written else BadRequest.exit_code
-        remedy = "cannot be written: {}; make room in the folder of artifacts" if written else "cannot be read: {}"
-        sentence = f"{error.filename or request.store} {remedy.format(error.strerror)}"
-        log.error("%s", sentence)
-        return _finish(answer | {"error": sentence}, started, code)
+        refusal = _denied(error, request.store)
+        log.error("%s", refusal)
+        return _finish(answer | {"error": str(refusal)}, started, refusal.exit_code)
     except KeyboardInterrupt:
         log.error("interrupted; what was finished is kept, the same command goes on from there")
         return _finish(answer | {"error": "interrupted"}, started, 130)
@@ -186,6 +183,14 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")
     return parser
+
+
+def _denied(error: OSError, store: Path) -> EdgelineError:
+    """What to say of a file that the system does not let us write, if it is one of ours, or read."""
+    file = error.filename or store
+    if Path(file).resolve().is_relative_to(store.resolve()):
+        return CannotRunHere(f"{file} cannot be written: {error.strerror}; make room in the folder of artifacts")
+    return BadRequest(f"{file} cannot be read: {error.strerror}")
 
 
 def _be_quiet() -> None:

@@ -7,6 +7,7 @@ import logging
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import calibration.recipe
 import models
@@ -65,8 +66,7 @@ def engine(run: Run, root: Path) -> Answer:
     """
     artifact = _produced(stages.deliverable(run), root)
     report = json.loads((artifact.path / "report.json").read_text())
-    answer = _answer(artifact) | {"files": artifact.files()} | {name: report[name] for name in _VERIFIED}
-    _tell(report)
+    answer = _told(artifact, report)
     if artifact.step.stage == "bundle":
         assert isinstance(run.target, Bundles)
         command = run.target.next_command(artifact.path)
@@ -96,8 +96,7 @@ def verify(run: Run, root: Path) -> Answer:
     artifact = _produced(step, root)
     before = {name: Store(root).get(needed).path for name, needed in step.inputs.items()}
     report = verified(run, stages.export_of(run, before["exported"]), artifact.path, before)
-    _tell(report)
-    return _answer(artifact) | {"files": artifact.files()} | {name: report[name] for name in _VERIFIED}
+    return _told(artifact, report)
 
 
 def profile(run: Run, root: Path) -> Answer:
@@ -116,7 +115,7 @@ def profile(run: Run, root: Path) -> Answer:
     with run.target.open(artifact.path) as session:
         samples = time_session(session, images, plan)
     after = Conditions.now()
-    summary = summarize(samples, before=before, after=after)
+    summary = summarize(samples, plan, before=before, after=after)
     row = Row(
         model=run.model.name,
         family=run.model.family,
@@ -178,9 +177,9 @@ def explain(run: Run, root: Path) -> Answer:
     store = Store(root)
     told = []
     for step in stages.deliverable(run).chain():
-        why = store.explain(step)
-        told.append({"stage": step.stage, "key": step.key, "cached": store.has(step), "why": why})
-        log.info("%-10s %-6s %s", step.stage, "hit" if store.has(step) else "build", "; ".join(why))
+        cached, why = store.has(step), store.explain(step)
+        told.append({"stage": step.stage, "key": step.key, "cached": cached, "why": why})
+        log.info("%-10s %-6s %s", step.stage, "hit" if cached else "build", "; ".join(why))
     return {"stages": told}
 
 
@@ -211,9 +210,11 @@ def _answer(artifact: Artifact) -> Answer:
     return {"artifact": str(artifact.path), "key": artifact.key, "cached": artifact.cached}
 
 
-def _tell(report: dict[str, object]) -> None:
-    for place, step in enumerate(report["steps"]):  # type: ignore[arg-type, var-annotated]
+def _told(artifact: Artifact, report: dict[str, Any]) -> Answer:
+    """Tell how the verification went, and answer with it."""
+    for place, step in enumerate(report["steps"]):
         nearness = f"{step['snr_db']:8.1f} dB to the step before" if place else ""
         log.info("  %-36s top-1 %6.2f %%%s", step["name"], step["top1"], nearness)
     if not report["executed"]:
         log.info("  %s", report["why_not"])
+    return _answer(artifact) | {"files": artifact.files()} | {name: report[name] for name in _VERIFIED}
