@@ -32,7 +32,7 @@ def make(
     model = spec.build(len(train.data.classes))
     plan: TrainingPlan | None = FROM_SCRATCH
     if file is not None:
-        fresh = checkpoint.load_into(model, checkpoint.read(file), file)
+        fresh = checkpoint.load_into(model, checkpoint.read(file), file, formats=spec.formats, head=spec.head())
         plan = NEW_HEAD if fresh else None
         if fresh:
             log.warning(

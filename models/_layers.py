@@ -29,6 +29,32 @@ class ConvNormAct(nn.Module):
         return self.act(self.bn(self.conv(x)))  # type: ignore[no-any-return]
 
 
+class Mlp(nn.Module):
+    """Linear -> activation -> linear, on the last axis."""
+
+    def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.GELU) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of heads (N, heads, length, head_dim), `bias` (1 or N, heads, length, length) added
+    to the logits.
+
+    Written out rather than called as one operator: every exporter then emits the same MatMul - Softmax - MatMul, and
+    the queries are scaled before the product, where FP16 has the room.
+    """
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+    if bias is not None:
+        logits = logits + bias
+    return logits.softmax(-1) @ value  # type: ignore[no-any-return]
+
+
 def initialize(model: nn.Module) -> None:
     """Kaiming-normal convolutions (fan out), truncated-normal linear layers (0.02), zero biases, unit norms.
 

@@ -84,4 +84,38 @@ def _convmixer() -> Iterator[ModelSpec]:
     )
 
 
-SPECS: tuple[ModelSpec, ...] = (*_mobilevit(), *_mobilenetv2(), *_convmixer())
+def _coatnet() -> Iterator[ModelSpec]:
+    yield from ()
+
+
+def _conformer() -> Iterator[ModelSpec]:
+    yield from ()
+
+
+def _transcnn() -> Iterator[ModelSpec]:
+    yield from ()
+
+
+def _hatnet() -> Iterator[ModelSpec]:
+    yield from ()
+
+
+def _swin() -> Iterator[ModelSpec]:
+    yield from ()
+
+
+def _acmix() -> Iterator[ModelSpec]:
+    yield from ()
+
+
+SPECS: tuple[ModelSpec, ...] = (
+    *_mobilevit(),
+    *_mobilenetv2(),
+    *_convmixer(),
+    *_coatnet(),
+    *_conformer(),
+    *_transcnn(),
+    *_hatnet(),
+    *_swin(),
+    *_acmix(),
+)

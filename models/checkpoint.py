@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,25 @@ _REFUSALS = ("Unsupported global", "unsupported GLOBAL", "allowlisted", "reduce 
 
 # Keys under which training scripts wrap the weights, in order of preference: averaged weights are the better ones.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """How others name, and sometimes lay out, the tensors of a family that we know by other names.
+
+    A checkpoint is of this format where one of its keys matches `signature` as a whole.
+    """
+
+    name: str  # the repository that it comes from
+    signature: str
+    renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): `re.sub` of each in turn, on every key
+    ignored: str | None = None  # keys that match as a whole hold no weight: tables and masks that we compute
+    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # after renaming, where tensors differ
+
+    def renamed(self, key: str) -> str:
+        for pattern, replacement in self.renames:
+            key = re.sub(pattern, replacement, key)
+        return key
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -36,37 +58,55 @@ def read(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> tuple[str, ...]:
-    """Put `state` into `model`; every key must be there with its shape, except that a classifier for another number
-    of classes is left as it is. Returns the keys so left: they are still random and want training.
+def recognised(keys: Collection[str], formats: Sequence[Format]) -> Format | None:
+    """The format that a checkpoint with these keys has; None where it has our own names, or nobody's."""
+    return next((found for found in formats if any(re.fullmatch(found.signature, key) for key in keys)), None)
+
+
+def load_into(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    path: Path,
+    *,
+    formats: Sequence[Format] = (),
+    head: Collection[str] = (),
+) -> tuple[str, ...]:
+    """Put `state`, in one of `formats` or with our names, into `model`. Every key must be there with its shape, except
+    that those of `head` may be for another number of classes and are then left as they are. Returns the keys so left:
+    they are still random and want training.
 
     Raises BadRequest naming the first keys that do not fit.
     """
+    found = recognised(state, formats)
+    named = {found.renamed(key) if found else key: key for key in state if not (found and _ignored(key, found))}
+    kind = f" (in the format of {found.name})" if found else ""
     expected = model.state_dict()
     ignorable = {name for name in expected if name.endswith("num_batches_tracked")}
-    missing = sorted(expected.keys() - state.keys() - ignorable)
-    extra = sorted(state.keys() - expected.keys())
-    shapes = {name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape}
-    head = {name for name in shapes if expected[name].shape[1:] == state[name].shape[1:] and _is_last(name, expected)}
+    missing = sorted(expected.keys() - named.keys() - ignorable)
+    extra = sorted(named[name] for name in named.keys() - expected.keys())
     for problem, names in (("lacks", missing), ("has unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise BadRequest(
-                f"WEIGHTS={path} is not a checkpoint of this model: it {problem} "
+                f"WEIGHTS={path}{kind} is not a checkpoint of this model: it {problem} "
                 f"{', '.join(names[:3])}{more}; check MODEL"
             )
-    for name in sorted(shapes - head):
+    tensors = {name: state[key] for name, key in named.items()}
+    if found and found.adapt:
+        tensors = found.adapt(tensors)
+    bent = {name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape}
+    fresh = {name for name in bent.intersection(head) if expected[name].shape[1:] == tensors[name].shape[1:]}
+    for name in sorted(bent - fresh):
         raise BadRequest(
-            f"WEIGHTS={path}: `{name}` has shape {tuple(state[name].shape)}, this model expects "
+            f"WEIGHTS={path}{kind}: `{named[name]}` has shape {tuple(tensors[name].shape)}, this model expects "
             f"{tuple(expected[name].shape)}; check MODEL"
         )
-    model.load_state_dict({name: tensor for name, tensor in state.items() if name not in head}, strict=False)
-    return tuple(sorted(head))
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in fresh}, strict=False)
+    return tuple(sorted(fresh))
 
 
-def _is_last(name: str, expected: dict[str, Tensor]) -> bool:
-    """Whether `name` belongs to the last layer: the classifier, in every model that ends in one."""
-    return name.rpartition(".")[0] == list(expected)[-1].rpartition(".")[0]
+def _ignored(key: str, found: Format) -> bool:
+    return found.ignored is not None and re.fullmatch(found.ignored, key) is not None
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from models._layers import ConvNormAct, initialize
+from models._layers import ConvNormAct, attend, initialize
 
 _PATCH = 2  # pixels a side, in every stage
 _HEADS = 4
@@ -155,11 +155,7 @@ class TransformerLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on tokens (sequences, length, dim), in rank 4 throughout.
-
-    Written out rather than called as one operator: every exporter then emits the same MatMul - Softmax - MatMul, and
-    the queries are scaled before the product, where FP16 has the room.
-    """
+    """Multi-head self-attention on tokens (sequences, length, dim), in rank 4 throughout."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -171,5 +167,5 @@ class Attention(nn.Module):
         _, length, dim = x.shape
         heads = self.qkv(x).reshape(-1, length, 3 * _HEADS, self.head_dim).transpose(1, 2)
         query, key, value = heads.split(_HEADS, 1)  # each (sequences, heads, length, head_dim)
-        weights = ((query * self.head_dim**-0.5) @ key.transpose(2, 3)).softmax(-1)
-        return self.proj((weights @ value).transpose(1, 2).reshape(-1, length, dim))  # type: ignore[no-any-return]
+        answers = attend(query, key, value).transpose(1, 2)
+        return self.proj(answers.reshape(-1, length, dim))  # type: ignore[no-any-return]

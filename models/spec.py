@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import nn
+
+    from models.checkpoint import Format
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -65,6 +69,8 @@ class ModelSpec:
     macs: int = field(compare=False)  # multiply-accumulates of one image, attention products included
     top1: float | None = field(compare=False)  # published ImageNet-1k top-1 in percent; None where there is none
     source: str = field(compare=False)  # who published `top1`
+    # Repository on the Hugging Face Hub whose `model.safetensors` WEIGHTS=timm loads; None where there is none.
+    hub: str | None = field(default=None, compare=False)
     classes: int = field(default=1000, compare=False)  # that `parameters` and `macs` are counted with
 
     @property
@@ -76,7 +82,23 @@ class ModelSpec:
     def family(self) -> str:
         return self.module.rpartition(".")[2]
 
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats other than ours in which the family's checkpoints are published."""
+        found: tuple[Format, ...] = getattr(self._imported(), "FORMATS", ())
+        return found
+
     def build(self, classes: int) -> nn.Module:
         """The float model with random weights, in training mode."""
-        module, _, function = self.network.partition(":")
-        return cast("nn.Module", getattr(importlib.import_module(module), function)(classes))
+        return cast("nn.Module", getattr(self._imported(), self.network.partition(":")[2])(classes))
+
+    def head(self) -> frozenset[str]:
+        """The keys of the model whose shape follows the number of classes."""
+        import torch
+
+        with torch.device("meta"):
+            few, many = self.build(2).state_dict(), self.build(3).state_dict()
+        return frozenset(name for name in few if few[name].shape != many[name].shape)
+
+    def _imported(self) -> ModuleType:
+        return importlib.import_module(self.module)

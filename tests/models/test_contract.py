@@ -33,6 +33,9 @@ PUBLISHED = {
     "convmixer_1536_20": (51.63, 51_100, 81.37),
 }
 
+MINIS = [name for name in models.ALL if name.endswith("_mini")]
+SMALL = ["mobilevit_xxs", "mobilenetv2_035", *MINIS]  # small enough to compute with
+
 every_model = pytest.mark.parametrize("spec", models.ALL.values(), ids=models.ALL)
 
 
@@ -69,20 +72,25 @@ def test_multiplications_are_counted_exactly_attention_products_included(spec: M
 
 
 @every_model
-def test_another_number_of_classes_changes_the_last_layer_alone(spec: ModelSpec) -> None:
+def test_another_number_of_classes_changes_the_classifiers_alone(spec: ModelSpec) -> None:
     few, many = built(spec, 3).state_dict(), built(spec, 7).state_dict()
     assert few.keys() == many.keys()
     changed = {name for name in few if few[name].shape != many[name].shape}
-    last = list(few)[-1].rpartition(".")[0]
-    assert changed == {f"{last}.weight", f"{last}.bias"}
-    assert few[f"{last}.bias"].shape == (3,)
+    heads = {name.rpartition(".")[0] for name in changed}
+    assert changed == spec.head() == {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    assert all(few[f"{head}.bias"].shape == (3,) for head in heads)
+    assert list(few)[-1] in changed
 
 
 @every_model
 def test_a_network_comes_in_training_mode_without_a_zero_gamma(spec: ModelSpec) -> None:
     assert built(spec, 2).training
     if spec.parameters < 3e6:
-        norms = [module for module in spec.build(2).modules() if isinstance(module, nn.BatchNorm2d | nn.LayerNorm)]
+        norms = [
+            module
+            for module in spec.build(2).modules()
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm)
+        ]
         assert norms and all((norm.weight == 1).all() for norm in norms)
 
 
@@ -93,7 +101,7 @@ def test_the_smallest_sizes_work(spec: ModelSpec) -> None:
         assert forward_shape(network, size) == (2, 5)
 
 
-@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilenetv2_035", "convmixer_mini"])
+@pytest.mark.parametrize("name", SMALL)
 def test_the_smallest_size_computes_and_trains(name: str) -> None:
     spec = models.ALL[name]
     network = spec.build(5)
@@ -104,7 +112,7 @@ def test_the_smallest_size_computes_and_trains(name: str) -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilenetv2_035", "convmixer_mini"])
+@pytest.mark.parametrize("name", SMALL)
 def test_images_do_not_see_each_other(name: str) -> None:
     spec = models.ALL[name]
     network = spec.build(4).eval()
@@ -142,7 +150,7 @@ def test_the_nearest_sizes_work_and_nothing_closer_does(multiple: int, minimum: 
 
 @every_model
 def test_figures_are_within_one_percent_of_the_published_ones(spec: ModelSpec) -> None:
-    if spec.name == "convmixer_mini":
+    if spec.name in MINIS:
         assert spec.top1 is None
         return
     millions, mega_macs, top1 = PUBLISHED[spec.name]
@@ -152,7 +160,7 @@ def test_figures_are_within_one_percent_of_the_published_ones(spec: ModelSpec) -
 
 
 def test_every_published_variant_is_there() -> None:
-    assert models.ALL.keys() == PUBLISHED.keys() | {"convmixer_mini"}
+    assert models.ALL.keys() == PUBLISHED.keys() | set(MINIS)
 
 
 @every_model

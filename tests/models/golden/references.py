@@ -1,0 +1,9 @@
+"""Every reference whose logits are kept, by name. One file per family says how each is built."""
+
+from __future__ import annotations
+
+from tests.models.golden import acmix, coatnet, conformer, convmixer, hatnet, mobilenetv2, mobilevit, swin, transcnn
+from tests.models.golden.rule import Reference
+
+_FAMILIES = (mobilevit, mobilenetv2, convmixer, coatnet, conformer, transcnn, hatnet, swin, acmix)
+ALL: dict[str, Reference] = {reference.name: reference for family in _FAMILIES for reference in family.REFERENCES}

@@ -1,0 +1,7 @@
+"""References of Swin."""
+
+from __future__ import annotations
+
+from tests.models.golden.rule import Reference
+
+REFERENCES: tuple[Reference, ...] = ()
