@@ -1,10 +1,11 @@
 """Carry out a recipe: from a trained float model to the program that targets compile.
 
-Both integer recipes are one flow on one graph, traced in evaluation mode with BatchNorm folded into the convolution
-before it (static folding: Nagel et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295, section 5.2).
-So quantization-aware training divides by no gamma, counts no batches, and trains the very weights that are rounded:
+All recipes work on one graph, traced in evaluation mode with its BatchNorms and constants folded (static folding: Nagel
+et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295, section 5.2). So quantization-aware training
+divides by no gamma, counts no batches, and trains the very weights that are rounded:
 
-    float model -> traced -> FakeQuant on every quantized edge -> ranges observed -> [trained] -> frozen -> converted
+    float model -> traced and folded -> FakeQuant on every quantized edge -> ranges observed -> [trained] -> frozen
+                -> converted
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from calibration import program
-from calibration.batches import Images
+from calibration.batches import Batch, Images
 from calibration.fake_quant import FakeQuant, Mode
-from calibration.metrics import snr_db
+from calibration.fold import fold
+from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe
@@ -31,7 +33,8 @@ from calibration.train import TrainingPlan, evaluate, fit
 from models.errors import CheckFailed
 
 _CALIBRATION_BATCH = 32
-_LEAST_DB = 60.0  # between the fake-quantized model and the converted one: they round at the same places
+_FOLDED_DB = 80.0  # between the model and its folded graph: they differ by the order of sums
+_CONVERTED_DB = 60.0  # between the fake-quantized model and the converted one: they round at the same places
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +49,16 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
     """Turn a trained float `model` into the program that `recipe` asks for. `train` is what calibration and training
     see; `val` chooses the best epoch.
 
-    Raises CheckFailed where training diverges, or where converting changes what the fake-quantized model computes.
+    Raises CheckFailed where training diverges, or where folding or converting changes what the model computes.
     """
     model.eval()
     size = train.preprocess.size
+    probe = next(val.batches(_CALIBRATION_BATCH))
     match recipe:  # no default case: mypy reports a recipe that nobody carries out
         case Float():
-            return Quantized(program=program.export(model, size))
+            folded = traced(model, size)
+            _checked("folding", program.logits(model, [probe]), folded, probe, _FOLDED_DB)
+            return Quantized(program=program.export(folded, size))
         case Ptq():
             prepared = _calibrated(model, recipe, scheme, train, seed=seed)
             report: dict[str, object] = {}
@@ -60,15 +66,9 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
             prepared = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
             report = _trained(prepared, model, recipe, train, val, seed=seed)
     _set_mode(prepared, "frozen")
-    probe = next(val.batches(_CALIBRATION_BATCH))
-    before = program.logits(prepared, [probe])
+    before = program.logits(prepared, [probe])  # converting replaces the quantizers of the graph that it is given
     converted = convert_pt2e(prepared)
-    agreement = snr_db(before, program.logits(converted, [probe]))
-    if agreement < _LEAST_DB:
-        raise CheckFailed(
-            f"converting changed the fake-quantized model: {agreement:.1f} dB on {len(probe[1])} images, expected at "
-            f"least {_LEAST_DB:.0f} dB; its accuracy would not be the artifact's"
-        )
+    agreement = _checked("converting", before, converted, probe, _CONVERTED_DB)
     return Quantized(
         program=program.export(converted, size),
         report={
@@ -79,11 +79,18 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
     )
 
 
+def traced(model: nn.Module, size: int) -> GraphModule:
+    """The graph of `model` in evaluation mode, folded. It shares nothing with `model`, so that training leaves that as
+    it is.
+    """
+    graph: GraphModule = program.export(copy.deepcopy(model), size).module()
+    fold(graph)
+    return graph
+
+
 def prepare(model: nn.Module, scheme: Scheme, size: int) -> GraphModule:
-    """Trace `model`, in evaluation mode, fold its BatchNorms and put a FakeQuant on every edge that `scheme` rounds."""
-    # Of a copy: a traced program shares the parameters of its model, which would then be trained along.
-    traced = program.export(copy.deepcopy(model), size).module()
-    prepared: GraphModule = prepare_pt2e(traced, SchemeQuantizer(scheme))
+    """The traced `model` with a FakeQuant on every edge that `scheme` rounds."""
+    prepared: GraphModule = prepare_pt2e(traced(model, size), SchemeQuantizer(scheme))
     return prepared
 
 
@@ -122,6 +129,17 @@ def _trained(
         prepared, train, val, plan, seed=seed, title="QAT", teacher=teacher, start_top1=start, before_epoch=before_epoch
     )
     return {"val_top1_before_qat": start, "qat": [asdict(epoch) for epoch in epochs]}
+
+
+def _checked(what: str, expected: Logits, graph: nn.Module, probe: Batch, least_db: float) -> float:
+    """Decibels between `expected` and what `graph` says of `probe`. Raises CheckFailed where they are too few."""
+    found = snr_db(expected, program.logits(graph, [probe]))
+    if found < least_db:
+        raise CheckFailed(
+            f"{what} changed what the model computes: {found:.1f} dB on {len(probe[1])} images, expected at least "
+            f"{least_db:.0f} dB; its accuracy would not be the artifact's"
+        )
+    return found
 
 
 def _set_mode(prepared: GraphModule, mode: Mode) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +30,17 @@ class TrainingPlan:
     weight_decay: float = 0.05  # of matrices and kernels; norms and biases have none
     label_smoothing: float = 0.1
     warmup: float = 0.25  # share of the steps until the peak
+
+
+@runtime_checkable
+class SeveralHeads(Protocol):
+    """A network that sums the logits of several classifiers, each of which learns to be right by itself: its loss is
+    the mean of theirs (Conformer: Peng et al., arXiv 2105.03889, and `train_one_epoch` in the authors' engine.py).
+    """
+
+    def head_logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images (N, 3, S, S) -> the logits (N, classes) of every head; `forward` returns their sum."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +93,7 @@ def fit(
                 if len(images) == 1:
                     continue  # BatchNorm has no statistics of one value a channel, and poor ones of a few
                 images = augment(images, noise, mirrors=train.data.mirrors)
-                loss = _loss(model(images), _targets(images, labels, teacher), plan)
+                loss = _loss(_answers(model, images), _targets(images, labels, teacher), plan)
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
                     raise CheckFailed(
@@ -110,9 +122,16 @@ def _targets(images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Tenso
         return teacher(images).softmax(1)  # type: ignore[no-any-return]
 
 
-def _loss(logits: Tensor, targets: Tensor, plan: TrainingPlan) -> Tensor:
+def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """The logits (N, classes) that are to be right: of every head, or the model's. A traced program has one head."""
+    return model.head_logits(images) if isinstance(model, SeveralHeads) else (model(images),)
+
+
+def _loss(answers: tuple[Tensor, ...], targets: Tensor, plan: TrainingPlan) -> Tensor:
+    """The mean cross-entropy of `answers`."""
     smoothing = plan.label_smoothing if targets.ndim == 1 else 0.0  # a teacher's answers are as soft as they should be
-    return nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+    losses = [nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing) for logits in answers]
+    return torch.stack(losses).mean()
 
 
 def evaluate(model: nn.Module, images: Images) -> float:

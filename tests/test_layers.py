@@ -31,7 +31,7 @@ HEAVY = {
 # Modules whose whole subject is training or quantization: they are themselves imported where they are used.
 OF_TORCH = {
     f"calibration/{name}.py"
-    for name in ("batches", "fake_quant", "float_weights", "program", "quantize", "quantizer", "train")
+    for name in ("batches", "fake_quant", "float_weights", "fold", "program", "quantize", "quantizer", "train")
 }
 # So are the networks: every file of models/ but those that are read to list models.
 LEAN_MODELS = {"__init__", "catalog", "checkpoint", "errors", "external", "hub", "spec"}

@@ -291,7 +291,8 @@ def test_a_training_that_diverges_is_stopped_by_name() -> None:
             self.moved = nn.Parameter(torch.tensor(1.0003))
 
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.conv(x).mean((2, 3)) * torch.sqrt(1 - (1000 * (self.moved - 1)) ** 2)
+            moved = self.moved + 0 * x.mean()  # of the image, or folding would make the root a parameter
+            found: Tensor = self.conv(x).mean((2, 3)) * torch.sqrt(1 - (1000 * (moved - 1)) ** 2)
             return found
 
     recipe = replace(QAT, learning_rate=10.0)

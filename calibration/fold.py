@@ -1,0 +1,242 @@
+"""Exact simplifications of a traced network, made before anything is quantized, so that every artifact has them.
+
+- What depends on parameters and constants alone becomes one constant: relative position biases with their shift masks,
+  products of two convolutions' weights.
+- A BatchNorm becomes part of the convolution before it, or of all convolutions and linear layers that follow it
+  (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+  arXiv 1712.05877, section 3.2). Never across zero padding, where the fold would not be exact: a padded border is 0
+  after the norm, not before it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+_ATEN = torch.ops.aten
+_BATCH_NORM = _ATEN.batch_norm.default
+_CONVOLUTIONS = frozenset({_ATEN.conv2d.default})
+_LINEAR = _ATEN.linear.default
+# Operators that an affine map of every channel may be moved across: means over space, and changes of layout that leave
+# (N, C, 1, 1) as (N, C).
+_AVERAGES = frozenset({_ATEN.mean.dim, _ATEN.adaptive_avg_pool2d.default})
+_LAYOUT = frozenset(
+    {_ATEN.flatten.using_ints, _ATEN.reshape.default, _ATEN.view.default, _ATEN.squeeze.dims, _ATEN.dropout.default}
+)
+_RANDOM = frozenset({_ATEN.rand.default, _ATEN.randn.default, _ATEN.bernoulli.default, _ATEN.randperm.default})
+
+
+def fold(graph: GraphModule) -> None:
+    """Simplify `graph`, traced in evaluation mode, in place."""
+    fold_constants(graph)
+    fold_batch_norms(graph)
+    _drop_unused(graph)
+
+
+def fold_constants(graph: GraphModule) -> None:
+    """Compute, now, every operator that no activation enters. What was computed from a parameter is one, too, so that
+    training can still move it.
+    """
+    constant: dict[Node, Tensor] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            constant[node] = _tensor(graph, node)
+        elif _computable(node, constant):
+            with torch.no_grad():
+                found = node.target(*_values(node.args, constant), **_values(node.kwargs, constant))
+            if not isinstance(found, Tensor):  # a list of parts, taken apart by the operators that follow
+                constant[node] = found
+                continue
+            trains = found.is_floating_point() and any(_trains(constant[entry]) for entry in node.all_input_nodes)
+            constant[node] = found.requires_grad_(trains)
+    for node, value in constant.items():
+        users = [user for user in node.users if user not in constant]
+        if node.op != "get_attr" and users:
+            stored = _stored(graph, node, value.detach().clone(), trains=value.requires_grad)
+            for user in users:
+                user.replace_input_with(node, stored)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def fold_batch_norms(graph: GraphModule) -> None:
+    """Fold each BatchNorm backward into its convolution, or else forward into everything that reads it."""
+    for node in list(graph.graph.nodes):
+        if node.target is _BATCH_NORM and not _fold_backward(graph, node):
+            _fold_forward(graph, node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _fold_backward(graph: GraphModule, norm: Node) -> bool:
+    before = cast(Node, norm.args[0])
+    if before.target not in _CONVOLUTIONS or len(before.users) > 1 or not _has_stored_weight(before):
+        return False
+    scale, shift = _affine(graph, norm)
+    weight, bias = _weights(graph, before)
+    with torch.no_grad():
+        _replace_weights(graph, before, weight * scale.reshape(-1, 1, 1, 1), bias * scale + shift)
+    norm.replace_all_uses_with(before)
+    return True
+
+
+def _fold_forward(graph: GraphModule, norm: Node) -> bool:
+    consumers = _consumers(norm)
+    if not consumers:
+        return False
+    scale, shift = _affine(graph, norm)
+    for consumer in consumers:
+        weight, bias = _weights(graph, consumer)
+        groups = _groups(consumer)
+        with torch.no_grad():
+            # Rows of the weight see the channels of their own group only.
+            per_group = [part.repeat(len(weight) // groups, 1) for part in scale.reshape(groups, -1)]
+            scales = torch.cat(per_group)
+            shifts = torch.cat([part.repeat(len(weight) // groups, 1) for part in shift.reshape(groups, -1)])
+            tail = (1,) * (weight.ndim - 2)
+            bias = bias + (weight * shifts.reshape(*shifts.shape, *tail)).flatten(1).sum(1)
+            _replace_weights(graph, consumer, weight * scales.reshape(*scales.shape, *tail), bias)
+    norm.replace_all_uses_with(cast(Node, norm.args[0]))
+    return True
+
+
+def _consumers(node: Node) -> list[Node]:
+    """The layers that read `node`, directly or through averages; none where anything else reads it, too."""
+    found: list[Node] = []
+    for user in node.users:
+        if user.args[0] is not node:
+            return []
+        if _absorbs(user):
+            found.append(user)
+        elif user.target in _AVERAGES or (user.target in _LAYOUT and _keeps_channels(user)):
+            beyond = _consumers(user)
+            if not beyond:
+                return []
+            found += beyond
+        else:
+            return []
+    return found
+
+
+def _absorbs(node: Node) -> bool:
+    """Whether the affine map of a channel can become part of this layer: it has weights of its own and no padding."""
+    if node.target is _LINEAR:
+        # A linear layer reads the last axis, which is that of the channels only where there is no other.
+        return _shape(cast(Node, node.args[0]))[2:] == () and _has_stored_weight(node)
+    padding = _argument(node, 4, 0)
+    unpadded = padding == 0 or (isinstance(padding, list | tuple) and not any(padding))
+    return node.target in _CONVOLUTIONS and unpadded and _has_stored_weight(node)
+
+
+def _keeps_channels(node: Node) -> bool:
+    """Whether a change of layout only drops the two axes of space."""
+    before, after = _shape(cast(Node, node.args[0])), _shape(node)
+    return after == before or (before[2:] == (1, 1) and after[1:] == before[1:2])
+
+
+def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in evaluation mode as y = x * scale + shift, both (channels,)."""
+    weight, bias, mean, variance = (
+        _tensor(graph, argument) if isinstance(argument, Node) else None for argument in norm.args[1:5]
+    )
+    assert mean is not None and variance is not None, "a BatchNorm without statistics is no affine map"
+    scale = torch.rsqrt(variance + cast(float, norm.args[7]))
+    scale = scale if weight is None else weight * scale
+    shift = -mean * scale
+    return scale.detach(), (shift if bias is None else bias + shift).detach()
+
+
+def _has_stored_weight(node: Node) -> bool:
+    """Whether the layer's weight is its alone: one that other layers share cannot take in what is not theirs."""
+    weight = cast(Node, node.args[1])
+    return weight.op == "get_attr" and len(weight.users) == 1
+
+
+def _weights(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer; zeros where it has no bias."""
+    weight = _tensor(graph, cast(Node, node.args[1]))
+    bias = _argument(node, 2, None)
+    return weight, _tensor(graph, bias) if isinstance(bias, Node) else torch.zeros(len(weight))
+
+
+def _replace_weights(graph: GraphModule, node: Node, weight: Tensor, bias: Tensor) -> None:
+    rest = node.args[3:]
+    name = str(cast(Node, node.args[1]).target)
+    stored = [
+        _stored(graph, node, value.detach().clone(), trains=True, name=f"{name}_{suffix}")
+        for value, suffix in ((weight, "folded"), (bias, "folded_bias"))
+    ]
+    node.args = (node.args[0], *stored, *rest)
+
+
+def _stored(graph: GraphModule, beside: Node, value: Tensor, *, trains: bool, name: str | None = None) -> Node:
+    """A get_attr node before `beside` for a new parameter, or a buffer where it does not train."""
+    name = (name or f"folded_{beside.name}").replace(".", "_")
+    while hasattr(graph, name):
+        name += "_"
+    if trains:
+        graph.register_parameter(name, nn.Parameter(value))
+    else:
+        graph.register_buffer(name, value)
+    with graph.graph.inserting_before(beside):
+        node = graph.graph.get_attr(name)
+    node.meta = {"val": beside.meta["val"].new_empty(value.shape) if "val" in beside.meta else value} | {
+        key: beside.meta[key] for key in ("nn_module_stack", "stack_trace") if key in beside.meta
+    }
+    return node
+
+
+def _computable(node: Node, constant: dict[Node, Tensor]) -> bool:
+    """Whether all inputs of an operator are constants; some, such as `arange`, have none at all."""
+    if node.op != "call_function" or node.target in _RANDOM:
+        return False
+    is_operator = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+    return is_operator and "val" in node.meta and all(entry in constant for entry in node.all_input_nodes)
+
+
+def _values(arguments: Any, constant: dict[Node, Tensor]) -> Any:
+    return torch.fx.node.map_arg(arguments, lambda node: constant[node])
+
+
+def _trains(value: object) -> bool:
+    return any(part.requires_grad for part in _parts(value))
+
+
+def _parts(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _parts(part)
+
+
+def _argument(node: Node, position: int, default: object) -> object:
+    return node.args[position] if len(node.args) > position else default
+
+
+def _groups(node: Node) -> int:
+    return 1 if node.target is _LINEAR else cast(int, _argument(node, 6, 1))
+
+
+def _shape(node: Node) -> tuple[object, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _tensor(graph: GraphModule, node: Node) -> Tensor:
+    owner, _, name = str(node.target).rpartition(".")
+    return cast(Tensor, getattr(graph.get_submodule(owner), name))
+
+
+def _drop_unused(graph: GraphModule) -> None:
+    """Remove the parameters and buffers that nothing reads any more."""
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for owner_name, owner in list(graph.named_modules()):
+        for held in (owner._parameters, owner._buffers):
+            for name in list(held):
+                if f"{owner_name}.{name}".lstrip(".") not in used:
+                    del held[name]
