@@ -14,10 +14,11 @@ SIZE    ?=
 BATCH   ?= 1
 DEVICE  ?= local
 SEED    ?= 0
+MODELS  ?=
 PYTHON  ?= python3.11
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
-VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED
+VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED MODELS
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
@@ -33,14 +34,15 @@ PIPELINE := $(VENV)/bin/python -m pipeline
 READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help engine calibrate qat verify profile dashboard explain models targets bench test lint setup lock \
-        system-packages clean
+.PHONY: help engine calibrate qat verify profile dashboard explain lint-model models targets zoo bench test lint \
+        setup lock system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Variables, with their defaults: MODEL=mobilevit_xs TARGET=cpu RECIPE=int8_qat (fp32 fp16 int8_ptq int8_qat)"
-	@echo "  DATA=digits (or a folder of class folders) WEIGHTS= (a checkpoint; trains on DATA without) SIZE= BATCH=1 SEED=0"
+	@echo "  DATA=digits (or a folder of class folders) SIZE= BATCH=1 SEED=0"
+	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
 	@$(PIPELINE) engine $(RUN)
@@ -63,11 +65,17 @@ dashboard: $(READY) ## draw all measurements on one page: build/dashboard.html
 explain: $(READY) ## which stages would be reused, and what changed for the others
 	@$(PIPELINE) explain $(RUN)
 
+lint-model: $(READY) ## what accelerators refuse in MODEL, or run slowly: module, line, reason, remedy
+	@$(PIPELINE) lint-model $(RUN)
+
 models: $(READY) ## the models, with parameters, MACs and published accuracy
 	@$(PIPELINE) models
 
 targets: $(READY) ## the targets, and what this machine lacks for each
 	@$(PIPELINE) targets
+
+zoo: $(READY) ## build every published model up to 60 M parameters at full size (hours), or MODELS="swin_tiny swin_base"
+	@$(PIPELINE) zoo --models="$$MODELS"
 
 bench: $(READY) ## the README's table: three models, four recipes, four targets (10 minutes and more)
 	@$(VENV)/bin/python -m tests.bench

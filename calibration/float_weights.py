@@ -17,6 +17,7 @@ from models.spec import ModelSpec
 # Enough for small images such as the digits, in a minute or two on two cores; bring WEIGHTS for anything larger.
 FROM_SCRATCH = TrainingPlan(epochs=9, learning_rate=3e-3)
 NEW_HEAD = TrainingPlan(epochs=4, learning_rate=5e-4)
+_SETTLING_IMAGES = 32
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,7 @@ def make(
 
     Raises BadRequest where `file` is no checkpoint of the model, CheckFailed where training diverges.
     """
-    torch.manual_seed(seed)  # weights and dropout; order and augmentation have generators of their own
-    model = spec.build(len(train.data.classes))
+    model = _seeded(spec, train, seed)
     plan: TrainingPlan | None = FROM_SCRATCH
     if file is not None:
         fresh = checkpoint.load_into(model, checkpoint.read(file), file, formats=spec.formats, head=spec.head())
@@ -44,3 +44,22 @@ def make(
     epochs = fit(model, train, val, plan, seed=seed, title=f"{spec.name} float training") if plan else []
     model.eval()
     return model, {"file": str(file) if file else None, "epochs": [asdict(epoch) for epoch in epochs]}
+
+
+def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:
+    """The float model in evaluation mode with random weights: what it answers means nothing, but it has the structure,
+    and the statistics of its BatchNorms are those of `train`, so that activations are of ordinary size.
+    """
+    model = _seeded(spec, train, seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the plain mean over all batches
+    with torch.no_grad():
+        for images, _ in train.batches(8, train.stratified(_SETTLING_IMAGES, seed)):
+            model(images)
+    return model.eval()
+
+
+def _seeded(spec: ModelSpec, train: Images, seed: int) -> nn.Module:
+    torch.manual_seed(seed)  # weights and dropout; order and augmentation have generators of their own
+    return spec.build(len(train.data.classes))

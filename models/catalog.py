@@ -29,19 +29,20 @@ def _mobilevit() -> Iterator[ModelSpec]:
             macs=macs,
             top1=top1,
             source="timm results-imagenet.csv, cvnets_in1k weights",
+            hub=f"timm/{name}.cvnets_in1k",
         )
 
 
 def _mobilenetv2() -> Iterator[ModelSpec]:
-    keras, timm = "keras.applications.mobilenet_v2", "timm results-imagenet.csv, ra_in1k weights"
+    # The last column: the tag of timm's weights; without one, the accuracy is that of keras.applications.mobilenet_v2.
     figures = (
-        ("mobilenetv2_035", 1_677_128, 59_285_808, 60.3, keras),
-        ("mobilenetv2_050", 1_968_680, 97_131_840, 65.93, timm),
-        ("mobilenetv2_075", 2_636_424, 209_069_792, 69.8, keras),
-        ("mobilenetv2_100", 3_504_872, 300_774_272, 72.91, timm),
-        ("mobilenetv2_140", 6_108_776, 582_195_824, 76.53, timm),
+        ("mobilenetv2_035", 1_677_128, 59_285_808, 60.3, None),
+        ("mobilenetv2_050", 1_968_680, 97_131_840, 65.93, "lamb_in1k"),
+        ("mobilenetv2_075", 2_636_424, 209_069_792, 69.8, None),
+        ("mobilenetv2_100", 3_504_872, 300_774_272, 72.91, "ra_in1k"),
+        ("mobilenetv2_140", 6_108_776, 582_195_824, 76.53, "ra_in1k"),
     )
-    for name, parameters, macs, top1, source in figures:
+    for name, parameters, macs, top1, tag in figures:
         yield ModelSpec(
             name=name,
             network=f"models.mobilenetv2:{name}",
@@ -50,7 +51,8 @@ def _mobilenetv2() -> Iterator[ModelSpec]:
             parameters=parameters,
             macs=macs,
             top1=top1,
-            source=source,
+            source=f"timm results-imagenet.csv, {tag} weights" if tag else "keras.applications.mobilenet_v2",
+            hub=f"timm/{name}.{tag}" if tag else None,
         )
 
 
@@ -61,6 +63,7 @@ def _convmixer() -> Iterator[ModelSpec]:
         ("convmixer_1536_20", 7, 51_625_960, 51_099_168_768, 81.37),
     )
     for name, patch, parameters, macs, top1 in figures:
+        in_timm = f"{name}_ks9_p14" if name == "convmixer_1024_20" else name
         yield ModelSpec(
             name=name,
             network=f"models.convmixer:{name}",
@@ -70,6 +73,7 @@ def _convmixer() -> Iterator[ModelSpec]:
             macs=macs,
             top1=top1,
             source="locuslab/convmixer README",
+            hub=f"timm/{in_timm}.in1k",
         )
     yield ModelSpec(
         name="convmixer_mini",
@@ -85,23 +89,180 @@ def _convmixer() -> Iterator[ModelSpec]:
 
 
 def _coatnet() -> Iterator[ModelSpec]:
-    yield from ()
+    paper, timm = "arXiv 2106.04803 Table 4", "timm results-imagenet.csv"
+    figures = (
+        ("coatnet_0", 25_036_820, 4_141_888_512, 81.6, paper),
+        ("coatnet_1", 42_225_776, 8_238_879_744, 83.3, paper),
+        ("coatnet_2", 74_684_744, 15_502_290_944, 84.1, paper),
+        ("coatnet_3", 166_966_264, 34_372_257_792, 84.5, paper),
+        ("coatnet_4", 275_425_288, 60_235_941_888, None, f"{paper} has it at 384 pixels and above alone"),
+        ("coatnet_0_rw", 27_435_562, 4_406_300_928, 82.40, timm),
+        ("coatnet_1_rw", 41_721_502, 7_992_160_512, 83.62, timm),
+        ("coatnet_2_rw", 73_868_400, 15_019_256_832, 86.58, timm),
+        ("coatnet_bn_0_rw", 27_435_562, 4_647_145_728, 82.39, timm),
+        ("coatnet_rmlp_1_rw", 41_691_982, 7_807_099_392, 83.35, timm),
+        ("coatnet_rmlp_2_rw", 73_881_264, 15_114_828_800, 84.61, timm),
+    )
+    half, pretrained = (0.5, 0.5, 0.5), {"coatnet_2_rw": "sw_in12k_ft_in1k"}
+    for name, parameters, macs, top1, source in figures:
+        weights = pretrained.get(name, "sw_in1k") if source is timm else None
+        yield ModelSpec(
+            name=name,
+            network=f"models.coatnet:{name}",
+            preprocess=Preprocess(size=224, crop=0.95, mean=half, std=half)
+            if weights and name != "coatnet_bn_0_rw"
+            else Preprocess(size=224, crop=0.95),
+            # Five strides of 2. The relative biases grow with the fourth power of the side: 512 is the paper's largest.
+            sizes=Sizes(multiple_of=32, minimum=32, maximum=512),
+            parameters=parameters,
+            macs=macs,
+            top1=top1,
+            source=f"{source}, {weights} weights" if weights else source,
+            hub=f"timm/{name}_224.{weights}" if weights else None,
+        )
+    yield ModelSpec(
+        name="coatnet_mini",
+        network="models.coatnet:coatnet_mini",
+        preprocess=Preprocess(size=64, crop=0.95),
+        sizes=Sizes(multiple_of=16, minimum=32, maximum=256),
+        parameters=529_798,
+        macs=28_366_080,
+        top1=None,
+        source="a small variant of our own, counted with 10 classes",
+        classes=10,
+    )
 
 
 def _conformer() -> Iterator[ModelSpec]:
-    yield from ()
+    figures = (
+        ("conformer_tiny", 23_524_704, 5_225_936_896, 81.3),
+        ("conformer_small", 37_673_424, 10_599_350_272, 83.4),
+        ("conformer_base", 83_289_136, 23_325_745_152, 84.1),
+    )
+    for name, parameters, macs, top1 in figures:
+        yield ModelSpec(
+            name=name,
+            network=f"models.conformer:{name}",
+            preprocess=Preprocess(size=224, crop=0.875),
+            sizes=Sizes(multiple_of=16, minimum=16),  # the side of a token, which one pixel of the last stage matches
+            parameters=parameters,
+            macs=macs,
+            top1=top1,
+            source="pengzhiliang/Conformer README",
+        )
+    yield ModelSpec(
+        name="conformer_mini",
+        network="models.conformer:conformer_mini",
+        preprocess=Preprocess(size=64, crop=0.875),
+        sizes=Sizes(multiple_of=16, minimum=16),
+        parameters=834_724,
+        macs=25_292_672,
+        top1=None,
+        source="a small variant of our own, counted with 10 classes",
+        classes=10,
+    )
 
 
 def _transcnn() -> Iterator[ModelSpec]:
-    yield from ()
+    figures = (
+        ("transcnn_tiny", 13_315_976, 2_850_541_568, 80.4),
+        ("transcnn_small", 26_538_824, 5_651_615_744, 83.1),
+        ("transcnn_medium", 48_322_504, 9_519_825_920, 83.8),
+        ("transcnn_large", 80_033_352, 15_460_808_704, 84.2),
+    )
+    for name, parameters, macs, top1 in figures:
+        yield ModelSpec(
+            name=name,
+            network=f"models.transcnn:{name}",
+            preprocess=Preprocess(size=256, crop=0.875),
+            sizes=Sizes(multiple_of=128, minimum=128),  # windows of 8 pixels divide the map at 1/16 of the input
+            parameters=parameters,
+            macs=macs,
+            top1=top1,
+            source="yun-liu/TransCNN README, tag v1.0",
+        )
+    minis = (("transcnn_mini", 32, 650_410, 17_568_000), ("transcnn_multilevel_mini", 64, 904_298, 20_349_184))
+    for name, multiple, parameters, macs in minis:
+        yield ModelSpec(
+            name=name,
+            network=f"models.transcnn:{name}",
+            preprocess=Preprocess(size=64, crop=0.875),
+            sizes=Sizes(multiple_of=multiple, minimum=multiple),
+            parameters=parameters,
+            macs=macs,
+            top1=None,
+            source="a small variant of our own, counted with 10 classes",
+            classes=10,
+        )
 
 
 def _hatnet() -> Iterator[ModelSpec]:
-    yield from ()
+    figures = (
+        ("hatnet_tiny", 12_655_912, 2_128_134_912, 79.8),
+        ("hatnet_small", 25_747_784, 4_548_314_112, 82.6),
+        ("hatnet_medium", 42_942_472, 8_777_348_096, 84.0),
+        ("hatnet_large", 63_132_488, 12_074_854_656, 84.2),
+    )
+    for name, parameters, macs, top1 in figures:
+        yield ModelSpec(
+            name=name,
+            network=f"models.hatnet:{name}",
+            preprocess=Preprocess(size=224, crop=0.875),
+            # Windows of 7 pixels divide the map at 1/16 of the input, reductions by 8 the one at 1/4.
+            sizes=Sizes(multiple_of=224, minimum=224),
+            parameters=parameters,
+            macs=macs,
+            top1=top1,
+            source="yun-liu/HAT-Net README, tag v2.0",
+        )
+    yield ModelSpec(
+        name="hatnet_mini",
+        network="models.hatnet:hatnet_mini",
+        preprocess=Preprocess(size=64, crop=0.875),
+        sizes=Sizes(multiple_of=32, minimum=32),
+        parameters=626_634,
+        macs=17_289_472,
+        top1=None,
+        source="a small variant of our own, counted with 10 classes",
+        classes=10,
+    )
 
 
 def _swin() -> Iterator[ModelSpec]:
-    yield from ()
+    # The weights that published quantized results start from: the small ones trained on ImageNet-1k alone.
+    small, large = "ms_in1k", "ms_in22k_ft_in1k"
+    figures = (
+        ("swin_tiny", 224, "tiny_patch4_window7_224", small, 28_288_354, 4_490_566_656, 81.39),
+        ("swin_small", 224, "small_patch4_window7_224", small, 49_606_258, 8_740_875_264, 83.23),
+        ("swin_base", 224, "base_patch4_window7_224", large, 87_768_224, 15_430_946_816, 85.28),
+        ("swin_base_384", 384, "base_patch4_window12_384", large, 87_903_584, 47_083_134_976, 86.44),
+        ("swin_large", 224, "large_patch4_window7_224", large, 196_532_476, 34_475_759_616, 86.32),
+        ("swin_large_384", 384, "large_patch4_window12_384", large, 196_735_516, 103_919_087_616, 87.14),
+    )
+    for name, size, published, weights, parameters, macs, top1 in figures:
+        yield ModelSpec(
+            name=name,
+            network=f"models.swin:{name}",
+            preprocess=Preprocess(size=size, crop=1.0 if size == 384 else 0.9),
+            # Windows of 7 (12) tokens must divide the map at 1/32 of the input, too.
+            sizes=Sizes(multiple_of=size, minimum=size),
+            parameters=parameters,
+            macs=macs,
+            top1=top1,
+            source=f"timm results-imagenet.csv, {weights} weights",
+            hub=f"timm/swin_{published}.{weights}",
+        )
+    yield ModelSpec(
+        name="swin_mini",
+        network="models.swin:swin_mini",
+        preprocess=Preprocess(size=64, crop=0.9),
+        sizes=Sizes(multiple_of=64, minimum=64),
+        parameters=568_198,
+        macs=21_234_944,
+        top1=None,
+        source="a small variant of our own, counted with 10 classes",
+        classes=10,
+    )
 
 
 def _acmix() -> Iterator[ModelSpec]:

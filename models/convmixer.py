@@ -1,7 +1,8 @@
 """ConvMixer: a patch embedding, then depthwise and pointwise convolutions at one resolution.
 
 Trockman & Kolter, "Patches Are All You Need?", TMLR 2023, arXiv 2201.09792. The norm follows the activation, so no
-BatchNorm folds into the convolution before it. Modules are named as in timm, so its checkpoints fit key by key.
+BatchNorm folds into the convolution before it. Modules are named as in timm, so its checkpoints fit key by key; the
+authors' one row of modules is renamed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,20 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from models._layers import initialize
+from models.checkpoint import Format
+
+_DEEPEST = 32  # blocks of any variant
+FORMATS = (
+    Format(
+        name="locuslab/convmixer",
+        signature=r"3\.0\.fn\.0\.weight",
+        renames=(
+            (r"^([02])\.", r"stem.\1."),
+            (r"^\d+\.(weight|bias)$", r"head.\1"),
+            *((rf"^{3 + block}\.(\d)\.", rf"blocks.{block}.\1.") for block in range(_DEEPEST)),
+        ),
+    ),
+)
 
 
 def convmixer_768_32(classes: int) -> nn.Module:

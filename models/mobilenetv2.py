@@ -1,17 +1,66 @@
 """MobileNetV2: inverted residuals with linear bottlenecks.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, arXiv 1801.04381, Table 2; channels
-are rounded as in the authors' TensorFlow code. Modules are named as in timm, so its checkpoints fit key by key.
+are rounded as in the authors' TensorFlow code. Modules are named as in timm, so its checkpoints fit key by key; those
+of torchvision and of tonylins/pytorch-mobilenet-v2, which number the blocks in one row, are renamed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from torch import Tensor, nn
 
 from models._layers import initialize
+from models.checkpoint import Format
 
 # (expansion, channels, blocks, stride of the first block): the rows of Table 2
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+def _renames(first: Sequence[str], later: Sequence[str], classifier: str) -> tuple[tuple[str, str], ...]:
+    """From `features.0` to `features.18` to our names. `first` is what they call the two convolutions of the block
+    without expansion, each followed by its norm; `later`, the three of all others.
+    """
+    blocks = [(stage, block) for stage, (_, _, count, _) in enumerate(_STAGES) for block in range(count)]
+    return (
+        (r"^features\.0\.0\.", "conv_stem."),
+        (r"^features\.0\.1\.", "bn1."),
+        (rf"^features\.{len(blocks) + 1}\.0\.", "conv_head."),
+        (rf"^features\.{len(blocks) + 1}\.1\.", "bn2."),
+        (rf"^{classifier}\.(weight|bias)$", r"classifier.\1"),
+        *(
+            (rf"^features\.{row}\.conv\.", f"blocks.{stage}.{block}.")
+            for row, (stage, block) in enumerate(blocks, start=1)
+        ),
+        *zip((rf"^(blocks\.0\.0)\.{name}\." for name in first), _inner("conv_dw", "conv_pw"), strict=True),
+        *zip(
+            (rf"^(blocks\.\d\.\d)\.{name}\." for name in later), _inner("conv_pw", "conv_dw", "conv_pwl"), strict=True
+        ),
+    )
+
+
+def _inner(*convolutions: str) -> Iterator[str]:
+    for index, name in enumerate(convolutions, start=1):
+        yield rf"\1.{name}."
+        yield rf"\1.bn{index}."
+
+
+FORMATS = (
+    # Its other widths round all channels up and never scale the first two: other networks, refused for their shapes.
+    Format(
+        name="tonylins/pytorch-mobilenet-v2",
+        signature=r"features\.1\.conv\.0\.weight",
+        renames=_renames(("0", "1", "3", "4"), ("0", "1", "3", "4", "6", "7"), r"classifier"),
+    ),
+    Format(
+        name="pytorch/vision",
+        signature=r"features\.1\.conv\.0\.0\.weight",
+        renames=_renames(
+            (r"0\.0", r"0\.1", "1", "2"), (r"0\.0", r"0\.1", r"1\.0", r"1\.1", "2", "3"), r"classifier\.1"
+        ),
+    ),
+)
 
 
 def mobilenetv2_035(classes: int) -> nn.Module:

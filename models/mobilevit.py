@@ -2,7 +2,7 @@
 
 Mehta & Rastegari, "MobileViT: Light-weight, General-purpose, and Mobile-friendly Vision Transformer", ICLR 2022,
 arXiv 2110.02178, Table 4; details as in the authors' code (apple/ml-cvnets, tag cvnets-v0.1). Modules are named as
-in timm, so its checkpoints fit key by key.
+in timm, so its checkpoints fit key by key; those of the authors are renamed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,53 @@ import torch
 from torch import Tensor, nn
 
 from models._layers import ConvNormAct, attend, initialize
+from models.checkpoint import Format
 
 _PATCH = 2  # pixels a side, in every stage
 _HEADS = 4
 _DEPTHS = (2, 4, 3)  # transformer layers in stages 3, 4 and 5
+
+
+def _rgb(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The stem for images in red, green, blue from one for blue, green, red."""
+    name = "stem.conv.weight"
+    return tensors | {name: tensors[name].flip(1)} if name in tensors else tensors
+
+
+FORMATS = (
+    Format(
+        # The authors' MobileViT weights are those of v0.1, whose images OpenCV read: in blue, green, red. timm's are
+        # the same ones turned over, so the names tell the order of the channels, too. They do not for a training of
+        # one's own with v0.2 or later, which reads red, green, blue under the same names: rename such a file first.
+        name="apple/ml-cvnets",
+        signature=r"conv_1\.block\.conv\.weight",
+        renames=(
+            (r"^conv_1\.block\.norm\.", "stem.bn."),
+            (r"^conv_1\.block\.", "stem."),
+            (r"^conv_1x1_exp\.block\.norm\.", "final_conv.bn."),
+            (r"^conv_1x1_exp\.block\.", "final_conv."),
+            (r"^classifier\.fc\.", "head.fc."),
+            *((rf"^layer_{stage}\.", f"stages.{stage - 1}.") for stage in range(1, 6)),
+            (r"\.block\.exp_1x1\.block\.", ".conv1_1x1."),
+            (r"\.block\.conv_3x3\.block\.", ".conv2_kxk."),
+            (r"\.block\.red_1x1\.block\.", ".conv3_1x1."),
+            (r"\.local_rep\.conv_3x3\.block\.", ".conv_kxk."),
+            (r"\.local_rep\.conv_1x1\.block\.conv\.", ".conv_1x1."),
+            (r"\.conv_proj\.block\.", ".conv_proj."),
+            (r"\.fusion\.block\.", ".conv_fusion."),
+            (r"^(stages\..*\.(?:conv\d_\w+|conv_kxk|conv_proj|conv_fusion))\.norm\.", r"\1.bn."),
+            (r"\.global_rep\.\d+\.(weight|bias)$", r".norm.\1"),
+            (r"\.global_rep\.", ".transformer."),
+            (r"\.pre_norm_mha\.0\.", ".norm1."),
+            (r"\.pre_norm_mha\.1\.qkv_proj\.", ".attn.qkv."),
+            (r"\.pre_norm_mha\.1\.out_proj\.", ".attn.proj."),
+            (r"\.pre_norm_ffn\.0\.", ".norm2."),
+            (r"\.pre_norm_ffn\.1\.", ".mlp.fc1."),
+            (r"\.pre_norm_ffn\.4\.", ".mlp.fc2."),
+        ),
+        adapt=_rgb,
+    ),
+)
 
 
 def mobilevit_xxs(classes: int) -> nn.Module:

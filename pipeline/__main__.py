@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,9 +25,10 @@ import calibration.data
 import calibration.recipe
 import models
 import targets
+from models import hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import ModelSpec
-from pipeline import verbs
+from pipeline import surroundings, verbs
 from pipeline.stages import Run
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
     "verify": verbs.verify,
     "profile": verbs.profile,
     "explain": verbs.explain,
+    "lint-model": verbs.lint_model,
 }
 _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
@@ -56,8 +57,7 @@ log = logging.getLogger("edgeline")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    _be_quiet()
-    _share_the_machine()
+    surroundings.settle()
     answer: Answer = {**dict.fromkeys(("verb", "model", "target", "recipe", "artifact", "key")), "cached": False}
     try:
         request = _parser().parse_args(arguments)
@@ -66,9 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             answer |= _LISTINGS[request.verb]()
         elif request.verb in _REPORTS:
             answer |= _REPORTS[request.verb](request.store)
+        elif request.verb == "zoo":
+            chosen = [pick("model", name, models.ALL) for name in request.models.replace(",", " ").split()]
+            answer |= verbs.zoo(chosen, request.store)
         else:
             answer |= {"model": request.model, "target": request.target, "recipe": request.recipe}
-            carry_out = pick("verb", request.verb, _ON_RUNS, also=(*_LISTINGS, *_REPORTS))
+            carry_out = pick("verb", request.verb, _ON_RUNS, also=(*_LISTINGS, *_REPORTS, "zoo"))
             run = read(request)
             answer |= {"target": run.target.name}
             answer |= carry_out(run, request.store)
@@ -96,27 +99,38 @@ def read(request: argparse.Namespace) -> Run:
     target = pick("target", request.target, targets.ALL | aliases)
     seed = number("SEED", request.seed, 0, _LARGEST_SEED)
     data = calibration.data.load(request.data, seed)
-    preprocess = data.preprocess(model)
+    # What is wrong with a network is asked of the size that it was made for: the digits' is small, for their sake.
+    preprocess = model.preprocess if request.verb == "lint-model" else data.preprocess(model)
     if request.size:
         preprocess = replace(preprocess, size=size_for(model, request.size))
     if request.device != "local":
         raise BadRequest(f"DEVICE={request.device}: no such device; this version knows `local` alone")
-    # Not Path.expanduser, which raises where `~name` is nobody.
-    weights = Path(os.path.expanduser(request.weights)).resolve() if request.weights else None  # noqa: PTH111
-    if weights and not weights.is_file():
-        raise BadRequest(
-            f"WEIGHTS={request.weights}: there is no such file; give a .safetensors, .pt or .pth checkpoint"
-        )
+    batch = number("BATCH", request.batch, 1, _LARGEST_BATCH)
     return Run(
         model=model,
         recipe=recipe,
         target=target,
         data=data,
         preprocess=preprocess,
-        weights=weights,
-        batch=number("BATCH", request.batch, 1, _LARGEST_BATCH),
+        weights=weights_of(model, request.weights) if request.weights else None,
+        batch=batch,
         seed=seed,
     )
+
+
+def weights_of(model: ModelSpec, text: str) -> Path:
+    """The checkpoint in `text`: `timm` is its one on the Hugging Face Hub, downloaded where it is not in the cache;
+    everything else is a file, one called timm as `./timm`. Raises BadRequest where there is none.
+    """
+    if text == "timm":
+        return hub.download(model)
+    # Not Path.expanduser, which raises where `~name` is nobody, nor Path.resolve: the suffix is that of the link.
+    file = Path(os.path.expanduser(text)).absolute()  # noqa: PTH111
+    if not file.is_file():
+        raise BadRequest(
+            f"WEIGHTS={text}: there is no such file; give a .safetensors, .pt or .pth checkpoint, or `timm`"
+        )
+    return file
 
 
 def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] = ()) -> T:
@@ -167,7 +181,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("verb", metavar="VERB", help=", ".join((*_LISTINGS, *_REPORTS, *_ON_RUNS)))
+    parser.add_argument("verb", metavar="VERB", help=", ".join((*_LISTINGS, *_REPORTS, "zoo", *_ON_RUNS)))
     # An empty value means the default: the Makefile passes every variable, set or not.
     for name, default in (
         ("model", "mobilevit_xs"),
@@ -179,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         ("batch", "1"),
         ("device", "local"),
         ("seed", "0"),
+        ("models", ""),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")
@@ -191,23 +206,6 @@ def _denied(error: OSError, store: Path) -> EdgelineError:
     if Path(file).resolve().is_relative_to(store.resolve()):
         return CannotRunHere(f"{file} cannot be written: {error.strerror}; make room in the folder of artifacts")
     return BadRequest(f"{file} cannot be read: {error.strerror}")
-
-
-def _be_quiet() -> None:
-    """Let only this project speak, on stderr: libraries announce optional parts that nobody asked for."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("torch", "torchao", "onnxscript", "onnx_ir", "coremltools", "openvino", "sqlalchemy"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-    os.environ.setdefault("TORCH_LOGS", "-all")
-
-
-def _share_the_machine() -> None:
-    """Let OpenMP threads sleep while they wait. Spinning ones make a training step ten times slower as soon as another
-    process wants the same cores, and gain a few percent where none does. Read when torch is imported: not before here.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _finish(answer: Answer, started: float, code: int) -> int:

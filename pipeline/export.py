@@ -40,19 +40,23 @@ _FLOAT_DB, _QUANTIZED_DB = 60.0, 25.0
 # Shape - ConstantOfShape.
 _SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm_batched", "eliminate_nop_softmax"]
 
+_SHOWN = 3  # errors of the linter
+
 log = logging.getLogger(__name__)
 
 
 def export(program: ExportedProgram, sample: Images, description: Mapping[str, object], out: Path) -> None:
     """Write the files of a `targets.base.Export` into `out`.
 
-    Raises CheckFailed where simplification or conversion changed what the graph computes on `sample` (N, 3, S, S).
+    Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
+    the graph computes on `sample` (N, 3, S, S).
     """
     import onnx
     import torch
 
     from calibration import program as programs
 
+    _lint(program, description)
     with bar(total=4, title="export", unit="step") as progress:
         graph = program.module()
         with torch.no_grad():
@@ -73,6 +77,19 @@ def export(program: ExportedProgram, sample: Images, description: Mapping[str, o
     (out / "scales.json").write_text(json.dumps(scales, indent=1) + "\n")
     (out / "model.json").write_text(json.dumps(dict(description), indent=1) + "\n")
     np.savez(out / "sample.npz", images=sample, logits=logits)
+
+
+def _lint(program: ExportedProgram, description: Mapping[str, object]) -> None:
+    from pipeline.lint import lint
+
+    findings = lint(program)
+    errors = [finding for finding in findings if finding.level == "error"]
+    if errors:
+        more = f" (and {len(errors) - _SHOWN} more)" if len(errors) > _SHOWN else ""
+        raise CheckFailed(f"not exported: {' | '.join(str(error) for error in errors[:_SHOWN])}{more}")
+    if findings:
+        given = " ".join(f"{name.upper()}={description[name]}" for name in ("model", "size") if name in description)
+        log.info("lint warnings: %d; `make lint-model %s` lists them", len(findings), given)
 
 
 def _converted(program: ExportedProgram) -> ModelProto:

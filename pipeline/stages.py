@@ -44,6 +44,7 @@ class Run:
     data: Data
     preprocess: Preprocess
     weights: Path | None = None  # None: train on `data`
+    trained: bool = True  # False: random weights, to build and time a model but not to use it
     batch: int = 1
     seed: int = 0
     max_drop: float = 1.0  # points of top-1 that the artifact may lose against the float model
@@ -73,9 +74,12 @@ def weights(run: Run) -> Step:
 
         from calibration import float_weights
 
-        model, report = float_weights.make(
-            run.model, run.weights, run.images("train"), run.images("val"), seed=run.seed
-        )
+        train = run.images("train")
+        report: dict[str, object] = {}
+        if run.trained:
+            model, report = float_weights.make(run.model, run.weights, train, run.images("val"), seed=run.seed)
+        else:
+            model = float_weights.untrained(run.model, train, seed=run.seed)
         save_file(model.state_dict(), out / "weights.safetensors")
         _evaluated(run, model, out, report)
 
@@ -88,7 +92,7 @@ def weights(run: Run) -> Step:
             "data": run.data.identity(),
             "preprocess": run.preprocess,
             "seed": run.seed,
-            "file": file_digest(run.weights) if run.weights else None,
+            "file": file_digest(run.weights) if run.weights else None if run.trained else "untrained",
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },
         code=("calibration.float_weights", run.model.module),

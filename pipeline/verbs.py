@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import calibration.recipe
 import models
 import targets
-from models.errors import CannotRunHere
+from models.errors import CannotRunHere, CheckFailed
+from models.spec import ModelSpec
 from pipeline import stages
 from pipeline.stages import Run
 from pipeline.store import Artifact, Step, Store
@@ -170,6 +172,50 @@ def dashboard(root: Path) -> Answer:
 
         webbrowser.open(path.as_uri())
     return {"path": str(path), "rows": len(rows)}
+
+
+def zoo(chosen: Sequence[ModelSpec], root: Path) -> Answer:
+    """Build `chosen`, or every published model up to the zoo's limit, at full size with random weights.
+
+    Raises CheckFailed, with all rows, where one could not be built.
+    """
+    from pipeline import zoo as builder
+
+    rows = builder.build(chosen or builder.default_models(), root)
+    answer: Answer = {"rows": [asdict(row) for row in rows]}
+    failed = [row for row in rows if row.status != builder.BUILT]
+    if failed:
+        raise CheckFailed(
+            f"{len(failed)} of {len(rows)} were not built; the first: {failed[0].model}: {failed[0].status}",
+            answer=answer,
+        )
+    return answer
+
+
+def lint_model(run: Run, root: Path) -> Answer:
+    """List what accelerators refuse in the run's network, or run slowly. Weights do not matter: it has random ones.
+
+    Raises CheckFailed, with all findings in its answer, where the export would refuse the network.
+    """
+    from calibration.quantize import traced
+    from pipeline.lint import lint
+
+    model, size = run.model, run.preprocess.size
+    findings = lint(traced(model.build(model.classes).eval(), size))
+    for finding in findings:
+        log.info("%s", finding)
+    errors = sum(finding.level == "error" for finding in findings)
+    answer: Answer = {
+        "size": size,
+        "errors": errors,
+        "warnings": len(findings) - errors,
+        "findings": [asdict(finding) for finding in findings],
+    }
+    told = f"{model.name} at {size} pixels: errors: {errors}, warnings: {len(findings) - errors}"
+    if errors:
+        raise CheckFailed(f"{told}; no export is made before the errors are mended", answer=answer)
+    log.info("%s", told)
+    return answer
 
 
 def explain(run: Run, root: Path) -> Answer:

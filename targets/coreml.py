@@ -206,7 +206,7 @@ def _check_types(package: Package, export: Export) -> None:
     wanted, other = (types.fp32, types.fp16) if export.precision == "fp32" else (types.fp16, types.fp32)
     for operation in package.operations:
         for value in operation.outputs:
-            if value.dtype == other:
+            if value.dtype == other and not _is_scale_of_upsampling(operation):
                 raise CheckFailed(
                     f"{operation.name} of the Core ML package ({operation.op_type}) is "
                     f"{types.builtin_to_string(other)}, expected {types.builtin_to_string(wanted)}: Core ML would "
@@ -217,6 +217,18 @@ def _check_types(package: Package, export: Export) -> None:
                     f"{operation.name} of the Core ML package ({operation.op_type}) has rank {value.rank}, expected at "
                     f"most {_MAX_RANK}: reshape in steps of lower rank"
                 )
+
+
+def _is_scale_of_upsampling(operation: Any) -> bool:
+    """Whether the operation is a scale factor that MIL declares as float32 in a program of any precision: an attribute,
+    not a number to compute with.
+    """
+    readers = [reader for value in operation.outputs for reader in value.child_ops]
+    return (
+        operation.op_type == "const"
+        and bool(readers)
+        and all(reader.op_type.startswith("upsample_") for reader in readers)
+    )
 
 
 def _max_rank(package: Package) -> int:

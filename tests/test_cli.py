@@ -18,7 +18,10 @@ import targets
 from tests.tiny import ROOT, python
 
 CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "seconds"}
-VERBS = ("models", "targets", "dashboard", "engine", "calibrate", "qat", "verify", "profile", "explain")
+VERBS = (
+    *("models", "targets", "dashboard", "zoo", "engine", "calibrate", "qat", "verify", "profile", "explain"),
+    "lint-model",
+)
 
 
 def call(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[str]]:
@@ -70,6 +73,12 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
             ["engine", "--weights", "~nobody-of-this-name/x"],
             r"^WEIGHTS=~nobody-of-this-name/x: there is no such file",
         ),
+        (["engine", "--weights", "./timm"], r"^WEIGHTS=\./timm: there is no such file; give .* checkpoint, or `timm`$"),
+        (
+            ["engine", "--model", "mobilenetv2_035", "--weights", "timm"],
+            r"^WEIGHTS=timm: timm publishes no weights of mobilenetv2_035; give a checkpoint, WEIGHTS=<file>, or",
+        ),
+        (["engine", "--weights", "timm", "--batch", "0"], r"^BATCH=0: "),  # before anything is downloaded
         (["modles"], r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, engine,"),
         (["engine", "--no-such-option", "1"], r"^unrecognized arguments: --no-such-option 1; `make help` lists"),
         (["engine", "--model"], r"^argument --model: expected one argument; `make help` lists"),
@@ -172,6 +181,15 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(
     assert said.startswith(f"WEIGHTS={tmp_path / name}")
     assert sentence in said
     assert not (ROOT / "executed").exists()
+
+
+def test_a_link_to_a_checkpoint_is_read_as_what_it_is_called(tmp_path: Path) -> None:
+    """The cache of the Hugging Face Hub is full of links to files whose names are digests."""
+    (tmp_path / "0123abcd").write_bytes(b"\0" * 7)
+    (tmp_path / "model.safetensors").symlink_to("0123abcd")
+    file = str(tmp_path / "model.safetensors")
+    said = refused(tmp_path, 2, "engine", "--model", "convmixer_mini", "--weights", file)
+    assert said.startswith(f"WEIGHTS={file} is not a whole safetensors file")
 
 
 # --- What is right --------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from calibration.batches import Images
 from calibration.data import PARTS, Part
+from calibration.program import export
 from calibration.train import TrainingPlan, evaluate, fit, predictions
 from models.errors import CheckFailed
-from tests.tiny import net
+from tests.tiny import SIDE, net
 from tests.toys import CLASSES, PREPROCESS, Untested, images
 
 PLAN = TrainingPlan(epochs=4, learning_rate=1e-2)
@@ -36,7 +37,7 @@ class Constant(nn.Module):
         self.logits.data = 5 * nn.functional.one_hot(torch.tensor(label), CLASSES).float()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logits.expand(len(x), -1)
+        return self.logits.expand(x.shape[0], -1)
 
 
 def test_a_toy_task_is_learned() -> None:
@@ -83,6 +84,56 @@ def test_training_is_reproducible_to_the_bit() -> None:
         fit(model, images("train"), images("val"), PLAN, seed=seed, title="toy")
         found.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+class TwoHeads(nn.Module):
+    """One head prefers the first class for every image, the other the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Constant(0), Constant(1)
+
+    def head_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.head_logits(x)
+        return first + second
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> float:
+    """Of the same `logits` (classes,) for every target."""
+    return float(nn.functional.cross_entropy(logits.expand(len(targets), -1), targets, label_smoothing=smoothing))
+
+
+def test_the_loss_of_several_heads_is_the_mean_of_theirs() -> None:
+    model, labels = TwoHeads(), torch.tensor(images("train").data.labels("train"))
+    expected = [
+        cross_entropy(head.logits.detach(), labels, STILL.label_smoothing) for head in (model.first, model.second)
+    ]
+    epochs = fit(model, images("train"), images("val"), STILL, seed=0, title="toy")
+    assert epochs[0].loss == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_several_heads_follow_a_teacher_each() -> None:
+    model, teacher = TwoHeads(), Constant(3).eval()
+    target = teacher.logits.detach().softmax(0).expand(8, -1)
+    expected = [cross_entropy(head.logits.detach(), target, 0.0) for head in (model.first, model.second)]
+    epochs = fit(model, images("train"), images("val"), STILL, seed=0, title="toy", teacher=teacher)
+    assert epochs[0].loss == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_a_traced_program_of_several_heads_learns_by_their_sum() -> None:
+    model, labels = TwoHeads(), torch.tensor(images("train").data.labels("train"))
+    together = (model.first.logits + model.second.logits).detach()
+    epochs = fit(export(model, SIDE).module(), images("train"), images("val"), STILL, seed=0, title="toy")
+    assert epochs[0].loss == pytest.approx(cross_entropy(together, labels, STILL.label_smoothing), rel=1e-5)
+
+
+def test_several_heads_are_judged_by_their_sum() -> None:
+    model = TwoHeads()
+    model.first.logits.data *= 2
+    assert (predictions(model, images("val"))[0].argmax(1) == 0).all()
 
 
 class Diverging(Constant):

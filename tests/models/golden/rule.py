@@ -4,8 +4,10 @@ and shape alone, so that a misnamed, transposed or permuted tensor changes the l
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,6 +44,17 @@ class Reference:
     @property
     def file(self) -> Path:
         return FOLDER / f"{self.name}.npz"
+
+
+def imported(code: Path, module: str) -> Any:
+    """The module of that name in the folder `code`, before any other of that name."""
+    sys.path.insert(0, str(code))
+    return importlib.import_module(module)
+
+
+def of_timm(name: str) -> Callable[[Path], nn.Module]:
+    """Builds the network that timm knows by `name`, with random weights."""
+    return lambda code: imported(code, "timm").create_model(name)
 
 
 def derived(name: str) -> bool:
@@ -81,7 +94,8 @@ def filled(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """A checkpoint with these keys."""
     import torch
 
-    return {name: torch.from_numpy(fill(name, shape)) for name, shape in shapes.items()}
+    # numpy makes a number of what has no axes, such as the counters of BatchNorm.
+    return {name: torch.from_numpy(np.asarray(fill(name, shape))) for name, shape in shapes.items()}
 
 
 def save(reference: Reference, shapes: Mapping[str, tuple[int, ...]], logits: Array) -> None:

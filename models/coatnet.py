@@ -1,0 +1,355 @@
+"""CoAtNet: two stages of inverted residuals, then two of transformers with relative attention.
+
+Dai et al., "CoAtNet: Marrying Convolution and Attention for All Data Sizes", NeurIPS 2021, arXiv 2106.04803, Table 3,
+Eqn 4 and 5 and Appendix A.1. No code and no weights were published: the paper's figures follow from a stride in the
+first 1x1 convolution, an expansion of the output channels and a hidden layer in the head. The `rw` variants are those
+of timm, with weights. Modules of both are named as in timm, so its checkpoints fit key by key. Stochastic depth and
+the dropout of relative biases, regularizers of the training from scratch, are not implemented.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models._layers import attend, initialize
+
+_HEAD_DIM = 32
+_EXPANSION = 4  # of inverted residuals and of MLPs
+_EPSILON = 1e-6  # of all norms that are not in an inverted residual
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalization over the channels of a map (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Design:
+    """How a variant is built; the defaults are the paper's.
+
+    All `rw` variants activate the first norm of an inverted residual, expand the channels of its input rather than of
+    its output, and give it no biases; their attention has the width of its input; their head has no hidden layer.
+    """
+
+    stem: tuple[int, int]  # channels of the two convolutions
+    widths: tuple[int, ...]  # channels of the stages; the last two are transformers
+    depths: tuple[int, ...]  # blocks of the stages, the first of which halves the map
+    grid: int = 14  # side of the first transformers' map, that the tables of relative biases are learned for
+    rw: bool = False
+    act: Callable[[], nn.Module] = nn.GELU  # of stem and inverted residuals
+    squeeze_act: Callable[[], nn.Module] = nn.GELU
+    squeeze_early: bool = False  # squeeze and excitation come before the norm and activation, not after
+    stride: Literal["expand", "depthwise", "pool"] = "expand"  # what halves the map inside an inverted residual
+    pool: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2)  # of shortcuts and before attention
+    shortcut_bias: bool = True  # in the shortcuts of transformers
+    norm: Callable[..., nn.Module] = LayerNorm2d  # of transformers and head
+    position: int | None = None  # hidden width of the MLP that gives the relative biases; None: they are a table
+    layer_scale: float | None = None  # initial factor of the transformers' residual branches; None: there is none
+
+
+def coatnet_0(classes: int) -> nn.Module:
+    return CoAtNet(classes, Design(stem=(64, 64), widths=(96, 192, 384, 768), depths=(2, 3, 5, 2)))
+
+
+def coatnet_1(classes: int) -> nn.Module:
+    return CoAtNet(classes, Design(stem=(64, 64), widths=(96, 192, 384, 768), depths=(2, 6, 14, 2)))
+
+
+def coatnet_2(classes: int) -> nn.Module:
+    return CoAtNet(classes, Design(stem=(128, 128), widths=(128, 256, 512, 1024), depths=(2, 6, 14, 2)))
+
+
+def coatnet_3(classes: int) -> nn.Module:
+    return CoAtNet(classes, Design(stem=(192, 192), widths=(192, 384, 768, 1536), depths=(2, 6, 14, 2)))
+
+
+def coatnet_4(classes: int) -> nn.Module:
+    return CoAtNet(classes, Design(stem=(192, 192), widths=(192, 384, 768, 1536), depths=(2, 12, 28, 2)))
+
+
+def coatnet_mini(classes: int) -> nn.Module:
+    """A small variant of our own for images of 64 pixels, with one stage of inverted residuals."""
+    return CoAtNet(classes, Design(stem=(32, 32), widths=(32, 64, 128), depths=(2, 2, 2), grid=8))
+
+
+_RW_1 = Design(
+    stem=(32, 64),
+    widths=(96, 192, 384, 768),
+    depths=(2, 6, 14, 2),
+    rw=True,
+    act=nn.SiLU,
+    squeeze_act=nn.ReLU,
+    squeeze_early=True,
+    stride="depthwise",
+    pool=lambda: nn.AvgPool2d(2),
+    shortcut_bias=False,
+)
+_RW_2 = replace(
+    _RW_1,
+    stem=(64, 128),
+    widths=(128, 256, 512, 1024),
+    squeeze_act=nn.SiLU,
+    squeeze_early=False,
+    shortcut_bias=True,
+)
+
+
+def coatnet_0_rw(classes: int) -> nn.Module:
+    return CoAtNet(classes, replace(_RW_1, depths=(2, 3, 7, 2), stride="pool"))
+
+
+def coatnet_1_rw(classes: int) -> nn.Module:
+    return CoAtNet(classes, _RW_1)
+
+
+def coatnet_2_rw(classes: int) -> nn.Module:
+    return CoAtNet(classes, _RW_2)
+
+
+def coatnet_bn_0_rw(classes: int) -> nn.Module:
+    """With BatchNorm in place of every LayerNorm."""
+    return CoAtNet(classes, replace(_RW_1, depths=(2, 3, 7, 2), norm=nn.BatchNorm2d))
+
+
+def coatnet_rmlp_1_rw(classes: int) -> nn.Module:
+    """With relative biases from an MLP."""
+    return CoAtNet(classes, replace(_RW_1, stride="pool", pool=lambda: nn.MaxPool2d(3, 2, 1), position=384))
+
+
+def coatnet_rmlp_2_rw(classes: int) -> nn.Module:
+    """With relative biases from an MLP, and factors on the residual branches of transformers."""
+    return CoAtNet(classes, replace(_RW_2, position=512, layer_scale=1e-6))
+
+
+class CoAtNet(nn.Module):
+    """Images (N, 3, S, S), S a multiple of 32 -> logits (N, classes). (The mini has a stage less: a multiple of 16.)"""
+
+    def __init__(self, classes: int, design: Design) -> None:
+        super().__init__()
+        first, inputs = design.stem
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(3, first, 3, 2, 1, bias=False),
+                norm1=nn.BatchNorm2d(first),
+                act1=design.act(),
+                conv2=nn.Conv2d(first, inputs, 3, 1, 1, bias=False),
+            )
+        )
+        grids = (design.grid, design.grid // 2)
+        self.stages = nn.Sequential()
+        for index, (outputs, depth) in enumerate(zip(design.widths, design.depths, strict=True)):
+            grid = None if index < len(design.widths) - 2 else grids[index - len(design.widths)]
+            self.stages.append(stage(inputs, outputs, depth, grid, design))
+            inputs = outputs
+        self.norm = design.norm(inputs, eps=_EPSILON) if design.rw else nn.Identity()
+        self.head = plain_head(inputs, classes) if design.rw else hidden_head(inputs, classes)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stages(self.stem(x))))  # type: ignore[no-any-return]
+
+
+def stage(inputs: int, outputs: int, depth: int, grid: int | None, design: Design) -> nn.Module:
+    """Blocks that halve the map once: transformers on a map of side `grid`, inverted residuals where it is None."""
+    blocks = nn.Sequential()
+    for index in range(depth):
+        arriving, stride = (inputs, 2) if index == 0 else (outputs, 1)
+        blocks.append(
+            InvertedResidual(arriving, outputs, stride, design)
+            if grid is None
+            else TransformerBlock(arriving, outputs, stride, grid, design)
+        )
+    return nn.Sequential(OrderedDict(blocks=blocks))
+
+
+def plain_head(inputs: int, classes: int) -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(global_pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(1), fc=nn.Linear(inputs, classes))
+    )
+
+
+def hidden_head(inputs: int, classes: int) -> nn.Module:
+    """With the hidden layer that the paper's parameter counts ask for."""
+    return nn.Sequential(
+        OrderedDict(
+            global_pool=nn.AdaptiveAvgPool2d(1),
+            norm=LayerNorm2d(inputs, eps=_EPSILON),
+            flatten=nn.Flatten(1),
+            pre_logits=nn.Sequential(OrderedDict(fc=nn.Linear(inputs, inputs), act=nn.Tanh())),
+            fc=nn.Linear(inputs, classes),
+        )
+    )
+
+
+class InvertedResidual(nn.Module):
+    """MBConv with a norm before it: norm -> 1x1 expand -> 3x3 depthwise -> squeeze and excitation -> 1x1 projection,
+    added to the input, or to its pooled projection where `stride` is 2.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, design: Design) -> None:
+        super().__init__()
+        hidden = _EXPANSION * (inputs if design.rw else outputs)
+        strides = {kind: stride if kind == design.stride else 1 for kind in ("expand", "depthwise", "pool")}
+        self.shortcut = shortcut(inputs, outputs, design, bias=not design.rw) if stride == 2 else nn.Identity()
+        self.pre_norm = nn.BatchNorm2d(inputs)
+        self.pre_act = design.act() if design.rw else nn.Identity()
+        # The average even where shortcuts take the maximum.
+        self.down = nn.AvgPool2d(2) if strides["pool"] == 2 else nn.Identity()
+        self.conv1_1x1 = nn.Conv2d(inputs, hidden, 1, strides["expand"], bias=False)
+        self.norm1 = nn.BatchNorm2d(hidden)
+        self.act1 = design.act()
+        self.conv2_kxk = nn.Conv2d(hidden, hidden, 3, strides["depthwise"], 1, groups=hidden, bias=False)
+        squeeze = SqueezeExcite(hidden, hidden // 4 if design.rw else outputs // 4, design.squeeze_act)
+        self.se_early = squeeze if design.squeeze_early else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(hidden)
+        self.act2 = design.act()
+        self.se = nn.Identity() if design.squeeze_early else squeeze
+        self.conv3_1x1 = nn.Conv2d(hidden, outputs, 1, bias=not design.rw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.pre_act(self.pre_norm(x)))
+        y = self.act1(self.norm1(self.conv1_1x1(y)))
+        y = self.se(self.act2(self.norm2(self.se_early(self.conv2_kxk(y)))))
+        return self.shortcut(x) + self.conv3_1x1(y)  # type: ignore[no-any-return]
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel of (N, C, H, W) by what a bottleneck of `hidden` channels makes of all channels' means."""
+
+    def __init__(self, channels: int, hidden: int, act: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.act = act()
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()  # type: ignore[no-any-return]
+
+
+def shortcut(inputs: int, outputs: int, design: Design, *, bias: bool) -> nn.Module:
+    """The way past a block that halves the map: pool, then project where the channels differ."""
+    expand = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=bias)
+    return nn.Sequential(OrderedDict(pool=design.pool(), expand=expand))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP on maps (N, C, H, W), each with a residual. Where `stride` is 2, the normalized
+    input is pooled before attention, and the residual is its pooled projection.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, grid: int, design: Design) -> None:
+        super().__init__()
+        norm = design.norm(inputs, eps=_EPSILON)
+        if stride == 2:
+            self.shortcut: nn.Module = shortcut(inputs, outputs, design, bias=design.shortcut_bias)
+            self.norm1: nn.Module = nn.Sequential(OrderedDict(norm=norm, down=design.pool()))
+        else:
+            self.shortcut, self.norm1 = nn.Identity(), norm
+        self.attn = Attention(inputs, outputs, grid, design)
+        self.norm2 = design.norm(outputs, eps=_EPSILON)
+        hidden = _EXPANSION * outputs
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Conv2d(outputs, hidden, 1), act=nn.GELU(), fc2=nn.Conv2d(hidden, outputs, 1))
+        )
+        scale = design.layer_scale
+        self.ls1 = nn.Identity() if scale is None else LayerScale(outputs, scale)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(outputs, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shortcut(x) + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel of (N, C, H, W)."""
+
+    def __init__(self, channels: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.reshape(1, -1, 1, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention between all places of a map (N, C, H, W), in rank 4 throughout."""
+
+    def __init__(self, inputs: int, outputs: int, grid: int, design: Design) -> None:
+        super().__init__()
+        self.dim = inputs if design.rw else outputs
+        self.heads = self.dim // _HEAD_DIM
+        self.qkv = nn.Conv2d(inputs, 3 * self.dim, 1)
+        self.rel_pos = (
+            RelativeTable(grid, self.heads) if design.position is None else RelativeMlp(design.position, self.heads)
+        )
+        self.proj = nn.Conv2d(self.dim, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        # Channels are ordered by head first, then by query, key and value.
+        heads = self.qkv(x).reshape(-1, self.heads, 3 * _HEAD_DIM, height * width).transpose(2, 3)
+        query, key, value = heads.split(_HEAD_DIM, 3)  # each (N, heads, H * W, head_dim)
+        answers = attend(query, key, value, self.rel_pos(height, width)).transpose(2, 3)
+        return self.proj(answers.reshape(-1, self.dim, height, width))  # type: ignore[no-any-return]
+
+
+class RelativeTable(nn.Module):
+    """Relative biases from a learned table, one value per head and offset on a map of `grid` x `grid`.
+
+    On any other map the table is interpolated bilinearly (Appendix A.1) as an image is, which keeps the bias of a
+    place to itself. That and the look-up are done on parameters alone: in an exported program they are a constant.
+    """
+
+    def __init__(self, grid: int, heads: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * grid - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """The biases (1, heads, H * W, H * W) of queries to keys on a map of `height` x `width`."""
+        table: Tensor = self.relative_position_bias_table
+        if (height, width) != (self.grid, self.grid):
+            side = 2 * self.grid - 1
+            image = table.T.reshape(1, -1, side, side)
+            image = functional.interpolate(image, (2 * height - 1, 2 * width - 1), mode="bilinear")
+            table = image.flatten(2)[0].T
+        return by_pairs(table, height, width)
+
+
+class RelativeMlp(nn.Module):
+    """Relative biases from an MLP over the logarithms of offsets, at any size of map (Liu et al., "Swin Transformer
+    V2", CVPR 2022, arXiv 2111.09883, without its scaling of offsets to the size of a window). No activation enters.
+    """
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(2, hidden), act=nn.ReLU(), fc2=nn.Linear(hidden, heads)))
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """The biases (1, heads, H * W, H * W) of queries to keys on a map of `height` x `width`."""
+        device = next(self.parameters()).device
+        sides = (torch.arange(1.0 - side, side, device=device) for side in (height, width))
+        offsets = torch.stack(torch.meshgrid(*sides, indexing="ij"), 2)
+        offsets = offsets.sign() * offsets.abs().log1p()  # (2 H - 1, 2 W - 1, 2)
+        return by_pairs(self.mlp(offsets).flatten(0, 1), height, width)
+
+
+def by_pairs(values: Tensor, height: int, width: int) -> Tensor:
+    """Values (offsets, heads) of every vertical and horizontal offset, in rows -> (1, heads, H * W, H * W): for each
+    pair of query and key the value of their offset.
+    """
+    rows, columns = (torch.arange(side, device=values.device) for side in (height, width))
+    down = (rows[:, None] - rows + height - 1).reshape(height, 1, height, 1)
+    right = (columns[:, None] - columns + width - 1).reshape(1, width, 1, width)
+    index = (down * (2 * width - 1) + right).flatten()
+    return values[index].T.reshape(1, -1, height * width, height * width)

@@ -1,0 +1,241 @@
+"""Swin: attention within windows of a map, which every other block moves by half a window; four merged patches between
+the stages.
+
+Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021, arXiv 2103.14030;
+details as in the authors' code (microsoft/Swin-Transformer). Stochastic depth, a regulariser of the training on
+ImageNet, is not implemented. Modules are named as in timm, so its checkpoints fit key by key.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from models._layers import Mlp, attend, initialize
+from models.checkpoint import Format
+
+_TABLES = r".*\.(relative_position_index|attn_mask)"  # which follow from window and map
+
+FORMATS = (
+    Format(
+        name="microsoft/Swin-Transformer",
+        signature=r"layers\.0\.downsample\..*",
+        renames=(
+            # Theirs end a stage with the merging that ours begin the next one with. Last first: no key moves twice.
+            *((rf"^layers\.{stage}\.downsample\.", f"layers.{stage + 1}.downsample.") for stage in (2, 1, 0)),
+            (r"^head\.", "head.fc."),
+        ),
+        ignored=_TABLES,
+    ),
+    # Our names, but saved when timm still counted the tables among the weights.
+    Format(
+        name="huggingface/pytorch-image-models",
+        signature=r"layers\.0\.blocks\.0\.attn\.relative_position_index",
+        ignored=_TABLES,
+    ),
+)
+
+_WIDER = 4  # times: the hidden layer of an MLP
+_APART = -100.0  # added to the logits of tokens that do not see each other: a share of 1e-43 is left
+_TINY, _DEEP = (2, 2, 6, 2), (2, 2, 18, 2)
+
+
+def swin_tiny(classes: int) -> nn.Module:
+    return Swin(classes, dim=96, depths=_TINY, heads=(3, 6, 12, 24), window=7)
+
+
+def swin_small(classes: int) -> nn.Module:
+    return Swin(classes, dim=96, depths=_DEEP, heads=(3, 6, 12, 24), window=7)
+
+
+def swin_base(classes: int) -> nn.Module:
+    return Swin(classes, dim=128, depths=_DEEP, heads=(4, 8, 16, 32), window=7)
+
+
+def swin_base_384(classes: int) -> nn.Module:
+    return Swin(classes, dim=128, depths=_DEEP, heads=(4, 8, 16, 32), window=12)
+
+
+def swin_large(classes: int) -> nn.Module:
+    return Swin(classes, dim=192, depths=_DEEP, heads=(6, 12, 24, 48), window=7)
+
+
+def swin_large_384(classes: int) -> nn.Module:
+    return Swin(classes, dim=192, depths=_DEEP, heads=(6, 12, 24, 48), window=12)
+
+
+def swin_mini(classes: int) -> nn.Module:
+    """A small variant of our own for images of 64 pixels: 16, 4 and 1 windows in the three stages."""
+    network = Swin(classes, dim=32, depths=(2, 2, 2), heads=(2, 4, 8), window=4)
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            # Weights of 0.02, which suit hundreds of inputs, let nothing through from these few: a training from
+            # scratch would spend its first epochs on making them larger.
+            nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+    return network
+
+
+class Swin(nn.Module):
+    """Images (N, 3, S, S) -> logits (N, classes); S is a multiple of 4 * 2 ** (stages - 1) * window.
+
+    `dim` are the channels of the first stage, each later one doubles them and halves the map. Every map is
+    (N, H, W, C), as the linear layers and norms want it.
+    """
+
+    def __init__(
+        self, classes: int, *, dim: int, depths: tuple[int, ...], heads: tuple[int, ...], window: int, patch: int = 4
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbedding(dim, patch)
+        self.layers = nn.Sequential()
+        for index, (depth, count) in enumerate(zip(depths, heads, strict=True)):
+            merging = PatchMerging(dim) if index else nn.Identity()
+            dim = 2 * dim if index else dim
+            blocks = nn.Sequential(*(Block(dim, count, window, shifted=block % 2 == 1) for block in range(depth)))
+            self.layers.append(nn.Sequential(OrderedDict(downsample=merging, blocks=blocks)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(dim, classes)))
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layers(self.patch_embed(x))).mean((1, 2)))  # type: ignore[no-any-return]
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of an image as tokens of a map: (N, 3, H, W) -> (N, H / patch, W / patch, dim)."""
+
+    def __init__(self, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # type: ignore[no-any-return]
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours become one token: (N, H, W, dim) -> (N, H / 2, W / 2, 2 * dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(self.norm(neighbours(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm window attention and MLP, each with a residual, on a map (N, H, W, dim).
+
+    A shifted block attends in windows that lie half a window further down and to the right, except where the map is
+    one window only: there is nothing to connect then.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, *, shifted: bool) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = window // 2 if shifted else 0
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, window)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, _WIDER * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+    def attention(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        if not self.shift or min(height, width) <= self.window:
+            return merge(self.attn(partition(x, self.window)), height, width)
+        mask = shift_mask(height, width, self.window, self.shift, x.device)
+        windows = self.attn(partition(roll(x, self.shift), self.window), mask)
+        return roll(merge(windows, height, width), -self.shift)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within each window, on tokens (N * windows, length, dim), biased by how far apart two
+    tokens are. `mask` (windows, length, length) is added where the windows of an image differ.
+
+    What is added to the logits does not depend on the image: it is one constant of a traced network.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim // heads
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_positions(window), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        _, length, dim = x.shape
+        parts = self.qkv(x).reshape(-1, length, 3 * self.heads, self.head_dim).transpose(1, 2)
+        query, key, value = parts.split(self.heads, 1)  # each (N * windows, heads, length, head_dim)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        if mask is None:
+            answers = attend(query, key, value, bias.unsqueeze(0))
+        else:
+            # The heads of all windows of an image in one axis: one bias (1, windows * heads, length, length) serves
+            # every image, and no tensor has more than four axes.
+            count = len(mask) * self.heads
+            bias = (mask.unsqueeze(1) + bias).reshape(1, count, length, length)
+            query, key, value = (part.reshape(-1, count, length, self.head_dim) for part in (query, key, value))
+            answers = attend(query, key, value, bias).reshape(-1, self.heads, length, self.head_dim)
+        return self.proj(answers.transpose(1, 2).reshape(-1, length, dim))  # type: ignore[no-any-return]
+
+
+def relative_positions(window: int) -> Tensor:
+    """The row of the bias table that belongs to each pair of tokens of a window: (window ** 2, window ** 2)."""
+    places = torch.arange(window**2)
+    rows, columns = places // window, places % window
+    down = rows.unsqueeze(1) - rows + window - 1
+    right = columns.unsqueeze(1) - columns + window - 1
+    return down * (2 * window - 1) + right
+
+
+def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """What keeps tokens apart that only rolling the map has brought together in a window: 0 or -100, as
+    (windows, window ** 2, window ** 2).
+    """
+    rows = torch.arange(height, device=device) >= height - shift  # the rows that came from the opposite edge
+    columns = torch.arange(width, device=device) >= width - shift
+    origins = 2 * rows.unsqueeze(1) + columns
+    windows = partition(origins.reshape(1, height, width, 1), window).squeeze(2)
+    return (windows.unsqueeze(1) != windows.unsqueeze(2)) * _APART
+
+
+def partition(x: Tensor, window: int) -> Tensor:
+    """(N, H, W, C) -> (N * windows, window ** 2, C), in rank 4 (the textbook form needs rank 6)."""
+    _, _, width, channels = x.shape
+    x = x.reshape(-1, window, width // window, window * channels).transpose(1, 2)  # (N * H / window, windows, ...)
+    return x.reshape(-1, window**2, channels)
+
+
+def merge(x: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `partition`: (N * windows, window ** 2, C) -> (N, height, width, C)."""
+    _, length, channels = x.shape
+    window = round(length**0.5)
+    x = x.reshape(-1, width // window, window, window * channels).transpose(1, 2)
+    return x.reshape(-1, height, width, channels)
+
+
+def roll(x: Tensor, shift: int) -> Tensor:
+    """Move a map (N, H, W, C) up and to the left by `shift` (down and right where negative); what leaves it at one edge
+    comes back at the other. (`torch.roll` becomes a gather in ONNX, and worse in Core ML.)
+    """
+    x = torch.cat((x[:, shift:], x[:, :shift]), 1)
+    return torch.cat((x[:, :, shift:], x[:, :, :shift]), 2)
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """The tokens of each 2x2 square side by side, down before right: (N, H, W, C) -> (N, H / 2, W / 2, 4 * C)."""
+    _, height, width, channels = x.shape
+    return x.reshape(-1, 2, width, channels).transpose(1, 2).reshape(-1, height // 2, width // 2, 4 * channels)

@@ -1,0 +1,201 @@
+"""The zoo: every model at full size through export and the toolchains that run without a device, and how each fared.
+
+No weights are needed: they are random, with BatchNorm statistics and INT8 ranges from crops of two photographs, so
+that what is built has the real structure and activations of ordinary size. What the models answer means nothing.
+
+Each model has a process of its own, so that its peak of memory is its own, and its failure, too:
+
+    python -m pipeline.zoo MODEL STORE
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import calibration.recipe
+import models
+import targets
+from calibration.photos import Photos
+from models.errors import EdgelineError
+from models.spec import ModelSpec
+from pipeline import stages, surroundings
+from pipeline.stages import Run
+from pipeline.store import MANIFEST, Store
+
+LARGEST = 60_000_000  # parameters of the models that are built when none is named
+RECIPES = ("fp16", "int8_ptq")
+TARGETS = ("rtx", "coreml")
+
+BUILT = "built"
+
+_FOLDER = "zoo"
+_COLUMNS = ("model", "recipe", "target", "parameters", "MACs", "nodes", "rank", "bytes", "seconds", "GiB", "status")
+_PATTERN = "{:20} {:9} {:7} {:>10} {:>9} {:>6} {:>5} {:>12} {:>8} {:>6}  {}"
+
+log = logging.getLogger("edgeline")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One model, made small one way, for one target."""
+
+    model: str
+    recipe: str
+    target: str
+    parameters: int
+    macs: int
+    nodes: int | None  # of the exported ONNX graph
+    rank: int | None  # the most axes of any of its tensors
+    bytes: int | None  # of the artifact
+    seconds: float | None  # that the target's toolchain took
+    peak_gib: float  # memory of the process until then, from random weights on
+    status: str  # "built", or the sentence that says why not
+
+
+def default_models() -> tuple[ModelSpec, ...]:
+    """The models of the catalog that were published and are small enough for an edge device."""
+    return tuple(spec for spec in models.ALL.values() if spec.parameters <= LARGEST and spec.classes == 1000)
+
+
+def build(specs: Sequence[ModelSpec], root: Path) -> list[Row]:
+    """The rows of all `specs`, also left in `zoo.md` and, model by model, in JSON: what was built before is not built
+    again.
+    """
+    folder = root / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    log.info(_PATTERN.format(*_COLUMNS))
+    for spec in specs:
+        found = _in_its_own_process(spec, root, folder / f"{spec.name}.log")
+        for row in found:
+            log.info(_PATTERN.format(*_cells(row)))
+        rows += found
+    (folder / "zoo.md").write_text(table(rows))
+    return rows
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row) for row in rows)]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def rows_of(spec: ModelSpec, root: Path) -> list[Row]:
+    """Build `spec` for every target and recipe of the zoo, in this process. An earlier result stays while nothing that
+    it depends on has changed: it knows the peak of memory of the time when everything was built.
+    """
+    runs = [_run(spec, recipe, target) for recipe in RECIPES for target in TARGETS]
+    keys = [stages.compiled(run).key for run in runs]
+    kept = root / _FOLDER / f"{spec.name}.json"
+    if kept.exists() and (found := json.loads(kept.read_text()))["keys"] == keys:
+        return [Row(**row) for row in found["rows"]]
+    rows = [_row(run, Store(root)) for run in runs]
+    if all(row.status == BUILT for row in rows):
+        kept.write_text(json.dumps({"keys": keys, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    return rows
+
+
+def _run(spec: ModelSpec, recipe: str, target: str) -> Run:
+    return Run(
+        model=spec,
+        recipe=calibration.recipe.ALL[recipe],
+        target=targets.ALL[target],
+        data=Photos(),
+        preprocess=spec.preprocess,
+        trained=False,
+    )
+
+
+def _row(run: Run, store: Store) -> Row:
+    nodes = rank = size = seconds = None
+    try:
+        if reason := run.target.missing():
+            status = f"not built: {reason}"
+        else:
+            step = stages.compiled(run)
+            artifact = store.get(step)
+            export = stages.export_of(run, store.get(step.inputs["exported"]).path)
+            run.target.inspect(export, artifact.path)
+            nodes, rank = _shape(export.onnx)
+            size = sum(artifact.files().values())
+            seconds = json.loads((artifact.path / MANIFEST).read_text())["seconds"]
+            status = BUILT
+    except EdgelineError as error:
+        status = str(error)
+    return Row(
+        model=run.model.name,
+        recipe=run.recipe.name,
+        target=run.target.name,
+        parameters=run.model.parameters,
+        macs=run.model.macs,
+        nodes=nodes,
+        rank=rank,
+        bytes=size,
+        seconds=seconds,
+        peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        status=status,
+    )
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    """Nodes of an ONNX graph, and the most axes that one of its tensors has."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    ranks = [len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.input, *graph.output)]
+    return len(graph.node), max(ranks)
+
+
+def _in_its_own_process(spec: ModelSpec, root: Path, told: Path) -> list[Row]:
+    """Run this file for one model; what it tells goes to the file `told`."""
+    with told.open("w") as log_file:
+        command = [sys.executable, "-m", "pipeline.zoo", spec.name, str(root)]
+        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=log_file, text=True, check=False)
+    if ended.returncode == 0:
+        return [Row(**row) for row in json.loads(ended.stdout.splitlines()[-1])]
+    how = f"the process was ended by signal {-ended.returncode}" if ended.returncode < 0 else "it failed"
+    nothing = dict.fromkeys(("nodes", "rank", "bytes", "seconds"))
+    return [
+        Row(
+            model=spec.name,
+            recipe="all",
+            target="all",
+            parameters=spec.parameters,
+            macs=spec.macs,
+            **nothing,
+            peak_gib=0.0,
+            status=f"{how}; {told} tells more",
+        )
+    ]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def known(value: float | None, pattern: str) -> str:
+        return "-" if value is None else pattern.format(value)
+
+    return (
+        row.model,
+        row.recipe,
+        row.target,
+        f"{row.parameters / 1e6:.2f} M",
+        f"{row.macs / 1e6:,.0f} M",
+        known(row.nodes, "{}"),
+        known(row.rank, "{}"),
+        known(row.bytes, "{:,}"),
+        known(row.seconds, "{:.1f}"),
+        f"{row.peak_gib:.1f}",
+        row.status,
+    )
+
+
+if __name__ == "__main__":
+    name, root = sys.argv[1:]
+    surroundings.settle()
+    print(json.dumps([asdict(row) for row in rows_of(models.ALL[name], Path(root))]))

@@ -1,0 +1,258 @@
+"""`WEIGHTS=timm` against a hub of our own on this machine: what is asked of it, what is kept, and what is said where it
+cannot be had. The library is the real one, in a process of its own, since it reads its settings when it is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+import models
+from models import checkpoint, hub
+from models.errors import BadRequest
+from tests.tiny import ROOT, surroundings
+
+MODEL = "mobilevit_xxs"
+PATH = f"/{models.ALL[MODEL].hub}/resolve/main/model.safetensors"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SECRET = "hf_a_token_that_must_stay_here"  # noqa: S105
+WITHOUT = "mobilenetv2_035"  # which timm never trained
+FETCH = """
+import sys
+import models
+from models import hub
+from models.errors import EdgelineError
+try:
+    print(hub.download(models.ALL[sys.argv[1]]))
+except EdgelineError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
+
+
+@dataclass
+class Hub:
+    """What the server answers with, and what it was asked."""
+
+    content: bytes
+    status: int = 200
+    lost: int = 0  # bytes that it promises and does not send
+    is_one: bool = True  # rather than something in between that answers for it
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # paths and headers
+    url: str = ""
+
+
+@pytest.fixture
+def served() -> Iterator[Hub]:
+    found = Hub(content=save({"head.fc.weight": torch.ones(2, 3)}))
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            found.requests.append((self.path, {name.lower(): it for name, it in self.headers.items()}))
+            status = found.status if self.path == PATH else 404
+            self.send_response(status)
+            if status == 200 and found.is_one:
+                self.send_header("ETag", f'"{hashlib.sha256(found.content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("Content-Length", str(len(found.content)))
+            elif status != 200:
+                self.send_header("X-Error-Code", "EntryNotFound" if status == 404 else "RepoNotFound")
+                self.send_header("Content-Length", "0")
+            self.end_headers()
+            if status == 200 and self.command == "GET":
+                self.wfile.write(found.content[: len(found.content) - found.lost])
+
+        do_GET = do_HEAD = answer
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def call(tmp_path: Path, url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with a home and a cache of its own, and the hub at `url`."""
+    (tmp_path / "home").mkdir(exist_ok=True)
+    ours = {name: value for name, value in surroundings().items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    ours |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    ours |= {"HF_ENDPOINT": url, "HF_TOKEN": SECRET, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=ours | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def fetched(tmp_path: Path, url: str, **environment: str) -> Path:
+    result = call(tmp_path, url, "-c", FETCH, MODEL, **environment)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    return Path(result.stdout.strip())
+
+
+def refused(tmp_path: Path, url: str, **environment: str) -> str:
+    """The one sentence, behind the exit code."""
+    result = call(tmp_path, url, "-c", FETCH, MODEL, **environment)
+    assert result.returncode == 1 and result.stdout == ""
+    (sentence,) = result.stderr.splitlines()
+    return sentence
+
+
+def nowhere() -> str:
+    """The address of a server that has just gone."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+# --- Weights that are there -----------------------------------------------------------------------------------------
+
+
+def test_weights_are_downloaded_into_the_cache_and_nowhere_else(tmp_path: Path, served: Hub) -> None:
+    file = fetched(tmp_path, served.url)
+    assert file.is_relative_to(tmp_path / "cache" / "huggingface" / "hub")
+    assert file.name == "model.safetensors" and file.parent.name == COMMIT
+    assert file.read_bytes() == served.content
+    assert checkpoint.read(file).keys() == {"head.fc.weight"}
+    assert list((tmp_path / "home").iterdir()) == []
+    assert [path for path, _ in served.requests] == [PATH] * len(served.requests)
+
+
+def test_the_hub_learns_neither_a_token_nor_what_runs_here(tmp_path: Path, served: Hub) -> None:
+    fetched(tmp_path, served.url, AI_AGENT="somebody")
+    assert served.requests
+    for _, headers in served.requests:
+        assert "authorization" not in headers
+        assert SECRET not in str(headers)
+        assert not {"torch", "agent"} & {part.partition("/")[0].strip() for part in headers["user-agent"].split(";")}
+
+
+def test_a_folder_for_the_library_is_respected(tmp_path: Path, served: Hub) -> None:
+    assert fetched(tmp_path, served.url, HF_HOME=str(tmp_path / "mine")).is_relative_to(tmp_path / "mine")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_was_downloaded_is_found_again_without_asking(tmp_path: Path, served: Hub) -> None:
+    first = fetched(tmp_path, served.url)
+    asked = len(served.requests)
+    served.content += b" a newer one"
+    assert fetched(tmp_path, served.url) == first
+    assert len(served.requests) == asked
+    assert fetched(tmp_path, nowhere()) == first
+    assert fetched(tmp_path, nowhere(), HF_HUB_OFFLINE="1") == first
+
+
+def test_the_command_line_takes_them_as_it_takes_the_same_file(tmp_path: Path, served: Hub) -> None:
+    def key(weights: str) -> object:
+        result = call(tmp_path, served.url, "-m", "pipeline", "explain", "--model", MODEL, "--weights", weights)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])["stages"]
+
+    by_name = key("timm")
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(served.content)
+    assert by_name == key(str(copy))
+    copy.write_bytes(save({"head.fc.weight": torch.zeros(2, 3)}))
+    assert by_name != key(str(copy))
+
+
+# --- Weights that are not -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"), [(404, "404 Not Found"), (401, "401 Unauthorized"), (503, "503 Service Unavailable")]
+)
+def test_a_hub_that_answers_otherwise_is_quoted(tmp_path: Path, served: Hub, status: int, answer: str) -> None:
+    served.status = status
+    assert refused(tmp_path, served.url) == (
+        f"3 WEIGHTS=timm: {served.url}{PATH} could not be downloaded: the answer was {answer}; download it elsewhere "
+        "and give it as WEIGHTS=<file>"
+    )
+
+
+def test_a_hub_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
+    url = nowhere()
+    sentence = r"could not be downloaded: .*Connection refused; download it elsewhere and give it as WEIGHTS=<file>$"
+    assert re.search(sentence, refused(tmp_path, url))
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # listens, and that is all
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        said = refused(tmp_path, url, HF_HUB_ETAG_TIMEOUT="1")
+    assert said.startswith(f"3 WEIGHTS=timm: {url}{PATH} could not be downloaded: ")
+
+
+def test_offline_is_offline(tmp_path: Path, served: Hub) -> None:
+    said = refused(tmp_path, served.url, HF_HUB_OFFLINE="1")
+    assert "could not be downloaded: HF_HUB_OFFLINE forbids it; download it elsewhere and give it" in said
+    assert served.requests == []
+
+
+def test_an_address_that_is_none_is_said_to_be_so(tmp_path: Path) -> None:
+    assert refused(tmp_path, "nonsense").startswith(f"3 WEIGHTS=timm: nonsense{PATH} could not be downloaded: ")
+
+
+def test_a_page_of_somebody_between_is_not_taken_for_weights(tmp_path: Path, served: Hub) -> None:
+    """Hotels and companies answer 200 with a page to log in."""
+    served.content, served.is_one = b"<html>Please log in</html>", False
+    assert "does not seem to be served by a Hugging Face Hub endpoint" in refused(tmp_path, served.url)
+
+
+def test_weights_that_break_off_are_not_kept(tmp_path: Path, served: Hub) -> None:
+    served.lost = 50
+    assert refused(tmp_path, served.url).startswith(f"3 WEIGHTS=timm: {served.url}{PATH} could not be downloaded: ")
+    served.lost = 0
+    assert fetched(tmp_path, served.url).read_bytes() == served.content
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, served: Hub) -> None:
+    (tmp_path / "cache").write_text("a file, where a folder was expected")
+    said = refused(tmp_path, served.url)
+    assert said.startswith(f"3 WEIGHTS=timm: {served.url}{PATH} could not be downloaded: ")
+    assert str(tmp_path / "cache") in said
+
+
+def test_the_command_line_says_it_in_one_sentence(tmp_path: Path, served: Hub) -> None:
+    served.status = 404
+    store = tmp_path / "store"
+    request = ["engine", "--model", MODEL, "--weights", "timm", "--store", str(store)]
+    result = call(tmp_path, served.url, "-m", "pipeline", *request)
+    assert result.returncode == 3
+    assert [json.loads(result.stdout)["error"]] == result.stderr.splitlines()
+    assert not store.exists()
+
+
+def test_a_model_that_timm_never_trained_is_refused_before_anybody_is_asked() -> None:
+    with pytest.raises(BadRequest, match=f"timm publishes no weights of {WITHOUT}; give a checkpoint, WEIGHTS=<file>"):
+        hub.download(models.ALL[WITHOUT])
+
+
+@pytest.mark.parametrize("spec", [spec for spec in models.ALL.values() if spec.hub], ids=lambda spec: spec.name)
+def test_a_repository_is_one_of_timm_with_a_tag_of_its_training(spec: models.spec.ModelSpec) -> None:
+    owner, _, name = str(spec.hub).partition("/")
+    architecture, _, tag = name.partition(".")
+    assert owner == "timm"
+    assert architecture.startswith(spec.family) and tag.endswith("in1k")

@@ -1,0 +1,203 @@
+"""TransCNN and the attention that it shares with HAT-Net: rewritten forms equal the textbook's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional
+
+import models
+from models._hierarchical import Attention, grid_attention, merge, partition
+from models.transcnn import Level, MultiLevelAttention, multiple
+
+Network = TypeVar("Network", bound=nn.Module)
+
+SHAPE_ARITHMETIC = {"aten.sym_size.int", "<built-in function mul>", "<built-in function floordiv>"}
+GATHERING = ("index", "gather", "roll", "unfold", "im2col", "unbind", "einsum")
+
+
+def textbook_windows(x: Tensor, grid: int, head_dim: int) -> Tensor:
+    """As in the authors' code, with a tensor of rank 7: (N, C, H, W) -> (N * heads, windows, grid * grid, head_dim)."""
+    count, channels, height, width = x.shape
+    heads = channels // head_dim
+    x = x.reshape(count, heads, head_dim, height // grid, grid, width // grid, grid)
+    return x.permute(0, 1, 3, 5, 4, 6, 2).reshape(count * heads, -1, grid * grid, head_dim)
+
+
+def textbook_grid_attention(qkv: Tensor, grid: int, head_dim: int) -> Tensor:
+    """Window by window, in loops."""
+    queries, keys, values = qkv.chunk(3, 1)
+    answer = torch.zeros_like(queries)
+    for top in range(0, qkv.shape[2], grid):
+        for left in range(0, qkv.shape[3], grid):
+            window = (slice(None), slice(None), slice(top, top + grid), slice(left, left + grid))
+            answer[window] = textbook_attention(queries[window], keys[window], values[window], head_dim)
+    return answer
+
+
+def textbook_attention(query: Tensor, key: Tensor, value: Tensor, head_dim: int) -> Tensor:
+    """Every pixel of `query` attends to all those of `key`, with torch's own operator."""
+    count, channels = query.shape[:2]
+    q, k, v = (x.reshape(count, channels // head_dim, head_dim, -1).transpose(2, 3) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(query.shape)
+
+
+def textbook_levels(attention: MultiLevelAttention, x: Tensor) -> Tensor:
+    """The paper's recursion, with the sum over levels at the end."""
+    answers: list[Tensor] = []
+    for grid, level in zip(attention.grids, attention.levels, strict=True):
+        assert isinstance(level, Level)
+        if answers:
+            x = functional.max_pool2d(answers[-1], grid) + functional.avg_pool2d(answers[-1], grid)
+        x = x + level.proj(textbook_grid_attention(level.qkv(level.norm(x)), grid, level.head_dim))
+        answers.append(x + level.mlp(x))
+    side = answers[0].shape[2:]
+    return sum((functional.interpolate(a, side, mode="bilinear") for a in answers[1:]), answers[0])
+
+
+def randomised(network: Network) -> Network:
+    """In double precision and evaluation mode, with weights and statistics far from those of a new network."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2.0)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=2 * module.weight[0].numel() ** -0.5)
+    return network.eval().double()
+
+
+@pytest.mark.parametrize(("grid", "height", "width"), [(1, 2, 3), (2, 2, 4), (4, 8, 4), (3, 6, 9)])
+def test_windows_are_cut_as_by_the_authors_and_put_back(grid: int, height: int, width: int) -> None:
+    x = torch.randn(2, 6, height, width)
+    windows = partition(x, grid, 3)
+    assert torch.equal(windows, textbook_windows(x, grid, 3))
+    assert torch.equal(merge(windows, grid, 6, height, width), x)
+
+
+def test_attention_stays_within_its_window() -> None:
+    qkv = torch.randn(2, 24, 8, 4)
+    answer = grid_attention(qkv, 4, 4)
+    torch.testing.assert_close(answer, textbook_grid_attention(qkv, 4, 4), rtol=1e-4, atol=1e-5)
+    qkv[:, :, 4:] += 3
+    assert torch.equal(grid_attention(qkv, 4, 4)[:, :, :4], answer[:, :, :4])
+
+
+@pytest.mark.parametrize(("grid", "pool"), [(4, 2), (2, 4)])
+def test_the_second_level_attends_from_every_pixel_to_the_averaged_first(grid: int, pool: int) -> None:
+    attention = randomised(Attention(16, head_dim=8, grid=grid, pool=pool, norm=nn.BatchNorm2d))
+    x = torch.randn(2, 16, 8, 4).double()
+    local = attention.grid_norm(x + textbook_grid_attention(attention.qkv(attention.norm(x)), grid, 8))
+    reduced = attention.ds_norm(functional.avg_pool2d(local, pool))
+    key, value = attention.kv(reduced).chunk(2, 1)
+    expected = x + attention.proj(textbook_attention(attention.q(local), key, value, 8) + local)
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_without_windows_there_is_one_attention_between_all_pixels() -> None:
+    attention = randomised(Attention(16, head_dim=8, grid=1, pool=1, norm=nn.BatchNorm2d))
+    x = torch.randn(2, 16, 4, 6).double()
+    query, key, value = attention.qkv(attention.norm(x)).chunk(3, 1)
+    expected = x + attention.proj(textbook_attention(query, key, value, 8))
+    torch.testing.assert_close(attention(x), expected)
+    assert not hasattr(attention, "grid_norm")
+
+
+@pytest.mark.parametrize(("grids", "height", "width"), [((2,), 4, 6), ((4, 2), 8, 4), ((4, 2, 2), 8, 16)])
+def test_levels_follow_the_papers_recursion(grids: tuple[int, ...], height: int, width: int) -> None:
+    attention = randomised(MultiLevelAttention(8, head_dim=4, grids=grids, side=math.gcd(height, width)))
+    x = torch.randn(2, 8, height, width).double()
+    torch.testing.assert_close(attention(x), textbook_levels(attention, x))
+
+
+def test_every_level_has_an_mlp_of_its_own() -> None:
+    attention = MultiLevelAttention(8, head_dim=4, grids=(4, 2, 2), side=8).eval()
+    x = torch.randn(2, 8, 8, 8)
+    before = attention(x)
+    with torch.no_grad():
+        attention.get_parameter("levels.2.mlp.3.bias").add_(1)
+    torch.testing.assert_close(attention(x), before + 1)  # the last level is enlarged and added, nothing else sees it
+
+
+def test_one_image_gets_the_answer_that_it_gets_among_others() -> None:
+    attention = randomised(MultiLevelAttention(8, head_dim=8, grids=(2, 2), side=4))
+    x = torch.randn(3, 8, 4, 4).double()
+    torch.testing.assert_close(attention(x)[:1], attention(x[:1]))
+
+
+# The windows that the document proposes for its four stages, on the maps of 224 and 256 pixels, and which of them fit.
+@pytest.mark.parametrize(
+    ("grids", "side", "fits"),
+    [
+        ((8, 4, 2), 56, False),
+        ((8, 4, 2), 64, True),
+        ((7, 4, 2), 28, False),
+        ((7, 4, 2), 32, False),
+        ((3, 2, 2), 16, False),
+        ((2, 2, 2), 7, False),
+        ((2, 2, 2), 8, True),
+        ((4, 4, 2), 32, True),
+        ((4, 2, 2), 16, True),
+    ],
+)
+def test_windows_that_do_not_cover_the_map_are_refused(grids: tuple[int, ...], side: int, fits: bool) -> None:
+    if fits:
+        attention = MultiLevelAttention(8, head_dim=8, grids=grids, side=side).eval()
+        assert attention(torch.zeros(1, 8, side, side)).shape == (1, 8, side, side)
+    else:
+        message = f"do not divide a map of side {side}: it must be a multiple of {multiple(grids)}$"
+        with pytest.raises(ValueError, match=message):
+            MultiLevelAttention(8, head_dim=8, grids=grids, side=side)
+
+
+@pytest.mark.parametrize("grids", [(4,), (4, 4, 2), (7, 4, 2), (3, 2, 2), (2, 3)])
+def test_no_smaller_map_than_the_multiple_is_covered_at_every_level(grids: tuple[int, ...]) -> None:
+    def covered(side: int) -> Iterator[bool]:
+        for level, grid in enumerate(grids):
+            reduced = side / math.prod(grids[1 : level + 1])
+            yield reduced % grid == 0
+
+    assert next(side for side in range(1, 1000) if all(covered(side))) == multiple(grids)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads of 32 channels do not divide 48 channels"):
+        MultiLevelAttention(48, head_dim=32, grids=(2,), side=2)
+
+
+def test_the_projection_of_a_level_starts_small() -> None:
+    network = models.ALL["transcnn_multilevel_mini"].build(10)
+    projections = [module.proj.weight for module in network.modules() if isinstance(module, Level)]
+    assert len(projections) == 10
+    assert all(weight.std().item() == pytest.approx(0.02, rel=0.2) for weight in projections)
+
+
+@pytest.mark.parametrize("name", ["transcnn_mini", "transcnn_multilevel_mini", "hatnet_mini"])
+def test_no_tensor_has_more_than_four_axes_and_no_shape_is_computed(name: str) -> None:
+    spec = models.ALL[name]
+    images = torch.zeros(2, 3, spec.preprocess.size, spec.preprocess.size)
+    dynamic = ({0: Dim("batch", min=1, max=1024)},)
+    program = torch.export.export(spec.build(10).eval(), (images,), dynamic_shapes=dynamic)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert max(node.meta["val"].ndim for node in nodes if isinstance(node.meta["val"], Tensor)) == 4
+    operators = {str(node.target) for node in nodes}
+    assert not operators & SHAPE_ARITHMETIC
+    assert not [operator for operator in operators if any(word in operator for word in GATHERING)]
+    assert len(nodes) > 200
+    assert program.module()(torch.zeros(3, *images.shape[1:])).shape == (3, 10)
+
+
+def test_maps_are_halved_between_stages_and_not_after_the_last() -> None:
+    with torch.device("meta"):
+        network = models.ALL["transcnn_tiny"].build(10).eval()
+        sides: list[Sequence[int]] = []
+        for stage in network.get_submodule("blocks").children():
+            stage.register_forward_hook(lambda _module, _inputs, answer: sides.append(answer.shape))
+        network(torch.zeros(1, 3, 256, 256))
+    assert sides == [(1, 64, 64, 64), (1, 128, 32, 32), (1, 256, 16, 16), (1, 512, 8, 8)]

@@ -1,0 +1,108 @@
+"""The small variant of every family goes through the whole pipeline to each toolchain, and leaves a graph that all of
+them accept. Weights are random here: `make bench` trains them and holds their accuracy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+import calibration.recipe
+import models
+import targets
+from pipeline import stages
+from pipeline.stages import Run
+from pipeline.store import Store
+from targets.base import Export
+from tests.tiny import Colours
+
+SMALL = ("mobilevit_xxs", "mobilenetv2_035", *(name for name in models.ALL if name.endswith("_mini")))
+# Computed shapes, gathers and control flow: engines of fixed shapes either refuse them or leave the accelerator.
+UNWANTED = {
+    "Shape",
+    "Size",
+    "Gather",
+    "GatherND",
+    "GatherElements",
+    "ScatterND",
+    "ScatterElements",
+    "ConstantOfShape",
+    "Range",
+    "NonZero",
+    "Where",
+    "If",
+    "Loop",
+    "Scan",
+    "Col2Im",
+}
+
+every_small_model = pytest.mark.parametrize("name", SMALL)
+
+
+def run_of(name: str, recipe: str, target: str) -> Run:
+    spec = models.ALL[name]
+    return Run(
+        model=spec,
+        recipe=calibration.recipe.ALL[recipe],
+        target=targets.ALL[target],
+        data=Colours(),
+        preprocess=replace(spec.preprocess, size=min(spec.sizes.nearest(64), key=lambda size: abs(size - 64))),
+        trained=False,
+    )
+
+
+def exported(name: str, recipe: str, store: Path) -> Export:
+    run = run_of(name, recipe, "cpu")
+    return stages.export_of(run, Store(store).get(stages.exported(run)).path)
+
+
+def test_every_family_has_a_small_variant() -> None:
+    assert {models.ALL[name].family for name in SMALL} == {spec.family for spec in models.ALL.values()}
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx", "coreml"])
+@pytest.mark.parametrize("recipe", ["fp16", "int8_ptq"])
+@every_small_model
+def test_it_is_built_and_is_what_the_export_says(name: str, recipe: str, target: str, shared: Path) -> None:
+    run = run_of(name, recipe, target)
+    if reason := run.target.missing():
+        pytest.skip(f"{target}: {reason}")
+    artifact = Store(shared).get(stages.compiled(run))
+    run.target.inspect(exported(name, recipe, shared), artifact.path)
+    assert sum(artifact.files().values()) > 10_000
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8_ptq"])
+@every_small_model
+def test_its_graph_has_no_run_time_shapes_and_at_most_four_axes(name: str, recipe: str, shared: Path) -> None:
+    graph = onnx.shape_inference.infer_shapes(onnx.load(exported(name, recipe, shared).onnx)).graph
+    assert {node.op_type for node in graph.node} & UNWANTED == set()
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    assert len(ranks) >= len(graph.node) - 1  # every tensor's is known
+    assert max(ranks.values()) <= 4
+    assert {len(initializer.dims) for initializer in graph.initializer} <= {0, 1, 2, 3, 4}
+
+
+@every_small_model
+def test_every_convolution_and_linear_layer_is_quantized_by_the_recipe(name: str, shared: Path) -> None:
+    export = exported(name, "int8_ptq", shared)
+    graph = onnx.load(export.onnx).graph
+    by_output = {output: node for node in graph.node for output in node.output}
+    constants = {initializer.name for initializer in graph.initializer}
+    weighted = 0
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        assert node.input[1] not in constants, f"{node.name} multiplies by a float weight"
+        weight = by_output[node.input[1]]
+        while weight.op_type in ("Transpose", "Reshape"):
+            weight = by_output[weight.input[0]]
+        if weight.op_type == "DequantizeLinear" and weight.input[0] in constants:
+            weighted += 1
+            assert by_output[node.input[0]].op_type == "DequantizeLinear"
+        else:
+            assert node.op_type == "MatMul"  # of two activations
+    assert weighted == len(export.scales()) > 10
