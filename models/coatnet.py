@@ -37,7 +37,7 @@ class Design:
     """How a variant is built; the defaults are the paper's.
 
     All `rw` variants activate the first norm of an inverted residual, expand the channels of its input rather than of
-    its output, and give it no biases; their attention has the width of its input; their head has no hidden layer.
+    its output, and give it no biases; their attention has the width of its input.
     """
 
     stem: tuple[int, int]  # channels of the two convolutions
@@ -54,6 +54,7 @@ class Design:
     norm: Callable[..., nn.Module] = LayerNorm2d  # of transformers and head
     position: int | None = None  # hidden width of the MLP that gives the relative biases; None: they are a table
     layer_scale: float | None = None  # initial factor of the transformers' residual branches; None: there is none
+    hidden: bool = True  # the head has a hidden layer, and its norm follows the pooling instead of preceding it
 
 
 def coatnet_0(classes: int) -> nn.Module:
@@ -77,8 +78,10 @@ def coatnet_4(classes: int) -> nn.Module:
 
 
 def coatnet_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels, with one stage of inverted residuals."""
-    return CoAtNet(classes, Design(stem=(32, 32), widths=(32, 64, 128), depths=(2, 2, 2), grid=8))
+    """A small variant of our own for images of 64 pixels, with one stage of inverted residuals. A hidden layer in its
+    head would halve the speed at which it learns.
+    """
+    return CoAtNet(classes, Design(stem=(32, 32), widths=(32, 64, 128), depths=(2, 2, 2), grid=8, hidden=False))
 
 
 _RW_1 = Design(
@@ -92,6 +95,7 @@ _RW_1 = Design(
     stride="depthwise",
     pool=lambda: nn.AvgPool2d(2),
     shortcut_bias=False,
+    hidden=False,
 )
 _RW_2 = replace(
     _RW_1,
@@ -150,8 +154,8 @@ class CoAtNet(nn.Module):
             grid = None if index < len(design.widths) - 2 else grids[index - len(design.widths)]
             self.stages.append(stage(inputs, outputs, depth, grid, design))
             inputs = outputs
-        self.norm = design.norm(inputs, eps=_EPSILON) if design.rw else nn.Identity()
-        self.head = plain_head(inputs, classes) if design.rw else hidden_head(inputs, classes)
+        self.norm = nn.Identity() if design.hidden else design.norm(inputs, eps=_EPSILON)
+        self.head = hidden_head(inputs, classes) if design.hidden else plain_head(inputs, classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -68,13 +68,7 @@ def swin_large_384(classes: int) -> nn.Module:
 
 def swin_mini(classes: int) -> nn.Module:
     """A small variant of our own for images of 64 pixels: 16, 4 and 1 windows in the three stages."""
-    network = Swin(classes, dim=32, depths=(2, 2, 2), heads=(2, 4, 8), window=4)
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            # Weights of 0.02, which suit hundreds of inputs, let nothing through from these few: a training from
-            # scratch would spend its first epochs on making them larger.
-            nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
-    return network
+    return Swin(classes, dim=32, depths=(2, 2, 2), heads=(2, 4, 8), window=4)
 
 
 class Swin(nn.Module):

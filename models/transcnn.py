@@ -1,8 +1,8 @@
 """TransCNN: a convolutional pyramid with hierarchical self-attention in every block, with BatchNorm throughout.
 
 Liu et al., "Transformer in Convolutional Neural Networks", arXiv 2106.03180 v2; the networks follow the authors' code
-(yun-liu/TransCNN, tag v1.0), whose attention has two levels. `MultiLevelAttention` is the form with any number of
-levels that the paper's first version describes.
+(yun-liu/TransCNN, tag v1.0), whose attention has two levels and no MLP. `MultiLevelAttention` is the form that the
+paper's text describes, with any number of levels and an MLP in each.
 """
 
 from __future__ import annotations
