@@ -77,7 +77,7 @@ targets: $(READY) ## the targets, and what this machine lacks for each
 zoo: $(READY) ## build every published model up to 60 M parameters at full size (hours), or MODELS="swin_tiny swin_base"
 	@$(PIPELINE) zoo --models="$$MODELS"
 
-bench: $(READY) ## the README's table: three models, four recipes, four targets (10 minutes and more)
+bench: $(READY) ## the table of the README: a small model of every family, four recipes, four targets (an hour)
 	@$(VENV)/bin/python -m tests.bench
 
 test: $(READY) ## the tests (a few minutes)

@@ -78,8 +78,8 @@ def coatnet_4(classes: int) -> nn.Module:
 
 
 def coatnet_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels, with one stage of inverted residuals. A hidden layer in its
-    head would halve the speed at which it learns.
+    """A small variant of our own for images of 64 pixels: one stage of inverted residuals, and no hidden layer in the
+    head, with which it would learn more slowly.
     """
     return CoAtNet(classes, Design(stem=(32, 32), widths=(32, 64, 128), depths=(2, 2, 2), grid=8, hidden=False))
 
