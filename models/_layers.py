@@ -42,6 +42,23 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))  # type: ignore[no-any-return]
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention on tokens (N, length, dim), in rank 4 throughout."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, length, dim = x.shape
+        parts = self.qkv(x).reshape(-1, length, 3 * self.heads, dim // self.heads).transpose(1, 2)
+        query, key, value = parts.split(self.heads, 1)  # each (N, heads, length, head_dim)
+        answers = attend(query, key, value).transpose(1, 2)
+        return self.proj(answers.reshape(-1, length, dim))  # type: ignore[no-any-return]
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of heads (N, heads, length, head_dim), `bias` (1 or N, heads, length, length) added
     to the logits.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models._layers import Mlp, attend, initialize
+from models._layers import Attention, Mlp, initialize
 from models.checkpoint import Format
 
 FORMATS = (
@@ -201,20 +201,3 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention on tokens (N, length, dim), in rank 4 throughout."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, length, dim = x.shape
-        heads = self.qkv(x).reshape(-1, length, 3 * self.heads, dim // self.heads).transpose(1, 2)
-        query, key, value = heads.split(self.heads, 1)  # each (N, heads, length, head_dim)
-        answers = attend(query, key, value).transpose(1, 2)
-        return self.proj(answers.reshape(-1, length, dim))  # type: ignore[no-any-return]

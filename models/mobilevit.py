@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from models._layers import ConvNormAct, attend, initialize
+from models._layers import Attention, ConvNormAct, initialize
 from models.checkpoint import Format
 
 _PATCH = 2  # pixels a side, in every stage
@@ -186,7 +186,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim)
+        self.attn = Attention(dim, _HEADS)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             OrderedDict(fc1=nn.Linear(dim, 2 * dim), act=nn.SiLU(), drop=nn.Dropout(0.1), fc2=nn.Linear(2 * dim, dim))
@@ -195,20 +195,3 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention on tokens (sequences, length, dim), in rank 4 throughout."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.head_dim = dim // _HEADS
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, length, dim = x.shape
-        heads = self.qkv(x).reshape(-1, length, 3 * _HEADS, self.head_dim).transpose(1, 2)
-        query, key, value = heads.split(_HEADS, 1)  # each (sequences, heads, length, head_dim)
-        answers = attend(query, key, value).transpose(1, 2)
-        return self.proj(answers.reshape(-1, length, dim))  # type: ignore[no-any-return]

@@ -13,7 +13,8 @@ from torch.nn import functional
 import models
 from calibration import program
 from calibration.train import SeveralHeads
-from models.conformer import Attention, Conformer, ConvBlock, ConvTransBlock, FCUDown, FCUUp, TransformerBlock
+from models._layers import Attention
+from models.conformer import Conformer, ConvBlock, ConvTransBlock, FCUDown, FCUUp, TransformerBlock
 
 
 def mini(classes: int = 10) -> Conformer:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import models
+from models._layers import Attention
 from models.convmixer import ConvMixer, Residual
 from models.mobilenetv2 import InvertedResidual, MobileNetV2, divisible
-from models.mobilevit import Attention, MobileViTBlock, TransformerLayer, fold, unfold
+from models.mobilevit import MobileViTBlock, TransformerLayer, fold, unfold
 
 
 def textbook_unfold(x: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def test_a_sequence_holds_the_pixels_at_one_place_of_every_patch() -> None:
 
 
 def test_attention_equals_that_of_torch() -> None:
-    attention = Attention(16).eval()
+    attention = Attention(16, heads=4).eval()
     nn.init.normal_(attention.qkv.weight)  # so that the softmax is far from uniform
     tokens = torch.randn(6, 9, 16)
     query, key, value = attention.qkv(tokens).reshape(6, 9, 3, 4, 4).permute(2, 0, 3, 1, 4)
