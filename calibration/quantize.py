@@ -69,11 +69,13 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
     before = program.logits(prepared, [probe])  # converting replaces the quantizers of the graph that it is given
     converted = convert_pt2e(prepared)
     agreement = _checked("converting", before, converted, probe, _CONVERTED_DB)
+    noise = snr_db(program.logits(model, [probe]), program.logits(converted, [probe]))
     return Quantized(
         program=program.export(converted, size),
         report={
             "layers": len(list(program.quantized_layers(converted))),
             "converted_db": round(agreement, 1),
+            "float_db": round(noise, 1),
             **report,
         },
     )

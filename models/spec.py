@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
 
     from torch import nn
@@ -57,26 +58,38 @@ class ModelSpec:
     `network` names a function `module:function` that takes the number of classes and returns the float model in
     training mode: images (N, 3, S, S) to logits (N, classes). It is a name, not the function, so that listing models
     imports no framework. `parameters` and `macs` count the model with 1,000 classes at `preprocess.size` (the mini
-    variants: as built for the ten digits).
+    variants: as built for the ten digits); 0 where nobody has counted.
     """
+
+    ours: ClassVar[bool] = True  # tests hold our networks to the contract; others are checked when they come
 
     name: str
     network: str
     preprocess: Preprocess
     sizes: Sizes
     # Not part of a spec's identity (compare=False): correcting a figure must not retrain anything.
-    parameters: int = field(compare=False)
-    macs: int = field(compare=False)  # multiply-accumulates of one image, attention products included
-    top1: float | None = field(compare=False)  # published ImageNet-1k top-1 in percent; None where there is none
-    source: str = field(compare=False)  # who published `top1`
+    parameters: int = field(default=0, compare=False)
+    macs: int = field(default=0, compare=False)  # multiply-accumulates of one image, attention products included
+    top1: float | None = field(default=None, compare=False)  # published ImageNet-1k top-1 in percent; None: none is
+    source: str = field(default="", compare=False)  # who published `top1`
     # Repository on the Hugging Face Hub whose `model.safetensors` WEIGHTS=timm loads; None where there is none.
     hub: str | None = field(default=None, compare=False)
     classes: int = field(default=1000, compare=False)  # that `parameters` and `macs` are counted with
 
     @property
     def module(self) -> str:
-        """The module that defines the network; its code is part of every key built from this spec."""
+        """The module that defines the network."""
         return self.network.partition(":")[0]
+
+    @property
+    def code(self) -> str | Path:
+        """The module, or the file, whose code is part of every key built from this spec."""
+        return self.module
+
+    @property
+    def asked(self) -> str:
+        """What MODEL says to get this model."""
+        return self.name
 
     @property
     def family(self) -> str:
@@ -96,7 +109,8 @@ class ModelSpec:
         """The keys of the model whose shape follows the number of classes."""
         import torch
 
-        with torch.device("meta"):
+        # Not every network of others can be built without numbers.
+        with torch.device("meta" if self.ours else "cpu"):
             few, many = self.build(2).state_dict(), self.build(3).state_dict()
         return frozenset(name for name in few if few[name].shape != many[name].shape)
 

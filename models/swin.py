@@ -170,20 +170,21 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        _, length, dim = x.shape
-        parts = self.qkv(x).reshape(-1, length, 3 * self.heads, self.head_dim).transpose(1, 2)
-        query, key, value = parts.split(self.heads, 1)  # each (N * windows, heads, length, head_dim)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
-        if mask is None:
-            answers = attend(query, key, value, bias.unsqueeze(0))
-        else:
+        return self.proj(self.attended(self.qkv(x), mask))  # type: ignore[no-any-return]
+
+    def attended(self, projected: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries, keys and values (N * windows, length, 3 * dim) -> the answers of all heads (..., length, dim)."""
+        _, length, channels = projected.shape
+        parts = projected.reshape(-1, length, 3 * self.heads, self.head_dim).transpose(1, 2)
+        query, key, value = torch.split(parts, self.heads, 1)  # each (N * windows, heads, length, head_dim)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)
+        if mask is not None:
             # The heads of all windows of an image in one axis: one bias (1, windows * heads, length, length) serves
             # every image, and no tensor has more than four axes.
-            count = len(mask) * self.heads
-            bias = (mask.unsqueeze(1) + bias).reshape(1, count, length, length)
-            query, key, value = (part.reshape(-1, count, length, self.head_dim) for part in (query, key, value))
-            answers = attend(query, key, value, bias).reshape(-1, self.heads, length, self.head_dim)
-        return self.proj(answers.transpose(1, 2).reshape(-1, length, dim))  # type: ignore[no-any-return]
+            bias = (mask.unsqueeze(1) + bias).reshape(1, -1, length, length)
+            query, key, value = (part.reshape(-1, bias.shape[1], length, self.head_dim) for part in (query, key, value))
+        answers = attend(query, key, value, bias).reshape(-1, self.heads, length, self.head_dim)
+        return answers.transpose(1, 2).reshape(-1, length, channels // 3)
 
 
 def relative_positions(window: int) -> Tensor:

@@ -25,7 +25,7 @@ import calibration.data
 import calibration.recipe
 import models
 import targets
-from models import hub
+from models import external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import ModelSpec
 from pipeline import surroundings, verbs
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def read(request: argparse.Namespace) -> Run:
     """The run that the command line asks for. Raises BadRequest where a name or a value cannot be used."""
-    model = pick("model", request.model, models.ALL)
+    model = external.find(request.model) or pick("model", request.model, models.ALL)
     recipe = pick("recipe", request.recipe, calibration.recipe.ALL)
     aliases = {alias: targets.ALL[name] for alias, name in targets.ALIASES.items()}
     target = pick("target", request.target, targets.ALL | aliases)

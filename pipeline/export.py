@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from calibration.program import LayerScales
+    from pipeline.lint import Finding
     from targets.base import Images, Logits
 
 # The newest opset that TensorRT 10.3 (JetPack 6) reads; Q/DQ in FP16 needs 19.
@@ -34,6 +35,9 @@ OPSET = 20
 # Least agreement of ONNX Runtime with torch. Float graphs differ by the order of sums only; in a quantized one such a
 # difference can tip a value from one integer to the next, and every later layer sees that.
 _FLOAT_DB, _QUANTIZED_DB = 60.0, 25.0
+# A network that amplifies small differences, as one with random weights does, amplifies roundings, too: what a few
+# tipped values do there has to stay this far below what all the roundings do.
+_BELOW_ROUNDING_DB = 6.0
 
 # What onnxsim must leave alone: it rewrites a linear layer on tokens as Reshape - Gemm - Reshape, which hides it from
 # the attention and LayerNorm fusions of TensorRT and OpenVINO; and a softmax over one element as a run-time
@@ -45,8 +49,17 @@ _SHOWN = 3  # errors of the linter
 log = logging.getLogger(__name__)
 
 
-def export(program: ExportedProgram, sample: Images, description: Mapping[str, object], out: Path) -> None:
-    """Write the files of a `targets.base.Export` into `out`.
+def export(
+    program: ExportedProgram,
+    sample: Images,
+    description: Mapping[str, object],
+    out: Path,
+    *,
+    float_db: float | None = None,
+    asked: str | None = None,
+) -> None:
+    """Write the files of a `targets.base.Export` into `out`. `float_db` is how near a quantized program is to the float
+    model; `asked` is MODEL, where that is not the name in `description`.
 
     Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
     the graph computes on `sample` (N, 3, S, S).
@@ -56,7 +69,7 @@ def export(program: ExportedProgram, sample: Images, description: Mapping[str, o
 
     from calibration import program as programs
 
-    _lint(program, description)
+    _lint(program, {**description, "model": asked} if asked else description)
     with bar(total=4, title="export", unit="step") as progress:
         graph = program.module()
         with torch.no_grad():
@@ -70,7 +83,7 @@ def export(program: ExportedProgram, sample: Images, description: Mapping[str, o
         simplified = _simplified(plain)
         progress.update()
     _compare("onnxsim", reference_logits(plain.SerializeToString(), sample), simplified, sample, _FLOAT_DB)
-    _compare("the ONNX conversion", logits, simplified, sample, _QUANTIZED_DB if scales else _FLOAT_DB)
+    _compare("the ONNX conversion", logits, simplified, sample, _least_db(float_db) if scales else _FLOAT_DB)
     _check_quantizers(simplified, scales)
 
     onnx.save(simplified, out / "model.onnx")
@@ -79,32 +92,58 @@ def export(program: ExportedProgram, sample: Images, description: Mapping[str, o
     np.savez(out / "sample.npz", images=sample, logits=logits)
 
 
+def check(program: ExportedProgram) -> None:
+    """Raises CheckFailed where `export` would refuse `program` without having run it."""
+    from pipeline.lint import lint
+
+    _refuse_errors(lint(program))
+    _converted(program)
+
+
 def _lint(program: ExportedProgram, description: Mapping[str, object]) -> None:
     from pipeline.lint import lint
 
     findings = lint(program)
-    errors = [finding for finding in findings if finding.level == "error"]
-    if errors:
-        more = f" (and {len(errors) - _SHOWN} more)" if len(errors) > _SHOWN else ""
-        raise CheckFailed(f"not exported: {' | '.join(str(error) for error in errors[:_SHOWN])}{more}")
+    _refuse_errors(findings)
     if findings:
         given = " ".join(f"{name.upper()}={description[name]}" for name in ("model", "size") if name in description)
         log.info("lint warnings: %d; `make lint-model %s` lists them", len(findings), given)
 
 
+def _refuse_errors(findings: Sequence[Finding]) -> None:
+    errors = [finding for finding in findings if finding.level == "error"]
+    if errors:
+        more = f" (and {len(errors) - _SHOWN} more)" if len(errors) > _SHOWN else ""
+        raise CheckFailed(f"not exported: {' | '.join(str(error) for error in errors[:_SHOWN])}{more}")
+
+
+def _least_db(float_db: float | None) -> float:
+    """What the conversion of a quantized program is held to."""
+    return _QUANTIZED_DB if float_db is None else min(_QUANTIZED_DB, float_db + _BELOW_ROUNDING_DB)
+
+
 def _converted(program: ExportedProgram) -> ModelProto:
+    """The program in ONNX. Raises CheckFailed where an operator has no counterpart there."""
     import torch
 
-    converted = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=[INPUT_NAME],
-        output_names=[OUTPUT_NAME],
-        verbose=False,
-    )
-    assert converted is not None
-    model = converted.model_proto
+    try:
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__:  # the first one is an essay
+            cause = cause.__cause__
+        raise CheckFailed(
+            f"not exported: torch.onnx cannot convert the network: {str(cause).partition(chr(10))[0]}"
+        ) from error
+    assert made is not None
+    model = made.model_proto
     (batch,) = {value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:

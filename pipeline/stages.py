@@ -71,16 +71,21 @@ def weights(run: Run) -> Step:
 
     def build(inputs: Inputs, out: Path) -> None:
         from safetensors.torch import save_file
+        from torch import contiguous_format
 
         from calibration import float_weights
+        from pipeline import contract
 
+        contract.check(run.model, run.preprocess.size, len(run.data.classes))
         train = run.images("train")
         report: dict[str, object] = {}
         if run.trained:
             model, report = float_weights.make(run.model, run.weights, train, run.images("val"), seed=run.seed)
         else:
             model = float_weights.untrained(run.model, train, seed=run.seed)
-        save_file(model.state_dict(), out / "weights.safetensors")
+        # The format knows neither tensors that share memory nor strides.
+        state = {name: tensor.clone(memory_format=contiguous_format) for name, tensor in model.state_dict().items()}
+        save_file(state, out / "weights.safetensors")
         _evaluated(run, model, out, report)
 
     return Step(
@@ -95,7 +100,7 @@ def weights(run: Run) -> Step:
             "file": file_digest(run.weights) if run.weights else None if run.trained else "untrained",
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },
-        code=("calibration.float_weights", run.model.module),
+        code=("calibration.float_weights", run.model.code),
         build=build,
     )
 
@@ -128,7 +133,7 @@ def quantized(run: Run) -> Step:
             "seed": run.seed,
             "versions": versions("torch", "torchao"),
         },
-        code=("calibration.quantize", run.model.module),
+        code=("calibration.quantize", run.model.code),
         build=build,
     )
 
@@ -148,7 +153,9 @@ def exported(run: Run) -> Step:
             "classes": list(run.data.classes),
             "preprocess": asdict(run.preprocess),
         }
-        export(program.load(inputs["quantized"] / "program.pt2"), sample.numpy(), description, out)
+        report = json.loads((inputs["quantized"] / "report.json").read_text())
+        made = program.load(inputs["quantized"] / "program.pt2")
+        export(made, sample.numpy(), description, out, float_db=report.get("float_db"), asked=run.model.asked)
 
     return Step(
         stage="exported",

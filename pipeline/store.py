@@ -7,20 +7,22 @@ missing, each artifact once however many processes ask for it, and publishes it 
 from __future__ import annotations
 
 import ast
+import contextlib
 import fcntl
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 MANIFEST = "artifact.json"
 _KEY_LETTERS = 12  # of the key, in the name of an artifact's folder
@@ -32,7 +34,8 @@ log = logging.getLogger("edgeline")
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One artifact that could be built: from `inputs`, with `params`, by `build` and the code of the modules `code`.
+    """One artifact that could be built: from `inputs`, with `params`, by `build` and the code of the modules `code`,
+    ours by name, others by file.
 
     `build` receives the folders of the inputs by name, and the empty folder to fill.
     """
@@ -41,7 +44,7 @@ class Step:
     label: str  # for people; the key decides
     inputs: Mapping[str, Step]
     params: Mapping[str, object]
-    code: tuple[str, ...]
+    code: tuple[str | Path, ...]
     build: Callable[[Mapping[str, Path], Path], None]
 
     @cached_property
@@ -50,8 +53,8 @@ class Step:
             "stage": self.stage,
             "inputs": {name: step.key for name, step in self.inputs.items()},
             "params": plain(self.params),
-            "code": {name: _file_code(name) for root in self.code for name in sorted(_closure(root))}
-            | _own_code(self.build.__module__, self.build.__qualname__.partition(".")[0]),
+            "code": {name: digest for root in self.code for name, digest in _code(root).items()}
+            | _own_code(_Module(self.build.__module__), self.build.__qualname__.partition(".")[0]),
         }
 
     @cached_property
@@ -140,7 +143,7 @@ class Store:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _alone(self, step: Step) -> Iterator[None]:
         """Hold this artifact's lock; the kernel lets go of it however the process ends."""
         path = self.path(step)
@@ -173,42 +176,92 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Module(NamedTuple):
+    """A module by its dotted name, and the folder that the name starts from."""
+
+    name: str
+    folder: Path = _ROOT
+
+    @property
+    def ours(self) -> bool:
+        return self.folder == _ROOT and self.name.partition(".")[0] in _LAYERS
+
+    @property
+    def file(self) -> Path:
+        """A package of ours is only a name here: what it re-exports is imported from its parts."""
+        return self.folder / (self.name.replace(".", "/") + ".py")
+
+    @property
+    def label(self) -> str:
+        return self.name if self.ours else self.file.relative_to(self.folder).as_posix()
+
+
 @functools.cache
-def _closure(module: str) -> frozenset[str]:
-    """`module` and every module of ours that it imports, directly or not, at its top or inside a function."""
-    found: set[str] = set()
-    pending = [module]
+def _code(root: str | Path) -> dict[str, str]:
+    """Digests of the code of `root` and of every module that it imports, directly or not, at its top or inside a
+    function: of ours and, where it is a file of somebody's, of those in its folder. Of packages that such a file
+    imports, the versions.
+    """
+    found: set[_Module] = set()
+    packages: set[str] = set()
+    pending = [_Module(root) if isinstance(root, str) else _Module(root.stem, root.parent)]
     while pending:
-        name = pending.pop()
-        if name not in found and _source(name).exists():
-            found.add(name)
-            pending += _imports(name)
-    return frozenset(found)
+        module = pending.pop()
+        if module in found or not module.file.is_file():
+            continue
+        found.add(module)
+        for name in _imports(module):
+            pending += _places(name, module)
+            packages |= set() if module.ours else {name.partition(".")[0]}
+    return {module.label: _file_code(module) for module in sorted(found)} | _installed(packages)
 
 
 @functools.cache
-def _imports(module: str) -> tuple[str, ...]:
+def _imports(module: _Module) -> frozenset[str]:
+    """What a module imports: modules by their names, and what may be one, or something in one."""
     names: set[str] = set()
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return tuple(name for name in sorted(names) if name.partition(".")[0] in _LAYERS)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.name.split(".")[: -node.level] if node.level else []
+            start = [*above, node.module] if node.module else above
+            names |= {".".join(start), *(".".join([*start, alias.name]) for alias in node.names)}
+    return frozenset(names)
+
+
+def _places(name: str, module: _Module) -> list[_Module]:
+    """Where the code may be that `module` imports as `name`."""
+    parts = name.split(".")
+    if parts[0] in _LAYERS:
+        return [_Module(name)]
+    if module.ours:
+        return []
+    packages = [".".join([*parts[:length], "__init__"]) for length in range(1, len(parts) + 1)]
+    return [_Module(found, module.folder) for found in (name, *packages)]
+
+
+def _installed(packages: Collection[str]) -> dict[str, str]:
+    """The versions of those that are called as they are imported."""
+    found = {}
+    for name in sorted(packages):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @functools.cache
-def _file_code(module: str) -> str:
+def _file_code(module: _Module) -> str:
     """Digest of what a module does: editing a comment, a docstring or the layout rebuilds nothing."""
     return _digest(_tree(module))
 
 
 @functools.cache
-def _own_code(module: str, name: str) -> dict[str, str]:
+def _own_code(module: _Module, name: str) -> dict[str, str]:
     """Digests of the definition `name` of a module of ours, and of those in the module that it uses, directly or not:
     a module that only holds stages together is no single piece of code.
     """
-    if not _source(module).exists():
+    if not module.file.exists():
         return {}
     definitions = _definitions(_tree(module))
     found: set[str] = set()
@@ -218,7 +271,7 @@ def _own_code(module: str, name: str) -> dict[str, str]:
         if used in definitions and used not in found:
             found.add(used)
             pending += [node.id for node in ast.walk(definitions[used]) if isinstance(node, ast.Name)]
-    return {f"{module}.{name}": _digest(definitions[name]) for name in sorted(found)}
+    return {f"{module.name}.{name}": _digest(definitions[name]) for name in sorted(found)}
 
 
 def _definitions(tree: ast.Module) -> dict[str, ast.stmt]:
@@ -238,19 +291,14 @@ def _digest(node: ast.AST) -> str:
 
 
 @functools.cache
-def _tree(module: str) -> ast.Module:
+def _tree(module: _Module) -> ast.Module:
     """The syntax of a module without its docstrings."""
-    tree = ast.parse(_source(module).read_bytes())
+    tree = ast.parse(module.file.read_bytes())
     for node in ast.walk(tree):
         match getattr(node, "body", None):
             case [ast.Expr(value=ast.Constant()), *rest]:
                 node.body = rest or [ast.Pass()]  # type: ignore[attr-defined]
     return tree
-
-
-def _source(module: str) -> Path:
-    """The file of a module; a package itself is only a name here, what it re-exports is imported from its parts."""
-    return _ROOT / (module.replace(".", "/") + ".py")
 
 
 def _files(folder: Path) -> list[Path]:

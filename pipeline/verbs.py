@@ -15,7 +15,7 @@ import models
 import targets
 from models.errors import CannotRunHere, CheckFailed
 from models.spec import ModelSpec
-from pipeline import stages
+from pipeline import contract, stages
 from pipeline.stages import Run
 from pipeline.store import Artifact, Step, Store
 from targets._host import padded, threads
@@ -201,6 +201,7 @@ def lint_model(run: Run, root: Path) -> Answer:
     from pipeline.lint import lint
 
     model, size = run.model, run.preprocess.size
+    contract.check_trace(model, size)
     findings = lint(traced(model.build(model.classes).eval(), size))
     for finding in findings:
         log.info("%s", finding)

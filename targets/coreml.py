@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from calibration.scheme import SHARED, Scheme
 from models.errors import CannotRunHere, CheckFailed
 from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read
-from targets._coreml_fixes import import_coremltools, one_progress_bar
+from targets._coreml_fixes import group_norm, import_coremltools, one_progress_bar
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _with_batch(program: ExportedProgram, export: Export) -> ExportedProgram:
     example = torch.zeros(export.batch, 3, export.size(), export.size())
     fixed: ExportedProgram = torch.export.export(program.module(), (example,))
     # Decomposed again, because a fresh export is in the training dialect, which coremltools 9.0 cannot read.
-    decomposed: ExportedProgram = fixed.run_decompositions({})
+    decomposed: ExportedProgram = fixed.run_decompositions({torch.ops.aten.group_norm.default: group_norm})
     return decomposed
 
 

@@ -79,7 +79,7 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
             r"^WEIGHTS=timm: timm publishes no weights of mobilenetv2_035; give a checkpoint, WEIGHTS=<file>, or",
         ),
         (["engine", "--weights", "timm", "--batch", "0"], r"^BATCH=0: "),  # before anything is downloaded
-        (["modles"], r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, engine,"),
+        (["modles"], r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, zoo, engine,"),
         (["engine", "--no-such-option", "1"], r"^unrecognized arguments: --no-such-option 1; `make help` lists"),
         (["engine", "--model"], r"^argument --model: expected one argument; `make help` lists"),
         ([], r"^the following arguments are required: VERB; `make help` lists what there is$"),

@@ -171,6 +171,7 @@ def test_another_scheme_than_the_implemented_one_is_not_silently_this_one() -> N
 def test_converting_changes_nothing_that_the_fake_quantized_model_computes(ptq: Quantized, qat: Quantized) -> None:
     for quantized in (ptq, qat):
         assert isinstance(quantized.report["converted_db"], float) and quantized.report["converted_db"] >= 60
+        assert isinstance(quantized.report["float_db"], float) and 15 <= quantized.report["float_db"] <= 60
         assert quantized.report["layers"] == len(LAYERS)
 
 

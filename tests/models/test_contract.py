@@ -26,6 +26,9 @@ from models.spec import ModelSpec, Sizes
 # README of HAT-Net has 2.0, 4.3, 8.3 and 11.5 G: without attention products).
 # Conformer: pengzhiliang/Conformer README.
 # Swin: timm results-imagenet.csv; multiply-accumulates: README of microsoft/Swin-Transformer.
+# ACmix: accuracies: README of LeapLabTHU/ACmix; the rest: the authors' code, counted in the same way (the README has
+# 10.6, 14.6, 18.6, 30 and 51 M parameters, and 2.3, 2.9, 3.6, 4.6 and 9.0 G, which their code does not have). Of the
+# ResNets, ours has 15 M less: three blocks with stride 2, where the authors mix taps of pixels that are then dropped.
 PUBLISHED = {
     "mobilevit_xxs": (1.272, 407, 68.94),
     "mobilevit_xs": (2.318, 1026, 74.62),
@@ -66,6 +69,11 @@ PUBLISHED = {
     "swin_base_384": (87.90, 47_100, 86.44),
     "swin_large": (196.53, 34_500, 86.32),
     "swin_large_384": (196.74, 103_900, 87.14),
+    "acmix_resnet26": (10.488, 2_155, 76.1),
+    "acmix_resnet38": (14.411, 2_761, 77.4),
+    "acmix_resnet50": (18.334, 3_367, 77.8),
+    "acmix_swin_tiny": (28.650, 4_645, 81.9),
+    "acmix_swin_small": (50.345, 8_993, 83.5),
 }
 
 MINIS = [name for name in models.ALL if name.endswith("_mini")]

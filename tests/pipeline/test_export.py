@@ -272,3 +272,10 @@ def test_a_conversion_that_changes_the_model_is_not_exported(
     with pytest.raises(CheckFailed, match=r"^the ONNX conversion changed the model: .* dB between the logits"):
         exporting.export(programs.export(seeded(Hybrid).eval(), SIDE), images, {}, tmp_path)
     assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(("float_db", "least"), [(None, 25), (40.0, 25), (12.0, 18), (-3.0, 3)])
+def test_a_conversion_is_held_to_stay_well_below_the_roundings_of_the_network(
+    float_db: float | None, least: float
+) -> None:
+    assert exporting._least_db(float_db) == least

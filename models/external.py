@@ -1,0 +1,334 @@
+"""Networks that others have written: `MODEL=<file>.py:<function>` and `MODEL=timm:<name>`.
+
+They become specs like our own and go through the same stages. What goes wrong in their code is answered with their
+line and what it said.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+import math
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from models.errors import BadRequest, CannotRunHere
+from models.spec import ModelSpec, Preprocess, Sizes
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import nn
+
+    from models.checkpoint import Format
+
+_PREFIX = "edgeline_external_"  # of the names of modules: a file may be called models.py, or torch.py
+_CLASSES = ("classes", "num_classes", "n_classes")  # what a parameter for the number of classes is called
+_LONGEST_NAME = 60  # letters, in the names of folders
+_LONGEST_SAYING = 300  # letters of what an error says
+_STRIDE = 32  # of nearly all classifiers
+_ROOT = Path(__file__).parent.parent
+_OURS = tuple(_ROOT / layer for layer in ("pipeline", "targets", "calibration", "models"))
+
+
+def find(request: str) -> ModelSpec | None:
+    """The model that a file or timm defines; None where `request` is of neither form.
+
+    Raises BadRequest where it cannot be used, CannotRunHere where timm cannot be imported.
+    """
+    if request.startswith("timm:"):
+        return _of_timm(request, request.removeprefix("timm:"))
+    if request.endswith(".py"):
+        return _of_file(request, request, "")
+    source, colon, function = request.rpartition(":")
+    return _of_file(request, source, function) if colon else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class External(ModelSpec):
+    """A network of somebody else's."""
+
+    ours: ClassVar[bool] = False
+
+    request: str = field(compare=False)  # the value of MODEL
+    folder: Path = field(compare=False)  # of their code
+
+    @property
+    def asked(self) -> str:
+        return self.request
+
+    def build(self, classes: int) -> nn.Module:
+        """The float model with random weights, in training mode. Raises BadRequest where their code does not."""
+        from torch import nn
+
+        try:
+            network = self._made(classes)
+        except (Exception, SystemExit) as error:
+            raise self.refusal(self.fault(error)) from error
+        if not isinstance(network, nn.Module):
+            raise self.refusal(f"it returned a {type(network).__name__}, expected a torch.nn.Module")
+        return network.train()
+
+    def refusal(self, why: str) -> BadRequest:
+        return BadRequest(f"MODEL={self.request}: {why}")
+
+    def fault(self, error: BaseException) -> str:
+        """What went wrong in their code, and at which line: "net.py, line 7: ValueError: ..."."""
+        return self.place(error) + _said(error)
+
+    def place(self, error: BaseException) -> str:
+        """The innermost line of theirs that `error` passed: "net.py, line 7: "; nothing where it passed none."""
+        return _place(error, self.folder)
+
+    def _made(self, classes: int) -> object:
+        raise NotImplementedError
+
+
+# --- A file ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromFile(External):
+    """A network that a function of a Python file returns."""
+
+    file: Path = field(compare=False)
+
+    @property
+    def code(self) -> Path:
+        return self.file
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        found: tuple[Format, ...] = getattr(_loaded(self.file, self.request), "FORMATS", ())
+        return found
+
+    def _made(self, classes: int) -> object:
+        function = getattr(_loaded(self.file, self.request), self.network.partition(":")[2])
+        with _importing_from(self.folder):
+            return _called(function, classes)
+
+
+def _of_file(request: str, source: str, name: str) -> ModelSpec:
+    # Not Path.expanduser, which raises where `~name` is nobody.
+    file = Path(os.path.expanduser(source)).absolute()  # noqa: PTH111
+    if not file.is_file():
+        raise BadRequest(
+            f"MODEL={request}: there is no file `{source}`; give <file>.py:<function>, timm:<name>, or a name that "
+            "`make models` lists"
+        )
+    if file.suffix != ".py":
+        raise BadRequest(f"MODEL={request}: {source} is no Python file; give <file>.py:<function>")
+    module = _loaded(file, request)
+    if not callable(getattr(module, name, None)):
+        raise BadRequest(f"MODEL={request}: {_which_function(module, source, name)}")
+    spec = next((spec for spec in _specs(module) if spec.network.rpartition(":")[2] == name), None) or ModelSpec(
+        name=file.stem if name == file.stem else f"{file.stem}_{name}",
+        network=name,
+        preprocess=Preprocess(size=224),
+        sizes=Sizes(multiple_of=_STRIDE, minimum=_STRIDE),
+    )
+    if problem := _problem(spec):
+        raise BadRequest(f"MODEL={request}: the ModelSpec of {name} {problem}")
+    given = {item.name: getattr(spec, item.name) for item in fields(ModelSpec)}
+    given |= {"name": _clean(spec.name), "network": f"{file.stem}:{name}"}
+    return FromFile(**given, request=request, folder=file.parent, file=file)
+
+
+@functools.cache
+def _loaded(file: Path, request: str) -> ModuleType:
+    """The module in `file`, which may import from its own folder. Raises BadRequest where it cannot be imported."""
+    name = _PREFIX + file.stem
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec and spec.loader  # there are for every file whose name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and others look it up
+    try:
+        with _importing_from(file.parent):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise BadRequest(f"MODEL={request}: {_place(error, file.parent)}{_said(error)}") from error
+    return module
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Let modules be found in `folder`, as Python does for a script, and leave no compiled ones there."""
+    before = sys.dont_write_bytecode
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+        sys.path.remove(str(folder))
+
+
+def _called(function: Callable[..., object], classes: int) -> object:
+    """What `function` returns, given the number of classes where it wants one: as a parameter of a usual name, or as
+    the only one that it cannot do without.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    for parameter in parameters:
+        if parameter.name in _CLASSES and parameter.kind is not parameter.POSITIONAL_ONLY:
+            return function(**{parameter.name: classes})
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [item for item in parameters if item.kind in places and item.default is item.empty]
+    return function(classes) if needed else function()
+
+
+def _which_function(module: ModuleType, source: str, name: str) -> str:
+    """What to say where `module` has no function of this name."""
+    known = [
+        found
+        for found, value in vars(module).items()
+        if callable(value) and not found.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
+    missing = f"{source} defines no function `{name}`" if name else "name the function that returns the network"
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or known[-1:]
+    return f"{missing}, as in MODEL={source}:{nearest[0]}" if nearest else f"{missing}; it defines none at all"
+
+
+def _specs(module: ModuleType) -> Iterator[ModelSpec]:
+    """Those at the top of a module, on their own or in a tuple or list."""
+    for value in vars(module).values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ModelSpec):
+                yield item
+
+
+def _problem(spec: ModelSpec) -> str | None:
+    """What makes a spec unusable: ours are tested, others' are not."""
+    preprocess, sizes = spec.preprocess, spec.sizes
+    if not isinstance(preprocess, Preprocess) or not isinstance(sizes, Sizes) or not isinstance(spec.name, str):
+        return "wants a `name` that is text, `preprocess=Preprocess(...)` and `sizes=Sizes(...)`"
+    numbers = (preprocess.size, sizes.multiple_of, sizes.minimum, sizes.maximum)
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        return "has sizes that are no positive whole numbers"
+    if sizes.nearest(preprocess.size)[0] not in sizes:
+        return f"allows no size: no multiple of {sizes.multiple_of} is from {sizes.minimum} to {sizes.maximum}"
+    if preprocess.size not in sizes:
+        return f"prepares images of {preprocess.size} pixels, which are not among its own sizes"
+    if not 0 < preprocess.crop <= 1 or preprocess.interpolation not in ("bilinear", "bicubic"):
+        return "wants a crop above 0 and up to 1, and the interpolation `bilinear` or `bicubic`"
+    if len(preprocess.mean) != 3 or len(preprocess.std) != 3 or min(preprocess.std) <= 0:
+        return "wants three means and three positive deviations: red, green, blue"
+    return None
+
+
+# --- timm -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FromTimm(External):
+    """A network of the installed timm, which is another one with another version."""
+
+    version: str
+
+    @property
+    def code(self) -> str:
+        return __name__
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return ()
+
+    def _made(self, classes: int) -> object:
+        return _timm(self.request).create_model(self.network.partition(":")[2], pretrained=False, num_classes=classes)
+
+
+def _of_timm(request: str, name: str) -> ModelSpec:
+    timm = _timm(request)
+    folder = Path(timm.__file__).parent
+    try:
+        published = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:  # neither an architecture of this name nor, with a point, weights of it
+        known = timm.list_models() if "." not in name else timm.list_models(pretrained=True)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean timm:{close[0]}?" if close else ""
+        raise BadRequest(f"MODEL={request}: timm {timm.__version__} has no such model{hint}") from error
+    channels, *sides = published.input_size
+    if channels != 3 or len({*sides}) != 1:
+        raise BadRequest(f"MODEL={request}: it takes inputs {published.input_size}, expected square images in colour")
+    size = sides[0]
+    data = timm.data.resolve_data_config({}, pretrained_cfg=published.to_dict())
+    # Where the usual size is no multiple of 32, paddings inside even it out: sides that share its divisor do as well.
+    sizes = Sizes(multiple_of=math.gcd(size, _STRIDE), minimum=_STRIDE)
+    if published.fixed_input_size:
+        sizes = Sizes(multiple_of=size, minimum=size, maximum=size)
+    return FromTimm(
+        name=_clean(f"timm_{name}"),
+        network=f"timm:{name}",
+        preprocess=Preprocess(
+            size=size,
+            crop=data["crop_pct"],
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            interpolation="bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+        ),
+        sizes=sizes,
+        source=f"timm {timm.__version__}",
+        hub=published.hf_hub_id or None,
+        request=request,
+        folder=folder,
+        version=timm.__version__,
+    )
+
+
+def _timm(request: str) -> Any:
+    """The package, which is none of our requirements: it wants a torchvision that was built with this very torch."""
+    try:
+        return importlib.import_module("timm")
+    except Exception as error:
+        version = importlib.metadata.version("torch")
+        build = version.partition("+")[2] or "cpu"
+        raise CannotRunHere(
+            f"MODEL={request}: timm cannot be imported here ({_said(error)}); it is not among the requirements: "
+            f"`{sys.executable} -m pip install --upgrade timm torchvision torch=={version.partition('+')[0]} "
+            f"--extra-index-url https://download.pytorch.org/whl/{build}` installs it and the torchvision of this torch"
+        ) from error
+
+
+# --- Words ----------------------------------------------------------------------------------------------------------
+
+
+def _clean(name: str) -> str:
+    """A name that can be part of a folder's."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip(".")[:_LONGEST_NAME] or "model"
+
+
+def _place(error: BaseException, folder: Path) -> str:
+    lines = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        lines.append((Path(error.filename), error.lineno))
+    return next((f"{_shown(file)}, line {line}: " for file, line in reversed(lines) if _is_theirs(file, folder)), "")
+
+
+def _said(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")[:_LONGEST_SAYING]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _is_theirs(file: Path, folder: Path) -> bool:
+    """Whether a line is one of theirs: not of a library's that lies below their folder, nor of the code that calls."""
+    if not file.is_relative_to(folder) or "site-packages" in file.relative_to(folder).parts or file == Path(__file__):
+        return False
+    others = (*_OURS, Path(sysconfig.get_path("stdlib")))  # which may lie below their folder, or around it
+    return not any(file.is_relative_to(other) and not folder.is_relative_to(other) for other in others)
+
+
+def _shown(file: Path) -> Path:
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file

@@ -1,0 +1,266 @@
+"""Networks of others: what a file and timm may say, what becomes of it, and the one sentence for everything else."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models import external
+from models.errors import BadRequest, CannotRunHere
+from models.external import External
+from models.spec import Preprocess, Sizes
+
+NET = """
+from torch import nn
+
+def net(classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)).eval()
+"""
+SPEC = """
+from models.checkpoint import Format
+from models.spec import ModelSpec, Preprocess, Sizes
+
+FORMATS = (Format(name="somebody", signature="fc.weight"),)
+SPEC = ModelSpec(
+    name="my net/2", network="net", preprocess=Preprocess(size=48, crop=1.0), sizes=Sizes(multiple_of=8, minimum=16)
+)
+"""
+needs_timm = pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm is not installed: it is none of the requirements"
+)
+
+
+def written(folder: Path, text: str, name: str = "net.py") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def found(request: str) -> External:
+    spec = external.find(request)
+    assert isinstance(spec, External)
+    return spec
+
+
+def refused(request: str) -> str:
+    """The sentence with which a model is refused, when it is named or at the latest when it is built."""
+    with pytest.raises(BadRequest) as raised:
+        found(request).build(10)
+    said = str(raised.value)
+    assert said.startswith(f"MODEL={request}: ") and "\n" not in said
+    return said.removeprefix(f"MODEL={request}: ")
+
+
+# --- A file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xs", "", "nobody", "net/py", "timm"])
+def test_names_of_neither_form_are_left_to_the_catalog(name: str) -> None:
+    assert external.find(name) is None
+
+
+def test_a_file_alone_is_prepared_for_as_imagenet_is(tmp_path: Path) -> None:
+    spec = found(f"{written(tmp_path / 'a folder: mine', NET)}:net")
+    assert (spec.name, spec.family, spec.network) == ("net", "net", "net:net")
+    assert (spec.preprocess, spec.sizes) == (Preprocess(size=224), Sizes(multiple_of=32, minimum=32))
+    network = spec.build(7)
+    assert network.training  # though the function returned it in evaluation mode
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert spec.head() == {"3.weight", "3.bias"}
+    assert spec.formats == ()
+
+
+def test_a_spec_beside_the_function_decides(tmp_path: Path) -> None:
+    spec = found(f"{written(tmp_path, NET + SPEC)}:net")
+    assert spec.name == "my_net_2"
+    assert spec.preprocess == Preprocess(size=48, crop=1.0)
+    assert 24 in spec.sizes and 12 not in spec.sizes
+    assert [format.name for format in spec.formats] == ["somebody"]
+
+
+def test_a_file_may_hold_several_variants_and_their_specs_in_a_tuple(tmp_path: Path) -> None:
+    several = """
+from models.spec import ModelSpec, Preprocess, Sizes
+wide = narrow = net
+SPECS = tuple(
+    ModelSpec(name=name, network=name, preprocess=Preprocess(size=size), sizes=Sizes(multiple_of=16, minimum=16))
+    for name, size in (("narrow", 32), ("wide", 64))
+)
+"""
+    file = written(tmp_path, NET + several)
+    assert [found(f"{file}:{name}").preprocess.size for name in ("narrow", "wide", "net")] == [32, 64, 224]
+
+
+@pytest.mark.parametrize(
+    ("function", "outputs"),
+    [
+        ("def net(classes): return nn.Linear(4, classes)", 10),
+        ("def net(count): return nn.Linear(4, count)", 10),
+        ("def net(pretrained=False, num_classes=1000): return nn.Linear(4, num_classes)", 10),
+        ("def net(*, classes=1000): return nn.Linear(4, classes)", 10),
+        ("def net(width=4): return nn.Linear(width, 5)", 5),
+        ("def net(): return nn.Linear(4, 5)", 5),
+        ("class net(nn.Linear):\n    def __init__(self, n_classes): super().__init__(4, n_classes)", 10),
+    ],
+)
+def test_the_number_of_classes_is_given_where_it_is_wanted(tmp_path: Path, function: str, outputs: int) -> None:
+    network = found(f"{written(tmp_path, f'from torch import nn{chr(10)}{function}')}:net").build(10)
+    assert isinstance(network, nn.Linear)
+    assert network.out_features == outputs
+
+
+def test_a_file_imports_from_its_own_folder_and_leaves_no_trace(tmp_path: Path) -> None:
+    written(tmp_path, "WIDTH = 12\n", "my_sizes.py")
+    written(tmp_path, "DEPTH = 3\n", "my_depths.py")
+    text = "import my_sizes\nfrom torch import nn\ndef net(classes):\n    import my_depths\n    return nn.Linear("
+    file = written(tmp_path, text + "my_sizes.WIDTH, my_depths.DEPTH)\n")
+    before = list(sys.path)
+    network = found(f"{file}:net").build(10)
+    assert isinstance(network, nn.Linear) and (network.in_features, network.out_features) == (12, 3)
+    assert sys.path == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my_depths.py", "my_sizes.py", "net.py"]
+
+
+def test_a_file_may_be_called_like_a_package(tmp_path: Path) -> None:
+    file = written(tmp_path, NET, "models.py")
+    assert found(f"{file}:net").name == "models_net"
+    import models
+
+    assert hasattr(models, "ALL")
+
+
+def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, NET)
+    assert found("~/net.py:net").folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("def net(classes)\n    pass", r"net\.py, line 1: SyntaxError: expected ':'$"),
+        (
+            "import os\nimport not_there_at_all",
+            r"net\.py, line 2: ModuleNotFoundError: No module named 'not_there_at_all'$",
+        ),
+        ("import sys\nsys.exit('bye')", r"net\.py, line 2: SystemExit: bye$"),
+        (
+            "from . import other",
+            r"net\.py, line 1: ImportError: attempted relative import with no known parent package$",
+        ),
+        ("def nett(classes): pass", r"defines no function `net`, as in MODEL=.*net\.py:nett$"),
+        ("net = 3", r"defines no function `net`; it defines none at all$"),
+        ("def net(classes):\n    raise ValueError('first\\nsecond')", r"net\.py, line 2: ValueError: first$"),
+        ("import json\ndef net(classes):\n    json.loads('x')", r"net\.py, line 3: JSONDecodeError: Expecting value"),
+        ("def net(classes): assert classes == 3", r"net\.py, line 1: AssertionError$"),
+        ("def net(width, depth): pass", r"^TypeError: net\(\) missing 1 required positional argument: 'depth'$"),
+        ("def net(classes): return {'model': 1}", r"^it returned a dict, expected a torch\.nn\.Module$"),
+        ("import torch\ndef net(classes): return torch.nn.Linear", r"^it returned a type, expected"),
+        (NET + SPEC.replace("size=48, ", ""), r"net\.py, line \d+: TypeError: .* argument: 'size'$"),
+        (NET + SPEC.replace("size=48", "size='48'"), r"ModelSpec of net has sizes that are no positive whole numbers$"),
+        (NET + SPEC.replace("size=48", "size=47"), r"prepares images of 47 pixels, which are not among its own sizes$"),
+        (NET + SPEC.replace("multiple_of=8", "multiple_of=0"), r"no positive whole numbers$"),
+        (NET + SPEC.replace("multiple_of=8", "multiple_of=2000"), r"allows no size: no multiple of 2000 is from 16 to"),
+        (NET + SPEC.replace("crop=1.0", "crop=0"), r"wants a crop above 0 and up to 1, and the interpolation"),
+        (NET + SPEC.replace("crop=1.0", "std=(1.0, 0.0, 1.0)"), r"three positive deviations: red, green, blue$"),
+        (NET + SPEC.replace("Sizes(multiple_of=8, minimum=16)", "(8, 16)"), r"wants a `name` that is text, .* `sizes="),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) and "\n" in value else "",
+)
+def test_what_is_wrong_with_a_file_is_one_sentence_with_its_line(tmp_path: Path, text: str, sentence: str) -> None:
+    assert re.search(sentence, refused(f"{written(tmp_path, text)}:net"))
+
+
+def test_the_line_is_that_of_the_file_that_fails(tmp_path: Path) -> None:
+    written(tmp_path, "\n\nraise RuntimeError('no luck')\n", "part_that_fails.py")
+    said = refused(f"{written(tmp_path, 'import part_that_fails')}:net")
+    assert re.search(r"part_that_fails\.py, line 3: RuntimeError: no luck$", said)
+
+
+def test_what_is_no_file_of_functions_is_said_to_be_none(tmp_path: Path) -> None:
+    assert "there is no file `net`; give <file>.py:<function>, timm:<name>, or" in refused("net:net")
+    assert "there is no file `~nobody-of-this-name/n.py`" in refused("~nobody-of-this-name/n.py:net")
+    assert "there is no file ``" in refused(":net")
+    assert "is no Python file" in refused(f"{written(tmp_path, NET, 'net.txt')}:net")
+    file = written(tmp_path, NET)
+    assert refused(f"{file}").startswith(f"name the function that returns the network, as in MODEL={file}:net")
+    assert refused(f"{file}:").endswith(f"MODEL={file}:net")
+    assert "there is no file" in refused(f"{tmp_path}/x.py")
+
+
+def test_a_long_name_is_cut_for_the_folders(tmp_path: Path) -> None:
+    text = NET + SPEC.replace("my net/2", "../" + "é" * 300)
+    name = found(f"{written(tmp_path, text)}:net").name
+    assert re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", name) and not name.startswith(".")
+
+
+# --- timm -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_where_timm_is_missing_the_sentence_says_how_to_get_it() -> None:
+    with pytest.raises(CannotRunHere) as raised:
+        external.find("timm:resnet18")
+    assert re.fullmatch(
+        r"MODEL=timm:resnet18: timm cannot be imported here \(ModuleNotFoundError: No module named 'timm'\); it is not "
+        r"among the requirements: `\S+ -m pip install --upgrade timm torchvision torch==[\d.]+ "
+        r"--extra-index-url https://download\.pytorch\.org/whl/\w+` installs it and the torchvision of this torch",
+        str(raised.value),
+    )
+
+
+def test_a_timm_that_fails_is_a_timm_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does where its torchvision was built with another torch."""
+    written(tmp_path / "timm", "raise RuntimeError('operator torchvision::nms does not exist')", "__init__.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(CannotRunHere, match=r"\(RuntimeError: operator torchvision::nms does not exist\); it is not"):
+        external.find("timm:resnet18")
+
+
+@needs_timm
+def test_timm_says_how_its_models_are_prepared_for() -> None:
+    spec = found("timm:resnet18")
+    assert (spec.name, spec.family, spec.hub) == ("timm_resnet18", "timm", "timm/resnet18.a1_in1k")
+    assert spec.preprocess == Preprocess(size=224, crop=0.95)
+    assert 64 in spec.sizes and 48 not in spec.sizes
+    assert spec.build(7)(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    assert spec.head() == {"fc.weight", "fc.bias"}
+    assert spec.formats == ()
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vit_tiny_patch16_224", Sizes(multiple_of=224, minimum=224, maximum=224)),
+        ("swin_tiny_patch4_window7_224.ms_in1k", Sizes(multiple_of=224, minimum=224, maximum=224)),
+        ("efficientnet_b1", Sizes(multiple_of=16, minimum=32)),
+    ],
+)
+def test_timm_says_which_sizes_its_models_take(name: str, sizes: Sizes) -> None:
+    spec = found(f"timm:{name}")
+    assert spec.sizes == sizes
+    assert spec.preprocess.size in sizes
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("resnet_18", "; did you mean timm:resnet18?"),
+        ("resnet18.a1_in2k", "; did you mean timm:resnet18.a1_in1k?"),
+        ("", ""),
+        ("hf-hub:timm/resnet18.a1_in1k", ""),
+    ],
+)
+def test_a_name_that_timm_does_not_know_is_refused(name: str, hint: str) -> None:
+    said = refused(f"timm:{name}")
+    assert re.match(r"timm [\d.]+ has no such model", said)
+    assert hint in said
