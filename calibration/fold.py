@@ -24,7 +24,7 @@ _CONVOLUTIONS = frozenset({_ATEN.conv2d.default})
 _LINEAR = _ATEN.linear.default
 # Operators that an affine map of every channel may be moved across: means over space, and changes of layout that leave
 # (N, C, 1, 1) as (N, C).
-_AVERAGES = frozenset({_ATEN.mean.dim, _ATEN.adaptive_avg_pool2d.default})
+_MEAN, _POOL = _ATEN.mean.dim, _ATEN.adaptive_avg_pool2d.default
 _LAYOUT = frozenset(
     {_ATEN.flatten.using_ints, _ATEN.reshape.default, _ATEN.view.default, _ATEN.squeeze.dims, _ATEN.dropout.default}
 )
@@ -67,7 +67,7 @@ def fold_constants(graph: GraphModule) -> None:
 def fold_batch_norms(graph: GraphModule) -> None:
     """Fold each BatchNorm backward into its convolution, or else forward into everything that reads it."""
     for node in list(graph.graph.nodes):
-        if node.target is _BATCH_NORM and not _fold_backward(graph, node):
+        if node.target is _BATCH_NORM and _is_affine(node) and not _fold_backward(graph, node):
             _fold_forward(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -113,7 +113,7 @@ def _consumers(node: Node) -> list[Node]:
             return []
         if _absorbs(user):
             found.append(user)
-        elif user.target in _AVERAGES or (user.target in _LAYOUT and _keeps_channels(user)):
+        elif _averages_space(user) or (user.target in _LAYOUT and _keeps_channels(user)):
             beyond = _consumers(user)
             if not beyond:
                 return []
@@ -133,10 +133,24 @@ def _absorbs(node: Node) -> bool:
     return node.target in _CONVOLUTIONS and unpadded and _has_stored_weight(node)
 
 
+def _averages_space(node: Node) -> bool:
+    """Whether an operator takes means over height or width, and nothing else."""
+    if node.target is _MEAN:
+        axes = _argument(node, 1, None)
+        rank = len(_shape(cast(Node, node.args[0])))
+        return isinstance(axes, list | tuple) and {axis % rank for axis in axes} <= {2, 3} and rank == 4
+    return node.target is _POOL
+
+
 def _keeps_channels(node: Node) -> bool:
     """Whether a change of layout only drops the two axes of space."""
     before, after = _shape(cast(Node, node.args[0])), _shape(node)
     return after == before or (before[2:] == (1, 1) and after[1:] == before[1:2])
+
+
+def _is_affine(norm: Node) -> bool:
+    """Whether a BatchNorm has statistics of its own, rather than taking those of each batch."""
+    return isinstance(norm.args[3], Node) and isinstance(norm.args[4], Node) and not norm.args[5]
 
 
 def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
@@ -144,7 +158,7 @@ def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
     weight, bias, mean, variance = (
         _tensor(graph, argument) if isinstance(argument, Node) else None for argument in norm.args[1:5]
     )
-    assert mean is not None and variance is not None, "a BatchNorm without statistics is no affine map"
+    assert mean is not None and variance is not None
     scale = torch.rsqrt(variance + cast(float, norm.args[7]))
     scale = scale if weight is None else weight * scale
     shift = -mean * scale

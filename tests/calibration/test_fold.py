@@ -24,9 +24,11 @@ def randomized(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for values in (module.weight.data, module.bias.data, module.running_mean):
-                values.copy_(torch.randn(values.shape, generator=generator))  # type: ignore[union-attr]
-            module.running_var.uniform_(0.3, 3, generator=generator)  # type: ignore[union-attr]
+            for values in (module.weight, module.bias, module.running_mean):
+                if values is not None:
+                    values.data.copy_(torch.randn(values.shape, generator=generator))
+            if module.running_var is not None:
+                module.running_var.uniform_(0.3, 3, generator=generator)
     return model.eval()
 
 
@@ -116,6 +118,27 @@ def test_a_norm_that_something_else_reads_stays(call: Callable[[Any, Tensor], Te
 def test_a_norm_before_the_mean_becomes_part_of_the_head(pool: nn.Module) -> None:
     net = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), pool, nn.Flatten(), nn.Dropout(0.5), nn.Linear(3, 5))
     assert norms(folded(net)) == 0
+
+
+@pytest.mark.parametrize("axes", [1, (1, 2), (1, 3), -3])
+def test_a_mean_over_channels_lets_no_norm_through(axes: int | tuple[int, ...]) -> None:
+    net = Net(
+        lambda m, x: m.head(m.norm(m.conv(x).relu()).mean(axes)),
+        conv=nn.Conv2d(3, SIDE, 1),  # as many channels as pixels a side: shapes would not tell
+        norm=nn.BatchNorm2d(SIDE),
+        head=nn.Linear(SIDE, 5),
+    )
+    assert norms(folded(net)) == 1
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_without_statistics_of_its_own_stays(affine: bool) -> None:
+    norm = nn.BatchNorm2d(4, affine=affine, track_running_stats=False)
+    assert norms(folded(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 5, 1)))) == 1
+
+
+def test_a_norm_without_gamma_and_beta_becomes_part_of_its_convolution() -> None:
+    assert norms(folded(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.ReLU()))) == 0
 
 
 def test_a_linear_layer_over_the_last_axis_of_a_map_takes_no_norm_in() -> None:
