@@ -77,7 +77,7 @@ class External(ModelSpec):
         except (Exception, SystemExit) as error:
             raise self.refusal(self.fault(error)) from error
         if not isinstance(network, nn.Module):
-            raise self.refusal(f"it returned a {type(network).__name__}, expected a torch.nn.Module")
+            raise self.refusal(f"it returned a value of type {type(network).__name__}, expected a torch.nn.Module")
         return network.train()
 
     def refusal(self, why: str) -> BadRequest:

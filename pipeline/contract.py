@@ -69,7 +69,8 @@ def _logits(model: External, network: nn.Module, images: int, size: int, classes
     mode = "in training" if network.training else "in evaluation"
     shape = (images, 3, size, size)
     try:
-        logits = network(torch.randn(shape))
+        with torch.set_grad_enabled(network.training):  # as in the stages: some networks keep what evaluation computes
+            logits = network(torch.randn(shape))
     except Exception as error:  # of any code at all
         raise model.refusal(f"it fails {mode} on images {shape}: {model.fault(error)}") from error
     if not isinstance(logits, torch.Tensor):
