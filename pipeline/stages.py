@@ -153,9 +153,8 @@ def exported(run: Run) -> Step:
             "classes": list(run.data.classes),
             "preprocess": asdict(run.preprocess),
         }
-        report = json.loads((inputs["quantized"] / "report.json").read_text())
         made = program.load(inputs["quantized"] / "program.pt2")
-        export(made, sample.numpy(), description, out, float_db=report.get("float_db"), asked=run.model.asked)
+        export(made, sample.numpy(), description, out, asked=run.model.asked)
 
     return Step(
         stage="exported",

@@ -22,7 +22,7 @@ from pipeline import export as exporting
 from targets.base import Export
 from targets.onnxruntime import reference_logits
 from tests.tiny import SIDE
-from tests.toys import CLASSES, LAYERS, Hybrid, seeded
+from tests.toys import CLASSES, LAYERS, Hybrid, seeded, toy_export
 
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -274,8 +274,32 @@ def test_a_conversion_that_changes_the_model_is_not_exported(
     assert not (tmp_path / "model.onnx").exists()
 
 
-@pytest.mark.parametrize(("float_db", "least"), [(None, 25), (40.0, 25), (12.0, 18), (-3.0, 3)])
-def test_a_conversion_is_held_to_stay_well_below_the_roundings_of_the_network(
-    float_db: float | None, least: float
+def chaotic(conversion: Callable[[ModelProto], ModelProto], monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Export the toy as if every rounding that tips were amplified until its logits have nothing in common."""
+    monkeypatch.setattr(exporting, "_QUANTIZED_DB", 300.0)
+    simplified = exporting._simplified
+    monkeypatch.setattr(exporting, "_simplified", lambda model: conversion(simplified(model)))
+    toy_export(path, "int8")
+
+
+def test_where_roundings_drown_the_logits_the_conversion_is_compared_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert exporting._least_db(float_db) == least
+    tmp_path.joinpath("whole").mkdir()
+    with caplog.at_level("INFO"):
+        chaotic(lambda model: model, monkeypatch, tmp_path / "whole")
+    assert "so compared without rounding" in caplog.text
+    assert (tmp_path / "whole" / "model.onnx").exists()
+
+
+def test_a_wrong_conversion_is_found_without_the_roundings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: ModelProto) -> ModelProto:
+        replaced(model, "head.bias", lambda bias: bias + np.float32(0.1))
+        return model
+
+    # onnxsim is compared first, and would be found out: only what comes after it is to be at fault.
+    compare = exporting._compare
+    monkeypatch.setattr(exporting, "_compare", lambda what, *rest: None if what == "onnxsim" else compare(what, *rest))
+    with pytest.raises(CheckFailed, match=r"^the ONNX conversion changed the model"):
+        chaotic(wrong, monkeypatch, tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
