@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 _ATEN = torch.ops.aten
 _BATCH_NORM = _ATEN.batch_norm.default
 _CONVOLUTIONS = frozenset({_ATEN.conv2d.default})
+_NAMED_PADDING = _ATEN.conv2d.padding
 _LINEAR = _ATEN.linear.default
 # Operators that an affine map of every channel may be moved across: means over space, and changes of layout that leave
 # (N, C, 1, 1) as (N, C).
@@ -33,17 +34,41 @@ _RANDOM = frozenset({_ATEN.rand.default, _ATEN.randn.default, _ATEN.bernoulli.de
 
 def fold(graph: GraphModule) -> None:
     """Simplify `graph`, traced in evaluation mode, in place."""
+    spell_out_padding(graph)
     fold_constants(graph)
     fold_batch_norms(graph)
     _drop_unused(graph)
 
 
+def spell_out_padding(graph: GraphModule) -> None:
+    """Give convolutions with `padding="same"` or "valid" their padding in pixels: the operator that everything else
+    knows. One that pads its sides differently stays as it is.
+    """
+    for node in graph.graph.nodes:
+        if node.target is not _NAMED_PADDING:
+            continue
+        dilation = cast("list[int]", _argument(node, 5, [1, 1]))
+        dilation = dilation * 2 if len(dilation) == 1 else dilation
+        kernel = cast("tuple[int, ...]", _shape(cast(Node, node.args[1])))[2:]
+        reach = [step * (side - 1) for step, side in zip(dilation, kernel, strict=True)]
+        padding = [0, 0] if _argument(node, 4, "valid") == "valid" else [length // 2 for length in reach]
+        if any(padding) and any(length % 2 for length in reach):
+            continue
+        node.target = _ATEN.conv2d.default
+        bias, stride = _argument(node, 2, None), _argument(node, 3, [1, 1])
+        node.args = (*node.args[:2], bias, stride, padding, dilation, _argument(node, 6, 1))
+    graph.recompile()
+
+
 def fold_constants(graph: GraphModule) -> None:
     """Compute, now, every operator that no activation enters. What was computed from a parameter is one, too, so that
-    training can still move it.
+    training can still move it. What an operator changes in place is left to it: its value depends on when it is read.
     """
     constant: dict[Node, Tensor] = {}
+    changing = _changed_in_place(graph)
     for node in graph.graph.nodes:
+        if node in changing:
+            continue
         if node.op == "get_attr":
             constant[node] = _tensor(graph, node)
         elif _computable(node, constant):
@@ -149,8 +174,12 @@ def _keeps_channels(node: Node) -> bool:
 
 
 def _is_affine(norm: Node) -> bool:
-    """Whether a BatchNorm has statistics of its own, rather than taking those of each batch."""
-    return isinstance(norm.args[3], Node) and isinstance(norm.args[4], Node) and not norm.args[5]
+    """Whether a BatchNorm has statistics of its own, rather than taking those of each batch, and nothing in it is
+    computed from the image.
+    """
+    gamma, beta, mean, variance, training = norm.args[1:6]
+    given = (value for value in (gamma, beta) if value is not None)
+    return all(_is_stored(value) for value in (mean, variance, *given)) and not training
 
 
 def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
@@ -166,9 +195,12 @@ def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
 
 
 def _has_stored_weight(node: Node) -> bool:
-    """Whether the layer's weight is its alone: one that other layers share cannot take in what is not theirs."""
+    """Whether the layer's weight is its alone: one that other layers share cannot take in what is not theirs. Nor can a
+    weight or bias that is computed from the image.
+    """
     weight = cast(Node, node.args[1])
-    return weight.op == "get_attr" and len(weight.users) == 1
+    bias = _argument(node, 2, None)
+    return weight.op == "get_attr" and len(weight.users) == 1 and (bias is None or _is_stored(bias))
 
 
 def _weights(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
@@ -180,9 +212,10 @@ def _weights(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
 
 def _replace_weights(graph: GraphModule, node: Node, weight: Tensor, bias: Tensor) -> None:
     rest = node.args[3:]
-    name = str(cast(Node, node.args[1]).target)
+    before = cast(Node, node.args[1])
+    name, trains = str(before.target), _tensor(graph, before).requires_grad
     stored = [
-        _stored(graph, node, value.detach().clone(), trains=True, name=f"{name}_{suffix}")
+        _stored(graph, node, value.detach().clone(), trains=trains, name=f"{name}_{suffix}")
         for value, suffix in ((weight, "folded"), (bias, "folded_bias"))
     ]
     node.args = (node.args[0], *stored, *rest)
@@ -203,6 +236,24 @@ def _stored(graph: GraphModule, beside: Node, value: Tensor, *, trains: bool, na
         key: beside.meta[key] for key in ("nn_module_stack", "stack_trace") if key in beside.meta
     }
     return node
+
+
+def _is_stored(value: object) -> bool:
+    return isinstance(value, Node) and value.op == "get_attr"
+
+
+def _changed_in_place(graph: GraphModule) -> set[Node]:
+    """What some operator writes to, and all that it is a view of."""
+    changing: set[Node] = set()
+    for node in reversed(graph.graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        schema = node.target._schema
+        if schema.is_mutable:
+            changing |= {node, *node.all_input_nodes[:1]}
+        elif node in changing and any(returned.alias_info for returned in schema.returns):
+            changing |= set(node.all_input_nodes[:1])
+    return changing
 
 
 def _computable(node: Node, constant: dict[Node, Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
@@ -54,20 +55,27 @@ def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32
 
 
 def scales(graph: GraphModule) -> dict[str, LayerScales]:
-    """The scales of a converted graph by path of the module that computes with them. A module that is called again
-    appears again, as `path#2`.
-    """
+    """The scales of a converted graph by name of the layer that computes with them."""
     found: dict[str, LayerScales] = {}
-    for node in quantized_layers(graph):
+    for name, node in named_layers(graph):
         activation, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
         per_channel = _tensor(graph, cast(Node, weight.args[1]))
-        path = module_path(node)
-        calls = sum(name.partition("#")[0] == path for name in found)
-        found[f"{path}#{calls + 1}" if calls else path] = {
+        found[name] = {
             "activation": float(cast(float, activation.args[1])),
             "weight": per_channel.tolist(),
         }
     return found
+
+
+def named_layers(graph: GraphModule) -> Iterator[tuple[str, Node]]:
+    """The quantized layers by path of their module. Where it computes a second one, or is called again, that is
+    `path#2`.
+    """
+    times: Counter[str] = Counter()
+    for node in quantized_layers(graph):
+        path = module_path(node)
+        times[path] += 1
+        yield path if times[path] == 1 else f"{path}#{times[path]}", node
 
 
 def quantized_layers(graph: GraphModule) -> Iterator[Node]:

@@ -29,6 +29,17 @@ class ConvNormAct(nn.Module):
         return self.act(self.bn(self.conv(x)))  # type: ignore[no-any-return]
 
 
+class GlobalMean(nn.Module):
+    """The mean of every channel: (N, C, H, W) -> (N, C, 1, 1).
+
+    As `nn.AdaptiveAvgPool2d(1)`, which after a permutation keeps its order of axes in memory: a detail that torch.onnx
+    writes into the graph, as a gather over computed indices.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
 class Mlp(nn.Module):
     """Linear -> activation -> linear, on the last axis."""
 

@@ -24,7 +24,7 @@ FORMATS = (
     Format(
         name="LeapLabTHU/ACmix, Swin-Transformer",
         signature=r"layers\.0\.blocks\.0\.attn\.relative_position_index",
-        ignored=r".*\.(relative_position_index|attn_mask)",
+        ignored=r"layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)",
     ),
 )
 

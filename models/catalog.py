@@ -40,6 +40,7 @@ def _mobilenetv2() -> Iterator[ModelSpec]:
         ("mobilenetv2_050", 1_968_680, 97_131_840, 65.93, "lamb_in1k"),
         ("mobilenetv2_075", 2_636_424, 209_069_792, 69.8, None),
         ("mobilenetv2_100", 3_504_872, 300_774_272, 72.91, "ra_in1k"),
+        ("mobilenetv2_130", 5_386_792, 509_374_560, 74.4, None),
         ("mobilenetv2_140", 6_108_776, 582_195_824, 76.53, "ra_in1k"),
     )
     for name, parameters, macs, top1, tag in figures:
@@ -112,8 +113,9 @@ def _coatnet() -> Iterator[ModelSpec]:
             preprocess=Preprocess(size=224, crop=0.95, mean=half, std=half)
             if weights and name != "coatnet_bn_0_rw"
             else Preprocess(size=224, crop=0.95),
-            # Five strides of 2. The relative biases grow with the fourth power of the side: 512 is the paper's largest.
-            sizes=Sizes(multiple_of=32, minimum=32, maximum=512),
+            # Five strides of 2. 512 is the paper's largest; the relative biases grow with the fourth power of the side,
+            # and with them the two largest would pass the 2 GiB that an ONNX file can hold.
+            sizes=Sizes(multiple_of=32, minimum=32, maximum=384 if name in ("coatnet_3", "coatnet_4") else 512),
             parameters=parameters,
             macs=macs,
             top1=top1,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models._layers import attend, initialize
+from models._layers import GlobalMean, attend, initialize
 
 _HEAD_DIM = 32
 _EXPANSION = 4  # of inverted residuals and of MLPs
@@ -176,16 +176,14 @@ def stage(inputs: int, outputs: int, depth: int, grid: int | None, design: Desig
 
 
 def plain_head(inputs: int, classes: int) -> nn.Module:
-    return nn.Sequential(
-        OrderedDict(global_pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(1), fc=nn.Linear(inputs, classes))
-    )
+    return nn.Sequential(OrderedDict(global_pool=GlobalMean(), flatten=nn.Flatten(1), fc=nn.Linear(inputs, classes)))
 
 
 def hidden_head(inputs: int, classes: int) -> nn.Module:
     """With the hidden layer that the paper's parameter counts ask for."""
     return nn.Sequential(
         OrderedDict(
-            global_pool=nn.AdaptiveAvgPool2d(1),
+            global_pool=GlobalMean(),
             norm=LayerNorm2d(inputs, eps=_EPSILON),
             flatten=nn.Flatten(1),
             pre_logits=nn.Sequential(OrderedDict(fc=nn.Linear(inputs, inputs), act=nn.Tanh())),

@@ -79,6 +79,10 @@ def mobilenetv2_100(classes: int) -> nn.Module:
     return MobileNetV2(classes, width=1.0)
 
 
+def mobilenetv2_130(classes: int) -> nn.Module:
+    return MobileNetV2(classes, width=1.3)
+
+
 def mobilenetv2_140(classes: int) -> nn.Module:
     return MobileNetV2(classes, width=1.4)
 

@@ -23,7 +23,7 @@ _DEPTHS = (2, 4, 3)  # transformer layers in stages 3, 4 and 5
 def _rgb(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The stem for images in red, green, blue from one for blue, green, red."""
     name = "stem.conv.weight"
-    return tensors | {name: tensors[name].flip(1)} if name in tensors else tensors
+    return tensors | {name: tensors[name].flip(1)}
 
 
 FORMATS = (

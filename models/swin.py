@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models._layers import Mlp, attend, initialize
 from models.checkpoint import Format
 
-_TABLES = r".*\.(relative_position_index|attn_mask)"  # which follow from window and map
+_TABLES = r"layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)"  # which follow from window and map
 
 FORMATS = (
     Format(

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif request.verb in _REPORTS:
             answer |= _REPORTS[request.verb](request.store)
         elif request.verb == "zoo":
-            chosen = [pick("model", name, models.ALL) for name in request.models.replace(",", " ").split()]
+            names = request.models.replace(",", " ").split()
+            chosen = [pick("model", name, models.ALL, variable="MODELS") for name in names]
             answer |= verbs.zoo(chosen, request.store)
         else:
             answer |= {"model": request.model, "target": request.target, "recipe": request.recipe}
@@ -126,21 +127,21 @@ def weights_of(model: ModelSpec, text: str) -> Path:
         return hub.download(model)
     # Not Path.expanduser, which raises where `~name` is nobody, nor Path.resolve: the suffix is that of the link.
     file = Path(os.path.expanduser(text)).absolute()  # noqa: PTH111
-    if not file.is_file():
+    if not os.path.isfile(file):  # noqa: PTH113 - the method raises where the name is too long
         raise BadRequest(
             f"WEIGHTS={text}: there is no such file; give a .safetensors, .pt or .pth checkpoint, or `timm`"
         )
     return file
 
 
-def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] = ()) -> T:
+def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] = (), variable: str | None = None) -> T:
     """The option called `name`. Raises BadRequest, suggesting the nearest one, of `also` too."""
     if name in options:
         return options[name]
     known = [*also, *options]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise BadRequest(f"{kind.upper()}={name}: no such {kind}; {hint}Known: {', '.join(known)}")
+    raise BadRequest(f"{variable or kind.upper()}={name}: no such {kind}; {hint}Known: {', '.join(known)}")
 
 
 def number(name: str, text: str, lowest: int, highest: int) -> int:

@@ -94,7 +94,7 @@ def _exported(model: External, network: nn.Module, size: int) -> ExportedProgram
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # where torch prints the graph so far
-            return program.export(copy.deepcopy(network), size)
+            traced = program.export(copy.deepcopy(network), size)
     except GuardOnDataDependentSymNode as error:
         why = "a Python `if`, `while`, `assert` or a shape depends on what a tensor holds; use torch.where, or a mask"
         raise model.refusal(f"torch.export cannot trace it: {model.place(error)}{why}") from error
@@ -105,3 +105,11 @@ def _exported(model: External, network: nn.Module, size: int) -> ExportedProgram
         ) from error
     except Exception as error:
         raise model.refusal(f"torch.export cannot trace it: {model.fault(error)}") from error
+    buffers = traced.graph_signature.inputs_to_buffers
+    for node in traced.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema and schema.is_mutable and (changed := buffers.get(node.all_input_nodes[0].name)):
+            raise model.refusal(
+                f"in evaluation it changes its buffer `{changed}`; an engine keeps nothing between two queries"
+            )
+    return traced

@@ -45,6 +45,7 @@ _OFF_ENGINE = frozenset(
     {"topk", "sort", "argsort", "nonzero", "scatter", "scatter_add", "scatter_reduce", "index_put", "index_add"}
     | {"lstm", "gru", "rnn_tanh", "rnn_relu", "conv3d", "conv_transpose3d", "prod"}
 )
+_FLOAT_CONVOLUTIONS = frozenset({"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 _TRANSPARENT = frozenset({"dropout", "clone", "contiguous", "quantize_per_tensor", "dequantize_per_tensor"})
 
 
@@ -258,6 +259,22 @@ def _uneven_pools(graph: GraphModule) -> Iterator[Hit]:
             yield node, f"{before[0]}x{before[1]} pixels to {after[0]}x{after[1]}"
 
 
+def _reordered_pools(graph: GraphModule) -> Iterator[Hit]:
+    """Those over a map whose axes lie in memory in another order, which the result then keeps."""
+    for node in _operators(graph, {"adaptive_avg_pool2d"}):
+        value = cast("Node", node.args[0]).meta.get("val")
+        if value is not None and not value.is_contiguous():
+            yield node, "adaptive_avg_pool2d over a permuted map"
+
+
+def _unquantized(graph: GraphModule) -> Iterator[Hit]:
+    for node in _operators(graph, {*_FLOAT_CONVOLUTIONS, "conv2d"}):
+        if _operator(node) != "conv2d":
+            yield node, _operator(node)
+        elif isinstance(node.args[4] if len(node.args) > 4 else None, str):
+            yield node, "conv2d with another padding on either side"
+
+
 def _norms(graph: GraphModule) -> Iterator[Hit]:
     """Those that folding has left."""
     for node in _operators(graph, {"batch_norm", "_native_batch_norm_legit_no_training"}):
@@ -422,6 +439,20 @@ RULES: tuple[Rule, ...] = (
         find=_uneven_pools,
         reason="Core ML takes one slice and mean for every output pixel, and ONNX gathers computed indices",
         remedy="choose a size that the output divides, or avg_pool2d",
+    ),
+    Rule(
+        name="permuted-pool",
+        level="warning",
+        find=_reordered_pools,
+        reason="torch.onnx writes the order of its axes in memory into the graph, as a Gather over computed indices",
+        remedy="x.mean((2, 3), keepdim=True)",
+    ),
+    Rule(
+        name="not-quantized",
+        level="warning",
+        find=_unquantized,
+        reason="stays in float in INT8 recipes, which quantize linear, and conv2d with the same padding on both sides",
+        remedy="upsample and convolve instead of transposing; pad both sides alike; conv2d of height 1 for conv1d",
     ),
     Rule(
         name="log-softmax",

@@ -98,7 +98,9 @@ def rows_of(spec: ModelSpec, root: Path) -> list[Row]:
         return [Row(**row) for row in found["rows"]]
     rows = [_row(run, Store(root)) for run in runs]
     if all(row.status == BUILT for row in rows):
-        kept.write_text(json.dumps({"keys": keys, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        written = kept.with_suffix(".part")
+        written.write_text(json.dumps({"keys": keys, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        written.rename(kept)  # whole or not at all
     return rows
 
 

@@ -93,13 +93,13 @@ def exported_layers(program: ExportedProgram, scales: Mapping[str, Any]) -> list
     from calibration import program as programs
 
     graph = program.module()
-    quantized = set(programs.quantized_layers(graph))
-    _check_strays(graph, quantized)
-    if differing := sorted({programs.module_path(node) for node in quantized} ^ scales.keys()):
+    quantized = {node: name for name, node in programs.named_layers(graph)}
+    _check_strays(graph, set(quantized))
+    if differing := sorted(set(quantized.values()) ^ scales.keys()):
         has, lacks = ("scales.json", "model.pt2") if differing[0] in scales else ("model.pt2", "scales.json")
         raise CheckFailed(f"the export quantizes {differing[0]} in {has} but not in {lacks}: export the model again")
     return [
-        _exported_layer(graph, node, scales[programs.module_path(node)] if node in quantized else None)
+        _exported_layer(graph, node, scales[quantized[node]] if node in quantized else None)
         for node in graph.graph.nodes
         if node.target in programs.WEIGHTED
     ]

@@ -73,13 +73,18 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
             ["engine", "--weights", "~nobody-of-this-name/x"],
             r"^WEIGHTS=~nobody-of-this-name/x: there is no such file",
         ),
+        (["engine", "--weights", "x" * 5000], r"^WEIGHTS=x+: there is no such file"),
+        (["engine", "--model", "x" * 5000 + ".py:net"], r"^MODEL=x+\.py:net: there is no file `x+\.py`"),
         (["engine", "--weights", "./timm"], r"^WEIGHTS=\./timm: there is no such file; give .* checkpoint, or `timm`$"),
         (
             ["engine", "--model", "mobilenetv2_035", "--weights", "timm"],
             r"^WEIGHTS=timm: timm publishes no weights of mobilenetv2_035; give a checkpoint, WEIGHTS=<file>, or",
         ),
         (["engine", "--weights", "timm", "--batch", "0"], r"^BATCH=0: "),  # before anything is downloaded
-        (["modles"], r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, zoo, engine,"),
+        (
+            ["modles"],
+            r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, zoo, engine,",
+        ),
         (["engine", "--no-such-option", "1"], r"^unrecognized arguments: --no-such-option 1; `make help` lists"),
         (["engine", "--model"], r"^argument --model: expected one argument; `make help` lists"),
         ([], r"^the following arguments are required: VERB; `make help` lists what there is$"),

@@ -209,3 +209,69 @@ def test_folded_weights_are_quantized_by_channel_like_any_other() -> None:
     prepared = prepare(randomized(model), SHARED, SIDE)
     assert norms(prepared) == 0
     assert sum(type(module).__name__ == "PerChannelFakeQuant" for module in prepared.modules()) == 2
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), (5, 2), ((1, 7), 1), (1, 1)])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_named_padding_is_spelt_out_folded_and_quantized(
+    padding: str, kernel: int | tuple[int, int], dilation: int
+) -> None:
+    conv = nn.Conv2d(3, 4, kernel, padding=padding, dilation=dilation, groups=1)
+    net = nn.Sequential(conv, nn.BatchNorm2d(4))
+    assert norms(folded(net)) == 0
+    prepared = prepare(net, SHARED, SIDE)
+    assert sum(type(module).__name__ == "PerChannelFakeQuant" for module in prepared.modules()) == 1
+
+
+def test_padding_that_differs_between_the_sides_is_left_alone() -> None:
+    graph = folded(nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.ReLU()))
+    assert count(graph, aten.conv2d.padding) == 1
+
+
+class Conditional(nn.Module):
+    """Normalization and bias from the image itself."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.stats = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x.mean((0, 2, 3)).sum() * torch.ones(4)
+        if self.norm:
+            found = nn.functional.batch_norm(self.conv(x), self.stats.running_mean, self.stats.running_var, own, own)
+        else:
+            found = self.stats(nn.functional.conv2d(x, self.conv.weight, own))
+        return found
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_what_is_computed_from_the_image_is_folded_into_nothing(norm: bool) -> None:
+    net = randomized(Conditional(norm=norm))
+    graph = program.export(net, SIDE).module()
+    fold(graph)
+    assert norms(graph) == 1
+    images = torch.randn(3, 3, SIDE, SIDE)
+    torch.testing.assert_close(graph(images), net(images))
+
+
+class Written(nn.Module):
+    """A constant that is read, written to and read again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(SIDE)
+        mask[:8] = 1
+        first = x * mask
+        mask.add_(1)
+        return first + x * mask
+
+
+def test_a_constant_that_changes_in_place_keeps_each_of_its_values() -> None:
+    folded(Written())
+
+
+def test_what_did_not_train_does_not_train_when_folded() -> None:
+    conv = nn.Conv2d(3, 4, 1).requires_grad_(False)
+    graph = folded(nn.Sequential(conv, nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1)))
+    assert sorted(tuple(parameter.shape) for parameter in graph.parameters()) == [(5,), (5, 4, 1, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import io
 import pickle
@@ -266,3 +267,88 @@ def test_another_number_of_classes_leaves_the_head_and_nothing_else_to_train(sta
     assert checkpoint.load_into(model, state, FILE, head={"3.bias", "3.weight"}) == ("3.bias", "3.weight")
     assert torch.equal(model.get_parameter("3.weight"), before)
     assert torch.equal(model.get_parameter("0.weight"), state["0.weight"])
+
+
+@pytest.mark.parametrize("suffix", ["pt", "SAFETENSORS"])
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path, state: State, suffix: str) -> None:
+    twice = {**state, "module.0.bias": torch.zeros(4)}
+    path = tmp_path / f"w.{suffix}"
+    path.write_bytes(save(twice) if suffix == "SAFETENSORS" else torch_bytes(twice))
+    with pytest.raises(BadRequest, match=r"`[\w.]+` and `[\w.]+` are the same tensor under two names; remove one"):
+        checkpoint.read(path)
+
+
+FOREIGN = checkpoint.Format(name="somebody", signature=r"first\.weight", renames=((r"^(first|front)\.", "0."),))
+
+
+def test_two_keys_that_become_one_name_are_refused(state: State) -> None:
+    foreign = {re.sub(r"^0\.", "first.", name): tensor for name, tensor in state.items()}
+    assert checkpoint.load_into(network(), foreign, FILE, formats=[FOREIGN]) == ()
+    with pytest.raises(BadRequest, match=r"`first\.bias` and `front.bias` are the same tensor under two names"):
+        checkpoint.load_into(network(), {**foreign, "front.bias": torch.zeros(4)}, FILE, formats=[FOREIGN])
+
+
+def test_a_key_that_a_foreign_file_lacks_is_said_to_be_named_as_here(state: State) -> None:
+    foreign = {re.sub(r"^0\.", "first.", name): tensor for name, tensor in state.items()}
+    del foreign["first.bias"]
+    with pytest.raises(
+        BadRequest, match=r"\(in the format of somebody\) .* it lacks 0.bias, as named here; check MODEL"
+    ):
+        checkpoint.load_into(network(), foreign, FILE, formats=[FOREIGN])
+
+
+HEAD = {"3.bias", "3.weight"}
+
+
+@pytest.mark.parametrize(
+    ("bias", "weight"),
+    [((), (9, 4)), ((0,), (0, 4)), ((7,), (9, 4)), ((7,), (5, 4)), ((9,), (9, 6)), ((9, 1), (9, 4))],
+)
+def test_a_head_that_does_not_fit_together_is_no_head_for_other_classes(
+    state: State, bias: tuple[int, ...], weight: tuple[int, ...]
+) -> None:
+    bent = {**state, "3.bias": torch.zeros(bias), "3.weight": torch.zeros(weight)}
+    with pytest.raises(BadRequest, match=r"`3\.(bias|weight)` has shape"):
+        checkpoint.load_into(network(), bent, FILE, head=HEAD)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_numbers_of_another_kind_are_refused(tmp_path: Path, state: State, dtype: torch.dtype) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({**state, "0.bias": torch.ones(4).to(dtype)}, path)
+    with pytest.raises(BadRequest, match=rf"`0.bias` is a {dtype}, expected plain numbers"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(4).to_sparse(),
+        torch.zeros(4, device="meta"),
+        torch.quantize_per_tensor(torch.ones(4), 1, 0, torch.qint8),
+    ],
+    ids=["sparse", "meta", "quantized"],
+)
+def test_tensors_that_hold_no_plain_numbers_are_refused(tmp_path: Path, state: State, tensor: Tensor) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({**state, "0.bias": tensor}, path)
+    with pytest.raises(BadRequest, match=r"`0\.bias` is a meta, sparse or quantized tensor|not a PyTorch checkpoint"):
+        checkpoint.read(path)
+
+
+def test_a_value_beyond_float32_is_infinite(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({**state, "0.bias": torch.full((4,), 1e300, dtype=torch.float64)}, path)
+    with pytest.raises(BadRequest, match=r"`0\.bias` holds NaN or infinite values"):
+        checkpoint.read(path)
+
+
+def test_integers_are_no_weights(state: State) -> None:
+    with pytest.raises(BadRequest, match=r"`0.bias` holds torch.int8, expected floating-point numbers"):
+        checkpoint.load_into(network(), {**state, "0.bias": torch.ones(4, dtype=torch.int8)}, FILE)
+
+
+def test_the_options_of_a_training_script_beside_the_weights_are_passed_over(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1, model="tiny"), "epoch": 3}, path)
+    assert_same(checkpoint.read(path), state)

@@ -153,3 +153,20 @@ def test_a_fault_in_a_file_beside_it_is_named(tmp_path: Path) -> None:
     (tmp_path / "my_part.py").write_text("def twice(x):\n    return x if x.sum() > 0 else 2 * x\n")
     said = refused(model(tmp_path, "return self.head(twice(f))", module="\nfrom my_part import twice\n"))
     assert re.search(r"my_part\.py, line 2: a Python `if`", said)
+
+
+def test_a_network_that_counts_its_queries_is_refused(tmp_path: Path) -> None:
+    spec = model(
+        tmp_path,
+        "self.seen += 1\nreturn self.head(f) * self.seen",
+        init="self.register_buffer('seen', torch.zeros(()))",
+    )
+    said = r"^in evaluation it changes its buffer `seen`; an engine keeps nothing between two queries$"
+    assert re.search(said, refused(spec))
+
+
+def test_a_norm_whose_gamma_is_computed_is_converted_as_it_is(tmp_path: Path) -> None:
+    norm = "nn.functional.batch_norm(y, self.m, self.v, y.mean((0, 2, 3)))"
+    forward = f"y = self.conv(x)\nreturn self.head({norm}.mean((2, 3)))"
+    spec = model(tmp_path, forward, init="self.m = nn.Buffer(torch.zeros(8)); self.v = nn.Buffer(torch.ones(8))")
+    contract.check(spec, 32, 10)

@@ -174,6 +174,35 @@ class Even(nn.Module):
         return functional.adaptive_avg_pool2d(x, 4)
 
 
+class Permuted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).softmax(3).permute(0, 3, 1, 2)
+        return functional.adaptive_avg_pool2d(x, 1)  # permuted-pool
+
+
+class PermutedMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).softmax(3).permute(0, 3, 1, 2).mean((2, 3), keepdim=True)
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv_transpose2d(x, self.weight, stride=2)  # not-quantized
+
+
+class NamedPadding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 3, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
 class LogSoftmax(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.log_softmax(1)  # log-softmax
@@ -264,6 +293,8 @@ CASES = [
     (TopK, "neural-engine", "topk"),
     (WideStride, "pool", "avg_pool2d of 2 pixels with stride 3"),
     (Uneven, "uneven-pool", "8x8 pixels to 3x3"),
+    (Permuted, "permuted-pool", "adaptive_avg_pool2d over a permuted map"),
+    (Transposed, "not-quantized", "conv_transpose2d"),
     (LogSoftmax, "log-softmax", "log_softmax"),
     (LateNorm, "batch-norm", "BatchNorm after relu"),
     (Grouped, "grouped-conv", "4 groups of 8 channels"),
@@ -271,8 +302,8 @@ CASES = [
     (SmallHeads, "head-dimension", "head dimension 8"),
 ]
 NEAR_MISSES = [
-    FiveAxes, Patches, Reflected, PaddedToken, Slices, Table, Largest, NarrowStride, Even, Softmax, Norms, Depthwise,
-    LargeHeads,
+    FiveAxes, Patches, Reflected, PaddedToken, Slices, Table, Largest, NarrowStride, Even, PermutedMean, NamedPadding,
+    Softmax, Norms, Depthwise, LargeHeads,
 ]  # fmt: skip
 ERRORS = {"rank", "dynamic-shape", "unfold", "no-converter", "uncalibrated", "scale"}
 

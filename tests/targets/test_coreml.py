@@ -354,6 +354,26 @@ def test_scale_factors_of_an_upsampling_are_float32_in_a_package_of_any_precisio
     assert isinstance(found, dict) and found["upsample_nearest_neighbor"] == 1
 
 
+class Pair(nn.Module):
+    """Two convolutions with weights of its own: one module, two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 8, 1, 1))
+        self.second = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(nn.functional.conv2d(x, self.first), self.second, padding=1)
+
+
+def test_two_layers_of_one_module_are_told_apart(tmp_path: Path) -> None:
+    model = Toy()
+    model.mix = Pair()  # type: ignore[assignment]
+    export = exported(tmp_path / "export", "int8", model)
+    assert export.scales().keys() == {"stem", "mix", "mix#2", "head"}
+    assert TARGET.inspect(export, built(tmp_path / "engine", export))["quantized_layers"] == 4
+
+
 class Grouped(Toy):
     def __init__(self) -> None:
         super().__init__()
