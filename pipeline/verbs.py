@@ -42,11 +42,11 @@ def list_models() -> Answer:
         }
         for spec in models.ALL.values()
     ]
-    log.info("%-18s %-12s %10s %9s %6s  %s", "model", "family", "parameters", "MACs", "input", "published top-1")
+    log.info("%-24s %-12s %10s %9s %6s  %s", "model", "family", "parameters", "MACs", "input", "published top-1")
     for spec in models.ALL.values():
         parameters, macs = f"{spec.parameters / 1e6:.2f} M", f"{spec.macs / 1e6:,.0f} M"
         top1 = f"{spec.top1:.2f} % ({spec.source})" if spec.top1 else f"none: {spec.source}"
-        log.info("%-18s %-12s %10s %9s %6d  %s", spec.name, spec.family, parameters, macs, spec.preprocess.size, top1)
+        log.info("%-24s %-12s %10s %9s %6d  %s", spec.name, spec.family, parameters, macs, spec.preprocess.size, top1)
     return {"models": rows}
 
 
