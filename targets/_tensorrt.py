@@ -250,6 +250,9 @@ def _quantize_in_graph(model: ModelProto, constants: dict[str, Any]) -> None:
     _drop_unused_constants(model)
 
 
+_LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # what may stand between a weight and its layer
+
+
 def _drop_unused_constants(model: ModelProto) -> None:
     used = {name for node in model.graph.node for name in node.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
@@ -269,9 +272,9 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     if batch != export.batch:
         raise CheckFailed(f"{file} takes {batch or 'any number of'} images a query; expected {export.batch}")
-    layers, scales = quantized_weights(model), len(export.scales())
+    layers, scales = quantized_layers(model), len(export.scales())
     if layers != scales:
-        raise CheckFailed(f"{file} has {layers} quantized weights, scales.json has {scales} layers: build again")
+        raise CheckFailed(f"{file} has {layers} quantized layers, scales.json has {scales}: build again")
     weak = any(entry.key == "typing" and entry.value == _WEAK for entry in model.metadata_props)
     half = export.precision != "fp32" and not weak
     unwanted = TensorProto.FLOAT if half else TensorProto.FLOAT16
@@ -285,11 +288,23 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     return {"quantized_layers": layers, "operators": len(model.graph.node), "constants": dict(sorted(types.items()))}
 
 
-def quantized_weights(model: ModelProto) -> int:
-    """How many weights are dequantized: int8 constants, or float constants through a QuantizeLinear."""
+def quantized_layers(model: ModelProto) -> int:
+    """How many operators read a dequantized weight: an int8 constant, or a float one through a QuantizeLinear. Layers
+    whose weights are equal may share one.
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
-    quantized = {n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants}
-    return sum(n.op_type == "DequantizeLinear" and n.input[0] in constants | quantized for n in model.graph.node)
+    weights: set[str] = set()
+    layers = 0
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in constants:
+            constants.add(node.output[0])
+        elif (node.op_type == "DequantizeLinear" and node.input[0] in constants) or (
+            node.op_type in _LAYOUT and node.input[0] in weights
+        ):
+            weights.add(node.output[0])
+        else:
+            layers += any(name in weights for name in node.input)
+    return layers
 
 
 def _constants(model: ModelProto) -> Iterator[Any]:

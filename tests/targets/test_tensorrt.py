@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from onnx import parser
 
 from calibration.recipe import Precision
 from models.errors import CannotRunHere, CheckFailed
@@ -112,11 +113,28 @@ def test_an_engine_is_read_back_from_disk(tmp_path: Path, precision: Precision) 
     assert rtx.TARGET.graph(engine) == engine / "model.onnx"
 
 
+def test_layers_that_share_a_weight_are_counted_one_by_one() -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        shared (float[2, 2] x) => (float[2, 2] y)
+        <int8[2, 2] w = {1, 2, 3, 4}, float s = {0.5}, int8 z = {0}, float[2, 2] f = {1, 2, 3, 4}>
+        {
+            d = DequantizeLinear(w, s, z)
+            t = Transpose(d)
+            a = MatMul(x, d)
+            b = MatMul(a, d)
+            c = MatMul(b, t)
+            y = MatMul(c, f)
+        }
+    """
+    assert _tensorrt.quantized_layers(parser.parse_model(text)) == 3
+
+
 @needs_rtx
 def test_what_the_engine_lost_is_found(tmp_path: Path) -> None:
     export, engine = built(tmp_path, "int8")
     (export.path / "scales.json").write_text('{"conv": {}, "linear": {}, "gone": {}}')
-    with pytest.raises(CheckFailed, match=r"2 quantized weights, scales.json has 3 layers"):
+    with pytest.raises(CheckFailed, match=r"2 quantized layers, scales.json has 3"):
         rtx.TARGET.inspect(export, engine)
     with pytest.raises(CheckFailed, match=r"takes 1 images a query; expected 4"):
         rtx.TARGET.inspect(replace(export, batch=4), engine)
