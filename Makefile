@@ -82,7 +82,7 @@ bench: $(READY) ## the table of the README: a small model of every family, four 
 	@$(VENV)/bin/python -m tests.bench
 
 test: $(READY) ## the tests (a few minutes)
-	@$(VENV)/bin/python -m pytest -q -n 2
+	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(READY) ## ruff and mypy --strict
 	@$(VENV)/bin/ruff check .
