@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from calibration.program import stored_tensor
+
 _ATEN = torch.ops.aten
 _BATCH_NORM = _ATEN.batch_norm.default
 _CONVOLUTIONS = frozenset({_ATEN.conv2d.default})
@@ -70,7 +72,7 @@ def fold_constants(graph: GraphModule) -> None:
         if node in changing:
             continue
         if node.op == "get_attr":
-            constant[node] = _tensor(graph, node)
+            constant[node] = stored_tensor(graph, node)
         elif _computable(node, constant):
             with torch.no_grad():
                 found = node.target(*_values(node.args, constant), **_values(node.kwargs, constant))
@@ -120,12 +122,14 @@ def _fold_forward(graph: GraphModule, norm: Node) -> bool:
         groups = _groups(consumer)
         with torch.no_grad():
             # Rows of the weight see the channels of their own group only.
-            per_group = [part.repeat(len(weight) // groups, 1) for part in scale.reshape(groups, -1)]
-            scales = torch.cat(per_group)
-            shifts = torch.cat([part.repeat(len(weight) // groups, 1) for part in shift.reshape(groups, -1)])
-            tail = (1,) * (weight.ndim - 2)
-            bias = bias + (weight * shifts.reshape(*shifts.shape, *tail)).flatten(1).sum(1)
-            _replace_weights(graph, consumer, weight * scales.reshape(*scales.shape, *tail), bias)
+            scales, shifts = (
+                values.reshape(groups, -1)
+                .repeat_interleave(len(weight) // groups, 0)
+                .reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
+                for values in (scale, shift)
+            )
+            bias = bias + (weight * shifts).flatten(1).sum(1)
+            _replace_weights(graph, consumer, weight * scales, bias)
     norm.replace_all_uses_with(cast(Node, norm.args[0]))
     return True
 
@@ -185,7 +189,7 @@ def _is_affine(norm: Node) -> bool:
 def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
     """A BatchNorm in evaluation mode as y = x * scale + shift, both (channels,)."""
     weight, bias, mean, variance = (
-        _tensor(graph, argument) if isinstance(argument, Node) else None for argument in norm.args[1:5]
+        stored_tensor(graph, argument) if isinstance(argument, Node) else None for argument in norm.args[1:5]
     )
     assert mean is not None and variance is not None
     scale = torch.rsqrt(variance + cast(float, norm.args[7]))
@@ -205,15 +209,15 @@ def _has_stored_weight(node: Node) -> bool:
 
 def _weights(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer; zeros where it has no bias."""
-    weight = _tensor(graph, cast(Node, node.args[1]))
+    weight = stored_tensor(graph, cast(Node, node.args[1]))
     bias = _argument(node, 2, None)
-    return weight, _tensor(graph, bias) if isinstance(bias, Node) else torch.zeros(len(weight))
+    return weight, stored_tensor(graph, bias) if isinstance(bias, Node) else torch.zeros(len(weight))
 
 
 def _replace_weights(graph: GraphModule, node: Node, weight: Tensor, bias: Tensor) -> None:
     rest = node.args[3:]
     before = cast(Node, node.args[1])
-    name, trains = str(before.target), _tensor(graph, before).requires_grad
+    name, trains = str(before.target), stored_tensor(graph, before).requires_grad
     stored = [
         _stored(graph, node, value.detach().clone(), trains=trains, name=f"{name}_{suffix}")
         for value, suffix in ((weight, "folded"), (bias, "folded_bias"))
@@ -290,11 +294,6 @@ def _groups(node: Node) -> int:
 
 def _shape(node: Node) -> tuple[object, ...]:
     return tuple(node.meta["val"].shape)
-
-
-def _tensor(graph: GraphModule, node: Node) -> Tensor:
-    owner, _, name = str(node.target).rpartition(".")
-    return cast(Tensor, getattr(graph.get_submodule(owner), name))
 
 
 def _drop_unused(graph: GraphModule) -> None:

@@ -59,7 +59,7 @@ def scales(graph: GraphModule) -> dict[str, LayerScales]:
     found: dict[str, LayerScales] = {}
     for name, node in named_layers(graph):
         activation, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
-        per_channel = _tensor(graph, cast(Node, weight.args[1]))
+        per_channel = stored_tensor(graph, cast(Node, weight.args[1]))
         found[name] = {
             "activation": float(cast(float, activation.args[1])),
             "weight": per_channel.tolist(),
@@ -94,8 +94,8 @@ def module_path(node: Node) -> str:
     return str(list(stack.values())[-1][0])
 
 
-def _tensor(graph: GraphModule, node: Node) -> Tensor:
+def stored_tensor(graph: GraphModule, node: Node) -> Tensor:
+    """The parameter or buffer that a node of the graph reads."""
     assert node.op == "get_attr", f"{node} is computed, not stored"
-    return cast(
-        Tensor, graph.get_parameter(str(node.target)) if "." in str(node.target) else getattr(graph, str(node.target))
-    )
+    owner, _, name = str(node.target).rpartition(".")
+    return cast(Tensor, getattr(graph.get_submodule(owner), name))

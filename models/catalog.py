@@ -11,6 +11,21 @@ from collections.abc import Iterator
 from models.spec import ModelSpec, Preprocess, Sizes
 
 
+def _mini(name: str, preprocess: Preprocess, sizes: Sizes, parameters: int, macs: int) -> ModelSpec:
+    """A variant of our own for small images, called after its family."""
+    return ModelSpec(
+        name=name,
+        network=f"models.{name.partition('_')[0]}:{name}",
+        preprocess=preprocess,
+        sizes=sizes,
+        parameters=parameters,
+        macs=macs,
+        top1=None,
+        source="a small variant of our own, counted with 10 classes",
+        classes=10,
+    )
+
+
 def _mobilevit() -> Iterator[ModelSpec]:
     figures = (
         ("mobilevit_xxs", 1_272_024, 407_364_096, 68.94),
@@ -76,17 +91,7 @@ def _convmixer() -> Iterator[ModelSpec]:
             source="locuslab/convmixer README",
             hub=f"timm/{in_timm}.in1k",
         )
-    yield ModelSpec(
-        name="convmixer_mini",
-        network="models.convmixer:convmixer_mini",
-        preprocess=Preprocess(size=64, crop=0.96),
-        sizes=Sizes(multiple_of=4, minimum=16),
-        parameters=129_930,
-        macs=31_655_168,
-        top1=None,
-        source="a small variant of our own, counted with 10 classes",
-        classes=10,
-    )
+    yield _mini("convmixer_mini", Preprocess(size=64, crop=0.96), Sizes(multiple_of=4, minimum=16), 129_930, 31_655_168)
 
 
 def _coatnet() -> Iterator[ModelSpec]:
@@ -122,16 +127,12 @@ def _coatnet() -> Iterator[ModelSpec]:
             source=f"{source}, {weights} weights" if weights else source,
             hub=f"timm/{name}_224.{weights}" if weights else None,
         )
-    yield ModelSpec(
-        name="coatnet_mini",
-        network="models.coatnet:coatnet_mini",
-        preprocess=Preprocess(size=64, crop=0.95),
-        sizes=Sizes(multiple_of=16, minimum=32, maximum=256),
-        parameters=513_286,
-        macs=28_349_696,
-        top1=None,
-        source="a small variant of our own, counted with 10 classes",
-        classes=10,
+    yield _mini(
+        "coatnet_mini",
+        Preprocess(size=64, crop=0.95),
+        Sizes(multiple_of=16, minimum=32, maximum=256),
+        513_286,
+        28_349_696,
     )
 
 
@@ -152,16 +153,8 @@ def _conformer() -> Iterator[ModelSpec]:
             top1=top1,
             source="pengzhiliang/Conformer README",
         )
-    yield ModelSpec(
-        name="conformer_mini",
-        network="models.conformer:conformer_mini",
-        preprocess=Preprocess(size=64, crop=0.875),
-        sizes=Sizes(multiple_of=16, minimum=16),
-        parameters=834_724,
-        macs=25_292_672,
-        top1=None,
-        source="a small variant of our own, counted with 10 classes",
-        classes=10,
+    yield _mini(
+        "conformer_mini", Preprocess(size=64, crop=0.875), Sizes(multiple_of=16, minimum=16), 834_724, 25_292_672
     )
 
 
@@ -185,16 +178,8 @@ def _transcnn() -> Iterator[ModelSpec]:
         )
     minis = (("transcnn_mini", 32, 650_410, 17_568_000), ("transcnn_multilevel_mini", 64, 904_298, 20_349_184))
     for name, multiple, parameters, macs in minis:
-        yield ModelSpec(
-            name=name,
-            network=f"models.transcnn:{name}",
-            preprocess=Preprocess(size=64, crop=0.875),
-            sizes=Sizes(multiple_of=multiple, minimum=multiple),
-            parameters=parameters,
-            macs=macs,
-            top1=None,
-            source="a small variant of our own, counted with 10 classes",
-            classes=10,
+        yield _mini(
+            name, Preprocess(size=64, crop=0.875), Sizes(multiple_of=multiple, minimum=multiple), parameters, macs
         )
 
 
@@ -217,17 +202,7 @@ def _hatnet() -> Iterator[ModelSpec]:
             top1=top1,
             source="yun-liu/HAT-Net README, tag v2.0",
         )
-    yield ModelSpec(
-        name="hatnet_mini",
-        network="models.hatnet:hatnet_mini",
-        preprocess=Preprocess(size=64, crop=0.875),
-        sizes=Sizes(multiple_of=32, minimum=32),
-        parameters=626_634,
-        macs=17_289_472,
-        top1=None,
-        source="a small variant of our own, counted with 10 classes",
-        classes=10,
-    )
+    yield _mini("hatnet_mini", Preprocess(size=64, crop=0.875), Sizes(multiple_of=32, minimum=32), 626_634, 17_289_472)
 
 
 def _swin() -> Iterator[ModelSpec]:
@@ -254,17 +229,7 @@ def _swin() -> Iterator[ModelSpec]:
             source=f"timm results-imagenet.csv, {weights} weights",
             hub=f"timm/swin_{published}.{weights}",
         )
-    yield ModelSpec(
-        name="swin_mini",
-        network="models.swin:swin_mini",
-        preprocess=Preprocess(size=64, crop=0.9),
-        sizes=Sizes(multiple_of=64, minimum=64),
-        parameters=568_198,
-        macs=21_234_944,
-        top1=None,
-        source="a small variant of our own, counted with 10 classes",
-        classes=10,
-    )
+    yield _mini("swin_mini", Preprocess(size=64, crop=0.9), Sizes(multiple_of=64, minimum=64), 568_198, 21_234_944)
 
 
 def _acmix() -> Iterator[ModelSpec]:
@@ -291,17 +256,7 @@ def _acmix() -> Iterator[ModelSpec]:
             top1=top1,
             source="LeapLabTHU/ACmix README",
         )
-    yield ModelSpec(
-        name="acmix_mini",
-        network="models.acmix:acmix_mini",
-        preprocess=Preprocess(size=64),
-        sizes=Sizes(multiple_of=8, minimum=32),
-        parameters=150_892,
-        macs=21_006_848,
-        top1=None,
-        source="a small variant of our own, counted with 10 classes",
-        classes=10,
-    )
+    yield _mini("acmix_mini", Preprocess(size=64), Sizes(multiple_of=8, minimum=32), 150_892, 21_006_848)
 
 
 SPECS: tuple[ModelSpec, ...] = (

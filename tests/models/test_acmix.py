@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 import models
 from models.acmix import ACmix, Block, WindowACmix, neighbours, shift_taps
 from models.spec import ModelSpec
 from models.swin import WindowAttention, merge, partition, shift_mask
+from tests.models.tracing import kind, of_the_image, traced
 
 SPEC = models.ALL["acmix_mini"]
 RESNETS = [models.ALL[f"acmix_{name}"] for name in ("resnet26", "resnet38", "resnet50", "mini")]
@@ -59,27 +58,6 @@ def randomize(block: nn.Module) -> None:
     """To logits far from uniform, and no weight that hides another."""
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
-
-
-@functools.cache
-def traced(size: int) -> ExportedProgram:
-    example = torch.zeros(2, 3, size, size)
-    batch = Dim("batch", min=1, max=1024)
-    return torch.export.export(SPEC.build(10).eval(), (example,), dynamic_shapes=({0: batch},))
-
-
-def of_the_image(program: ExportedProgram) -> list[torch.fx.Node]:
-    """The operators that an activation enters; all others are constants of the traced network."""
-    found: dict[torch.fx.Node, None] = {}
-    inputs = set(program.graph_signature.user_inputs)
-    for node in program.graph.nodes:
-        if node.name in inputs or (node.op == "call_function" and found.keys() & set(node.all_input_nodes)):
-            found[node] = None
-    return [node for node in found if node.op == "call_function"]
-
-
-def kind(node: torch.fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -176,7 +154,7 @@ def test_the_mixing_layer_has_a_bias_in_swin_alone_and_the_taps_have_none() -> N
 
 
 def test_a_block_holds_two_convolutions_no_tensor_has_more_than_four_axes_and_every_operator_is_a_plain_one() -> None:
-    program = traced(64)
+    program = traced(SPEC.name, 64)
     network = of_the_image(program)
     assert {kind(node) for node in network} == OPERATORS
     # Three bottlenecks of four convolutions, two of them ACmix's; two projected residuals; the stem.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 import models
 from models import checkpoint
 from models.swin import Block, merge, neighbours, partition, relative_positions, roll, shift_mask
+from tests.models.tracing import kind, of_the_image, traced
 
 FILE = Path("w.pt")
 SPEC = models.ALL["swin_mini"]
@@ -65,27 +64,6 @@ def lively(block: Block) -> Block:
     nn.init.normal_(block.attn.qkv.weight, std=0.3)
     nn.init.normal_(block.attn.relative_position_bias_table)
     return block.eval()
-
-
-@functools.cache
-def traced(size: int) -> ExportedProgram:
-    example = torch.zeros(2, 3, size, size)
-    batch = Dim("batch", min=1, max=1024)
-    return torch.export.export(SPEC.build(10).eval(), (example,), dynamic_shapes=({0: batch},))
-
-
-def of_the_image(program: ExportedProgram) -> list[torch.fx.Node]:
-    """The operators that an activation enters; all others are constants of the traced network."""
-    found: dict[torch.fx.Node, None] = {}
-    inputs = set(program.graph_signature.user_inputs)
-    for node in program.graph.nodes:
-        if node.name in inputs or (node.op == "call_function" and found.keys() & set(node.all_input_nodes)):
-            found[node] = None
-    return [node for node in found if node.op == "call_function"]
-
-
-def kind(node: torch.fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 @pytest.mark.parametrize(("height", "width", "window"), [(4, 4, 2), (6, 9, 3), (16, 8, 4), (7, 7, 7)])
@@ -153,12 +131,12 @@ def test_a_block_normalizes_before_each_branch_and_adds_after_it() -> None:
 
 @pytest.mark.parametrize(("size", "shifts"), [(64, 2), (128, 3)])
 def test_every_second_block_shifts_except_where_the_map_is_one_window(size: int, shifts: int) -> None:
-    network = of_the_image(traced(size))
+    network = of_the_image(traced(SPEC.name, size))
     assert sum(kind(node) == "cat" for node in network) == 4 * shifts  # two rolls a block, along two axes
 
 
 def test_no_tensor_has_more_than_four_axes_and_every_operator_is_a_plain_one() -> None:
-    program = traced(64)
+    program = traced(SPEC.name, 64)
     network = of_the_image(program)
     assert {kind(node) for node in network} == OPERATORS
     values = [node.meta["val"] for node in network if isinstance(node.meta["val"], Tensor)]

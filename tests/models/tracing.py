@@ -1,0 +1,32 @@
+"""A network as torch.export traces it, and which of its operators see the image: what tests of families look at."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+import models
+
+
+@functools.cache
+def traced(name: str, size: int) -> ExportedProgram:
+    """The model `name` with ten classes, in evaluation mode, for any number of images."""
+    example = torch.zeros(2, 3, size, size)
+    batch = Dim("batch", min=1, max=1024)
+    return torch.export.export(models.ALL[name].build(10).eval(), (example,), dynamic_shapes=({0: batch},))
+
+
+def of_the_image(program: ExportedProgram) -> list[torch.fx.Node]:
+    """The operators that an activation enters; all others are constants of the traced network."""
+    found: dict[torch.fx.Node, None] = {}
+    inputs = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        if node.name in inputs or (node.op == "call_function" and found.keys() & set(node.all_input_nodes)):
+            found[node] = None
+    return [node for node in found if node.op == "call_function"]
+
+
+def kind(node: torch.fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
