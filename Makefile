@@ -14,15 +14,17 @@ SIZE    ?=
 BATCH   ?= 1
 DEVICE  ?= local
 SEED    ?= 0
+INTERFACE  ?= tensor
+DEPLOYMENT ?=
 MODELS  ?=
 PYTHON  ?= python3.11
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
-VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED MODELS
+VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED INTERFACE DEPLOYMENT MODELS
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
-      --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED"
+      --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --interface="$$INTERFACE" --deployment="$$DEPLOYMENT"
 
 # Caches of libraries stay in the checkout, too.
 export XDG_CACHE_HOME := $(CURDIR)/.cache

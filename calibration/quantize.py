@@ -27,7 +27,7 @@ from calibration.fold import fold
 from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.quantizer import SchemeQuantizer
-from calibration.recipe import Float, Ptq, Qat, Recipe
+from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
 from calibration.scheme import Scheme
 from calibration.train import TrainingPlan, evaluate, fit
 from models.errors import CheckFailed
@@ -55,7 +55,7 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
     size = train.preprocess.size
     probe = next(val.batches(_CALIBRATION_BATCH))
     match recipe:  # no default case: mypy reports a recipe that nobody carries out
-        case Float():
+        case Float() | WeightOnly():  # what stores weights in fewer bits is the target
             folded = traced(model, size)
             _checked("folding", program.logits(model, [probe]), folded, probe, _FOLDED_DB)
             return Quantized(program=program.export(folded, size))

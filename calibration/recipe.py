@@ -37,7 +37,22 @@ class Qat:
     freeze_ranges_at: float = 0.5  # fraction of the epochs after which the ranges stand still
 
 
-Recipe: TypeAlias = Float | Ptq | Qat
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightOnly:
+    """Compute in FP16 and store the weights of layers in fewer bits: for the size of an app, not for its speed.
+
+    `linear`: integers with one scale for each output channel, or for each `block` of input channels of it.
+    `palette`: an index into 2 ** bits values that a tensor, or each group of `block` output channels, has of its own.
+    """
+
+    name: str
+    storage: Literal["linear", "palette"]
+    bits: Literal[4, 6, 8]
+    block: int | None = None
+    precision: Literal["fp16"] = "fp16"
+
+
+Recipe: TypeAlias = Float | Ptq | Qat | WeightOnly
 
 _PTQ = Ptq(name="int8_ptq")
 _RECIPES: tuple[Recipe, ...] = (
@@ -45,5 +60,10 @@ _RECIPES: tuple[Recipe, ...] = (
     Float(name="fp16", precision="fp16"),
     _PTQ,
     Qat(name="int8_qat", warm_start=_PTQ),
+    # Called as the field calls them: bits of weights and of activations, and Core ML's palettes.
+    WeightOnly(name="w8a16", storage="linear", bits=8),
+    WeightOnly(name="w4a16", storage="linear", bits=4, block=32),
+    WeightOnly(name="palette6", storage="palette", bits=6),
+    WeightOnly(name="palette4", storage="palette", bits=4, block=16),
 )
 ALL: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}

@@ -25,11 +25,13 @@ import calibration.data
 import calibration.recipe
 import models
 import targets
+from calibration.recipe import WeightOnly
 from models import external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import ModelSpec
 from pipeline import surroundings, verbs
 from pipeline.stages import Run
+from targets.base import Customizes, Interface
 
 T = TypeVar("T")
 Answer = dict[str, object]
@@ -45,6 +47,7 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
     "explain": verbs.explain,
     "lint-model": verbs.lint_model,
 }
+_INTERFACES: Mapping[str, Interface] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
 _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
 _LONGEST_NUMBER = 12  # digits
@@ -107,6 +110,19 @@ def read(request: argparse.Namespace) -> Run:
     if request.device != "local":
         raise BadRequest(f"DEVICE={request.device}: no such device; this version knows `local` alone")
     batch = number("BATCH", request.batch, 1, _LARGEST_BATCH)
+    interface = pick("interface", request.interface, _INTERFACES)
+    deployment = request.deployment or None
+    storage = recipe if isinstance(recipe, WeightOnly) else None
+    if isinstance(target, Customizes):
+        target.accept(
+            precision=recipe.precision, storage=storage, interface=interface, deployment=deployment, batch=batch
+        )
+    elif storage or deployment or interface != "tensor":
+        asked = f"DEPLOYMENT={deployment}" if deployment else f"INTERFACE={interface}"
+        raise BadRequest(
+            f"{f'RECIPE={recipe.name}' if storage else asked}: TARGET={target.name} has no such choice; TARGET=coreml "
+            "has, or leave it out"
+        )
     return Run(
         model=model,
         recipe=recipe,
@@ -116,6 +132,8 @@ def read(request: argparse.Namespace) -> Run:
         weights=weights_of(model, request.weights) if request.weights else None,
         batch=batch,
         seed=seed,
+        interface=interface,
+        deployment=deployment,
     )
 
 
@@ -194,6 +212,8 @@ def _parser() -> argparse.ArgumentParser:
         ("batch", "1"),
         ("device", "local"),
         ("seed", "0"),
+        ("interface", "tensor"),
+        ("deployment", ""),
         ("models", ""),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.data import Data, Part
-from calibration.recipe import Float, Recipe
+from calibration.recipe import Float, Recipe, WeightOnly
 from models.errors import CannotRunHere
 from models.spec import ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest
-from targets.base import Bundles, Export, Target
+from targets.base import Bundles, Export, Interface, Target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +47,8 @@ class Run:
     trained: bool = True  # False: random weights, to build and time a model but not to use it
     batch: int = 1
     seed: int = 0
+    interface: Interface = "tensor"
+    deployment: str | None = None  # the oldest system that must run the engine; None: what the recipe needs
     max_drop: float = 1.0  # points of top-1 that the artifact may lose against the float model
 
     def images(self, part: Part) -> Images:
@@ -60,8 +62,23 @@ class Run:
 
     @property
     def _makes(self) -> str:
-        """What the quantized stage makes: both float recipes share one program."""
-        return "float" if isinstance(self.recipe, Float) else self.recipe.name
+        """What the quantized stage makes: all recipes that compute in float share one program."""
+        return "float" if isinstance(self.recipe, Float | WeightOnly) else self.recipe.name
+
+    @property
+    def storage(self) -> WeightOnly | None:
+        """How the target stores weights, where the recipe asks for that."""
+        return self.recipe if isinstance(self.recipe, WeightOnly) else None
+
+    @property
+    def _choices(self) -> dict[str, object]:
+        """What the target alone is asked for, beyond precision and batch: part of the keys of what it builds."""
+        return {"storage": self.storage, "interface": self.interface, "deployment": self.deployment}
+
+    @property
+    def _built_label(self) -> str:
+        choices = [self.interface] * (self.interface != "tensor") + [self.deployment] * (self.deployment is not None)
+        return self.label(self.recipe.name, self.target.name, *filter(None, choices))
 
 
 def weights(run: Run) -> Step:
@@ -109,7 +126,7 @@ def quantized(run: Run) -> Step:
     """The torch program that the recipe makes. It depends on the target's arithmetic, not on the target: targets that
     agree share the training. Leaves `program.pt2`, `report.json` and `test.npz`.
     """
-    floats = isinstance(run.recipe, Float)
+    floats = isinstance(run.recipe, Float | WeightOnly)
 
     def build(inputs: Inputs, out: Path) -> None:
         from calibration import program
@@ -174,12 +191,13 @@ def compiled(run: Run) -> Step:
 
     return Step(
         stage="compiled",
-        label=run.label(run.recipe.name, run.target.name),
+        label=run._built_label,
         inputs={"exported": exported(run)},
         params={
             "target": run.target.name,
             "precision": run.recipe.precision,
             "batch": run.batch,
+            **run._choices,
             "toolchain": run.target.toolchain(),
             "versions": versions("onnx", "onnx-ir", "onnxruntime"),  # they type and fix graphs on their way
         },
@@ -233,7 +251,14 @@ def deliverable(run: Run) -> Step:
 
 
 def export_of(run: Run, path: Path) -> Export:
-    return Export(path=path, precision=run.recipe.precision, batch=run.batch)
+    return Export(
+        path=path,
+        precision=run.recipe.precision,
+        batch=run.batch,
+        storage=run.storage,
+        interface=run.interface,
+        deployment=run.deployment,
+    )
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -247,12 +272,13 @@ def _verified(
     program = export.inputs["quantized"]
     return Step(
         stage=stage,
-        label=run.label(run.recipe.name, run.target.name),
+        label=run._built_label,
         inputs={**inputs, "exported": export, "quantized": program, "weights": program.inputs["weights"]},
         params={
             "target": run.target.name,
             "precision": run.recipe.precision,
             "batch": run.batch,
+            **run._choices,
             "max_drop": run.max_drop,
             "executed": run.target.not_executed() is None,  # with a device at last, there is more to verify
             "toolchain": run.target.toolchain(),

@@ -6,9 +6,9 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from calibration.recipe import Precision
+from calibration.recipe import Precision, WeightOnly
 from calibration.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     Images: TypeAlias = npt.NDArray[np.float32]  # (N, 3, H, W), preprocessed
     Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)
+
+# What an app hands to the engine and gets back, where the target has a choice: the preprocessed tensor for logits, as
+# everywhere; the image itself for logits; or the image for the name of its class, with probabilities.
+Interface: TypeAlias = Literal["tensor", "image", "classifier"]
 
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
@@ -36,6 +40,10 @@ class Export:
     path: Path
     precision: Precision
     batch: int  # images per query that the engine is built for
+    # What Core ML alone offers; every other target gets the defaults.
+    storage: WeightOnly | None = None  # weights in fewer bits than they are computed in
+    interface: Interface = "tensor"
+    deployment: str | None = None  # the oldest system that must run the engine, such as "iOS17"; None: the recipe's
 
     @property
     def onnx(self) -> Path:
@@ -132,6 +140,25 @@ class Bundles(Protocol):
 
     def next_command(self, bundle: Path) -> str:
         """The command that a person types next, on the device, to turn the bundle into an engine."""
+        ...
+
+
+@runtime_checkable
+class Customizes(Protocol):
+    """A target that takes more than the defaults of an `Export`: weights in fewer bits, other interfaces, an older
+    system to run on.
+    """
+
+    def accept(
+        self,
+        *,
+        precision: Precision,
+        storage: WeightOnly | None,
+        interface: Interface,
+        deployment: str | None,
+        batch: int,
+    ) -> None:
+        """Raises BadRequest, in the words of the command line, where these do not go together."""
         ...
 
 
