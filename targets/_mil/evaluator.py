@@ -12,16 +12,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.errors import CheckFailed
+from models.errors import BadRequest, CheckFailed
 from targets._mil import arithmetic, compressed, layers, shapes  # noqa: F401 - each registers its operators
 from targets._mil.registry import OPERATORS, Function
 
-# "fp16": what the program declares as FP16 is rounded to it after every operator, as Apple's units store it (inside an
-# operator, float32 is used: how they accumulate is not documented). "exact": float32 throughout.
+# "fp16": what the program declares as FP16 is rounded to it, inputs and the outputs of every operator, as Apple's units
+# store it (inside an operator, float32 is used: how they accumulate is not documented). "exact": float32 throughout.
 Rounding: TypeAlias = Literal["fp16", "exact"]
 Watch: TypeAlias = Callable[[Any, str, Tensor], None]  # coremltools' operation, name of one of its outputs, the value
 
 _COMPUTED_IN = {"f": np.float32, "u2": np.int32, "u4": np.int64}  # by kind and size of a constant's type; others stay
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Declared:
+    """What the program says of a value."""
+
+    name: str
+    shape: tuple[int | None, ...] | None  # None for any size; for what is no tensor: a classifier's dictionary
+    dtype: torch.dtype | None  # that it is computed in; None for what is no number
+    half: bool  # FP16
+
+    def __str__(self) -> str:
+        return f"({', '.join('any' if size is None else str(size) for size in self.shape or ())})"
+
+    def fits(self, value: Tensor) -> bool:
+        if self.shape is None:
+            return True
+        sizes = zip(self.shape, value.shape, strict=False)
+        return value.dim() == len(self.shape) and all(size in (None, came) for size, came in sizes)
+
+    def rounded(self, value: Tensor, rounding: Rounding) -> Tensor:
+        return value.half().float() if self.half and rounding == "fp16" else value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +54,7 @@ class _Step:
     function: Function
     values: Mapping[str, str | list[str]]  # by parameter: the names of the values that are computed before
     fixed: Mapping[str, object]  # the other parameters
-    halves: tuple[bool, ...]  # of each output, whether the program says that it is FP16
+    outputs: tuple[_Declared, ...]
     finished: tuple[str, ...]  # values that nothing reads afterwards
 
 
@@ -51,8 +73,13 @@ class Evaluator:
             )
         self.rounding = rounding
         self.outputs = tuple(outputs)
+        self._inputs = {
+            value.name: _declared(value) for operation in operations for value in _inputs(operation) if _is_fed(value)
+        }
         self._constants: dict[str, Tensor] = {}
         self._steps = tuple(self._prepared(operations))
+        read = {name for step in self._steps for found in step.values.values() for name in _listed(found)}
+        self._constants = {name: self._constants[name] for name in self._constants.keys() & (read | {*outputs})}
 
     def run(
         self,
@@ -63,15 +90,15 @@ class Evaluator:
     ) -> dict[str, Tensor]:
         """The outputs for `inputs`; floats are float32 tensors.
 
-        `watch` sees every value as it was computed. Where `given` has the name of a value, that one goes to the
-        operators that follow in its place (teacher forcing). Raises CheckFailed naming the operator that fails.
+        `watch` sees every value that depends on the inputs, as it was computed. Where `given` has the name of one, that
+        goes to the operators that follow in its place (teacher forcing), as it is: it is not rounded.
+        Raises BadRequest where an input is missing or of another shape, CheckFailed naming an operator that fails.
         """
         forced = {name: _as_computed(value) for name, value in (given or {}).items()}
-        values = self._constants | {name: _as_computed(value) for name, value in inputs.items()}
-        values |= {name: forced[name] for name in inputs if name in forced}
+        values = self._constants | self._fed(inputs) | {name: forced[name] for name in inputs if name in forced}
         with torch.no_grad():
             for step in self._steps:
-                for output, value in zip(step.operation.outputs, self._computed(step, values), strict=True):
+                for output, value in zip(step.outputs, self._computed(step, values), strict=True):
                     if watch:
                         watch(step.operation, output.name, value)
                     values[output.name] = forced.get(output.name, value)
@@ -79,37 +106,52 @@ class Evaluator:
                     del values[name]
         return {name: values[name] for name in self.outputs}
 
+    def _fed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs in the types that the program declares. (One that no operator reads is not known here.)"""
+        if self._inputs.keys() - inputs.keys():
+            came = ", ".join(sorted(inputs)) or "none"
+            raise BadRequest(f"the package takes the inputs {', '.join(sorted(self._inputs))}; got {came}")
+        found = dict(inputs)
+        for name, declared in self._inputs.items():
+            if not declared.fits(inputs[name]):
+                shape = tuple(inputs[name].shape)
+                raise BadRequest(f"input {name} has the shape {shape}; the package takes {declared}")
+            found[name] = declared.rounded(inputs[name].to(declared.dtype), self.rounding)
+        return found
+
     def _prepared(self, operations: Sequence[Any]) -> Iterator[_Step]:
         """The steps that depend on the inputs. The others, decompressed weights above all, are computed here, once."""
         last = {value.name: operation for operation in operations for value in _inputs(operation)}
         for operation in operations:
             if operation.op_type == "const":
                 continue
-            function = OPERATORS[operation.op_type]
-            tensors, attributes = _parameters(function)
-            given = {name: getattr(operation, name) for name in tensors}
-            for value in _flat(given.values()):
-                if _is_constant(value):
-                    self._constants[value.name] = _tensor(value.val)
-            read = {value.name for value in _flat(given.values())}
-            step = _Step(
-                operation=operation,
-                function=function,
-                values={name: _names(value) for name, value in given.items() if value is not None},
-                fixed=dict.fromkeys(name for name, value in given.items() if value is None)
-                | {name: _python(getattr(operation, name)) for name in attributes},
-                halves=tuple(_is_half(output) for output in operation.outputs),
-                finished=tuple(
-                    name
-                    for name in read
-                    if last.get(name) is operation and name not in self.outputs and name not in self._constants
-                ),
-            )
-            if read <= self._constants.keys():
-                outputs = (output.name for output in operation.outputs)
-                self._constants |= dict(zip(outputs, self._computed(step, self._constants), strict=True))
+            step = self._step(operation, last)
+            if {name for found in step.values.values() for name in _listed(found)} <= self._constants.keys():
+                names = (output.name for output in step.outputs)
+                with torch.no_grad():
+                    self._constants |= dict(zip(names, self._computed(step, self._constants), strict=True))
             else:
                 yield step
+
+    def _step(self, operation: Any, last: Mapping[str, Any]) -> _Step:
+        """`last`: of every value, the operator that reads it last."""
+        function = OPERATORS[operation.op_type]
+        tensors, attributes = _parameters(function)
+        given = {name: getattr(operation, name, None) for name in tensors}
+        for value in _flat(given.values()):
+            if _is_constant(value):
+                self._constants[value.name] = _tensor(value.val)
+        unread = [output.name for output in operation.outputs if output.name not in last]
+        finished = {value.name for value in _inputs(operation) if last[value.name] is operation} | {*unread}
+        return _Step(
+            operation=operation,
+            function=function,
+            values={name: _names(value) for name, value in given.items() if value is not None},
+            fixed=dict.fromkeys(name for name, value in given.items() if value is None)
+            | dict(_fixed(operation, attributes)),
+            outputs=tuple(_declared(output) for output in operation.outputs),
+            finished=tuple(finished - {*self.outputs} - self._constants.keys() - _constant_names(operation)),
+        )
 
     def _computed(self, step: _Step, values: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs of one operator. Raises CheckFailed naming it where torch refuses, or another shape comes out."""
@@ -120,30 +162,44 @@ class Evaluator:
         }
         try:
             made = step.function(**tensors, **step.fixed)
-        except (RuntimeError, ValueError, IndexError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             raise CheckFailed(
                 f"the reference evaluator cannot compute {operation.name} ({operation.op_type}): {error}"
             ) from error
         found = []
-        for value, half, output in zip(
-            made if isinstance(made, tuple) else (made,), step.halves, operation.outputs, strict=True
-        ):
-            if tuple(value.shape) != tuple(output.shape or ()):
+        for value, output in zip(made if isinstance(made, tuple) else (made,), step.outputs, strict=True):
+            if not output.fits(value):
                 raise CheckFailed(
                     f"{operation.name} ({operation.op_type}) came out as {tuple(value.shape)}, and the package says "
-                    f"{tuple(output.shape)}: a fault of targets/_mil, or of the package"
+                    f"{output}: a fault of targets/_mil, or of the package"
                 )
-            found.append(value.half().float() if half and self.rounding == "fp16" else value)
+            found.append(output.rounded(value, self.rounding))
         return found
 
 
 @cache
-def _parameters(function: Function) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of a function's tensors, and those of its attributes."""
-    kinds: dict[bool, list[str]] = {True: [], False: []}
+def _parameters(function: Function) -> tuple[tuple[str, ...], Mapping[str, object]]:
+    """The names of a function's tensors, and its attributes with the value of each where the program has none."""
+    tensors, attributes = [], {}
     for name, parameter in inspect.signature(function).parameters.items():
-        kinds[parameter.kind is parameter.KEYWORD_ONLY].append(name)
-    return tuple(kinds[False]), tuple(kinds[True])
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            attributes[name] = None if parameter.default is parameter.empty else parameter.default
+        else:
+            tensors.append(name)
+    return tuple(tensors), attributes
+
+
+def _fixed(operation: Any, attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """The attributes as plain Python: of what MIL keeps in numpy's types."""
+    for name, default in attributes.items():
+        value = getattr(operation, name, None)
+        if value is not None and value.val is None:
+            raise CheckFailed(
+                f"{operation.name} ({operation.op_type}) computes its {name} while it runs; the reference evaluator "
+                "takes it from a constant: export the model with fixed sizes"
+            )
+        found = default if value is None else value.val
+        yield name, found.tolist() if isinstance(found, np.ndarray | np.generic) else found
 
 
 def _inputs(operation: Any) -> Iterator[Any]:
@@ -162,20 +218,34 @@ def _names(value: Any) -> str | list[str]:
     return [each.name for each in value] if isinstance(value, list | tuple) else value.name
 
 
+def _listed(found: str | list[str]) -> list[str]:
+    return [found] if isinstance(found, str) else found
+
+
+def _is_fed(value: Any) -> bool:
+    """Whether it is an input of the program."""
+    return value.op is None and value.val is None
+
+
 def _is_constant(value: Any) -> bool:
-    return value.op is None or value.op.op_type == "const" if value.val is not None else False
+    return value.val is not None and (value.op is None or value.op.op_type == "const")
 
 
-def _is_half(output: Any) -> bool:
+def _constant_names(operation: Any) -> set[str]:
+    return {value.name for value in _inputs(operation) if _is_constant(value)}
+
+
+def _declared(value: Any) -> _Declared:
     from coremltools.converters.mil.mil import types
 
-    return bool(output.dtype == types.fp16)
-
-
-def _python(value: Any) -> Any:
-    """An attribute as plain Python: what MIL keeps in numpy's types."""
-    found = getattr(value, "val", value)
-    return found.tolist() if isinstance(found, np.ndarray | np.generic) else found
+    sizes = None if types.is_dict(value.sym_type) else value.shape
+    is_number = types.is_float(value.dtype) or types.is_int(value.dtype) or types.is_bool(value.dtype)
+    return _Declared(
+        name=value.name,
+        shape=None if sizes is None else tuple(None if types.symbolic.is_symbolic(n) else int(n) for n in sizes),
+        dtype=_tensor(np.zeros((), types.nptype_from_builtin(value.dtype))).dtype if is_number else None,
+        half=value.dtype == types.fp16,
+    )
 
 
 def _tensor(constant: Any) -> Tensor:

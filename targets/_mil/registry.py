@@ -15,7 +15,8 @@ def operator(*names: str) -> Callable[[Function], Function]:
 
     Its parameters are called as the operator's inputs. Those before the `*` arrive as tensors (a list of them where MIL
     takes several values; None where an optional one is not given), those after it as Python values: numbers, strings,
-    booleans, lists. Where the program leaves one out, MIL's own default arrives.
+    booleans, lists. Where the program leaves one out, MIL's own default arrives; where an older version of the operator
+    has no such input, the default of the function, or None.
 
     Floating-point tensors arrive in float32, whatever type the program gives them, and are rounded to that type by
     the evaluator when they leave. Integers and booleans arrive in their own type, uint16 and uint32 in int32 and int64.
