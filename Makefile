@@ -14,17 +14,21 @@ SIZE    ?=
 BATCH   ?= 1
 DEVICE  ?= local
 SEED    ?= 0
+FORM    ?= tokens
 INTERFACE  ?= tensor
 DEPLOYMENT ?=
 MODELS  ?=
+SIZES   ?=
+RECIPES ?=
 PYTHON  ?= python3.11
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
-VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED INTERFACE DEPLOYMENT MODELS
+VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
-      --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --interface="$$INTERFACE" --deployment="$$DEPLOYMENT"
+      --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
+      --interface="$$INTERFACE" --deployment="$$DEPLOYMENT"
 
 # Caches of libraries stay in the checkout, too.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
@@ -36,8 +40,8 @@ PIPELINE := $(VENV)/bin/python -m pipeline
 READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help engine calibrate qat verify profile dashboard explain lint-model models targets zoo bench test lint \
-        setup lock system-packages clean
+.PHONY: help engine multifunction calibrate qat verify profile dashboard explain lint-model placement models targets \
+        zoo bench bench-coreml test lint setup lock system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -45,10 +49,15 @@ help: ## this list
 	@echo "Variables, with their defaults: MODEL=mobilevit_xs TARGET=cpu RECIPE=int8_qat (fp32 fp16 int8_ptq int8_qat)"
 	@echo "  MODEL= (one of make models; or <file>.py:<function>; or timm:<name>)"
 	@echo "  DATA=digits (or a folder of class folders) SIZE= BATCH=1 SEED=0"
+	@echo "  FORM=tokens (or channels: as the Neural Engine computes a MobileViT, CoAtNet or Swin best)"
+	@echo "  TARGET=coreml also: RECIPE= w8a16 w4a16 palette6 palette4; INTERFACE=tensor (image classifier); DEPLOYMENT=iOS17"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
 	@$(PIPELINE) engine $(RUN)
+
+multifunction: $(READY) ## one Core ML package with a function for each of SIZES="64 128" and RECIPES="fp16 int8_qat"
+	@$(PIPELINE) multifunction $(RUN) --sizes="$$SIZES" --recipes="$$RECIPES"
 
 calibrate: $(READY) ## stop after INT8 calibration (PTQ) and say what it costs in accuracy
 	@$(PIPELINE) calibrate $(RUN)
@@ -71,6 +80,9 @@ explain: $(READY) ## which stages would be reused, and what changed for the othe
 lint-model: $(READY) ## what accelerators refuse in MODEL, or run slowly: module, line, reason, remedy
 	@$(PIPELINE) lint-model $(RUN)
 
+placement: $(READY) ## what speaks against the Neural Engine in the Core ML package of MODEL and RECIPE, operator by operator
+	@$(PIPELINE) placement $(RUN)
+
 models: $(READY) ## the models, with parameters, MACs and published accuracy
 	@$(PIPELINE) models
 
@@ -82,6 +94,10 @@ zoo: $(READY) ## build every published model up to 60 M parameters at full size 
 
 bench: $(READY) ## the table of the README: a small model of every family, four recipes, four targets (an hour)
 	@$(VENV)/bin/python -m tests.bench
+
+bench-coreml: $(READY) ## the README's Core ML tables: what packages answer without a Mac, and what speaks against the Neural Engine
+	@$(VENV)/bin/python -m tests.bench_coreml $(MODELS)
+	@$(VENV)/bin/python -m tests.bench_placement
 
 test: $(READY) ## the tests (a few minutes)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from models.spec import ModelSpec, Preprocess, Sizes
+from models.spec import Form, ModelSpec, Preprocess, Sizes
+
+_BOTH: tuple[Form, ...] = ("tokens", "channels")
 
 
-def _mini(name: str, preprocess: Preprocess, sizes: Sizes, parameters: int, macs: int) -> ModelSpec:
+def _mini(
+    name: str,
+    preprocess: Preprocess,
+    sizes: Sizes,
+    parameters: int,
+    macs: int,
+    *,
+    forms: tuple[Form, ...] = ("tokens",),
+) -> ModelSpec:
     """A variant of our own for small images, called after its family."""
     return ModelSpec(
         name=name,
@@ -23,6 +33,7 @@ def _mini(name: str, preprocess: Preprocess, sizes: Sizes, parameters: int, macs
         top1=None,
         source="a small variant of our own, counted with 10 classes",
         classes=10,
+        forms=forms,
     )
 
 
@@ -45,6 +56,7 @@ def _mobilevit() -> Iterator[ModelSpec]:
             top1=top1,
             source="timm results-imagenet.csv, cvnets_in1k weights",
             hub=f"timm/{name}.cvnets_in1k",
+            forms=_BOTH,
         )
 
 
@@ -126,6 +138,7 @@ def _coatnet() -> Iterator[ModelSpec]:
             top1=top1,
             source=f"{source}, {weights} weights" if weights else source,
             hub=f"timm/{name}_224.{weights}" if weights else None,
+            forms=_BOTH,
         )
     yield _mini(
         "coatnet_mini",
@@ -133,6 +146,7 @@ def _coatnet() -> Iterator[ModelSpec]:
         Sizes(multiple_of=16, minimum=32, maximum=256),
         513_286,
         28_349_696,
+        forms=_BOTH,
     )
 
 
@@ -228,8 +242,16 @@ def _swin() -> Iterator[ModelSpec]:
             top1=top1,
             source=f"timm results-imagenet.csv, {weights} weights",
             hub=f"timm/swin_{published}.{weights}",
+            forms=_BOTH,
         )
-    yield _mini("swin_mini", Preprocess(size=64, crop=0.9), Sizes(multiple_of=64, minimum=64), 568_198, 21_234_944)
+    yield _mini(
+        "swin_mini",
+        Preprocess(size=64, crop=0.9),
+        Sizes(multiple_of=64, minimum=64),
+        568_198,
+        21_234_944,
+        forms=_BOTH,
+    )
 
 
 def _acmix() -> Iterator[ModelSpec]:

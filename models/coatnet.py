@@ -9,6 +9,7 @@ the dropout of relative biases, regularizers of the training from scratch, are n
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models._layers import GlobalMean, attend, initialize
+from models._layers import ChannelNorm, GlobalMean, attend, attend_by_head, initialize, projections
 
 _HEAD_DIM = 32
 _EXPANSION = 4  # of inverted residuals and of MLPs
@@ -282,6 +283,12 @@ class LayerScale(nn.Module):
         return x * self.gamma.reshape(1, -1, 1, 1)
 
 
+class QueryKeyValue(nn.Conv2d):
+    """The three projections of an attention in one convolution. Channels are ordered by head first, then by query, key
+    and value.
+    """
+
+
 class Attention(nn.Module):
     """Multi-head self-attention between all places of a map (N, C, H, W), in rank 4 throughout."""
 
@@ -289,7 +296,7 @@ class Attention(nn.Module):
         super().__init__()
         self.dim = inputs if design.rw else outputs
         self.heads = self.dim // _HEAD_DIM
-        self.qkv = nn.Conv2d(inputs, 3 * self.dim, 1)
+        self.qkv = QueryKeyValue(inputs, 3 * self.dim, 1)
         self.rel_pos = (
             RelativeTable(grid, self.heads) if design.position is None else RelativeMlp(design.position, self.heads)
         )
@@ -297,7 +304,6 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, height, width = x.shape
-        # Channels are ordered by head first, then by query, key and value.
         heads = self.qkv(x).reshape(-1, self.heads, 3 * _HEAD_DIM, height * width).transpose(2, 3)
         query, key, value = heads.split(_HEAD_DIM, 3)  # each (N, heads, H * W, head_dim)
         answers = attend(query, key, value, self.rel_pos(height, width)).transpose(2, 3)
@@ -355,3 +361,56 @@ def by_pairs(values: Tensor, height: int, width: int) -> Tensor:
     right = (columns[:, None] - columns + width - 1).reshape(1, width, 1, width)
     index = (down * (2 * width - 1) + right).flatten()
     return values[index].T.reshape(1, -1, height * width, height * width)
+
+
+# --- The channels form ----------------------------------------------------------------------------------------------
+
+
+class ChannelProjections(QueryKeyValue):
+    """Queries, keys and values of a map as three 1x1 convolutions: (N, C, H, W) -> three of (N, dim, H, W)."""
+
+    def forward(self, x: Tensor, heads: int) -> tuple[Tensor, ...]:  # type: ignore[override]
+        assert self.bias is not None
+        return projections(x, self.weight.flatten(1), self.bias, _HEAD_DIM**-0.5, runs=heads)
+
+
+class ChannelAttention(Attention):
+    """Multi-head self-attention between all places of a square map, laid out as (N, C, 1, places)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x, self.heads)
+        side = math.isqrt(x.shape[3])
+        return self.proj(  # type: ignore[no-any-return]
+            attend_by_head(query, key, value, self.heads, self.rel_pos(side, side))
+        )
+
+
+class ChannelBlock(TransformerBlock):
+    """As `TransformerBlock`, on square maps laid out as (N, C, 1, places); where it pools, as maps, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm1, nn.Sequential):  # it pools
+            x = square(x)
+        x = flat(self.shortcut(x)) + self.ls1(self.attn(flat(self.norm1(x))))
+        return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+def flat(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, 1, H * W)."""
+    _, channels, height, width = x.shape
+    return x if height == 1 else x.reshape(-1, channels, 1, height * width)
+
+
+def square(x: Tensor) -> Tensor:
+    """The inverse of `flat` for a square map, which may be one already."""
+    _, channels, height, width = x.shape
+    side = math.isqrt(height * width)
+    return x if height == side else x.reshape(-1, channels, side, side)
+
+
+CHANNELS: dict[type[nn.Module], type[nn.Module]] = {
+    LayerNorm2d: ChannelNorm,
+    QueryKeyValue: ChannelProjections,
+    Attention: ChannelAttention,
+    TransformerBlock: ChannelBlock,
+}

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import BadRequest, CannotRunHere
-from models.spec import ModelSpec, Preprocess, Sizes
+from models.spec import Form, ModelSpec, Preprocess, Sizes
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -68,7 +68,7 @@ class External(ModelSpec):
     def asked(self) -> str:
         return self.request
 
-    def build(self, classes: int) -> nn.Module:
+    def build(self, classes: int, form: Form = "tokens") -> nn.Module:
         """The float model with random weights, in training mode. Raises BadRequest where their code does not."""
         from torch import nn
 
@@ -141,7 +141,7 @@ def _of_file(request: str, source: str, name: str) -> ModelSpec:
     if problem := _problem(spec):
         raise BadRequest(f"MODEL={request}: the ModelSpec of {name} {problem}")
     given = {item.name: getattr(spec, item.name) for item in fields(ModelSpec)}
-    given |= {"name": _clean(spec.name), "network": f"{file.stem}:{name}"}
+    given |= {"name": _clean(spec.name), "network": f"{file.stem}:{name}", "forms": ("tokens",)}
     return FromFile(**given, request=request, folder=file.parent, file=file)
 
 

@@ -11,8 +11,18 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from models._layers import Attention, ConvNormAct, initialize
+from models._layers import (
+    Attention,
+    ChannelAttention,
+    ChannelNorm,
+    ChannelProjections,
+    ConvNormAct,
+    Pointwise,
+    QueryKeyValue,
+    initialize,
+)
 from models.checkpoint import Format
 
 _PATCH = 2  # pixels a side, in every stage
@@ -195,3 +205,28 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+
+# --- The channels form ----------------------------------------------------------------------------------------------
+
+
+class ChannelBlock(MobileViTBlock):
+    """As `MobileViTBlock`, with transformers on maps (N, dim, 4, patches): one row for each place in the patch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        local = self.conv_1x1(self.conv_kxk(x))
+        _, dim, height, width = local.shape
+        rows, columns = height // _PATCH, width // _PATCH
+        unfolded = functional.pixel_unshuffle(local, _PATCH).reshape(-1, dim, _PATCH**2, rows * columns)
+        answers = self.norm(self.transformer(unfolded)).reshape(-1, dim * _PATCH**2, rows, columns)
+        folded = functional.pixel_shuffle(answers, _PATCH)
+        return self.conv_fusion(torch.cat((x, self.conv_proj(folded)), 1))  # type: ignore[no-any-return]
+
+
+CHANNELS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Pointwise,
+    nn.LayerNorm: ChannelNorm,
+    QueryKeyValue: ChannelProjections,
+    Attention: ChannelAttention,
+    MobileViTBlock: ChannelBlock,
+}

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
     from models.checkpoint import Format
 
+# How a network is laid out: `tokens` as it was published, with linear layers on (N, length, channels); `channels` as
+# Apple's Neural Engine computes it best, with 1x1 convolutions on (N, channels, rows, length) and attention head by
+# head. Both have the same parameters and give the same logits.
+Form = Literal["tokens", "channels"]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -75,6 +80,7 @@ class ModelSpec:
     # Repository on the Hugging Face Hub whose `model.safetensors` WEIGHTS=timm loads; None where there is none.
     hub: str | None = field(default=None, compare=False)
     classes: int = field(default=1000, compare=False)  # that `parameters` and `macs` are counted with
+    forms: tuple[Form, ...] = field(default=("tokens",), compare=False)  # that the network can be built in
 
     @property
     def module(self) -> str:
@@ -101,9 +107,15 @@ class ModelSpec:
         found: tuple[Format, ...] = getattr(self._imported(), "FORMATS", ())
         return found
 
-    def build(self, classes: int) -> nn.Module:
-        """The float model with random weights, in training mode."""
-        return cast("nn.Module", getattr(self._imported(), self.network.partition(":")[2])(classes))
+    def build(self, classes: int, form: Form = "tokens") -> nn.Module:
+        """The float model with random weights, in training mode. `form` is one of `forms`."""
+        module = self._imported()
+        network = cast("nn.Module", getattr(module, self.network.partition(":")[2])(classes))
+        if form == "channels":
+            from models._layers import recast
+
+            recast(network, module.CHANNELS)
+        return network
 
     def head(self) -> frozenset[str]:
         """The keys of the model whose shape follows the number of classes."""

@@ -13,7 +13,16 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from models._layers import Mlp, attend, initialize
+from models._layers import (
+    ChannelNorm,
+    ChannelProjections,
+    Mlp,
+    Pointwise,
+    QueryKeyValue,
+    attend,
+    attend_by_head,
+    initialize,
+)
 from models.checkpoint import Format
 
 _TABLES = r"layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)"  # which follow from window and map
@@ -166,7 +175,7 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_positions(window), persistent=False)
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = QueryKeyValue(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -177,7 +186,7 @@ class WindowAttention(nn.Module):
         _, length, channels = projected.shape
         parts = projected.reshape(-1, length, 3 * self.heads, self.head_dim).transpose(1, 2)
         query, key, value = torch.split(parts, self.heads, 1)  # each (N * windows, heads, length, head_dim)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)
+        bias = self.bias()
         if mask is not None:
             # The heads of all windows of an image in one axis: one bias (1, windows * heads, length, length) serves
             # every image, and no tensor has more than four axes.
@@ -185,6 +194,10 @@ class WindowAttention(nn.Module):
             query, key, value = (part.reshape(-1, bias.shape[1], length, self.head_dim) for part in (query, key, value))
         answers = attend(query, key, value, bias).reshape(-1, self.heads, length, self.head_dim)
         return answers.transpose(1, 2).reshape(-1, length, channels // 3)
+
+    def bias(self) -> Tensor:
+        """What is added to the logits of every window: (1, heads, length, length)."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)
 
 
 def relative_positions(window: int) -> Tensor:
@@ -222,15 +235,98 @@ def merge(x: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(-1, height, width, channels)
 
 
-def roll(x: Tensor, shift: int) -> Tensor:
+def roll(x: Tensor, shift: int, axes: tuple[int, int] = (1, 2)) -> Tensor:
     """Move a map (N, H, W, C) up and to the left by `shift` (down and right where negative); what leaves it at one edge
     comes back at the other. (`torch.roll` becomes a gather in ONNX, and worse in Core ML.)
+
+    `axes`: those of height and width.
     """
-    x = torch.cat((x[:, shift:], x[:, :shift]), 1)
-    return torch.cat((x[:, :, shift:], x[:, :, :shift]), 2)
+    for axis in axes:
+        before = (slice(None),) * axis
+        x = torch.cat((x[(*before, slice(shift, None))], x[(*before, slice(shift))]), axis)
+    return x
 
 
 def neighbours(x: Tensor) -> Tensor:
     """The tokens of each 2x2 square side by side, down before right: (N, H, W, C) -> (N, H / 2, W / 2, 4 * C)."""
     _, height, width, channels = x.shape
     return x.reshape(-1, 2, width, channels).transpose(1, 2).reshape(-1, height // 2, width // 2, 4 * channels)
+
+
+# --- The channels form ----------------------------------------------------------------------------------------------
+
+
+class ChannelSwin(Swin):
+    """As `Swin`, with every map (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layers(self.patch_embed(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class ChannelEmbedding(PatchEmbedding):
+    """Patches of an image as places of a map: (N, 3, H, W) -> (N, dim, H / patch, W / patch)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))  # type: ignore[no-any-return]
+
+
+class ChannelMerging(PatchMerging):
+    """Four neighbours become one place: (N, dim, H, W) -> (N, 2 * dim, H / 2, W / 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        corners = [x[:, :, row::2, column::2] for column in range(2) for row in range(2)]  # down before right
+        return self.reduction(self.norm(torch.cat(corners, 1)))  # type: ignore[no-any-return]
+
+
+class ChannelBlock(Block):
+    """As `Block`, on a map (N, dim, H, W), all of it computed on windows (N, dim, windows, window ** 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        mask = None
+        shift = self.shift if min(height, width) > self.window else 0
+        if shift:
+            x = roll(x, shift, (2, 3))
+            mask = shift_mask(height, width, self.window, shift, x.device)
+        x = channel_partition(x, self.window)
+        x = x + self.attn(self.norm1(x), mask)
+        x = channel_merge(x + self.mlp(self.norm2(x)), height, width)
+        return roll(x, -shift, (2, 3)) if shift else x
+
+
+class ChannelWindowAttention(WindowAttention):
+    """As `WindowAttention`, on windows (N, dim, windows, length)."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        query, key, value = self.qkv(x, self.head_dim**-0.5)
+        bias = self.bias() if mask is None else mask.unsqueeze(1) + self.bias()
+        return self.proj(attend_by_head(query, key, value, self.heads, bias))  # type: ignore[no-any-return]
+
+
+def channel_partition(x: Tensor, window: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, windows, window ** 2), in rank 4 and with the last axis in its place."""
+    _, channels, height, width = x.shape
+    if width > window:
+        x = x.reshape(-1, window, width // window, window).transpose(1, 2)  # (N * C * H / window, windows, ...)
+    return x.reshape(-1, channels, height * width // window**2, window**2)
+
+
+def channel_merge(x: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `channel_partition`: (N, C, windows, window ** 2) -> (N, C, height, width)."""
+    _, channels, _, length = x.shape
+    window = round(length**0.5)
+    if width > window:
+        x = x.reshape(-1, width // window, window, window).transpose(1, 2)
+    return x.reshape(-1, channels, height, width)
+
+
+CHANNELS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Pointwise,
+    nn.LayerNorm: ChannelNorm,
+    QueryKeyValue: ChannelProjections,
+    WindowAttention: ChannelWindowAttention,
+    Block: ChannelBlock,
+    PatchMerging: ChannelMerging,
+    PatchEmbedding: ChannelEmbedding,
+    Swin: ChannelSwin,
+}

@@ -28,7 +28,7 @@ import targets
 from calibration.recipe import WeightOnly
 from models import external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
-from models.spec import ModelSpec
+from models.spec import Form, ModelSpec
 from pipeline import surroundings, verbs
 from pipeline.stages import Run
 from targets.base import Customizes, Interface
@@ -46,8 +46,11 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
     "profile": verbs.profile,
     "explain": verbs.explain,
     "lint-model": verbs.lint_model,
+    "placement": verbs.placement,
 }
+_ON_SEVERAL = ("zoo", "multifunction")
 _INTERFACES: Mapping[str, Interface] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
+_FORMS: Mapping[str, Form] = {"tokens": "tokens", "channels": "channels"}
 _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
 _LONGEST_NUMBER = 12  # digits
@@ -73,9 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = request.models.replace(",", " ").split()
             chosen = [pick("model", name, models.ALL, variable="MODELS") for name in names]
             answer |= verbs.zoo(chosen, request.store)
+        elif request.verb == "multifunction":
+            answer |= {"model": request.model, "target": request.target, "recipe": request.recipes or request.recipe}
+            runs = read_several(request)
+            answer |= {"target": runs[0].target.name}
+            answer |= verbs.multifunction(runs, request.store)
         else:
             answer |= {"model": request.model, "target": request.target, "recipe": request.recipe}
-            carry_out = pick("verb", request.verb, _ON_RUNS, also=(*_LISTINGS, *_REPORTS, "zoo"))
+            carry_out = pick("verb", request.verb, _ON_RUNS, also=(*_LISTINGS, *_REPORTS, *_ON_SEVERAL))
             run = read(request)
             answer |= {"target": run.target.name}
             answer |= carry_out(run, request.store)
@@ -100,7 +108,8 @@ def read(request: argparse.Namespace) -> Run:
     model = external.find(request.model) or pick("model", request.model, models.ALL)
     recipe = pick("recipe", request.recipe, calibration.recipe.ALL)
     aliases = {alias: targets.ALL[name] for alias, name in targets.ALIASES.items()}
-    target = pick("target", request.target, targets.ALL | aliases)
+    named = "coreml" if request.verb == "placement" else request.target  # no other target has a Neural Engine
+    target = pick("target", named, targets.ALL | aliases)
     seed = number("SEED", request.seed, 0, _LARGEST_SEED)
     data = calibration.data.load(request.data, seed)
     # What is wrong with a network is asked of the size that it was made for: the digits' is small, for their sake.
@@ -132,9 +141,25 @@ def read(request: argparse.Namespace) -> Run:
         weights=weights_of(model, request.weights) if request.weights else None,
         batch=batch,
         seed=seed,
+        form=form_of(model, request.form),
         interface=interface,
         deployment=deployment,
     )
+
+
+def read_several(request: argparse.Namespace) -> list[Run]:
+    """A run for each of RECIPES at each of SIZES. Raises BadRequest as `read` does."""
+    recipes, sizes = (text.replace(",", " ").split() for text in (request.recipes, request.sizes))
+    for name in recipes:
+        pick("recipe", name, calibration.recipe.ALL, variable="RECIPES")
+    model = external.find(request.model) or pick("model", request.model, models.ALL)
+    for size in sizes:
+        size_for(model, size, variable="SIZES")
+    return [
+        read(argparse.Namespace(**vars(request) | {"recipe": recipe, "size": size}))
+        for recipe in recipes or [request.recipe]
+        for size in sizes or [request.size]
+    ]
 
 
 def weights_of(model: ModelSpec, text: str) -> Path:
@@ -150,6 +175,18 @@ def weights_of(model: ModelSpec, text: str) -> Path:
             f"WEIGHTS={text}: there is no such file; give a .safetensors, .pt or .pth checkpoint, or `timm`"
         )
     return file
+
+
+def form_of(model: ModelSpec, text: str) -> Form:
+    """The form in `text`. Raises BadRequest where there is none of that name, or the model has it not."""
+    form = pick("form", text, _FORMS)
+    if form not in model.forms:
+        families = dict.fromkeys(spec.family for spec in models.ALL.values() if form in spec.forms)
+        raise BadRequest(
+            f"FORM={form}: {model.name} has no such form, only {', '.join(model.forms)}; these families have it: "
+            f"{', '.join(families)}"
+        )
+    return form
 
 
 def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] = (), variable: str | None = None) -> T:
@@ -170,15 +207,15 @@ def number(name: str, text: str, lowest: int, highest: int) -> int:
     return found
 
 
-def size_for(model: ModelSpec, text: str) -> int:
+def size_for(model: ModelSpec, text: str, *, variable: str = "SIZE") -> int:
     """The input side in `text`. Raises BadRequest naming the nearest sides that the architecture takes."""
     sizes = model.sizes
     size = _whole(text) or 0
     if size not in sizes:
-        nearest = " or ".join(f"SIZE={near}" for near in sizes.nearest(size))
+        nearest = " or ".join(f"{variable}={near}" for near in sizes.nearest(size))
         lowest, highest = sizes.nearest(sizes.minimum)[0], sizes.nearest(sizes.maximum)[-1]
         raise BadRequest(
-            f"SIZE={text}: {model.name} takes sides from {lowest} to {highest} pixels that are multiples of "
+            f"{variable}={text}: {model.name} takes sides from {lowest} to {highest} pixels that are multiples of "
             f"{sizes.multiple_of}; the nearest: {nearest}"
         )
     return size
@@ -200,7 +237,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("verb", metavar="VERB", help=", ".join((*_LISTINGS, *_REPORTS, "zoo", *_ON_RUNS)))
+    parser.add_argument("verb", metavar="VERB", help=", ".join((*_LISTINGS, *_REPORTS, *_ON_SEVERAL, *_ON_RUNS)))
     # An empty value means the default: the Makefile passes every variable, set or not.
     for name, default in (
         ("model", "mobilevit_xs"),
@@ -212,9 +249,12 @@ def _parser() -> argparse.ArgumentParser:
         ("batch", "1"),
         ("device", "local"),
         ("seed", "0"),
+        ("form", "tokens"),
         ("interface", "tensor"),
         ("deployment", ""),
         ("models", ""),
+        ("sizes", ""),
+        ("recipes", ""),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")

@@ -18,12 +18,17 @@ from typing import Final, TypeAlias, TypeVar
 import jinja2
 
 from calibration import recipe as recipes
+from pipeline.placement import Share, costliest, shares
 from pipeline.results import Row
+from targets.base import Placement
 
 FIRST_COMMAND: Final = "make profile MODEL=mobilevit_xs TARGET=cpu"
 
 # Top-1 must stay at 99 % of the float model's. Source: MLPerf inference rules, accuracy target of ResNet-50.
 KEPT_ACCURACY: Final = 0.99
+
+_COSTLIEST: Final = 8  # operators that are shown of a plan
+_KINDS: Final = 5  # types of operators that are named for a unit
 
 _TEMPLATE: Final = "dashboard.html.j2"
 _DASH: Final = "\N{EN DASH}"
@@ -99,6 +104,18 @@ class Entry:
     best_device: bool  # of all devices for this model and recipe, at this size and batch
 
     @property
+    def start(self) -> list[tuple[str, str]]:
+        """What came before the first timed query, and where the operators run, as name-value pairs."""
+        times = (("loading, ms", self.row.load_ms), ("first query, ms", self.row.first_ms))
+        return [(name, _ms(value)) for name, value in times if value is not None] + [
+            (f"operators, {unit}", _share(share)) for unit, share in shares(self.row.plan or ()).items()
+        ]
+
+    @property
+    def costliest(self) -> list[Placement]:
+        return costliest(self.row.plan or (), _COSTLIEST)
+
+    @property
     def mark(self) -> str:
         """The name of the symbol and colour that stand for the recipe."""
         return self.row.recipe if self.row.recipe in _MARKS else "other"
@@ -163,12 +180,16 @@ class Section:
             yield from group.entries
 
     @property
+    def has_units(self) -> bool:
+        return any(entry.row.unit for entry in self.entries())
+
+    @property
     def invalid(self) -> int:
         return sum(not entry.row.summary.valid for entry in self.entries())
 
 
 # A cell is what is measured again and again: everything a person chooses, on one device.
-Cell: TypeAlias = tuple[str, str, str, str, int, int, int | None]
+Cell: TypeAlias = tuple[str, str, str, str, int, int, int | None, str | None]
 
 _RECIPE_ORDER: Final = {name: place for place, name in enumerate(recipes.ALL)}
 _MARKS: Final = ("fp32", "fp16", "int8_ptq", "int8_qat", "other")  # the symbols that the template draws
@@ -214,16 +235,16 @@ def _when(row: Row) -> tuple[str, int]:
 
 
 def _cell(row: Row) -> Cell:
-    return row.target, row.device, row.model, row.recipe, row.size, row.batch, row.threads
+    return row.target, row.device, row.model, row.recipe, row.size, row.batch, row.threads, row.unit
 
 
 def _model_of(row: Row) -> str:
     return row.model
 
 
-def _line_order(row: Row) -> tuple[int, int, int, str, int]:
+def _line_order(row: Row) -> tuple[int, int, int, str, int, str]:
     place = _RECIPE_ORDER.get(row.recipe, len(_RECIPE_ORDER))
-    return row.size, row.batch, place, row.recipe, row.threads or 0
+    return row.size, row.batch, place, row.recipe, row.threads or 0, row.unit or ""
 
 
 def _best_devices(latest: Sequence[Row]) -> Iterator[Row]:
@@ -259,11 +280,15 @@ def _bar(row: Row, scale: float) -> Bar:
 
 
 def _speedup(row: Row, lines: Sequence[Row]) -> str:
-    same = (row.size, row.batch, row.threads)
-    base = [other for other in lines if other.recipe == "fp32" and (other.size, other.batch, other.threads) == same]
+    base = [other for other in lines if other.recipe == "fp32" and _setting(other) == _setting(row)]
     if not base or row.recipe == "fp32" or not (base[0].summary.valid and row.summary.valid):
         return _DASH
     return f"{base[0].summary.p50_ms / row.summary.p50_ms:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def _setting(row: Row) -> tuple[object, ...]:
+    """What must be equal where recipes are compared."""
+    return row.size, row.batch, row.threads, row.unit
 
 
 def _delta(row: Row) -> str:
@@ -320,11 +345,12 @@ def _scatter(entries: Sequence[Entry]) -> Scatter | None:
 def _trails(points: Sequence[Point]) -> tuple[Trail, ...]:
     taken: list[tuple[float, float]] = []
     trails = []
-    together = _by(points, lambda point: (point.entry.row.model, point.entry.row.size, point.entry.row.batch))
-    several = len(together) > len({model for model, _, _ in together})
-    for (model, size, batch), same in together.items():
+    together = _by(points, lambda point: _trail_of(point.entry.row))
+    several = len({key[:3] for key in together}) > len({model for model, *_ in together})
+    for (model, size, batch, unit), same in together.items():
         path = tuple(sorted(same, key=lambda point: point.x))
         label = f"{model} ({size} px, batch {batch})" if several else model
+        label = f"{label} {unit}" if unit else label
         crowded = path[-1].x > Scatter.RIGHT - 9 - 7 * len(label)  # no room on the right, at 7 px a letter: go above
         x, y = (path[-1].x + 5, path[-1].y - 10) if crowded else (path[-1].x + 9, path[-1].y + 4)
         while any(abs(y - other_y) < 13 and abs(x - other_x) < 150 for other_x, other_y in taken):
@@ -333,6 +359,10 @@ def _trails(points: Sequence[Point]) -> tuple[Trail, ...]:
         anchor = "end" if crowded else "start"
         trails.append(Trail(label=label, label_x=round(x, 1), label_y=round(y, 1), anchor=anchor, points=path))
     return tuple(trails)
+
+
+def _trail_of(row: Row) -> tuple[str, int, int, str | None]:
+    return row.model, row.size, row.batch, row.unit
 
 
 Axis: TypeAlias = tuple[Callable[[float], float], tuple[tuple[float, str], ...]]
@@ -369,6 +399,13 @@ def _ms(value: float) -> str:
     """Milliseconds with three significant digits, and never fewer than the unit."""
     digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 1000 else 0
     return f"{value:.{digits}f}"
+
+
+def _share(share: Share) -> str:
+    """One unit's part of a plan: how many operators, how much of the cost, and the most frequent types."""
+    kinds = [f"{kind} {count}" for kind, count in share.kinds.items()]
+    more = ", \N{HORIZONTAL ELLIPSIS}" if len(kinds) > _KINDS else ""
+    return f"{share.operators} ({share.cost:.1%} of the cost): {', '.join(kinds[:_KINDS])}{more}"
 
 
 def _percent(value: float | None) -> str:

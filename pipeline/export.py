@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -130,6 +130,7 @@ def _converted(program: ExportedProgram) -> ModelProto:
             opset_version=OPSET,
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
+            custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
@@ -147,6 +148,20 @@ def _converted(program: ExportedProgram) -> ModelProto:
             if dim.dim_param == batch:
                 dim.dim_param = "batch"  # rather than the tracer's "s77"
     return model
+
+
+def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:
+    """`torch.pixel_unshuffle` in ONNX: (N, C, H, W) -> (N, C * factor ** 2, H / factor, W / factor), one channel at a
+    time, for which the order of SpaceToDepth is that of torch. (torch.onnx would write it with tensors of rank 6.)
+    """
+    import onnxscript
+
+    onnx: Any = onnxscript.opset20
+    _, channels, height, width = x.shape
+    blocks = [channels * downscale_factor**2, height // downscale_factor, width // downscale_factor]
+    planes = onnx.Reshape(x, onnx.Constant(value_ints=[-1, 1, height, width]))
+    found = onnx.SpaceToDepth(planes, blocksize=downscale_factor)
+    return onnx.Reshape(found, onnx.Constant(value_ints=[-1, *blocks]))
 
 
 def _simplified(model: ModelProto) -> ModelProto:

@@ -227,16 +227,6 @@ def _dynamic_shapes(graph: GraphModule) -> Iterator[Hit]:
                 yield node, f"{_operator(node)} of a shape that depends on values"
 
 
-def _without_converter(graph: GraphModule) -> Iterator[Hit]:
-    for node in _operators(graph, {"pad", "channel_shuffle", "max_pool2d"}):
-        if _operator(node) == "channel_shuffle":
-            yield node, "channel_shuffle"
-        elif _operator(node) == "pad" and _argument(node, "mode") == "circular":
-            yield node, "circular padding"
-        elif _operator(node) == "max_pool2d" and not _argument(node, "stride"):
-            yield node, "max_pool2d without a stride"
-
-
 def _shape_arithmetic(graph: GraphModule) -> Iterator[Hit]:
     """The operators on tensors that take a computed number: the computation itself has no line in the sources."""
     for node in _operators(graph):
@@ -378,13 +368,6 @@ RULES: tuple[Rule, ...] = (
         remedy="cut patches with reshape and transpose, overlapping ones with slices or a convolution of fixed weights",
     ),
     Rule(
-        name="no-converter",
-        level="error",
-        find=_without_converter,
-        reason="coremltools 9.0 does not convert it",
-        remedy="pad with a cat of slices, shuffle with reshape - transpose - reshape, name the stride of a pool",
-    ),
-    Rule(
         name="uncalibrated",
         level="error",
         find=_uncalibrated,
@@ -404,13 +387,6 @@ RULES: tuple[Rule, ...] = (
         find=_shape_arithmetic,
         reason="the batch is counted at run time, by operators on shapes that no engine fuses",
         remedy="write -1 for the batch in reshape; add a class token to a row of zeros rather than expand it",
-    ),
-    Rule(
-        name="roll",
-        level="warning",
-        find=_named("roll"),
-        reason="Core ML gathers, once an axis, and gathers leave the Neural Engine",
-        remedy="torch.cat of two slices for each axis",
     ),
     Rule(
         name="gather",
@@ -453,13 +429,6 @@ RULES: tuple[Rule, ...] = (
         find=_unquantized,
         reason="stays in float in INT8 recipes, which quantize linear, and conv2d with the same padding on both sides",
         remedy="upsample and convolve instead of transposing; pad both sides alike; conv2d of height 1 for conv1d",
-    ),
-    Rule(
-        name="log-softmax",
-        level="warning",
-        find=_named("log_softmax"),
-        reason="Core ML computes log(softmax(x)), which is -inf in FP16 for unlikely classes (coremltools issue 2728)",
-        remedy="export the logits",
     ),
     Rule(
         name="batch-norm",

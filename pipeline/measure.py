@@ -48,23 +48,26 @@ _BAR: Final = "{desc}: {percentage:3.0f}% |{bar}| {remaining} left{postfix}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimingPlan:
-    """When a measurement is finished: both floors are reached, as in LoadGen (few samples and short runs both lie).
+    """When a measurement is finished: both floors are reached, as in LoadGen (few samples and short runs both lie), or
+    where `either`, one of them.
 
-    Both floors count what the session reports, so time spent between queries (a network, the progress bar) is not
+    The floors count what the session reports, so time spent between queries (a network, the progress bar) is not
     taken for time spent on the device.
     """
 
     warmup: int = 20  # queries that are run first and forgotten
     min_queries: int = BACKED_FROM["p90"]
     min_seconds: float = 3.0  # inside timed queries
+    either: bool = False
     chunk: int = 16  # queries between two looks at the floors; a run ends up to this many queries late
 
     def __post_init__(self) -> None:
         usable = self.warmup >= 0 and self.min_queries >= 1 and self.chunk >= 1
-        if not (usable and math.isfinite(self.min_seconds) and self.min_seconds >= 0):
+        least = math.ulp(0.0) if self.either else 0.0  # a floor of no time at all would be reached before any query
+        if not (usable and math.isfinite(self.min_seconds) and self.min_seconds >= least):
             raise BadRequest(
                 f"cannot time with {self}: expected warmup >= 0, min_queries >= 1, chunk >= 1 and a finite "
-                "min_seconds >= 0; leave an option out to get its default"
+                "min_seconds >= 0 (above 0 where either floor will do); leave an option out to get its default"
             )
 
     def method(self) -> dict[str, object]:
@@ -73,6 +76,7 @@ class TimingPlan:
             "warmup": self.warmup,
             "min_queries": self.min_queries,
             "min_seconds": self.min_seconds,
+            "either": self.either,
             "chunk": self.chunk,
             "in_flight": 1,
             "percentiles": "nearest rank, as trtexec",
@@ -80,13 +84,16 @@ class TimingPlan:
 
 
 STANDARD: Final = TimingPlan()
+# Where one engine is timed on several units, one after the other: 1,000 queries or 10 s on each, whichever comes first.
+# A thousand back every percentile, and for a unit that is too slow for a thousand nobody waits.
+ON_UNITS: Final = TimingPlan(min_queries=1_000, min_seconds=10.0, either=True)
 
 
 def time_session(session: Session, images: Images, plan: TimingPlan = STANDARD) -> list[int]:
     """The latency of every query after the warm-up, in nanoseconds, in the order they ran.
 
-    `images` is one query: exactly `session.batch` preprocessed images. The bar on stderr advances with whichever floor
-    is further away. Raises CannotRunHere where the session's clock is broken.
+    `images` is one query: exactly `session.batch` preprocessed images. The bar on stderr advances with the floor that
+    the end waits for. Raises CannotRunHere where the session's clock is broken.
     """
     samples: list[int] = []
     busy_ns = 0
@@ -105,9 +112,10 @@ def time_session(session: Session, images: Images, plan: TimingPlan = STANDARD) 
 
 
 def _progress(queries: int, busy_ns: int, plan: TimingPlan) -> float:
-    """The share of the slower floor that is reached; 1.0 exactly when both are."""
+    """The share that is reached of the slower floor, or where either will do, of the faster one; 1.0 at the end."""
     of_time = busy_ns / (plan.min_seconds * 1e9) if plan.min_seconds else 1.0
-    return min(queries / plan.min_queries, of_time, 1.0)
+    floors = queries / plan.min_queries, of_time
+    return min(max(floors) if plan.either else min(floors), 1.0)
 
 
 def _timed(session: Session, images: Images, count: int) -> list[int]:
@@ -196,9 +204,12 @@ def _mean_and_cv(samples: Sequence[int]) -> tuple[float, float]:
 
 
 def _unfinished(samples: Sequence[int], plan: TimingPlan) -> Iterator[str]:
+    busy_ns = sum(samples)
+    if plan.either and _progress(len(samples), busy_ns, plan) == 1.0:
+        return
     if len(samples) < plan.min_queries:
         yield f"only {len(samples)} queries of at least {plan.min_queries}"
-    if (busy_ns := sum(samples)) < plan.min_seconds * 1e9:
+    if busy_ns < plan.min_seconds * 1e9:
         yield f"only {busy_ns / 1e9:.3f} s in timed queries of at least {plan.min_seconds:g} s"
 
 

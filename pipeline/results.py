@@ -1,4 +1,7 @@
-"""Remember every measurement for good: rows are appended to one database table and never changed or deleted."""
+"""Remember every measurement for good: rows are appended to one database table and never changed or deleted.
+
+A newer version may add columns to the table of an older one; rows from before have nothing in them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,8 +20,9 @@ from sqlalchemy import exc
 
 from models.errors import BadRequest, CannotRunHere
 from pipeline.measure import Summary
+from targets.base import Placement
 
-SCHEMA: Final = 1  # SQLite keeps it in `PRAGMA user_version`; 0 is a database that is not set up yet
+SCHEMA: Final = 2  # SQLite keeps it in `PRAGMA user_version`; 0 is a database that is not set up yet
 BUSY_MS: Final = 30_000  # how long a writer waits for another one
 
 
@@ -35,6 +39,7 @@ class Row:
     size: int  # side of the square input, in pixels
     batch: int  # images per query: latencies are per query
     threads: int | None
+    unit: str | None = None  # where the target has a choice of them (targets.base.HasUnits)
     artifact_key: str
     artifact_path: str
     method: Mapping[str, object] = field(default_factory=dict)  # TimingPlan.method()
@@ -45,6 +50,9 @@ class Row:
     top1: float | None = None  # percent, of the artifact
     float_top1: float | None = None  # percent, of the float model on the same images
     agreement: float | None = None  # percent of images on which both predict the same class
+    load_ms: float | None = None  # what came before the first timed query, where the runtime tells it apart
+    first_ms: float | None = None
+    plan: Sequence[Placement] | None = None  # where the operators run
     # `append` gives both, and ignores what is there.
     id: int | None = None
     created: str | None = None  # UTC, ISO 8601
@@ -66,7 +74,8 @@ class Results:
                 self._set_up_sqlite()
             else:
                 _METADATA.create_all(self._engine)
-            self._check_columns()
+                self._check_columns(self._engine)
+                self._add_columns()
 
     def append(self, row: Row) -> int:
         """Store a measurement as it is, stamped with the time of this call, and return its id."""
@@ -100,28 +109,66 @@ class Results:
         self._engine.dispose()
 
     def _set_up_sqlite(self) -> None:
-        """Create what is missing. The version is written last, so its presence means that table and triggers exist."""
+        """Create what is missing, or change an older database in place, whole or not at all."""
         with self._engine.begin() as connection:
-            found = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-            if found > SCHEMA:
-                raise BadRequest(
-                    f"cannot use the results database {_shown(self._url)}: it has schema {found}, and this Edgeline "
-                    f"knows schemas up to {SCHEMA}; update Edgeline, or name another database"
-                )
-            if found == SCHEMA:
-                return
-            connection.execute(sa.schema.CreateTable(_MEASUREMENTS, if_not_exists=True))
-            for trigger in _TRIGGERS:
-                connection.exec_driver_sql(trigger)
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")
+            if _sqlite_schema(connection, self._url) != SCHEMA:
+                # One process at a time gets past this line; the next one finds the work done.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                if _sqlite_schema(connection, self._url) != SCHEMA:
+                    self._bring_up_to_date(connection)
+            self._check_columns(connection)
 
-    def _check_columns(self) -> None:
-        there = {column["name"] for column in sa.inspect(self._engine).get_columns(_MEASUREMENTS.name)}
-        if missing := [column.name for column in _MEASUREMENTS.columns if column.name not in there]:
+    def _bring_up_to_date(self, connection: sa.Connection) -> None:
+        connection.execute(sa.schema.CreateTable(_MEASUREMENTS, if_not_exists=True))
+        self._check_columns(connection)
+        for name in _missing(connection):
+            connection.exec_driver_sql(_addition(name, connection.dialect))
+        for trigger in _TRIGGERS:
+            connection.exec_driver_sql(trigger)
+        connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")
+
+    def _add_columns(self) -> None:
+        """Change an older database in place. Another process may be doing the same: then its columns are as good."""
+        with self._engine.connect() as connection:
+            missing = _missing(connection)
+        for name in missing:
+            try:
+                with self._engine.begin() as connection:
+                    connection.exec_driver_sql(_addition(name, self._engine.dialect))
+            except exc.DatabaseError:
+                with self._engine.connect() as connection:
+                    if name in _missing(connection):
+                        raise
+
+    def _check_columns(self, there: sa.Connection | sa.Engine) -> None:
+        """Raises BadRequest where the table is not ours: every version of ours has had the columns of the first."""
+        if missing := [name for name in _missing(there) if name not in _ADDED]:
             raise BadRequest(
                 f"cannot use the results database {_shown(self._url)}: its table {_MEASUREMENTS.name} has no column "
                 f"{', '.join(missing)}; another program wrote it, so name another database"
             )
+
+
+def _sqlite_schema(connection: sa.Connection, url: sa.URL) -> int:
+    found = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+    if found > SCHEMA:
+        raise BadRequest(
+            f"cannot use the results database {_shown(url)}: it has schema {found}, and this Edgeline knows schemas up "
+            f"to {SCHEMA}; update Edgeline, or name another database"
+        )
+    return found
+
+
+def _missing(there: sa.Connection | sa.Engine) -> list[str]:
+    """The columns that the database's table lacks."""
+    found = {column["name"] for column in sa.inspect(there).get_columns(_MEASUREMENTS.name)}
+    return [column.name for column in _MEASUREMENTS.columns if column.name not in found]
+
+
+def _addition(name: str, dialect: sa.Dialect) -> str:
+    """The statement that adds a column to the table: it takes no time and touches no row."""
+    column = sa.schema.CreateColumn(_MEASUREMENTS.c[name]).compile(dialect=dialect)
+    return f"ALTER TABLE {_MEASUREMENTS.name} ADD COLUMN {column}"
 
 
 class _Samples(sa.types.TypeDecorator[list[int]]):
@@ -136,6 +183,22 @@ class _Samples(sa.types.TypeDecorator[list[int]]):
     def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> list[int]:
         samples: list[int] = json.loads(zlib.decompress(value or b""))
         return samples
+
+
+class _Plan(sa.types.TypeDecorator[tuple[Placement, ...]]):
+    """Placements, as zlib-compressed JSON too: hundreds of operators are a tenth of the text's size."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: Sequence[Placement] | None, dialect: sa.Dialect) -> bytes | None:
+        return None if value is None else zlib.compress(json.dumps([asdict(each) for each in value]).encode())
+
+    def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> tuple[Placement, ...] | None:
+        if value is None:
+            return None
+        found: list[dict[str, Any]] = json.loads(zlib.decompress(value))
+        return tuple(Placement(**each | {"supported": tuple(each["supported"])}) for each in found)
 
 
 _METADATA: Final = sa.MetaData()
@@ -172,8 +235,14 @@ _MEASUREMENTS: Final = sa.Table(
     sa.Column("top1", sa.Float),
     sa.Column("float_top1", sa.Float),
     sa.Column("agreement", sa.Float),
+    # Since schema 2. Columns that come later are nullable, and named in _ADDED.
+    sa.Column("unit", sa.String(40)),
+    sa.Column("load_ms", sa.Float),
+    sa.Column("first_ms", sa.Float),
+    sa.Column("plan", _Plan),
     sqlite_autoincrement=True,  # the id of a row is never given to another one
 )
+_ADDED: Final = ("unit", "load_ms", "first_ms", "plan")
 _SUMMARY_COLUMNS: Final = ("p50_ms", "p90_ms", "p99_ms", "min_ms", "max_ms", "mean_ms", "n", "cv", "why_invalid")
 _GIVEN_BY_APPEND: Final = ("id", "created", "valid")
 _ROW_COLUMNS: Final = tuple(

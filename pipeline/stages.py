@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from calibration.data import Data, Part
 from calibration.recipe import Float, Recipe, WeightOnly
 from models.errors import CannotRunHere
-from models.spec import ModelSpec, Preprocess
+from models.spec import Form, ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest
-from targets.base import Bundles, Export, Interface, Target
+from targets.base import Bundles, Export, Interface, Publishes, Target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +47,7 @@ class Run:
     trained: bool = True  # False: random weights, to build and time a model but not to use it
     batch: int = 1
     seed: int = 0
+    form: Form = "tokens"  # that the network is laid out in, from the quantized stage on; weights are the same in all
     interface: Interface = "tensor"
     deployment: str | None = None  # the oldest system that must run the engine; None: what the recipe needs
     max_drop: float = 1.0  # points of top-1 that the artifact may lose against the float model
@@ -66,6 +67,10 @@ class Run:
         return "float" if isinstance(self.recipe, Float | WeightOnly) else self.recipe.name
 
     @property
+    def _made_label(self) -> str:
+        return self.label(*[self.form] * (self.form != "tokens"), self._makes)
+
+    @property
     def storage(self) -> WeightOnly | None:
         """How the target stores weights, where the recipe asks for that."""
         return self.recipe if isinstance(self.recipe, WeightOnly) else None
@@ -77,8 +82,9 @@ class Run:
 
     @property
     def _built_label(self) -> str:
+        form = [self.form] * (self.form != "tokens")
         choices = [self.interface] * (self.interface != "tensor") + [self.deployment] * (self.deployment is not None)
-        return self.label(self.recipe.name, self.target.name, *filter(None, choices))
+        return self.label(*form, self.recipe.name, self.target.name, *filter(None, choices))
 
 
 def weights(run: Run) -> Step:
@@ -133,7 +139,7 @@ def quantized(run: Run) -> Step:
         from calibration.quantize import quantize
         from models import checkpoint
 
-        model = run.model.build(len(run.data.classes))
+        model = run.model.build(len(run.data.classes), run.form)
         source = inputs["weights"] / "weights.safetensors"
         checkpoint.load_into(model, checkpoint.read(source), source)
         made = quantize(model, run.recipe, run.target.scheme, run.images("train"), run.images("val"), seed=run.seed)
@@ -142,9 +148,10 @@ def quantized(run: Run) -> Step:
 
     return Step(
         stage="quantized",
-        label=run.label(run._makes),
+        label=run._made_label,
         inputs={"weights": weights(run)},
         params={
+            "form": run.form,
             "recipe": None if floats else run.recipe,
             "scheme": None if floats else run.target.scheme,
             "seed": run.seed,
@@ -165,6 +172,7 @@ def exported(run: Run) -> Step:
         sample, _ = next(run.images("val").batches(_SAMPLE_IMAGES))
         description = {
             "model": run.model.name,
+            "form": run.form,
             "recipe": run._makes,
             "size": run.preprocess.size,
             "classes": list(run.data.classes),
@@ -175,7 +183,7 @@ def exported(run: Run) -> Step:
 
     return Step(
         stage="exported",
-        label=run.label(run._makes),
+        label=run._made_label,
         inputs={"quantized": quantized(run)},
         params={"versions": versions("torch", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime")},
         code=("pipeline.export",),
@@ -217,9 +225,14 @@ def engine(run: Run) -> Step:
         (out / MANIFEST).unlink()
         shutil.copyfile(inputs["exported"] / "model.json", out / "model.json")
         _write_json(out / "report.json", report)
+        if isinstance(run.target, Publishes):
+            from pipeline.facts import facts
+
+            run.target.publish(export_of(run, inputs["exported"]), out, facts(run, step.key, report))
 
     made = compiled(run)
-    return _verified(run, "engine", {"compiled": made}, made.inputs["exported"], build)
+    step = _verified(run, "engine", {"compiled": made}, made.inputs["exported"], build)
+    return step
 
 
 def bundle(run: Run) -> Step:
@@ -284,7 +297,7 @@ def _verified(
             "toolchain": run.target.toolchain(),
             "versions": versions("onnx", "onnx-ir", "onnxruntime"),
         },
-        code=("pipeline.verify", type(run.target).__module__),
+        code=("pipeline.verify", "pipeline.facts", type(run.target).__module__),
         build=build,
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import calibration.recipe
 import models
@@ -19,7 +19,12 @@ from pipeline import contract, stages
 from pipeline.stages import Run
 from pipeline.store import Artifact, Step, Store
 from targets._host import padded, threads
-from targets.base import Bundles
+from targets.base import Bundles, HasUnits, Session
+
+if TYPE_CHECKING:
+    from pipeline.measure import Conditions, TimingPlan
+    from pipeline.results import Row
+    from targets.base import Images
 
 Answer = dict[str, object]
 
@@ -80,6 +85,26 @@ def engine(run: Run, root: Path) -> Answer:
     return answer
 
 
+def multifunction(runs: Sequence[Run], root: Path) -> Answer:
+    """Build the engines of `runs`, or reuse them, and put them into one file. Raises BadRequest where they do not go
+    into one, CannotRunHere where this machine cannot build them.
+    """
+    from pipeline import multifunction as merging
+
+    functions = merging.named(runs)
+    for run in functions.values():
+        _engine_step(run)
+    artifact = _produced(merging.multifunction(functions), root)
+    report: dict[str, Any] = json.loads((artifact.path / "report.json").read_text())
+    for row in report["functions"]:
+        log.info(
+            "  %-24s top-1 %6.2f %% on %d images, by %s", *(row[name] for name in ("function", "top1", "images", "by"))
+        )
+    saved = 1 - report["bytes"] / report["bytes_apart"]
+    log.info("%.2f MB, %.0f %% less than apart", report["bytes"] / 1e6, 100 * saved)
+    return _answer(artifact) | {"files": artifact.files()} | report
+
+
 def calibrate(run: Run, root: Path) -> Answer:
     """Stop after post-training quantization: the calibrated program and the report of its accuracy in torch."""
     return _quantized(replace(run, recipe=calibration.recipe.ALL["int8_ptq"]), root)
@@ -102,23 +127,61 @@ def verify(run: Run, root: Path) -> Answer:
 
 
 def profile(run: Run, root: Path) -> Answer:
-    """Time the engine and append the measurement. Raises CannotRunHere where it cannot be executed."""
-    from pipeline.measure import Conditions, TimingPlan, summarize, time_session
-    from pipeline.results import Results, Row
+    """Time the engine, on every choice of units where the target has one, and append the measurements.
+
+    Raises CannotRunHere where it cannot be executed.
+    """
+    from pipeline.results import Results
 
     step = _engine_step(run)
     if reason := run.target.not_executed():
-        raise CannotRunHere(f"{run.target.name} cannot be timed here: {reason}")
+        raise CannotRunHere(f"{run.target.name} cannot be timed here; not executed: {reason}")
     artifact = _produced(step, root)
-    report = json.loads((artifact.path / "report.json").read_text())
+    results, rows = Results(root / _MEASUREMENTS), []
+    for row in _measurements(run, artifact):
+        results.append(row)
+        _tell_latency(row)
+        rows.append(row)
+    by_unit = {row.unit: _latency(row) | _start(row) for row in rows if row.unit}
+    return _answer(artifact) | _latency(rows[0]) | ({"units": by_unit} if by_unit else {})
+
+
+def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:
+    """One of the engine; or one on each choice of units, each loaded, asked once, warmed up and timed by itself."""
+    from pipeline.measure import ON_UNITS, STANDARD, Conditions
+
     images = padded(next(run.images("val").batches(run.batch))[0].numpy(), run.batch)
-    plan = TimingPlan()
     before = Conditions.now()
-    with run.target.open(artifact.path) as session:
-        samples = time_session(session, images, plan)
+    if not isinstance(run.target, HasUnits):
+        with run.target.open(artifact.path) as session:
+            yield _measurement(run, artifact, session, images, STANDARD, before)
+        return
+    for unit in run.target.units:
+        with run.target.open_on(artifact.path, unit) as on_unit:
+            (first_ns,) = on_unit.latencies_ns(images, 1)
+            row = _measurement(run, artifact, on_unit, images, ON_UNITS, before, unit)
+            load_ms = None if on_unit.load_ns is None else on_unit.load_ns / 1e6
+            yield replace(row, load_ms=load_ms, first_ms=first_ns / 1e6, plan=tuple(on_unit.plan()))
+        before = Conditions.now()
+
+
+def _measurement(
+    run: Run,
+    artifact: Artifact,
+    session: Session,
+    images: Images,
+    plan: TimingPlan,
+    before: Conditions,
+    unit: str | None = None,
+) -> Row:
+    from pipeline.measure import Conditions, summarize, time_session
+    from pipeline.results import Row
+
+    samples = time_session(session, images, plan)
     after = Conditions.now()
-    summary = summarize(samples, plan, before=before, after=after)
-    row = Row(
+    report = json.loads((artifact.path / "report.json").read_text())
+    accuracy = report.get("units", {}).get(unit, report)
+    return Row(
         model=run.model.name,
         family=run.model.family,
         target=run.target.name,
@@ -128,27 +191,23 @@ def profile(run: Run, root: Path) -> Answer:
         size=run.preprocess.size,
         batch=run.batch,
         threads=threads() if "threads" in report["inspected"] else None,  # now, whatever it was at verification
+        unit=unit,
         artifact_key=artifact.key,
         artifact_path=str(artifact.path),
         method=plan.method(),
-        summary=summary,
+        summary=summarize(samples, plan, before=before, after=after),
         samples_ns=tuple(samples),
         versions=run.target.toolchain(),
         conditions={"before": asdict(before), "after": asdict(after)},
-        top1=report["top1"],
+        top1=accuracy["top1"],
         float_top1=report["float_top1"],
-        agreement=report["agreement"],
+        agreement=accuracy["agreement"],
     )
-    Results(root / _MEASUREMENTS).append(row)
-    log.info(
-        "p50 %.3f ms, p90 %.3f ms, p99 %.3f ms over %d queries%s",
-        summary.p50_ms,
-        summary.p90_ms,
-        summary.p99_ms,
-        summary.n,
-        "" if summary.valid else f"; INVALID: {summary.why_invalid}",
-    )
-    return _answer(artifact) | {
+
+
+def _latency(row: Row) -> Answer:
+    summary = row.summary
+    return {
         "p50_ms": summary.p50_ms,
         "p90_ms": summary.p90_ms,
         "p99_ms": summary.p99_ms,
@@ -156,6 +215,31 @@ def profile(run: Run, root: Path) -> Answer:
         "valid": summary.valid,
         "why_invalid": summary.why_invalid,
     }
+
+
+def _start(row: Row) -> Answer:
+    """What came before the timed queries of a row that has a unit, and where its operators run."""
+    from pipeline.placement import shares
+
+    placed = {name: asdict(share) for name, share in shares(row.plan or ()).items()}
+    return {"load_ms": row.load_ms, "first_ms": row.first_ms, "placement": placed}
+
+
+def _tell_latency(row: Row) -> None:
+    from pipeline.placement import shares
+
+    summary = row.summary
+    log.info(
+        "%sp50 %.3f ms, p90 %.3f ms, p99 %.3f ms over %d queries%s",
+        f"{row.unit}: " if row.unit else "",
+        summary.p50_ms,
+        summary.p90_ms,
+        summary.p99_ms,
+        summary.n,
+        "" if summary.valid else f"; INVALID: {summary.why_invalid}",
+    )
+    for name, share in shares(row.plan or ()).items():
+        log.info("    %-14s %4d operators, %5.1f %% of the cost", name, share.operators, 100 * share.cost)
 
 
 def dashboard(root: Path) -> Answer:
@@ -202,7 +286,7 @@ def lint_model(run: Run, root: Path) -> Answer:
 
     model, size = run.model, run.preprocess.size
     contract.check_trace(model, size)
-    findings = lint(traced(model.build(model.classes).eval(), size))
+    findings = lint(traced(model.build(model.classes, run.form).eval(), size))
     for finding in findings:
         log.info("%s", finding)
     errors = sum(finding.level == "error" for finding in findings)
@@ -217,6 +301,31 @@ def lint_model(run: Run, root: Path) -> Answer:
         raise CheckFailed(f"{told}; no export is made before the errors are mended", answer=answer)
     log.info("%s", told)
     return answer
+
+
+def placement(run: Run, root: Path) -> Answer:
+    """List what speaks against the Neural Engine in the run's Core ML package. One that is there is read; otherwise one
+    with random weights is made, and without training: weights change no operator.
+    """
+    from targets._coreml import read
+    from targets._coreml_placement import placement as placed
+    from targets.coreml import PACKAGE
+
+    if run.weights is None and not Store(root).has(stages.compiled(run)):
+        recipe = calibration.recipe.ALL["int8_ptq"] if run.recipe.name == "int8_qat" else run.recipe
+        run = replace(run, recipe=recipe, trained=False)
+        log.info("no such engine yet: read from one with random weights, RECIPE=%s", recipe.name)
+    artifact = _produced(stages.compiled(run), root)
+    found = placed(read(artifact.path / PACKAGE).operations)
+    for finding in found.findings:
+        log.info("%s", finding)
+    log.info("%s %s at %d pixels: %s", run.model.name, run.recipe.precision, run.preprocess.size, found)
+    log.info("eligible: nothing known speaks against it; where Core ML places an operator is decided on the device")
+    return (
+        _answer(artifact)
+        | {"size": run.preprocess.size, "trained": run.trained, **found.summary()}
+        | {"findings": [asdict(finding) for finding in found.findings]}
+    )
 
 
 def explain(run: Run, root: Path) -> Answer:
@@ -262,6 +371,6 @@ def _told(artifact: Artifact, report: dict[str, Any]) -> Answer:
     for place, step in enumerate(report["steps"]):
         nearness = f"{step['snr_db']:8.1f} dB to the step before" if place else ""
         log.info("  %-36s top-1 %6.2f %%%s", step["name"], step["top1"], nearness)
-    if not report["executed"]:
+    if report["why_not"]:
         log.info("  %s", report["why_not"])
     return _answer(artifact) | {"files": artifact.files()} | {name: report[name] for name in _VERIFIED}

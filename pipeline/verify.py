@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +20,12 @@ from calibration.progress import bar
 from models.errors import CheckFailed
 from pipeline.divergence import engine_divergence, export_divergence, graph_divergence
 from targets._host import in_queries, padded
+from targets.base import Evaluates, HasUnits
 from targets.onnxruntime import reference
 
 if TYPE_CHECKING:
     from pipeline.stages import Run
-    from targets.base import Export, Images
-
-    Executor: TypeAlias = Callable[[Images], Logits]  # takes any number of images
+    from targets.base import Executor, Export, Images
 
 _ON_EXPORT, _ON_COMPILED = "onnxruntime, on the export", "onnxruntime, on the compiled graph"
 _READ_AT_ONCE = 64  # images
@@ -35,7 +34,9 @@ _READ_AT_ONCE = 64  # images
 # INT8 may fuse, and so move, roundings, and is held by its answers more than by its decibels.
 _ONNX_DB = {"fp32": 60.0, "fp16": 60.0, "int8": 20.0}
 _ENGINE_DB = {"fp32": 50.0, "fp16": 15.0, "int8": 12.0}
-_GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16"}  # the recipe to try where one costs too much
+# The recipe to try where one costs too much.
+_GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "w8a16": "fp16", "w4a16": "w8a16"}
+_GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
 _FLIPS = 0.02  # share of the images whose answer a step may change, and one image in any case
 
 
@@ -96,14 +97,39 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     def diverging() -> str:
         return engine_divergence(run.target, export, engine, _query(run, export))
 
+    if isinstance(run.target, Evaluates) and export.storage is None:  # with the weights in fewer bits, all differs
+        inspected["replayed"] = run.target.replay(export, engine, _query(run, export))
     if why_not is None:
         with run.target.open(engine) as session:
             execute = partial(in_queries, session.infer, session.batch)
             ladder = _climbed(run, export, before, (run.target.name, execute), diverging)
-    else:
-        graph = run.target.graph(engine)
-        ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)) if graph else None, diverging)
-    return {**_report(run, ladder, why_not), "inspected": inspected}
+        units = _on_units(run, engine, ladder) if isinstance(run.target, HasUnits) else {}
+        return {**_report(run, ladder), **units, "inspected": inspected}
+    if isinstance(run.target, Evaluates):
+        last = run.target.evaluator, run.target.evaluate(export, engine)
+        ladder = _climbed(run, export, before, last, diverging)
+        why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
+        return {**_report(run, ladder, executed=True, why_not=why_not), "inspected": inspected}
+    graph = run.target.graph(engine)
+    ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)) if graph else None, diverging)
+    return {**_report(run, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
+
+
+def _on_units(run: Run, engine: Path, ladder: Ladder) -> dict[str, object]:
+    """What each of the units that the target can be confined to answers: accuracy, and nearness to the ladder's last
+    step, for which the runtime was free to choose.
+    """
+    assert isinstance(run.target, HasUnits)
+    found = {}
+    for unit in run.target.units:
+        with run.target.open_on(engine, unit) as session:
+            logits = _answers(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
+        found[unit] = {
+            "top1": round(top1(logits, ladder.labels), 3),
+            "agreement": round(agreement(ladder.float_logits, logits), 3),
+            "snr_db": round(snr_db(ladder.logits, logits), 2),
+        }
+    return {"units": found}
 
 
 def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> dict[str, object]:
@@ -114,7 +140,7 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
         return graph_divergence(export, graph, _query(run, export))
 
     ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)), diverging)
-    return _report(run, ladder, run.target.missing())
+    return _report(run, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
 
 
 def _climbed(
@@ -138,7 +164,9 @@ def _climbed(
         least_db=_ONNX_DB[export.precision],
         diverging=lambda: export_divergence(export, _query(run, export)),
     )
-    if last:
+    if last and export.storage:
+        ladder.note(last[0], answers[last[0]])
+    elif last:
         ladder.add(last[0], answers[last[0]], least_db=_ENGINE_DB[export.precision], diverging=diverging)
     return ladder
 
@@ -161,7 +189,7 @@ def _query(run: Run, export: Export) -> Images:
     return padded(images.numpy(), export.batch)
 
 
-def _report(run: Run, ladder: Ladder, why_not: str | None) -> dict[str, object]:
+def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | None = None) -> dict[str, object]:
     found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
     one_image = 100 / len(ladder.labels)
     allowed = max(run.max_drop, one_image)
@@ -172,8 +200,8 @@ def _report(run: Run, ladder: Ladder, why_not: str | None) -> dict[str, object]:
             f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
         )
     return {
-        "executed": why_not is None,
-        "why_not": None if why_not is None else f"not executed: {why_not}",
+        "executed": executed,
+        "why_not": why_not,
         "by": ladder.steps[-1].name,
         "top1": round(found, 3),
         "float_top1": round(reference, 3),

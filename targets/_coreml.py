@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from models.errors import CheckFailed
+from models.errors import BadRequest, CheckFailed
 from targets._coreml_fixes import import_coremltools
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
     Integers: TypeAlias = npt.NDArray[np.int8]
+
+SPECIFICATION = Path("Data", "com.apple.CoreML", "model.mlmodel")  # inside a package: the protobuf message
 
 # Operators of MIL, Core ML's intermediate language, in the order that is followed from a layer to its quantizers.
 _QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT = "quantize", "dequantize", "constexpr_blockwise_shift_scale"
@@ -33,7 +35,9 @@ class Package:
     """An .mlpackage in memory."""
 
     spec: Any  # the protobuf message: interface, metadata, versions
-    operations: tuple[Any, ...]  # of the one function, `main`, in order of execution, constants among them
+    inputs: tuple[Any, ...]  # what the function takes: protobuf messages with name and type
+    operations: tuple[Any, ...]  # of the function, in order of execution, constants among them
+    outputs: tuple[str, ...]  # names of the values that it returns
     weight_bytes: int
 
     def named(self, *kinds: str) -> list[Any]:
@@ -58,8 +62,10 @@ class Layer:
     integers: Integers | None = None
 
 
-def read(path: Path) -> Package:
-    """Load a package with its weights. Raises CheckFailed where it is not one that coremltools can read."""
+def read(path: Path, function: str | None = None) -> Package:
+    """Load a function of a package with its weights: the default one, unless `function` names another. Raises
+    CheckFailed where it is not a package that coremltools can read, BadRequest where it has no such function.
+    """
     coremltools = import_coremltools()
     from coremltools.converters.mil.frontend.milproto import load
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -72,23 +78,37 @@ def read(path: Path) -> Package:
         raise CheckFailed(
             f"{path} cannot be read back: {error}; expected an ML Program with its weights: build the engine again"
         ) from error
+    several = {described.name: described for described in spec.description.functions}
+    chosen = function or spec.description.defaultFunctionName or "main"
+    if chosen not in program.functions:
+        raise BadRequest(f"{path} has no function {chosen}; it has {', '.join(program.functions)}")
     return Package(
         spec=spec,
-        operations=tuple(program.functions["main"].operations),
+        inputs=tuple(several.get(chosen, spec.description).input),
+        operations=tuple(program.functions[chosen].operations),
+        outputs=tuple(value.name for value in program.functions[chosen].outputs),
         weight_bytes=sum(file.stat().st_size for file in weights.iterdir()),
     )
 
 
-def layers(package: Package) -> list[Layer]:
-    """The weighted operators of a package, in order of execution: `conv`, `linear`, and `matmul` with a constant."""
-    return [_package_layer(operation) for operation in package.operations if _is_weighted(operation)]
+def layers(package: Package, *, arithmetic: bool = True) -> list[Layer]:
+    """The weighted operators of a package, in order of execution: `conv`, `linear`, and `matmul` with a constant.
+
+    Without `arithmetic`: kind and geometry alone, for a package that stores in integers what it computes in float.
+    """
+    return [_package_layer(operation, arithmetic=arithmetic) for operation in weighted(package)]
+
+
+def weighted(package: Package) -> list[Any]:
+    """The operators that `layers` describes."""
+    return [operation for operation in package.operations if _is_weighted(operation)]
 
 
 def exported_layers(program: ExportedProgram, scales: Mapping[str, Any]) -> list[Layer]:
     """The layers that a package of `program` must have, in order of execution, with the `scales` of `scales.json`.
 
-    Raises CheckFailed where the two disagree on what is quantized, or where anything but a layer's input or weight is:
-    coremltools 9.0 folds a quantized scalar constant in int8, wraps around, and says nothing.
+    Raises CheckFailed where the two disagree on what is quantized, or where anything but a layer's input or weight is.
+    (Quantized scalars may be there: they are folded before the conversion.)
     """
     from calibration import program as programs
 
@@ -125,8 +145,14 @@ def compare(expected: list[Layer], found: list[Layer]) -> None:
 
 
 def check_quantizers(package: Package) -> None:
-    """Hold a package to the quantizers of its layers: no others, all to int8, and none with a zero point."""
-    own = {id(part) for operation in package.operations if _is_weighted(operation) for part in _quantizers(operation)}
+    """Hold a package to the quantizers of its layers: all to int8, none with a zero point, no others, no palettes."""
+    for operation in package.operations:
+        if operation.op_type.startswith("constexpr_") and operation.op_type != _INT8_WEIGHT:
+            raise CheckFailed(
+                f"{operation.name} of the Core ML package ({operation.op_type}) stores a weight in another form than "
+                f"the exported one; expected plain weights and {_INT8_WEIGHT} alone"
+            )
+    own = {id(part) for operation in weighted(package) for part in quantizers(operation)}
     for operation in package.named(_QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT):
         zero = operation.offset if operation.op_type == _INT8_WEIGHT else operation.zero_point
         if zero is not None:
@@ -147,11 +173,11 @@ def _is_weighted(operation: Any) -> bool:
     return operation.op_type in ("conv", "linear")
 
 
-def _package_layer(operation: Any) -> Layer:
+def _package_layer(operation: Any, *, arithmetic: bool) -> Layer:
     if operation.op_type == "matmul":
         return Layer(name=operation.name, kind="matmul", shape=tuple(operation.y.shape))
     layer = {"name": operation.name, "kind": operation.op_type, "shape": tuple(operation.weight.shape)}
-    return Layer(**layer, **_geometry(operation), **_quantization(operation))
+    return Layer(**layer, **_geometry(operation), **(_quantization(operation) if arithmetic else {}))
 
 
 def _geometry(operation: Any) -> dict[str, Any]:
@@ -168,7 +194,7 @@ def _geometry(operation: Any) -> dict[str, Any]:
 
 
 def _quantization(operation: Any) -> dict[str, Any]:
-    found = {part.op_type: part for part in _quantizers(operation)}
+    found = {part.op_type: part for part in quantizers(operation)}
     fields: dict[str, Any] = {}
     if _INT8_WEIGHT in found:
         scales = found[_INT8_WEIGHT].scale.val  # (channels, 1, ...)
@@ -189,7 +215,7 @@ def _quantization(operation: Any) -> dict[str, Any]:
     return fields
 
 
-def _quantizers(operation: Any) -> list[Any]:
+def quantizers(operation: Any) -> list[Any]:
     """The operators that quantize the input and the weight of a layer; a float layer has none.
 
     x -> quantize -> dequantize -> layer
@@ -230,10 +256,10 @@ def _exported_layer(graph: GraphModule, node: Node, scales: Mapping[str, Any] | 
 def _check_strays(graph: GraphModule, quantized: set[Node]) -> None:
     for node in graph.graph.nodes:
         stray = [user.name for user in node.users if user not in quantized]
-        if stray and "dequantize_per" in str(node.target):
+        if stray and "dequantize_per" in str(node.target) and node.meta["val"].dim() > 0:  # a scalar is folded
             raise CheckFailed(
                 f"{node.name} of the export is read by {stray[0]}, which is no convolution or linear layer; Core ML "
-                "packages carry quantized layers only (a scalar would be folded wrongly): quantize nothing else"
+                "packages carry quantized layers only: quantize nothing else"
             )
 
 

@@ -1,19 +1,25 @@
 """What coremltools 9.0 does that conversions here must work around, one function a fault.
 
-Each has a test in tests/targets/test_coreml.py that fails when the fault is gone, so that the workaround goes too.
+Each has a test in tests/targets/test_coreml_fixes.py (of weights: test_coreml_weights.py) that fails when the fault is
+gone, so that the workaround goes too. `mended` applies those that change a program: what 9.0 converts wrongly, or not
+at all, becomes other operators of the same values. A new one is a function with the parameters of the operator, and a
+line in `_REWRITTEN`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
+    from torch.fx import GraphModule, Node
 
 # Said on every import of 9.0:
 # - torch above 2.7 is untested: true of coremltools, but every package is read back and held against the torch program
@@ -22,6 +28,16 @@ if TYPE_CHECKING:
 _EXPECTED = ("Torch version", "scikit-learn version") + (() if sys.platform == "darwin" else ("Failed to load _ML",))
 
 _PIPELINES = ("frontend_pytorch", "default", "backend_mlprogram")
+
+_APART = "told_apart_"  # names of operators that are there for a moment
+
+_LARGEST_HALF, _SENTINEL = 65504.0, 40000.0
+# Where a constant is added or chosen, and no factor: there, what is beyond FP16 stands for infinity.
+_ADDS_OR_CHOOSES = frozenset(
+    {"add", "sub", "masked_fill", "where", "maximum", "minimum", "scaled_dot_product_attention"}
+    | {"full", "full_like", "pad", "constant_pad_nd", "expand", "repeat", "clone"}
+)
+_SPELLED_OUT = frozenset({"hardtanh", "leaky_relu", "elu", "threshold", "clamp_min", "clamp_max", "cosine_similarity"})
 
 
 def import_coremltools() -> Any:
@@ -60,6 +76,315 @@ def one_progress_bar(program: ExportedProgram, title: str) -> Iterator[None]:
             ops._tqdm, pass_pipeline.tqdm = originals
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Passes that run inside draw no bars on stderr: version 9.0 draws one of zero steps for each package it merges."""
+    from coremltools.converters.mil.mil.passes import pass_pipeline
+
+    original = pass_pipeline.tqdm
+    pass_pipeline.tqdm = lambda steps, **_: steps
+    try:
+        yield
+    finally:
+        pass_pipeline.tqdm = original
+
+
+@contextmanager
+def no_leftovers() -> Iterator[None]:
+    """What is converted or merged inside leaves no copy of itself in the system's folder for temporary files.
+
+    Version 9.0 keeps that of each model until the process ends.
+    """
+    original = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as scratch:
+        tempfile.tempdir = scratch
+        try:
+            yield
+        finally:
+            tempfile.tempdir = original
+
+
+@contextmanager
+def labels_beside_logits() -> Iterator[None]:
+    """A classifier that is converted inside may have outputs beside the label and its probabilities.
+
+    Version 9.0 puts these two in front of the outputs that it was told of and looks the type of each output up by its
+    place in the list that it was told: an IndexError. The types have been applied by then, so the list may go.
+    """
+    from coremltools.converters.mil.backend.mil import load
+
+    original = load._add_classify_op
+
+    def added(program: Any, labels: Any) -> Any:
+        program.functions["main"].set_output_types(None)
+        return original(program, labels)
+
+    load._add_classify_op = added
+    try:
+        yield
+    finally:
+        load._add_classify_op = original
+
+
+@contextmanager
+def one_bar_for_weights(title: str, count: int) -> Iterator[None]:
+    """Compressing `count` weights of a package inside draws one bar on stderr: version 9.0 draws four, as above."""
+    from coremltools.converters.mil.mil.passes import pass_pipeline
+    from coremltools.optimize.coreml import _quantization_passes
+
+    from calibration import progress
+
+    with progress.bar(total=count, title=title, unit="weight") as bar:
+
+        def counted(steps: Iterable[Any], **_: Any) -> Iterator[Any]:
+            for step in steps:
+                yield step
+                bar.update(min(1, count - bar.n))  # of all that could be compressed, few are
+
+        originals = _quantization_passes.tqdm, pass_pipeline.tqdm
+        _quantization_passes.tqdm, pass_pipeline.tqdm = counted, lambda steps, **_: steps
+        try:
+            yield
+        finally:
+            _quantization_passes.tqdm, pass_pipeline.tqdm = originals
+
+
+@contextmanager
+def scales_above_zero() -> Iterator[None]:
+    """Weights that are quantized inside, symmetrically to signed integers, are within half a step of what they were.
+
+    Version 9.0 gives a block of zeros, a channel that training has switched off, the scale 0 and divides by it
+    (github.com/apple/coremltools #2853); and it divides in FP16, and rounds scales down, both of which move weights
+    farther than that.
+    """
+    import numpy as np
+    from coremltools.optimize import _utils
+
+    original = _utils.quantize_weight_by_dtype
+
+    def quantized(weight: Any, axes: Any, dtype: Any, mode: str) -> tuple[Any, Any, None]:
+        low, high = _utils.get_quant_range_by_dtype(dtype, mode)
+        exact = weight.astype(np.float64)
+        largest = np.abs(exact).max(axis=axes, keepdims=True)
+        scale = np.maximum((largest / high).astype(weight.dtype), np.finfo(weight.dtype).smallest_subnormal)
+        too_small = scale.astype(np.float64) * (high + 0.5) < largest
+        scale = np.where(too_small, np.nextafter(scale, scale.dtype.type(np.inf)), scale)
+        return np.clip(np.round(exact / scale), low, high), scale, None
+
+    _utils.quantize_weight_by_dtype = quantized
+    try:
+        yield
+    finally:
+        _utils.quantize_weight_by_dtype = original
+
+
+@contextmanager
+def transposes_told_apart() -> Iterator[None]:
+    """What is converted inside may read a tensor and the same tensor transposed in one operator, as `x @ x.mT` does.
+
+    Where a transpose is cancelled by another, version 9.0 puts it back in front of that operator for every input that
+    comes from the same tensor, and not for the one alone that needs it: wrong values where the axes are equally long,
+    and an error of shapes elsewhere. An identity between the two, dropped afterwards, makes them two tensors.
+    """
+    from coremltools.converters.mil.mil.passes.defs.optimize_repeat_ops import reduce_transposes
+
+    original = reduce_transposes.apply
+
+    def apply(self: Any, program: Any) -> None:
+        for block in program.functions.values():
+            _tell_transposes_apart(block)
+        original(self, program)
+        for block in program.functions.values():
+            _drop(block, [operation for operation in block.operations if operation.name.startswith(_APART)])
+
+    reduce_transposes.apply = apply
+    try:
+        yield
+    finally:
+        reduce_transposes.apply = original
+
+
+def _tell_transposes_apart(block: Any) -> None:
+    from coremltools.converters.mil import Builder as mb
+
+    with block:
+        for operation in list(block.operations):
+            read = _flat(operation.inputs.values())
+            for value in read:
+                if (
+                    value.op is not None
+                    and value.op.op_type == "transpose"
+                    and any(value.op.x is each for each in read)
+                ):
+                    same = mb.identity(x=value, before_op=operation, name=f"{_APART}{value.name}_{operation.name}")
+                    block.replace_uses_of_var_after_op(anchor_op=same.op, end_op=operation, old_var=value, new_var=same)
+
+
+def _drop(block: Any, identities: list[Any]) -> None:
+    with block:
+        for operation in identities:
+            (value,) = operation.outputs
+            block.replace_uses_of_var_after_op(anchor_op=operation, old_var=value, new_var=operation.x)
+        block.remove_ops(identities)
+
+
+def mended(program: ExportedProgram, *, half: bool) -> GraphModule:
+    """`program` as a module to trace again, with operators that coremltools converts to the same values. `program`
+    itself stays as it is. What `decomposed` does must follow the trace.
+
+    `half`: whether Core ML will compute in FP16.
+    """
+    graph = program.module()
+    fold_quantized_scalars(graph)
+    if half:
+        limit_sentinels(graph)
+    rewrite(graph)
+    return graph
+
+
+def decomposed(program: ExportedProgram) -> ExportedProgram:
+    """`program`, fresh from its trace, in the inference operators that coremltools has converters for: compositions
+    that it does not know become what torch composes them of, where torch can.
+
+    A fresh trace is in the training dialect, which version 9.0 cannot read. It has converters for 447 names, and none
+    for channel_shuffle, celu, addcmul and others that are rare.
+    """
+    import torch
+
+    import_coremltools()
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
+
+    program = program.run_decompositions({})
+    tried: set[Any] = set()
+    while unknown := {
+        node.target
+        for node in program.graph.nodes
+        if node.op == "call_function"
+        and node.target not in tried
+        and not _operator(node).endswith("_")  # `__xor__`: taken for one that works in place
+        and not is_torch_fx_node_supported(node)
+    }:
+        tried |= unknown
+        known = torch.export.default_decompositions()
+        program = program.run_decompositions({target: known[target] for target in unknown if target in known})
+    spell_out(program.graph_module)
+    return program
+
+
+def fold_quantized_scalars(graph: GraphModule) -> None:
+    """Dequantize stored integers of rank 0, in place.
+
+    Version 9.0 subtracts their zero point in int8, where 100 - -100 is -56.
+    """
+    for node in list(graph.graph.nodes):
+        if str(node.target) != "quantized_decomposed.dequantize_per_tensor.default":
+            continue
+        integer = _stored(graph, node.args[0])
+        if integer is not None and integer.dim() == 0:
+            node.replace_all_uses_with(_store(graph, node, node.target(integer, *node.args[1:], **node.kwargs)))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def limit_sentinels(graph: GraphModule) -> None:
+    """Bring the constants beyond FP16 that stand for infinity, those of attention masks mostly, to 40000 or -40000, in
+    place. Factors stay as they are: 1e6 is no other word for infinity there.
+
+    Version 9.0 makes infinities of those above 1e38, and computes with smaller ones in float32, off the Neural Engine.
+    Apple masks with -40000 there (apple/coreai-models, neural_engine_rules.md): FP16 ends at -65504, but that and an
+    attention score of -16 are minus infinity again.
+    """
+    from torch.fx.node import map_aggregate
+
+    for node in list(graph.graph.nodes):
+        if _operator(node) not in _ADDS_OR_CHOOSES:
+            continue
+
+        def limited(argument: Any, node: Node = node) -> Any:
+            if isinstance(argument, float) and abs(argument) > _LARGEST_HALF:
+                return math.copysign(_SENTINEL, argument)
+            stored = _stored(graph, argument)
+            if stored is None or not stored.is_floating_point() or not (beyond := stored.abs() > _LARGEST_HALF).any():
+                return argument
+            return _store(graph, node, stored.detach().where(~beyond, stored.sign() * _SENTINEL))
+
+        node.args, node.kwargs = (cast(Any, map_aggregate(given, limited)) for given in (node.args, node.kwargs))
+    graph.recompile()
+
+
+def rewrite(graph: GraphModule) -> None:
+    """Let each operator of `_REWRITTEN` be computed by its function, in place; the next trace sees what that calls."""
+    for node in graph.graph.nodes:
+        node.target = _REWRITTEN.get(str(node.target), node.target) if node.op == "call_function" else node.target
+    graph.recompile()
+
+
+def spell_out(graph: GraphModule) -> None:
+    """Write the arguments that operators of `_SPELLED_OUT` were not given, and numbers as floats, in place:
+    `F.hardtanh(x, 0, 6)` has integers.
+
+    Version 9.0 counts arguments, and hands integers on to operators of MIL that take floats only.
+    """
+    for node in graph.graph.nodes:
+        if _operator(node) in _SPELLED_OUT and node.meta["val"].is_floating_point():
+            arguments = cast(Any, node.target)._schema.arguments
+            given = (*node.args, *(argument.default_value for argument in arguments[len(node.args) :]))
+            scalars = [argument.type.kind() == "NumberType" for argument in arguments]
+            node.args = tuple(float(value) if scalar else value for value, scalar in zip(given, scalars, strict=True))
+    graph.recompile()
+
+
+def add(x: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
+    """A sum with a factor for the second, which version 9.0 does not read."""
+    return x + other if alpha == 1 else x + other * alpha
+
+
+def subtract(x: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
+    """A difference with a factor for the second: as `add`."""
+    return x - other if alpha == 1 else x - other * alpha
+
+
+def alias(x: Tensor) -> Tensor:
+    """`x[...]`, and what the functions of other libraries return unchanged: version 9.0 has no converter for it."""
+    return x
+
+
+def both(x: Tensor, other: Tensor) -> Tensor:
+    """`x & other` of truth values, which version 9.0 knows by its other name only. Integers are left to torch."""
+    import torch
+
+    return torch.logical_and(x, other) if x.dtype == torch.bool else torch.bitwise_and(x, other)
+
+
+def either(x: Tensor, other: Tensor) -> Tensor:
+    """`x | other`: as `both`."""
+    import torch
+
+    return torch.logical_or(x, other) if x.dtype == torch.bool else torch.bitwise_or(x, other)
+
+
+def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+    """A clamp with one limit is a maximum or a minimum. (Names are those of torch.)
+
+    Version 9.0 makes the largest float32 of the other limit, infinity in FP16.
+    """
+    import torch
+
+    low, high = (None if limit is None or math.isinf(limit) else limit for limit in (min, max))
+    if (low is None) == (high is None) or not x.is_floating_point():
+        return torch.clamp(x, min, max)
+    return torch.clamp_max(x, float(high)) if low is None else torch.clamp_min(x, float(low))  # type: ignore[arg-type]
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """GELU by a tanh, written out, from which coremltools makes MIL's own. Version 9.0 does not read `approximate`."""
+    from torch.nn import functional
+
+    if approximate == "none":
+        return functional.gelu(x)
+    return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
+
+
 def group_norm(
     x: Tensor,
     groups: int,
@@ -68,12 +393,16 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """Group normalization of (N, C, H, W), a decomposition for `run_decompositions`: `aten.group_norm` in rank 4, with
-    means over space before those over channels.
+    """Group normalization of (N, C, H, W) in rank 4, with means over space before those over channels. Inputs of
+    another rank are left to torch.
 
     Version 9.0 makes rank 5 of it, which the Neural Engine does not run, and one mean over all of a group's values,
     200,704 for the first maps of a HAT-Net, whose sum FP16 cannot hold.
     """
+    from torch.nn import functional
+
+    if x.dim() != 4:
+        return functional.group_norm(x, groups, weight, bias, eps)
     count, channels, height, width = x.shape
     grouped = x.reshape(count, groups, channels // groups, height * width)
     centred = grouped - grouped.mean(3, keepdim=True).mean(2, keepdim=True)
@@ -84,5 +413,149 @@ def group_norm(
     return normal if bias is None else normal + bias.reshape(1, channels, 1, 1)
 
 
+def log_sigmoid(x: Tensor) -> Tensor:
+    """Logarithm of a sigmoid, which MIL has under another name: version 9.0 has no converter for torch's."""
+    from torch.nn import functional
+
+    return -functional.softplus(-x)
+
+
+def log_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    """Logarithms of probabilities, by differences to the largest logit.
+
+    Version 9.0 takes the logarithm of a softmax, which is 0 in FP16 for classes less likely than 3e-8.
+    """
+    shifted = x - x.amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    ceil_mode: bool = False,
+) -> Tensor:
+    """A pool whose stride is its kernel, and named: version 9.0 insists on it."""
+    from torch.nn import functional
+
+    return functional.max_pool2d(x, [*kernel_size], [*(stride or kernel_size)], [*padding], [*dilation], ceil_mode)
+
+
+def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """Circular padding as slices from the other side, last axis first. Version 9.0 knows the other modes only."""
+    import torch
+
+    if mode != "circular" or min(pad) < 0:
+        return torch.nn.functional.pad(x, list(pad), mode, value)
+    for axis, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), start=1):
+        size = x.shape[-axis]
+        parts = x.narrow(-axis, size - before, before), x, x.narrow(-axis, 0, after)
+        x = torch.cat([part for part in parts if part.shape[-axis]], -axis)
+    return x
+
+
+def reciprocal(x: Tensor) -> Tensor:
+    """1 / x as a quotient. Version 9.0 makes MIL's inverse of it, 1 / (x + 0.0001)."""
+    import torch
+
+    return torch.ones(1) / x
+
+
+def rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """Root mean square normalization by a norm, whose squares FP16 need not hold.
+
+    Version 9.0 insists on `eps`, and adds it after dividing by the largest value: zeros become 0 / 0.
+    """
+    import torch
+
+    axes = tuple(range(-len(normalized_shape), 0))
+    root: Tensor = torch.linalg.vector_norm(x, 2, axes, keepdim=True) / math.prod(normalized_shape) ** 0.5
+    normal = x / (root * root + (torch.finfo(torch.float32).eps if eps is None else eps)).sqrt()
+    return normal if weight is None else normal * weight
+
+
+def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
+    """A cyclic shift as two slices an axis.
+
+    Version 9.0 gathers, which no Neural Engine does; slices and concatenations it does.
+    """
+    import torch
+
+    if not dims:
+        return torch.roll(x, tuple(shifts))
+    for shift, axis in zip(shifts, dims, strict=True):
+        if start := -shift % x.shape[axis]:
+            x = torch.cat([x.narrow(axis, start, x.shape[axis] - start), x.narrow(axis, 0, start)], axis)
+    return x
+
+
+def var_mean(
+    x: Tensor, dim: Sequence[int] | None = None, unbiased: bool = True, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Variance and mean one after the other: version 9.0 has a converter for each, and none for both."""
+    return var_mean_correction(x, dim, correction=int(unbiased), keepdim=keepdim)
+
+
+def var_mean_correction(
+    x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    axes = tuple(range(x.dim())) if dim is None else tuple(dim)
+    return x.var(axes, correction=1 if correction is None else correction, keepdim=keepdim), x.mean(axes, keepdim)
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_EXPECTED)
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """What an operator of MIL reads, lists of values taken apart."""
+    lists = (value if isinstance(value, list | tuple) else (value,) for value in values)
+    return [value for each in lists for value in each if value is not None]
+
+
+def _operator(node: Node) -> str:
+    """The name of a node's operator without library and overload; "" where it has none."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.partition("::")[2] if schema else ""
+
+
+def _stored(graph: GraphModule, argument: Any) -> Tensor | None:
+    """The parameter or buffer that an argument of an operator is; None where it is anything else."""
+    if getattr(argument, "op", None) != "get_attr":
+        return None
+    owner, _, name = argument.target.rpartition(".")
+    return cast("Tensor", getattr(graph.get_submodule(owner), name))
+
+
+def _store(graph: GraphModule, node: Node, value: Tensor) -> Node:
+    """Store a buffer in `graph` for `node` to read."""
+    name = f"mended_{len(dict(graph.named_buffers()))}"
+    graph.register_buffer(name, value)
+    with graph.graph.inserting_before(node):
+        return graph.graph.get_attr(name)
+
+
+_REWRITTEN: dict[str, Callable[..., Any]] = {
+    "aten.__and__.Tensor": both,
+    "aten.__or__.Tensor": either,
+    "aten.add.Tensor": add,
+    "aten.alias.default": alias,
+    "aten.clamp.default": clamp,
+    "aten.clip.default": clamp,
+    "aten.gelu.default": gelu,
+    "aten.group_norm.default": group_norm,
+    "aten.log_sigmoid.default": log_sigmoid,
+    "aten.log_softmax.int": log_softmax,
+    "aten.max_pool2d.default": max_pool2d,
+    "aten.pad.default": pad,
+    "aten.reciprocal.default": reciprocal,
+    "aten.rms_norm.default": rms_norm,
+    "aten.roll.default": roll,
+    "aten.sub.Tensor": subtract,
+    "aten.var_mean.dim": var_mean,
+    "aten.var_mean.correction": var_mean_correction,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     Images: TypeAlias = npt.NDArray[np.float32]  # (N, 3, H, W), preprocessed
     Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)
+    Executor: TypeAlias = Callable[[Images], Logits]  # takes any number of images
 
 # What an app hands to the engine and gets back, where the target has a choice: the preprocessed tensor for logits, as
 # everywhere; the image itself for logits; or the image for the name of its class, with probabilities.
@@ -66,6 +68,22 @@ class Export:
         """The contents of `scales.json`."""
         found: dict[str, object] = json.loads((self.path / "scales.json").read_text())
         return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What is known of an engine once it is verified, beyond its export."""
+
+    key: str  # of the artifact
+    version: str  # of Edgeline
+    model: str
+    recipe: str
+    paper: str | None  # that describes the network
+    published: str | None  # accuracy of the network, and who says so
+    weights: str  # where they come from
+    data: str  # name of the dataset that it was verified on
+    toolchain: Mapping[str, str]  # versions of what built it
+    report: Mapping[str, object]  # of the verification
 
 
 class Session(Protocol):
@@ -159,6 +177,108 @@ class Customizes(Protocol):
         batch: int,
     ) -> None:
         """Raises BadRequest, in the words of the command line, where these do not go together."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """What the runtime plans for one operator of an engine. None where it does not say."""
+
+    name: str
+    kind: str  # type of the operator
+    preferred: str | None  # unit that it will run on
+    supported: tuple[str, ...]  # units that could run it
+    cost: float | None  # the runtime's estimate of its share of the whole query, from 0 to 1
+
+
+class UnitSession(Session, Protocol):
+    """An engine on one set of units, which also says how it got there."""
+
+    @property
+    def load_ns(self) -> int | None:
+        """How long the runtime took to load the engine, in nanoseconds; None where it does not say."""
+        ...
+
+    def plan(self) -> list[Placement]:
+        """Every operator, constants left out, in order of execution."""
+        ...
+
+
+@runtime_checkable
+class HasUnits(Protocol):
+    """A target whose engines can be held to some of the device's units: each choice has a speed of its own, and may
+    have other numbers.
+    """
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The names of the choices; `Target.open` takes the first."""
+        ...
+
+    def open_on(self, engine: Path, unit: str) -> AbstractContextManager[UnitSession]:
+        """As `Target.open`, on the units of one choice."""
+        ...
+
+
+@runtime_checkable
+class Publishes(Protocol):
+    """A target whose engines say themselves what they are, to those who get nothing else."""
+
+    def publish(self, export: Export, engine: Path, facts: Facts) -> None:
+        """Add `facts` to the verified files in `engine`. Some are shared with the artifact that they come from: what
+        changes is written anew, never into a file that is there.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A verified engine that becomes one function of several in a file."""
+
+    engine: Path  # with the export's model.json beside it
+    precision: Precision
+    facts: Facts
+
+
+@runtime_checkable
+class Merges(Protocol):
+    """A target that can put several engines into one file, behind names."""
+
+    def deployment_of_part(self, storage: WeightOnly | None, deployment: str | None) -> str | None:
+        """What an engine must be built for to go into such a file, where `deployment` was asked for; None: the recipe's
+        own. Raises BadRequest, in the words of the command line, where systems so old cannot read such a file.
+        """
+        ...
+
+    def toolchain(self) -> dict[str, str]:
+        """As `Target.toolchain`."""
+        ...
+
+    def merge(self, parts: Mapping[str, Part], out: Path) -> None:
+        """Write the parts by these names into the empty folder `out`; the first is what is used where none is named.
+
+        Raises CheckFailed where what was written is not what it was made from.
+        """
+        ...
+
+
+@runtime_checkable
+class Evaluates(Protocol):
+    """A target whose engines can be computed without its runtime: slowly, but on every system."""
+
+    @property
+    def evaluator(self) -> str:
+        """What computes them, as reports call it."""
+        ...
+
+    def evaluate(self, export: Export, engine: Path) -> Executor:
+        """What the engine that was built of `export` answers. Raises CheckFailed where it cannot be computed."""
+        ...
+
+    def replay(self, export: Export, engine: Path, images: Images) -> dict[str, object]:
+        """Compute each operator of an engine from what the torch program computed before it, for one query, and
+        describe what was compared. Raises CheckFailed naming the first operator that differs.
+        """
         ...
 
 

@@ -5,41 +5,56 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import platform
-import sys
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from calibration.recipe import Precision, WeightOnly
 from calibration.scheme import SHARED, Scheme
-from models.errors import CannotRunHere, CheckFailed
+from models.errors import CheckFailed
+from targets import _coreml_card, _coreml_functions, _coreml_interface, _coreml_systems, _coreml_weights
 from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read
-from targets._coreml_fixes import group_norm, import_coremltools, one_progress_bar
-from targets.base import INPUT_NAME, OUTPUT_NAME, Export
+from targets._coreml_fixes import (
+    decomposed,
+    import_coremltools,
+    labels_beside_logits,
+    mended,
+    one_progress_bar,
+    transposes_told_apart,
+)
+from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
+from targets._coreml_placement import placement
+from targets._host import in_queries
+from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Interface, Part
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from targets.base import Images, Logits
+    from targets.base import Executor, Images, Logits
 
 PACKAGE = "model.mlpackage"
 
-# iOS 18 and macOS 15 are the first whose INT8 weights need no zero point (constexpr_blockwise_shift_scale); the older
-# constexpr_affine_dequantize with signed integers is reported wrong on the GPU (github.com/apple/coremltools #2114).
-_SPECIFICATION, _OPSET, _MACOS = 9, "CoreML8", 15
 _MAX_RANK = 5  # of a tensor: the Neural Engine has no more, and Core ML refuses some operators beyond
+# Operators with attributes that are float32 in a program of any precision, and no numbers to compute with: scale
+# factors, slopes and limits of activation functions, and what keeps logarithms and roots away from zero.
+_WITH_FLOAT32 = (
+    *("upsample_", "elu", "leaky_relu", "prelu", "thresholded_relu", "clamped_relu", "linear_activation"),
+    *("scaled_tanh", "sigmoid_hard", "softplus_parametric", "inverse", "log", "rsqrt"),
+)
+_STORAGE = "constexpr_"  # operators that make a weight of what is stored for it: palettes have two axes more than it
 
 
 @dataclass(frozen=True, slots=True)
 class CoreMLTarget:
     name: str = "coreml"
-    summary: str = "Core ML on iPhones, iPads and Macs (iOS 18, macOS 15 and later)"
+    summary: str = "Core ML on iPhones, iPads and Macs (iOS 17 and macOS 14; INT8: iOS 18 and macOS 15)"
     scheme: Scheme = SHARED
+    machine: Machine = ThisMac()  # noqa: RUF009 - frozen
 
     def missing(self) -> str | None:
         return (
@@ -47,15 +62,22 @@ class CoreMLTarget:
         )
 
     def not_executed(self) -> str | None:
-        if sys.platform != "darwin":
-            return f"needs macOS: Core ML runs on Apple devices only; on a Mac, {PACKAGE} runs as it is"
-        release = platform.mac_ver()[0]
-        if int(release.partition(".")[0]) < _MACOS:
-            return f"needs macOS {_MACOS} or later: this Mac has {release}"
-        return None
+        return self.machine.not_executed()
 
     def toolchain(self) -> dict[str, str]:
         return {package: importlib.metadata.version(package) for package in ("coremltools", "torch")}
+
+    def accept(
+        self,
+        *,
+        precision: Precision,
+        storage: WeightOnly | None,
+        interface: Interface,
+        deployment: str | None,
+        batch: int,
+    ) -> None:
+        _coreml_systems.accept(precision, storage, deployment)
+        _coreml_interface.accept(interface, batch)
 
     def build(self, export: Export, out: Path) -> None:
         from calibration import program as programs
@@ -64,102 +86,124 @@ class CoreMLTarget:
         program = _with_batch(programs.load(export.program), export)
         with tempfile.TemporaryDirectory() as scratch:
             model = _converted(program, export, Path(scratch) / PACKAGE)
+            if export.storage:
+                model = _coreml_weights.compressed(model, read(Path(scratch) / PACKAGE), export.storage)
             spec = model.get_spec()
             _describe(spec.description.metadata, export, self.toolchain())
             # Not `model.save`: it leaves a file of ExecuTorch's in the package that no manifest lists.
             coremltools.utils.save_spec(spec, str(out / PACKAGE), weights_dir=model.weights_dir)
 
+    def publish(self, export: Export, engine: Path, facts: Facts) -> None:
+        _coreml_card.publish(engine / PACKAGE, Part(engine=export.path, precision=export.precision, facts=facts))
+
+    def deployment_of_part(self, storage: WeightOnly | None, deployment: str | None) -> str | None:
+        return _coreml_functions.deployment_of_part(storage, deployment)
+
+    def merge(self, parts: Mapping[str, Part], out: Path) -> None:
+        """Checks that each function has the operators and weights of the package that it came from."""
+        _coreml_functions.merge({name: part.engine / PACKAGE for name, part in parts.items()}, out / PACKAGE)
+        _coreml_card.publish(out / PACKAGE, parts)
+
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         """Checks the interface, each layer's geometry, scales and int8 weights, and the types and ranks of the rest."""
         from calibration import program as programs
 
-        package = read(engine / PACKAGE)
+        package, program = read(engine / PACKAGE), programs.load(export.program)
         _check_interface(package.spec, export)
-        found = layers(package)
-        compare(exported_layers(programs.load(export.program), export.scales()), found)
-        check_quantizers(package)
+        _coreml_interface.check_labels(package.operations, package.spec.description, export)
+        found = layers(package, arithmetic=export.storage is None)
+        compare(exported_layers(program, export.scales()), found)
+        if export.storage:
+            stored = {"weights": _coreml_weights.inspect(package, program, export.storage)}
+        else:
+            check_quantizers(package)
+            stored = {}
         _check_types(package, export)
         operators = Counter(operation.op_type for operation in package.operations if operation.op_type != "const")
         return {
+            "system": _coreml_systems.system_of(export).name,
             "specification": package.spec.specificationVersion,
             "operators": dict(operators.most_common()),
             "layers": len(found),
             "quantized_layers": sum(layer.activation_scale is not None for layer in found),
             "weight_bytes": package.weight_bytes,
+            **stored,
             "max_rank": _max_rank(package),
+            "neural_engine": placement(package.operations).summary(),
         }
 
     def graph(self, engine: Path) -> Path | None:
         return None
 
-    @contextmanager
-    def open(self, engine: Path) -> Iterator[CoreMLSession]:
-        if reason := self.not_executed():
-            raise CannotRunHere(reason)
-        coremltools = import_coremltools()
-        with warnings.catch_warnings():
-            # Where Core ML refuses a package, MLModel only warns and later cannot predict.
-            warnings.simplefilter("error", RuntimeWarning)
-            try:
-                model = coremltools.models.MLModel(str(engine / PACKAGE), compute_units=coremltools.ComputeUnit.ALL)
-            except RuntimeWarning as refusal:
-                raise CannotRunHere(f"Core ML on this Mac cannot load {engine / PACKAGE}: {refusal}") from refusal
-        (image,) = model.get_spec().description.input
-        yield CoreMLSession(batch=image.type.multiArrayType.shape[0], model=model)
+    @property
+    def evaluator(self) -> str:
+        return "reference evaluator"
 
+    def evaluate(self, export: Export, engine: Path) -> Executor:
+        import torch
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CoreMLSession:
-    """A package that Core ML has compiled and loaded, free to use the Neural Engine, the GPU and the CPU."""
+        from targets._mil import Evaluator
 
-    batch: int
-    model: Any  # coremltools.models.MLModel
+        package = read(engine / PACKAGE)
+        evaluator = Evaluator(package.operations, package.outputs)
 
-    def infer(self, images: Images) -> Logits:
-        import numpy as np
+        def run(images: Images) -> Logits:
+            picture = torch.from_numpy(_coreml_interface.entered(images, export))
+            return evaluator.run({INPUT_NAME: picture})[OUTPUT_NAME].numpy()
 
-        # A fresh dictionary each time: predict converts its values in place.
-        return cast("Logits", self.model.predict({INPUT_NAME: images})[OUTPUT_NAME].astype(np.float32))
+        return partial(in_queries, run, export.batch)
 
-    def latencies_ns(self, images: Images, count: int) -> list[int]:
-        """Core ML's own time for each prediction: an app hands it the array that Python must first copy."""
-        latencies = []
-        for _ in range(count):
-            self.model.predict({INPUT_NAME: images})
-            latencies.append(int(self.model.last_predict_duration_in_nano_seconds))
-        return latencies
+    def replay(self, export: Export, engine: Path, images: Images) -> dict[str, object]:
+        import torch
+
+        from calibration import program as programs
+        from targets._coreml_replay import replay
+
+        program = _with_batch(programs.load(export.program), export)
+        picture = torch.from_numpy(_coreml_interface.entered(images, export))
+        found = replay(read(engine / PACKAGE), program, picture)
+        found.check(precision=export.precision)
+        return found.summary()
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return UNITS
+
+    def open(self, engine: Path) -> AbstractContextManager[CoreMLSession]:
+        return self.open_on(engine, UNITS[0])
+
+    def open_on(self, engine: Path, unit: str) -> AbstractContextManager[CoreMLSession]:
+        return opened(self.machine, engine / PACKAGE, unit)
 
 
 def _with_batch(program: ExportedProgram, export: Export) -> ExportedProgram:
-    """`program` traced again with the batch fixed: the Neural Engine executes static shapes only."""
+    """`program` and its interface traced again with the batch fixed: the Neural Engine executes static shapes only."""
     import torch
 
     example = torch.zeros(export.batch, 3, export.size(), export.size())
-    fixed: ExportedProgram = torch.export.export(program.module(), (example,))
-    # Decomposed again, because a fresh export is in the training dialect, which coremltools 9.0 cannot read.
-    decomposed: ExportedProgram = fixed.run_decompositions({torch.ops.aten.group_norm.default: group_norm})
-    return decomposed
+    network = _coreml_interface.around(mended(program, half=export.precision != "fp32"), export)
+    return decomposed(torch.export.export(network, (example,)))
 
 
 def _converted(program: ExportedProgram, export: Export, package: Path) -> Any:
     """The MLModel of `program`, written to `package` and not loaded into Core ML.
 
     Its input and output have the type it computes in. For FP16 the numbers are the same as with a float32 input, whose
-    first operator would be a cast to FP16; but that cast cannot run on the Neural Engine, which has no float32.
+    first operator would be a cast to FP16; but that cast cannot run on the Neural Engine, which has no float32. An
+    image input has that cast: Core ML turns pictures into float32.
     """
     import numpy as np
 
     coremltools = import_coremltools()
     full = export.precision == "fp32"
-    interface = np.float32 if full else np.float16
-    with one_progress_bar(program, f"Core ML {export.precision}"):
+    interface = _coreml_interface.conversion(export, np.float32 if full else np.float16)
+    with one_progress_bar(program, f"Core ML {export.precision}"), labels_beside_logits(), transposes_told_apart():
         return coremltools.convert(
             program,
             convert_to="mlprogram",
-            minimum_deployment_target=coremltools.target.iOS18,
+            minimum_deployment_target=coremltools.target[_coreml_systems.system_of(export).name],
             compute_precision=coremltools.precision.FLOAT32 if full else coremltools.precision.FLOAT16,
-            inputs=[coremltools.TensorType(name=INPUT_NAME, dtype=interface)],
-            outputs=[coremltools.TensorType(name=OUTPUT_NAME, dtype=interface)],
+            **interface,
             skip_model_load=True,
             package_dir=str(package),
         )
@@ -174,29 +218,21 @@ def _describe(metadata: Any, export: Export, toolchain: dict[str, str]) -> None:
 
 
 def _check_interface(spec: Any, export: Export) -> None:
-    """Hold a package to the version it is deployed to, and to one image tensor in and one tensor of logits out."""
-    from coremltools.proto.FeatureTypes_pb2 import ArrayFeatureType
-
-    number = ArrayFeatureType.FLOAT32 if export.precision == "fp32" else ArrayFeatureType.FLOAT16
-    classes = len(cast("list[str]", export.description()["classes"]))
+    """Hold a package to the version it is deployed to, and to what the interface takes and returns."""
+    system = _coreml_systems.system_of(export)
     expected = {
-        "specification": (_SPECIFICATION, _OPSET),
-        "inputs": [(INPUT_NAME, [export.batch, 3, export.size(), export.size()], number)],
-        "outputs": [(OUTPUT_NAME, [export.batch, classes], number)],
+        "specification": (system.specification, system.opset),
+        "inputs": _coreml_interface.expected_inputs(export),
+        "outputs": _coreml_interface.expected_outputs(export),
     }
     found = {
         "specification": (spec.specificationVersion, spec.mlProgram.functions["main"].opset),
-        "inputs": [_tensor(value) for value in spec.description.input],
-        "outputs": [_tensor(value) for value in spec.description.output],
+        "inputs": _coreml_interface.features(spec.description.input),
+        "outputs": _coreml_interface.features(spec.description.output),
     }
     for what, wanted in expected.items():
         if found[what] != wanted:
             raise CheckFailed(f"{what} of the Core ML package: {found[what]}, expected {wanted}")
-
-
-def _tensor(value: Any) -> tuple[str, list[int], int]:
-    array = value.type.multiArrayType
-    return value.name, list(array.shape), array.dataType
 
 
 def _check_types(package: Package, export: Export) -> None:
@@ -204,35 +240,33 @@ def _check_types(package: Package, export: Export) -> None:
     from coremltools.converters.mil.mil import types
 
     wanted, other = (types.fp32, types.fp16) if export.precision == "fp32" else (types.fp16, types.fp32)
-    for operation in package.operations:
+    for operation in _coreml_interface.inside(package.operations):
         for value in operation.outputs:
-            if value.dtype == other and not _is_scale_of_upsampling(operation):
+            if value.dtype == other and not _is_constant_of(operation, _WITH_FLOAT32):
                 raise CheckFailed(
                     f"{operation.name} of the Core ML package ({operation.op_type}) is "
                     f"{types.builtin_to_string(other)}, expected {types.builtin_to_string(wanted)}: Core ML would "
                     "compute it in that type, off the Neural Engine"
                 )
-            if value.rank > _MAX_RANK:
+            if value.rank > _MAX_RANK and not _is_constant_of(operation, _STORAGE):
                 raise CheckFailed(
                     f"{operation.name} of the Core ML package ({operation.op_type}) has rank {value.rank}, expected at "
                     f"most {_MAX_RANK}: reshape in steps of lower rank"
                 )
 
 
-def _is_scale_of_upsampling(operation: Any) -> bool:
-    """Whether the operation is a scale factor that MIL declares as float32 in a program of any precision: an attribute,
-    not a number to compute with.
-    """
+def _is_constant_of(operation: Any, prefix: str | tuple[str, ...]) -> bool:
+    """Whether only operators whose names begin with `prefix`, or one of several, read the operation, a constant."""
+    if operation.op_type != "const":
+        return False
     readers = [reader for value in operation.outputs for reader in value.child_ops]
-    return (
-        operation.op_type == "const"
-        and bool(readers)
-        and all(reader.op_type.startswith("upsample_") for reader in readers)
-    )
+    return bool(readers) and all(reader.op_type.startswith(prefix) for reader in readers)
 
 
 def _max_rank(package: Package) -> int:
-    ranks: set[int] = {value.rank for operation in package.operations for value in operation.outputs}
+    operations = _coreml_interface.inside(package.operations)
+    computed = (operation for operation in operations if not _is_constant_of(operation, _STORAGE))
+    ranks: set[int] = {value.rank for operation in computed for value in operation.outputs}
     return max(ranks)
 
 

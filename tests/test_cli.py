@@ -21,6 +21,7 @@ CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "s
 VERBS = (
     *("models", "targets", "dashboard", "zoo", "engine", "calibrate", "qat", "verify", "profile", "explain"),
     "lint-model",
+    "placement",
 )
 
 
@@ -81,6 +82,22 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
             r"^WEIGHTS=timm: timm publishes no weights of mobilenetv2_035; give a checkpoint, WEIGHTS=<file>, or",
         ),
         (["engine", "--weights", "timm", "--batch", "0"], r"^BATCH=0: "),  # before anything is downloaded
+        (["engine", "--recipe", "w8a16"], r"^RECIPE=w8a16: TARGET=cpu has no such choice; TARGET=coreml has, or leave"),
+        (["engine", "--interface", "image"], r"^INTERFACE=image: TARGET=cpu has no such choice; TARGET=coreml has, or"),
+        (["engine", "--deployment", "iOS17"], r"^DEPLOYMENT=iOS17: TARGET=cpu has no such choice; TARGET=coreml has,"),
+        (["engine", "--interface", "picture"], r"^INTERFACE=picture: no such interface; Known: tensor, image, classif"),
+        (
+            ["engine", "--target", "coreml", "--deployment", "ios18"],
+            r"^DEPLOYMENT=ios18: no such system; did you mean iOS18\? Known: iOS16, iOS17, iOS18, iOS26, macOS13, ",
+        ),
+        (
+            ["engine", "--target", "coreml", "--recipe", "w4a16", "--deployment", "macOS14"],
+            r"^DEPLOYMENT=macOS14: RECIPE=w4a16 needs iOS18 \(macOS15\) or later: .*; leave DEPLOYMENT out, or take",
+        ),
+        (
+            ["engine", "--target", "coreml", "--interface", "image", "--batch", "2"],
+            r"^INTERFACE=image BATCH=2: an image input of Core ML is one picture; give BATCH=1, or INTERFACE=tensor$",
+        ),
         (
             ["modles"],
             r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, zoo, engine,",

@@ -22,7 +22,20 @@ if TYPE_CHECKING:
     from targets.base import Target
 
 ROOT = Path(__file__).parent.parent
-VARIABLES = ("MODEL", "TARGET", "RECIPE", "DATA", "WEIGHTS", "SIZE", "BATCH", "DEVICE", "SEED", "INTERFACE", "DEPLOYMENT")  # of the Makefile
+VARIABLES = (
+    "MODEL",
+    "TARGET",
+    "RECIPE",
+    "DATA",
+    "WEIGHTS",
+    "SIZE",
+    "BATCH",
+    "DEVICE",
+    "SEED",
+    "FORM",
+    "INTERFACE",
+    "DEPLOYMENT",
+)  # of the Makefile
 SIDE = 16
 _COUNTS: dict[Part, int] = {"train": 128, "val": 32, "test": 48}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from targets._mil.registry import operator
 
 _INTEGERS = {"int8": torch.int8, "uint8": torch.uint8}
-_BYTE = torch.arange(8)  # places of the bits of a byte, the least significant first
+_PLACES = torch.arange(8, dtype=torch.uint8)  # of the bits in a byte, the least significant first
 
 
 # Activations
@@ -154,5 +154,5 @@ def _dense(values: Tensor, mask: Tensor) -> Tensor:
 
 def _unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
     """`count` unsigned integers of so many bits, of a string of bytes that is read from its least significant bits."""
-    stream = (packed.long().unsqueeze(-1) >> _BYTE & 1).flatten()
-    return (stream[: count * bits].reshape(count, bits) << torch.arange(bits)).sum(-1)
+    stream = (packed.unsqueeze(-1) >> _PLACES & 1).flatten()
+    return (stream[: count * bits].reshape(count, bits) << _PLACES[:bits]).sum(-1)

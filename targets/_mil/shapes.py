@@ -241,6 +241,13 @@ def _beyond(size: int, before: int, after: int, mode: Literal["reflect", "replic
     return places.clamp(0, last) if mode == "replicate" else last - (last - places.abs()).abs()
 
 
+@operator("crop")
+def crop(x: Tensor, *, crop_height: list[int], crop_width: list[int]) -> Tensor:
+    """Without so many rows at the top and bottom, and columns at the left and right."""
+    (top, bottom), (left, right) = crop_height, crop_width
+    return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
+
+
 @operator("tile")
 def tile(x: Tensor, reps: Tensor) -> Tensor:
     return x.repeat(reps.tolist())

@@ -17,8 +17,10 @@ import pytest
 from pipeline.dashboard import render, write
 from pipeline.measure import Summary
 from pipeline.results import Results, Row
+from targets.base import Placement
 
 NOW = datetime(2026, 3, 14, 15, 9, 26, tzinfo=UTC)
+RECIPES = ("fp16", "int8_qat")
 HOSTILE = "<script>alert('x')</script>\"&{{ 7 * 7 }}"
 
 
@@ -138,7 +140,9 @@ def test_details_name_versions_artifact_and_conditions() -> None:
 
 
 def test_hostile_names_are_text_and_nothing_else() -> None:
-    calm, hostile = page(_invalid(FP32)), page(_invalid(_with_hostile_names(FP32)))
+    plan = [Placement(name="x", kind="conv", preferred="GPU", supported=("GPU",), cost=1.0)]
+    calm = page(_invalid(replace(FP32, unit="ALL", plan=plan)))
+    hostile = page(_invalid(_with_hostile_names(FP32)))
     assert hostile.tags == calm.tags
     assert hostile.tags["script"] == 0
     for label in (f"{HOSTILE} family", f"target{HOSTILE} on device{HOSTILE}", f"recipe{HOSTILE}", f"why{HOSTILE}"):
@@ -158,6 +162,8 @@ def _with_hostile_names(row: Row) -> Row:
         versions={HOSTILE: HOSTILE},
         method={HOSTILE: [HOSTILE]},
         conditions={HOSTILE: {HOSTILE: HOSTILE, "unknown": None}},
+        unit=HOSTILE,
+        plan=[Placement(name=HOSTILE, kind=HOSTILE, preferred=HOSTILE, supported=(HOSTILE,), cost=1.0)],
     )
 
 
@@ -223,6 +229,69 @@ def test_the_latest_measurement_stands_in_the_table_and_earlier_ones_below_it() 
 
 def test_thread_counts_are_different_lines() -> None:
     assert page(FP32, replace(FP32, threads=1, id=2)).text.count("first run") == 2
+
+
+PLAN = (
+    Placement(name="conv_1", kind="conv", preferred="Neural Engine", supported=("CPU", "Neural Engine"), cost=0.75),
+    Placement(name="roll_2", kind="gather", preferred="CPU", supported=("CPU",), cost=0.125),
+    Placement(name="lut_3", kind="constexpr_lut_to_dense", preferred=None, supported=(), cost=None),
+)
+
+
+def on_unit(unit: str, p50_ms: float, recipe: str = "fp16") -> Row:
+    row = replace(measured(p50_ms), target="coreml", threads=None, recipe=recipe, unit=unit)
+    return replace(row, load_ms=812.5, first_ms=40.25, plan=PLAN)
+
+
+def test_choices_of_units_are_different_lines_and_compared_with_their_own_kind() -> None:
+    everything, half = on_unit("ALL", 4.0, "fp32"), on_unit("ALL", 2.0)
+    cpu, half_on_cpu = on_unit("CPU_ONLY", 30.0, "fp32"), on_unit("CPU_ONLY", 10.0)
+    shown = page(everything, half, cpu, half_on_cpu)
+    assert shown.text.count("first run") == 4
+    assert "256 1 ALL 2.00 2.00×" in shown.line("fp16", "1 ALL")
+    assert "256 1 CPU_ONLY 10.0 3.00×" in shown.line("fp16", "1 CPU_ONLY")
+    assert [line for line in shown.lines if "fastest" in line] == [shown.line("fp16", "1 ALL")]
+    assert "Threads or units" in shown.lines[0]
+    assert "or units" not in page(FP32).lines[0]
+
+
+def test_the_scatter_keeps_choices_of_units_apart() -> None:
+    shown = page(*(on_unit(unit, p50, recipe) for unit, p50 in (("ALL", 2.0), ("CPU_ONLY", 9.0)) for recipe in RECIPES))
+    assert shown.tags["polyline"] == 2
+    assert "mobilevit_xs ALL" in shown.text and "mobilevit_xs CPU_ONLY" in shown.text
+    assert "mobilevit_xs fp16 CPU_ONLY: 9.00 ms, 74.2 %" in shown.text
+
+
+def test_details_tell_the_start_and_where_operators_run() -> None:
+    text = page(on_unit("CPU_AND_NE", 2.0)).text
+    assert "Start and placement loading, ms 812.5 first query, ms 40.2" in text
+    assert "operators, Neural Engine 1 (75.0% of the cost): conv 1" in text
+    assert "operators, CPU 1 (12.5% of the cost): gather 1" in text
+    assert "operators, not placed 1 (0.0% of the cost): constexpr_lut_to_dense 1" in text
+    assert "Costliest of 3 operators" in text
+
+
+def test_the_costliest_operators_are_listed_with_the_units_that_could_run_them() -> None:
+    shown = page(on_unit("CPU_AND_NE", 2.0))
+    assert shown.line("conv_1") == "conv_1 conv 75.0 Neural Engine CPU, Neural Engine"
+    assert shown.line("roll_2") == "roll_2 gather 12.5 CPU CPU"
+    assert not any("lut_3" in line for line in shown.lines)  # of no known cost
+
+
+def test_many_operators_are_summed_up() -> None:
+    kinds = ("conv", "conv", "silu", "add", "mul", "linear", "softmax", "reshape", "concat", "split")
+    plan = [
+        Placement(name=f"op_{at}", kind=kind, preferred="GPU", supported=(), cost=0.1) for at, kind in enumerate(kinds)
+    ]
+    shown = page(replace(on_unit("CPU_AND_GPU", 2.0), plan=plan))
+    assert "10 (100.0% of the cost): conv 2, silu 1, add 1, mul 1, linear 1, …" in shown.text
+    assert sum(line.startswith("op_") for line in shown.lines) == 8
+
+
+def test_a_row_without_a_plan_has_no_such_details() -> None:
+    text = page(FP32).text
+    assert "Start and placement" not in text and "Costliest" not in text
+    assert "loading, ms" not in page(replace(on_unit("ALL", 2.0), load_ms=None)).text
 
 
 def test_every_device_has_its_section_and_every_table_its_headers() -> None:

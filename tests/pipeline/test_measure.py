@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from models.errors import BadRequest, CannotRunHere
-from pipeline.measure import Conditions, Summary, TimingPlan, summarize, time_session
+from pipeline.measure import ON_UNITS, Conditions, Summary, TimingPlan, summarize, time_session
 from targets.null import NullSession
 
 if TYPE_CHECKING:
@@ -77,6 +77,23 @@ def test_slow_engines_run_until_the_query_floor() -> None:
     assert len(samples) == 64
 
 
+@pytest.mark.parametrize(("each", "expected"), [(MS, 1_008), (1_000 * MS, 16)])
+def test_where_either_floor_will_do_the_first_one_ends_the_run(each: int, expected: int) -> None:
+    samples = time_session(ScriptedSession(repeat(each)), IMAGES, ON_UNITS)
+    assert len(samples) == expected
+    assert summarize(samples, ON_UNITS).valid
+
+
+def test_where_either_floor_will_do_a_run_that_reached_none_is_unfinished() -> None:
+    causes = summarize([MS] * 999, ON_UNITS).why_invalid
+    assert causes == "only 999 queries of at least 1000; only 0.999 s in timed queries of at least 10 s"
+
+
+def test_either_floor_must_be_one() -> None:
+    with pytest.raises(BadRequest, match=r"min_seconds >= 0 \(above 0 where either floor will do\); leave"):
+        TimingPlan(min_seconds=0, either=True)
+
+
 def test_samples_stay_in_the_order_they_ran() -> None:
     session = ScriptedSession(iter(range(1, 1000)))
     samples = time_session(session, IMAGES, TimingPlan(warmup=10, min_queries=64, min_seconds=0))
@@ -124,6 +141,7 @@ def test_the_method_tells_every_field_of_the_plan() -> None:
         "warmup": 3,
         "min_queries": 100,
         "min_seconds": 1.5,
+        "either": False,
         "chunk": 7,
         "in_flight": 1,
         "percentiles": "nearest rank, as trtexec",

@@ -9,20 +9,30 @@ import re
 import sqlite3
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.exc import DatabaseError
 
 from models.errors import BadRequest, CannotRunHere
+from pipeline import results as results_module
 from pipeline.measure import Summary, TimingPlan
 from pipeline.results import SCHEMA, Results, Row
+from targets.base import Placement
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = Summary(
     p50_ms=5.67, p90_ms=6.1, p99_ms=7.25, min_ms=5.5, max_ms=9.125, mean_ms=5.75, n=3, cv=0.0625, why_invalid=None
+)
+PLAN = (
+    Placement(name="x_1", kind="conv", preferred="Neural Engine", supported=("CPU", "Neural Engine"), cost=0.5),
+    Placement(name="w_1", kind="constexpr_lut_to_dense", preferred=None, supported=(), cost=None),
 )
 ROW = Row(
     model="mobilevit_xs",
@@ -44,7 +54,36 @@ ROW = Row(
     top1=74.5,
     float_top1=74.75,
     agreement=98.0,
+    unit="CPU_AND_NE",
+    load_ms=812.5,
+    first_ms=40.25,
+    plan=PLAN,
 )
+# What the first version made, as SQLite keeps it.
+FIRST_TABLE = """
+CREATE TABLE measurements (
+    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, created VARCHAR(40) NOT NULL, model VARCHAR(200) NOT NULL,
+    family VARCHAR(200) NOT NULL, target VARCHAR(200) NOT NULL, device VARCHAR(200) NOT NULL,
+    recipe VARCHAR(200) NOT NULL, precision VARCHAR(40) NOT NULL, size INTEGER NOT NULL, batch INTEGER NOT NULL,
+    threads INTEGER, artifact_key VARCHAR(200) NOT NULL, artifact_path TEXT NOT NULL, method JSON NOT NULL,
+    p50_ms FLOAT NOT NULL, p90_ms FLOAT NOT NULL, p99_ms FLOAT NOT NULL, min_ms FLOAT NOT NULL, max_ms FLOAT NOT NULL,
+    mean_ms FLOAT NOT NULL, n INTEGER NOT NULL, cv FLOAT NOT NULL, valid BOOLEAN NOT NULL, why_invalid TEXT,
+    samples_ns BLOB NOT NULL, versions JSON NOT NULL, conditions JSON NOT NULL, top1 FLOAT, float_top1 FLOAT,
+    agreement FLOAT
+)
+"""
+FIRST_TRIGGER = """
+CREATE TRIGGER measurements_no_update BEFORE UPDATE ON measurements BEGIN
+    SELECT RAISE(ABORT, 'measurements are never changed or deleted: append a new row');
+END
+"""
+FIRST_ROW = """
+INSERT INTO measurements VALUES (
+    1, '2026-03-14T09:01:00.000+00:00', 'mobilevit_xs', 'mobilevit', 'cpu', 'local', 'fp32', 'fp32', 256, 1, 2,
+    '87f623c687bc', 'build/engine/x', '{"warmup": 20}', 5.67, 6.1, 7.25, 5.5, 9.125, 5.75, 3, 0.0625, 1, NULL, ?,
+    '{"openvino": "2026.0.0"}', '{}', 74.5, 74.75, 98.0
+)
+"""
 
 
 @pytest.fixture
@@ -71,9 +110,20 @@ def test_a_row_comes_back_as_it_was_given(results: Results) -> None:
 
 
 def test_what_is_unknown_comes_back_as_none(results: Results) -> None:
-    results.append(replace(ROW, threads=None, top1=None, float_top1=None, agreement=None))
+    unknown = replace(ROW, threads=None, unit=None, top1=None, float_top1=None, agreement=None)
+    unknown = replace(unknown, load_ms=None, first_ms=None, plan=None)
+    number = results.append(unknown)
     (found,) = results.rows()
-    assert (found.threads, found.top1, found.float_top1, found.agreement) == (None, None, None, None)
+    assert found == replace(unknown, id=number, created=found.created)
+
+
+def test_what_is_unknown_is_null_in_the_file(results: Results, database: Path) -> None:
+    results.append(replace(ROW, unit=None, plan=None))
+    connection = sqlite3.connect(database)
+    assert connection.execute("SELECT count(*) FROM measurements WHERE unit IS NULL AND plan IS NULL").fetchone() == (
+        1,
+    )
+    connection.close()
 
 
 def test_an_invalid_measurement_keeps_its_reason(results: Results) -> None:
@@ -156,6 +206,103 @@ def test_four_processes_append_at_once(database: Path) -> None:
     results.close()
 
 
+@pytest.fixture
+def first(tmp_path: Path) -> Path:
+    """A database of the first version, with one row."""
+    database = tmp_path / "first.db"
+    connection = sqlite3.connect(database)
+    connection.execute(FIRST_TABLE)
+    connection.execute(FIRST_TRIGGER)
+    connection.execute(FIRST_ROW, (zlib.compress(b"[5500000, 5670000, 9125000]"),))
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    return database
+
+
+def test_a_database_of_the_first_version_goes_on_with_its_rows(first: Path) -> None:
+    results = Results(first)
+    (old,) = results.rows()
+    assert (old.model, old.recipe, old.samples_ns) == ("mobilevit_xs", "fp32", [5_500_000, 5_670_000, 9_125_000])
+    assert (old.unit, old.load_ms, old.first_ms, old.plan) == (None, None, None, None)
+    assert results.append(ROW) == 2
+    new = results.rows()[1]
+    assert (new.unit, new.plan) == ("CPU_AND_NE", PLAN)
+    results.close()
+    connection = sqlite3.connect(first)
+    assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
+    with pytest.raises(sqlite3.IntegrityError, match="never changed or deleted"):
+        connection.execute("DELETE FROM measurements")
+    connection.close()
+
+
+def test_a_new_table_and_one_of_the_first_version_end_up_with_the_same_columns(first: Path, database: Path) -> None:
+    for path in (first, database):
+        Results(path).close()
+    kept = []
+    for path in (first, database):
+        connection = sqlite3.connect(path)
+        columns = connection.execute("SELECT name, type, \"notnull\" FROM pragma_table_info('measurements')").fetchall()
+        triggers = connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger' ORDER BY name").fetchall()
+        kept.append((columns, triggers))
+        connection.close()
+    assert kept[0] == kept[1]
+
+
+def test_four_processes_change_a_database_of_the_first_version_at_once(first: Path) -> None:
+    script = (
+        "import sys\n"
+        "from tests.pipeline.test_results import ROW, Results\n"
+        "assert Results(sys.argv[1]).append(ROW) > 1\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, str(first)]
+    writers = [subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for _ in "1234"]
+    errors = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * 4, errors
+    results = Results(first)
+    assert [row.unit for row in results.rows()] == [None, *["CPU_AND_NE"] * 4]
+    results.close()
+
+
+@pytest.mark.parametrize("dialect", [postgresql.dialect, mysql.dialect], ids=["postgresql", "mysql"])
+def test_other_databases_get_the_columns_by_the_same_statement(dialect: Any) -> None:
+    statements = [results_module._addition(name, dialect()) for name in results_module._ADDED]
+    binary = "BYTEA" if dialect is postgresql.dialect else "BLOB"
+    assert statements == [
+        "ALTER TABLE measurements ADD COLUMN unit VARCHAR(40)",
+        "ALTER TABLE measurements ADD COLUMN load_ms FLOAT",
+        "ALTER TABLE measurements ADD COLUMN first_ms FLOAT",
+        f"ALTER TABLE measurements ADD COLUMN plan {binary}",
+    ]
+
+
+def test_a_column_that_another_process_has_just_added_is_as_good(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a database server, where nobody waits for the other."""
+    answers = iter([["unit"], []])
+    monkeypatch.setattr(results_module, "_missing", lambda _: next(answers))
+    results._add_columns()
+    assert next(answers, "asked twice") == "asked twice"
+
+
+def test_columns_that_a_database_server_lacks_are_added(results: Results, database: Path) -> None:
+    connection = sqlite3.connect(database)
+    for name in results_module._ADDED:
+        connection.execute(f"ALTER TABLE measurements DROP COLUMN {name}")
+    connection.close()
+    results._add_columns()
+    results.append(ROW)
+    assert [row.plan for row in results.rows()] == [PLAN]
+
+
+def test_a_column_that_cannot_be_added_is_told(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_module, "_missing", lambda _: ["unit"])  # there it is, and so it cannot be added
+    with pytest.raises(DatabaseError, match="duplicate column name: unit"):
+        results._add_columns()
+
+
 def test_a_database_of_a_later_edgeline_is_refused(database: Path) -> None:
     Results(database).close()
     connection = sqlite3.connect(database)
@@ -201,6 +348,10 @@ def test_a_table_of_another_program_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(BadRequest, match=r"its table measurements has no column created, model, .*another program"):
         Results(foreign)
+    connection = sqlite3.connect(foreign)
+    assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("measurements",)]
+    assert connection.execute("PRAGMA user_version").fetchone() == (0,)
+    connection.close()
 
 
 def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -159,6 +160,23 @@ def test_a_bundle_with_a_wrong_graph_is_refused(shared: Path) -> None:
     said = refused(tiny_run("fp32", WrongBundle(change=negated)), shared)
     assert "onnxruntime, on the compiled graph computes something else than" in said
     assert "at tensor `logits`" in said
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "int8_ptq", "palette4"])
+def test_a_core_ml_package_is_computed_without_a_mac(recipe: str, shared: Path) -> None:
+    run = tiny_run(recipe, "coreml")
+    if not run.target.not_executed():
+        pytest.skip("this is a Mac, which computes it itself")
+    answer = verbs.verify(run, shared)
+    assert (answer["executed"], answer["by"]) == (True, "reference evaluator")
+    assert str(answer["why_not"]).startswith("computed by the reference evaluator, not by coreml itself: needs macOS")
+    assert answer["top1"] == 100
+    report = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())
+    if recipe == "palette4":  # none of its weights is torch's
+        assert "replayed" not in report["inspected"]
+    else:
+        assert report["inspected"]["replayed"]["compared"] >= 5
+        assert (report["inspected"]["replayed"]["integers"] > 0) == (recipe == "int8_ptq")
 
 
 @pytest.mark.parametrize("verb", [verbs.verify, verbs.profile])

@@ -518,6 +518,11 @@ def test_a_pad_that_mil_does_not_allow_is_refused(mode: str, limit: int) -> None
         computed(lambda mb, x: mb.pad(x=x, pad=[0, limit + 1], mode=mode, name="wide"), counted(1, 3))
 
 
+def test_crop_takes_rows_and_columns_away_on_either_side() -> None:
+    x = counted(2, 5, 6)
+    hold(lambda mb, x: mb.crop(x=x, crop_height=[1, 2], crop_width=[0, 3]), x[:, 1:3, :3], x)
+
+
 @few
 @given(data=st.data(), shape=hnp.array_shapes(max_dims=4, max_side=3))
 def test_tile_repeats_along_every_axis(data: st.DataObject, shape: tuple[int, ...]) -> None:
@@ -718,6 +723,7 @@ def every_operator(mb: Any, x: Any, i: Any, u: Any) -> dict[str, Any]:
         "band_part": mb.band_part(x=x, lower=1, upper=0),
         "batch_to_space": mb.batch_to_space(x=x, block_shape=[2, 1], crops=edges),
         "concat": mb.concat(values=(x, x), axis=2),
+        "crop": mb.crop(x=x, crop_height=[1, 0], crop_width=[0, 1]),
         "depth_to_space": mb.depth_to_space(x=x, block_size=2),
         "expand_dims": mb.expand_dims(x=x, axes=[-1]),
         "fill": mb.fill(shape=[2, 3], value=np.float32(4)),

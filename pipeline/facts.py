@@ -1,0 +1,59 @@
+"""What is known of a verified engine beyond its export: for those who use it, where the target writes that down."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.spec import ModelSpec
+from targets.base import Facts
+
+if TYPE_CHECKING:
+    from pipeline.stages import Run
+
+_ROOT = Path(__file__).parent.parent
+
+
+def facts(run: Run, key: str, report: Mapping[str, object]) -> Facts:
+    """`key` is the engine's; `report`, what its verification found."""
+    spec = run.model
+    published = f"{spec.top1} % top-1 on ImageNet-1k ({spec.source})" if spec.top1 else None
+    return Facts(
+        key=key,
+        version=version(),
+        model=spec.name,
+        recipe=run.recipe.name,
+        paper=paper(spec),
+        published=published,
+        weights=_weights(run),
+        data=run.data.name,
+        toolchain=run.target.toolchain(),
+        report=report,
+    )
+
+
+@functools.cache
+def version() -> str:
+    """Edgeline's own."""
+    return str(tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["version"])
+
+
+def paper(spec: ModelSpec) -> str | None:
+    """The paper that one of our families follows, as its module cites it at its top; None where it cites none."""
+    if not spec.ours:
+        return None
+    file = _ROOT / (spec.module.replace(".", "/") + ".py")
+    text = ast.get_docstring(ast.parse(file.read_bytes())) or ""
+    cited = re.search(r"\n\n(.+?arXiv \d{4}\.\d{5})", text, re.DOTALL)
+    return " ".join(cited[1].split()) if cited else None
+
+
+def _weights(run: Run) -> str:
+    if run.weights:
+        return f"read from {run.weights.name}"
+    return f"trained on {run.data.name}" if run.trained else "random: to be timed, not to be used"

@@ -1,0 +1,79 @@
+"""Several engines in one file: a model at several resolutions, or made small in several ways, behind one download."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from models.errors import BadRequest
+from pipeline import stages
+from pipeline.facts import facts
+from pipeline.stages import Run
+from pipeline.store import MANIFEST, Step
+from targets.base import Merges, Part
+
+
+def named(runs: Sequence[Run]) -> dict[str, Run]:
+    """The runs by the name of the function that each becomes, each once, in the order that they were asked for.
+
+    Raises BadRequest where they do not make a file with several functions.
+    """
+    target = runs[0].target
+    if not isinstance(target, Merges):
+        raise BadRequest(f"TARGET={target.name}: its engines have one function each; TARGET=coreml can have several")
+    functions = {
+        f"{run.recipe.name}_{run.preprocess.size}": replace(
+            run, deployment=target.deployment_of_part(run.storage, run.deployment)
+        )
+        for run in runs
+    }
+    if len(functions) < 2:
+        raise BadRequest(
+            f"{next(iter(functions))} is one function alone: give several resolutions in SIZES, or several recipes in "
+            "RECIPES, or use make engine"
+        )
+    return functions
+
+
+def multifunction(functions: Mapping[str, Run]) -> Step:
+    """The engines of `functions` as one file, each checked against the engine it came from, and `report.json`."""
+    first = next(iter(functions.values()))
+    target = first.target
+    assert isinstance(target, Merges)
+    engines = {name: stages.engine(run) for name, run in functions.items()}
+
+    def build(inputs: Mapping[str, Path], out: Path) -> None:
+        parts, rows = {}, []
+        for name, run in functions.items():
+            report = json.loads((inputs[name] / "report.json").read_text())
+            known = facts(run, engines[name].key, report)
+            parts[name] = Part(engine=inputs[name], precision=run.recipe.precision, facts=known)
+            rows.append(_row(name, run, engines[name], report))
+        target.merge(parts, out)
+        report = {"functions": rows, "bytes": _bytes(out), "bytes_apart": sum(map(_bytes, inputs.values()))}
+        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    return Step(
+        stage="multifunction",
+        label=first.label(f"{len(functions)}_functions", target.name),
+        inputs=engines,
+        # The order is not that of `inputs`, whose names are sorted for the key: the first function is the default.
+        params={"functions": list(functions), "toolchain": target.toolchain()},
+        code=("pipeline.facts", type(target).__module__),
+        build=build,
+    )
+
+
+def _row(name: str, run: Run, engine: Step, report: Mapping[str, object]) -> dict[str, object]:
+    kept = ("top1", "float_top1", "images", "executed", "by")
+    made = {"function": name, "recipe": run.recipe.name, "size": run.preprocess.size, "key": engine.key}
+    return made | {field: report[field] for field in kept}
+
+
+def _bytes(folder: Path) -> int:
+    """Of the engine itself, not of what describes it."""
+    described = {MANIFEST, "report.json", "model.json", "MODEL_CARD.md"}
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in described)
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,312 @@
+"""What a Core ML package says of itself: its metadata, and the model card beside it with code to use it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from targets._coreml import SPECIFICATION
+from targets._coreml_fixes import import_coremltools
+from targets._coreml_interface import LABEL_NAME, PROBABILITIES_NAME, features
+from targets._coreml_systems import SYSTEMS
+from targets.base import INPUT_NAME, OUTPUT_NAME, Facts, Interface, Part
+
+CARD = "MODEL_CARD.md"
+PREFIX = "edgeline."  # of our names in the metadata that users may define
+
+# The licence of weights is that of whoever trained them, and of the data: nobody has told us.
+LICENCE = "not stated"
+
+_SYSTEMS = {system.specification: f"{system.name}, macOS{system.macos}" for system in SYSTEMS}
+_KEY_LETTERS = 12  # of a key, where people read it
+_SHOWN = 20  # names of classes
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|&~$!])")  # to Markdown, and to HTML inside it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Function:
+    """One function of a package; most packages have one, without a name."""
+
+    name: str | None
+    description: Any  # the protobuf message: of the model, or of the function where there are several
+    exported: Mapping[str, Any]  # the contents of model.json
+    precision: str
+    facts: Facts
+
+    @property
+    def inputs(self) -> list[tuple[str, list[int], str]]:
+        return cast("list[tuple[str, list[int], str]]", features(self.description.input))
+
+    @property
+    def outputs(self) -> list[tuple[str, list[int], str]]:
+        return cast("list[tuple[str, list[int], str]]", features(self.description.output))
+
+    @property
+    def interface(self) -> Interface:
+        if self.inputs[0][2] != "RGB":
+            return "tensor"
+        return "classifier" if self.description.predictedFeatureName else "image"
+
+
+def publish(package: Path, parts: Mapping[str, Part] | Part) -> None:
+    """Write what is known of a package's functions into it, by name where there are several, and the model card beside
+    it.
+
+    The file of the specification may be shared with another package, so it is replaced, not written to.
+    """
+    coremltools = import_coremltools()
+    spec = coremltools.utils.load_spec(str(package))
+    named = {described.name: described for described in spec.description.functions}
+    functions = [
+        Function(
+            name=name,
+            description=named[name] if name else spec.description,
+            exported=json.loads((part.engine / "model.json").read_text()),
+            precision=part.precision,
+            facts=part.facts,
+        )
+        for name, part in (parts.items() if isinstance(parts, Mapping) else [(None, parts)])
+    ]
+    describe(spec.description.metadata, functions)
+    file = package / SPECIFICATION
+    file.unlink()
+    file.write_bytes(spec.SerializeToString(deterministic=True))
+    (package.parent / CARD).write_text(card(spec, functions, package.name))
+
+
+def describe(metadata: Any, functions: Sequence[Function]) -> None:
+    """Write into a package what Xcode shows, and what an app can read: strings as they are, everything else as JSON.
+
+    Of a package with several functions, the facts are those of the first, which is the default one.
+    """
+    first = functions[0]
+    metadata.author = f"Edgeline {first.facts.version}"
+    metadata.license = LICENCE
+    metadata.versionString = f"{first.facts.version}+{first.facts.key[:_KEY_LETTERS]}"
+    metadata.shortDescription = "; ".join(_in_short(function) for function in functions)
+    told: dict[str, object] = {**first.exported, "interface": first.interface, **_measured(first)}
+    if first.name:
+        told["functions"] = {function.name: _measured(function) for function in functions}
+    for name, value in told.items():
+        metadata.userDefined[PREFIX + name] = value if isinstance(value, str) else json.dumps(value)
+
+
+def card(spec: Any, functions: Sequence[Function], package: str) -> str:
+    """The model card of the file `package` with this specification, in Markdown."""
+    return "\n".join(
+        (*_introduced(spec, functions), *_tabled(functions), *_explained(functions), *_used(functions, package))
+    )
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, with nothing in it that Markdown or HTML would take for its own."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def _in_short(function: Function) -> str:
+    report, size = function.facts.report, function.exported["size"]
+    return (
+        f"{function.facts.model}, {function.facts.recipe}, {size} pixels: top-1 {report['top1']} % on the "
+        f"{report['images']} test images of {function.facts.data}"
+    )
+
+
+def _measured(function: Function) -> dict[str, object]:
+    facts, report = function.facts, function.facts.report
+    accuracy = {name: report[name] for name in ("top1", "float_top1", "images", "executed", "by", "why_not")}
+    return {
+        "recipe": facts.recipe,
+        "size": function.exported["size"],
+        "precision": function.precision,
+        "key": facts.key,
+        "version": facts.version,
+        "data": facts.data,
+        "weights": facts.weights,
+        "toolchain": dict(facts.toolchain),
+        **accuracy,
+    }
+
+
+def _introduced(spec: Any, functions: Sequence[Function]) -> Iterator[str]:
+    first = functions[0]
+    facts, classes = first.facts, first.exported["classes"]
+    more = f", and {len(classes) - _SHOWN} more (`{PREFIX}classes` in the metadata)" if len(classes) > _SHOWN else ""
+    rows = {
+        "Network": facts.model,
+        "Paper": facts.paper or "none known",
+        "Published accuracy": f"{facts.published}; this package's own is below" if facts.published else "none known",
+        "Weights": facts.weights,
+        "Licence of the weights": LICENCE,
+        "Classes": f"{len(classes)}: {', '.join(classes[:_SHOWN])}",
+        "Needs": f"{_SYSTEMS[spec.specificationVersion]}, or later",
+        "Built by": f"Edgeline {facts.version}",
+    }
+    rows["Built with"] = ", ".join(f"{name} {version}" for name, version in facts.toolchain.items())
+    yield f"# {escaped(facts.model)} for Core ML\n"
+    yield "| | |\n|---|---|"
+    yield from (f"| {name} | {escaped(value)}{more if name == 'Classes' else ''} |" for name, value in rows.items())
+
+
+def _tabled(functions: Sequence[Function]) -> Iterator[str]:
+    named = any(function.name for function in functions)
+    yield "\n## What was measured\n"
+    yield "| " + "function | " * named + "recipe | pixels | computed in | top-1 | float | images | computed by | key |"
+    yield "|" + "---|" * (8 + named)
+    for function in functions:
+        facts, report = function.facts, function.facts.report
+        by = report["by"] if report["executed"] else f"{report['by']}, instead of the package"
+        cells = (
+            facts.recipe,
+            function.exported["size"],
+            "FP32"
+            if function.precision == "fp32"
+            else "FP16, INT8 where quantized"
+            if function.precision == "int8"
+            else "FP16",
+            f"{report['top1']} %",
+            f"{report['float_top1']} %",
+            f"{report['images']} of {facts.data}",
+            by,
+            facts.key[:_KEY_LETTERS],
+        )
+        yield "| " + f"{function.name} | " * named + " | ".join(escaped(str(cell)) for cell in cells) + " |"
+    yield "\nTop-1 is the share of test images whose likeliest class is the right one; `float` is that of the weights"
+    yield "before they were made small, on the same images."
+    if reasons := sorted({str(function.facts.report["why_not"]) for function in functions} - {"None"}):
+        yield f"Not on a device: {escaped('; '.join(reasons))}."
+
+
+def _explained(functions: Sequence[Function]) -> Iterator[str]:
+    yield "\n## What goes in and comes out\n"
+    for function in functions:
+        preprocess = function.exported["preprocess"]
+        size, resized = function.exported["size"], _resized(preprocess)
+        of = f"Of `{function.name}`: " if function.name else ""
+        yield (
+            f"{of}A picture in RGB is resized ({preprocess['interpolation']}) until its short side is {resized} "
+            f"pixels, and cut to the central {size} x {size}."
+        )
+        normal = f"minus mean {preprocess['mean']}, over deviation {preprocess['std']}"
+        if function.interface == "tensor":
+            yield f"Each channel is scaled to 0..1, {normal}, before it goes in.\n"
+        else:
+            yield f"The pixels go in as they are: the package itself scales each channel to 0..1, {normal}.\n"
+        yield "| | name | shape | type |\n|---|---|---|---|"
+        for way, found in (("in", function.inputs), ("out", function.outputs)):
+            for name, shape, kind in found:
+                yield f"| {way} | `{name}` | {' x '.join(map(str, shape)) or 'none'} | {kind.lower()} |"
+        yield ""
+
+
+def _used(functions: Sequence[Function], package: str) -> Iterator[str]:
+    first = functions[0]
+    if first.name:
+        others = ", ".join(f"`{function.name}`" for function in functions)
+        yield f"The package has several functions: {others}. The first is the default; the code below loads it by name."
+        yield "Another one is loaded by its own, with its own size.\n"
+    yield "## In Swift\n\n```swift"
+    yield from _swift(first, package)
+    yield "```\n\n## In Python, on a Mac\n\n```python"
+    yield from _python(first, package)
+    yield "```\n"
+
+
+def _swift(function: Function, package: str) -> Iterator[str]:
+    yield "import CoreML"
+    if function.interface != "tensor":
+        yield "import Vision"
+    yield "\nlet configuration = MLModelConfiguration()"
+    yield "configuration.computeUnits = .cpuAndNeuralEngine"
+    if function.name:
+        yield f'configuration.functionName = "{function.name}"'
+    yield f'let compiled = try await MLModel.compileModel(at: URL(fileURLWithPath: "{package}"))'
+    yield "let model = try MLModel(contentsOf: compiled, configuration: configuration)\n"
+    yield from _SWIFT[function.interface](function)
+
+
+def _swift_tensor(function: Function) -> Iterator[str]:
+    ((_, shape, kind),) = function.inputs
+    number = _swift_number(kind)
+    yield f"// {' x '.join(map(str, shape))}: pictures, channels in the order RGB, rows, columns; prepared as above."
+    yield f"func logits(of scalars: [{number}]) throws -> [{number}] {{"
+    yield f"    let image = MLShapedArray<{number}>(scalars: scalars, shape: {shape})"
+    yield f'    let input = try MLDictionaryFeatureProvider(dictionary: ["{INPUT_NAME}": MLMultiArray(image)])'
+    yield "    let output = try model.prediction(from: input)"
+    yield f'    return MLShapedArray<{number}>(output.featureValue(for: "{OUTPUT_NAME}")!.multiArrayValue!).scalars'
+    yield "}"
+
+
+def _swift_image(function: Function) -> Iterator[str]:
+    kind = next(kind for name, _, kind in function.outputs if name == OUTPUT_NAME)
+    number = _swift_number(kind)
+    yield f"func logits(of picture: CGImage) throws -> [{number}] {{"
+    yield from _vision(function)
+    yield "    let observations = request.results as! [VNCoreMLFeatureValueObservation]"
+    yield f'    let found = observations.first {{ $0.featureName == "{OUTPUT_NAME}" }}!'
+    yield f"    return MLShapedArray<{number}>(found.featureValue.multiArrayValue!).scalars"
+    yield "}"
+
+
+def _swift_classifier(function: Function) -> Iterator[str]:
+    yield "func classify(_ picture: CGImage) throws -> [(name: String, probability: Float)] {"
+    yield from _vision(function)
+    yield "    let observations = request.results as! [VNClassificationObservation]  // the likeliest first"
+    yield "    return observations.map { ($0.identifier, $0.confidence) }"
+    yield "}"
+
+
+def _vision(function: Function) -> Iterator[str]:
+    """Vision cuts the central square of the region of interest: together, what `preprocess` says."""
+    share = function.exported["size"] / _resized(function.exported["preprocess"])
+    yield "    let request = VNCoreMLRequest(model: try VNCoreMLModel(for: model))"
+    yield "    request.imageCropAndScaleOption = .centerCrop"
+    if share < 1:
+        edge, side = f"{(1 - share) / 2:.6g}", f"{share:.6g}"
+        yield f"    request.regionOfInterest = CGRect(x: {edge}, y: {edge}, width: {side}, height: {side})"
+    yield "    try VNImageRequestHandler(cgImage: picture).perform([request])"
+
+
+_SWIFT = {"tensor": _swift_tensor, "image": _swift_image, "classifier": _swift_classifier}
+
+
+def _swift_number(kind: str) -> str:
+    return {"FLOAT16": "Float16", "FLOAT32": "Float"}[kind]
+
+
+def _python(function: Function, package: str) -> Iterator[str]:
+    preprocess = function.exported["preprocess"]
+    size, resized, tensor = function.exported["size"], _resized(preprocess), function.interface == "tensor"
+    named = f', function_name="{function.name}"' if function.name else ""
+    yield "import json\n"
+    yield "import coremltools as ct"
+    if tensor:
+        yield "import numpy as np"
+    yield "from PIL import Image\n"
+    yield 'picture = Image.open("picture.jpg").convert("RGB")'
+    yield f"scale = {resized} / min(picture.size)"
+    yield f"sides = [max({resized}, round(side * scale)) for side in picture.size]"
+    yield f"picture = picture.resize(sides, Image.Resampling.{preprocess['interpolation'].upper()})"
+    yield f"left, top = ((side - {size}) // 2 for side in sides)"
+    yield f"picture = picture.crop((left, top, left + {size}, top + {size}))"
+    if tensor:
+        batch = function.inputs[0][1][0]
+        yield f"mean, std = {preprocess['mean']}, {preprocess['std']}"
+        yield "image = ((np.asarray(picture) / 255 - mean) / std).transpose(2, 0, 1)"
+        yield f"image = np.stack([image] * {batch}).astype(np.float32)"
+    yield f'\nmodel = ct.models.MLModel("{package}", compute_units=ct.ComputeUnit.CPU_AND_NE{named})'
+    yield f'answer = model.predict({{"{INPUT_NAME}": {"image" if tensor else "picture"}}})'
+    if function.interface == "classifier":
+        yield f'print(answer["{LABEL_NAME}"], answer["{PROBABILITIES_NAME}"][answer["{LABEL_NAME}"]])'
+    else:
+        yield f'classes = json.loads(model.user_defined_metadata["{PREFIX}classes"])'
+        yield f'print(classes[answer["{OUTPUT_NAME}"][0].argmax()])'
+
+
+def _resized(preprocess: Mapping[str, Any]) -> int:
+    """The short side that a picture is resized to, as in `calibration.preprocess.pixels`."""
+    size, crop = int(preprocess["size"]), float(preprocess["crop"])
+    return max(size, round(size / crop))

@@ -1,0 +1,185 @@
+"""Hold a saved Core ML package against the torch program that it was made from, operator by operator.
+
+Each operator of the package is computed from what torch computed before it (teacher forcing), so that no difference
+adds up with another: what is found at an operator is that operator's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from calibration.metrics import snr_db
+from calibration.recipe import Precision
+from models.errors import CheckFailed
+from targets._coreml import Package, quantizers, weighted
+from targets.base import INPUT_NAME, OUTPUT_NAME
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule, Node
+
+_HALF = "_cast_fp16"  # what coremltools appends to the names of values that it turned to FP16
+_LEAST_DB = 50.0  # of one operator: its constants are rounded to FP16 in the package, nothing else is
+# A rounding is a tie where the quotient is this close to the middle between two integers, relative to its size: torch
+# multiplies by the inverse of the scale, MIL divides by it.
+_TIE = 2.0**-20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One value of the package against torch's."""
+
+    operator: str  # its name in the package
+    kind: str  # its type in MIL
+    node: str  # of the torch program
+    db: float  # of floats; integers: 200 where all are equal up to ties
+    ties: int = 0  # integers that differ by one, where the quotient lies in the middle between two
+    wrong: int = 0  # integers that differ otherwise
+    count: int = 0  # integers in all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """All values of a package that have a counterpart in the torch program, in order of execution."""
+
+    comparisons: tuple[Comparison, ...]
+    operators: int  # of the package, constants not counted
+    logits_db: float  # of the outputs where nothing is replaced, without the rounding of FP16
+
+    def first_diverging(self) -> Comparison | None:
+        return next((found for found in self.comparisons if found.wrong or found.db < _LEAST_DB), None)
+
+    def check(self, *, precision: Precision) -> None:
+        """Raises CheckFailed naming the first operator that computes something else than torch does."""
+        found = self.first_diverging()
+        if found is not None:
+            came = f"{found.wrong} of {found.count} integers differ" if found.wrong else f"{found.db:.1f} dB"
+            raise CheckFailed(
+                f"{found.operator} of the Core ML package ({found.kind}), given what torch computed before it, is not "
+                f"torch's {found.node}: {came}, expected {'ties at most' if found.wrong else f'{_LEAST_DB:.0f} dB'}; "
+                "a fault of the conversion: build the engine again, or try RECIPE=fp16"
+            )
+        # As a whole, only float32 can be held to that: how far FP16 weights, or one tipped rounding, carry is a matter
+        # of the network.
+        if precision == "fp32" and self.logits_db < _LEAST_DB:
+            raise CheckFailed(
+                f"the Core ML package is {self.logits_db:.1f} dB from the torch program, expected {_LEAST_DB:.0f} dB, "
+                "although each of its operators that has a counterpart there agrees: build the engine again"
+            )
+
+    def summary(self) -> dict[str, object]:
+        floats = [found.db for found in self.comparisons if not found.count]
+        return {
+            "operators": self.operators,
+            "compared": len(self.comparisons),
+            "least_db": round(min(floats), 1) if floats else None,
+            "integers": sum(found.count for found in self.comparisons),
+            "ties": sum(found.ties for found in self.comparisons),
+            "logits_db": self.logits_db,
+        }
+
+
+def replay(package: Package, program: ExportedProgram, image: Tensor) -> Replay:
+    """Compute every operator of `package` from what `program` computes for `image`, one query of the input that both
+    take, exactly as it is stored and without the rounding of FP16.
+    """
+    from targets._mil import Evaluator
+
+    graph = program.module()
+    nodes = {node.name: node for node in graph.graph.nodes}
+    values = _recorded(graph, image)
+    pairs = dict(_pairs(package, graph))
+    found: list[Comparison] = []
+
+    def compare(operation: Any, name: str, value: Tensor) -> None:
+        if name in pairs:
+            found.append(_comparison(operation, nodes[pairs[name]], value, values))
+
+    evaluator = Evaluator(package.operations, package.outputs, rounding="exact")
+    evaluator.run({INPUT_NAME: image}, given={name: values[node] for name, node in pairs.items()}, watch=compare)
+    logits = evaluator.run({INPUT_NAME: image})[OUTPUT_NAME]
+    last = graph.graph.output_node().all_input_nodes[0]  # a classifier's probabilities follow
+    return Replay(
+        comparisons=tuple(found),
+        operators=sum(not operation.op_type.startswith("const") for operation in package.operations),
+        logits_db=round(snr_db(values[last.name].numpy(), logits.numpy()), 1),
+    )
+
+
+def _recorded(graph: GraphModule, image: Tensor) -> dict[str, Tensor]:
+    """Every tensor that `graph` computes, by the name of its node."""
+    import torch
+
+    found: dict[str, Tensor] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, node: Node) -> Any:
+            value = super().run_node(node)
+            if isinstance(value, torch.Tensor):
+                found[node.name] = value
+            return value
+
+    with torch.no_grad():
+        Recorder(graph).run(image)
+    return found
+
+
+def _pairs(package: Package, graph: GraphModule) -> Iterator[tuple[str, str]]:
+    """The values of the package and the nodes that compute the same.
+
+    Layers and their quantizers go by order, as `_coreml.compare` has established; all others by name, which
+    coremltools keeps but for the ending. A layer that has the name of a later node is fused with what lies between.
+    """
+    from calibration.program import WEIGHTED
+
+    nodes = {
+        node.name: node  # those with one output
+        for node in graph.graph.nodes
+        if node.op == "call_function" and hasattr(node.meta["val"], "shape")
+    }
+    places = {name: place for place, name in enumerate(nodes)}
+    layers = [node for node in nodes.values() if node.target in WEIGHTED]
+    by_order: dict[str, str] = {}
+    for operation, node in zip(weighted(package), layers, strict=True):
+        name = operation.outputs[0].name.removesuffix(_HALF)
+        by_order[operation.outputs[0].name] = name if places.get(name, -1) > places[node.name] else node.name
+        for part in quantizers(operation):
+            restored = cast("Node", node.args[0])
+            if part.op_type == "dequantize":
+                by_order[part.outputs[0].name] = restored.name
+            elif part.op_type == "quantize":
+                rounded = cast("Node", restored.args[0])
+                by_order[part.outputs[0].name] = rounded.name
+                source = cast("Node", rounded.args[0])
+                if source.name in nodes and part.input.op is not None:
+                    by_order.setdefault(part.input.name, source.name)
+    yield from by_order.items()
+    taken = set(by_order.values())
+    for operation in package.operations:
+        for output in operation.outputs:
+            name = output.name.removesuffix(_HALF)
+            if output.name in by_order or name in taken or name not in nodes:
+                continue
+            if tuple(nodes[name].meta["val"].shape) == tuple(output.shape):
+                yield output.name, name
+
+
+def _comparison(operation: Any, node: Node, value: Tensor, values: Mapping[str, Tensor]) -> Comparison:
+    expected = values[node.name]
+    made = partial(Comparison, operator=str(operation.name), kind=str(operation.op_type), node=node.name)
+    if expected.is_floating_point():
+        return made(db=round(snr_db(expected.numpy(), value.numpy()), 1))
+    apart = (value.int() - expected.int()).abs()
+    ties = (apart == 1) & _between(values[cast("Node", node.args[0]).name] / cast("float", node.args[1]))
+    wrong = int(((apart > 0) & ~ties).sum())
+    noise = 200.0 if wrong == 0 else round(snr_db(expected.float().numpy(), value.float().numpy()), 1)
+    return made(db=noise, ties=int(ties.sum()), wrong=wrong, count=expected.numel())
+
+
+def _between(quotients: Tensor) -> Tensor:
+    """Where `quotients` lie in the middle between two integers, but for the error of a division."""
+    return ((quotients - quotients.floor()) - 0.5).abs() <= _TIE * quotients.abs().clamp(min=1)

@@ -1,0 +1,342 @@
+"""Store the weights of a Core ML package in fewer bits than they are computed in, and say how that turned out.
+
+What is stored, for one layer, is a `WeightOnly` recipe. The recipe that is asked for may not fit a layer: its blocks
+must divide the channels. Then the layer takes the next coarser form that fits every layer, and the report says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from calibration import recipe
+from calibration.recipe import WeightOnly
+from models.errors import CheckFailed
+from targets._coreml import Package, weighted
+from targets._coreml_fixes import import_coremltools, one_bar_for_weights, scales_above_zero
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    Floats = npt.NDArray[np.floating[Any]]
+
+# Weights of this many values or fewer stay FP16: coremltools' own limit. In the families here these are the first
+# convolution and small depthwise kernels, which lose most by rounding, and 0.5 % (mobilevit_xs) to 2 % of the bytes.
+SMALL = 2048
+# What a layer becomes whose channels the blocks do not divide, by `storage`: those of half of mobilevit_xs are 80, 120
+# or 144. The recipes without blocks.
+_COARSER = {
+    coarser.storage: coarser
+    for coarser in recipe.ALL.values()
+    if isinstance(coarser, WeightOnly) and coarser.block is None
+}
+_HALF_ROUNDING, _HALF_SMALLEST = 2.0**-11, 2.0**-24  # of FP16: relative error of one rounding, and its smallest number
+_CELLS, _MOST_STEPS = 512, 500  # of k-means: values that it begins with, and steps in which it may end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """The weight of one layer: as it was exported, as the package stores it, and what that is worth."""
+
+    name: str
+    exported: Tensor
+    value: Tensor
+    form: WeightOnly | None  # None: FP16
+    part: Any  # coremltools' operation that makes the weight
+
+
+def form_of(shape: tuple[int, ...], storage: WeightOnly) -> WeightOnly | None:
+    """How a weight of this shape, output channels first, is stored where `storage` is asked for; None: in FP16."""
+    if math.prod(shape) <= SMALL:
+        return None
+    channels = shape[0] if storage.storage == "palette" else shape[1]
+    return storage if storage.block is None or channels % storage.block == 0 else _COARSER[storage.storage]
+
+
+def compressed(model: Any, package: Package, storage: WeightOnly) -> Any:
+    """`model`, an MLModel of the float `package`, with the weights of its layers in the form that `storage` asks for.
+
+    The same model gives the same bytes.
+    """
+    import_coremltools()
+    from coremltools.optimize import coreml as optimize
+
+    forms = {operation.weight.op.name: form_of(operation.weight.shape, storage) for operation in weighted(package)}
+    configs = {name: _config(form) for name, form in forms.items() if form}
+    compress = optimize.palettize_weights if storage.storage == "palette" else optimize.linear_quantize_weights
+    with one_bar_for_weights(f"Core ML {storage.name}", len(configs)), scales_above_zero():
+        return compress(model, optimize.OptimizationConfig(op_name_configs=configs))
+
+
+def inspect(package: Package, program: ExportedProgram, storage: WeightOnly) -> dict[str, object]:
+    """Hold every weight of a package against the exported one, and describe how they are stored.
+
+    `program`: the exported one, whose layers are known to be those of the package, in this order. Raises CheckFailed
+    naming the first layer whose weight is stored in another form than `storage` gives it, or is worth something else:
+    more than half a step, or another value of the palette than the nearest. FP16 rounds the weight before and its value
+    after; that much is allowed on top.
+    """
+    _check_parts(package)
+    stored = _stored(package, program, storage)
+    for layer in stored:
+        _check_form(layer)
+        _check_value(layer)
+    return _report(stored, storage)
+
+
+def palette(weight: Floats, *, bits: int) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    """2 ** bits values for those of `weight`, in increasing order and of its type, and the index of the nearest one for
+    each, flat.
+
+    This is k-means in one dimension, where a cluster is an interval and the best ones can be computed. coremltools' own
+    (scikit-learn's) starts at random places, takes several times as long, ends 0.2 to 0.5 dB worse, and its indices are
+    those of centres that are rounded to FP16 only then.
+    """
+    import numpy as np
+
+    values, counts = np.unique(weight.astype(np.float64), return_counts=True)
+    found: Floats = _centres(values, counts, 2**bits).astype(weight.dtype)
+    return found, _nearest(found, weight.ravel()).astype(np.uint8)
+
+
+def _centres(values: Floats, counts: npt.NDArray[np.int64], count: int) -> Floats:
+    """`count` centres of sorted distinct `values` that occur so often; where there are fewer values, the last again."""
+    import numpy as np
+
+    if len(values) <= count:
+        return np.pad(values, (0, count - len(values)), mode="edge")
+    occurrences = np.concatenate(([0], np.cumsum(counts)))
+    sums = np.concatenate(([0.0], np.cumsum(values * counts)))
+    bounds = _intervals(values, counts, count)
+    # Lloyd's algorithm (doi.org/10.1109/TIT.1982.1056489): means of intervals, and intervals around means.
+    for _ in range(_MOST_STEPS):
+        centres: Floats = np.diff(sums[bounds]) / np.diff(occurrences[bounds])
+        before, bounds = bounds, np.searchsorted(values, [-np.inf, *(centres[1:] + centres[:-1]) / 2, np.inf])
+        if np.array_equal(before, bounds) or not np.diff(bounds).all():  # done, or a value short
+            break
+    return centres
+
+
+def _intervals(values: Floats, counts: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Where `values` are best cut into `count` intervals: the first index of each, and the length.
+
+    By dynamic programming (Wang and Song, "Ckmeans.1d.dp", doi.org/10.32614/RJ-2011-015), with neighbours taken
+    together where there are more than `_CELLS` values. Lloyd's algorithm alone ends 2 dB worse where a few weights are
+    far from the others.
+    """
+    import numpy as np
+
+    firsts = np.arange(len(values))
+    if len(values) > _CELLS:  # neighbours by their rank, and by their distance, so that few are taken together in tails
+        place = firsts / len(values) + (values - values[0]) / (values[-1] - values[0])
+        firsts = np.flatnonzero(np.diff((place / 2 * _CELLS).astype(int), prepend=-1))
+    moments = (np.add.reduceat(counts * values**power, firsts) for power in range(3))
+    number, total, squares = (np.concatenate(([0.0], np.cumsum(moment))) for moment in moments)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where an interval ends before it begins
+        spread = squares - squares[:, None] - (total - total[:, None]) ** 2 / (number - number[:, None])
+    spread[np.tril_indices_from(spread)] = np.inf  # squared error of one centre for the cells from row to column
+    best, cuts = spread[0], []
+    for _ in range(count - 1):
+        errors = best[:, None] + spread
+        cuts.append(errors.argmin(0))
+        best = errors.min(0)
+    bounds = [len(firsts)]
+    for cut in reversed(cuts):
+        bounds.append(int(cut[bounds[-1]]))
+    return np.concatenate(([0], firsts[bounds[:0:-1]], [len(values)]))
+
+
+def _nearest(entries: Floats, values: Floats) -> npt.NDArray[np.int64]:
+    """The index of the nearest of sorted `entries` for each of `values`."""
+    import numpy as np
+
+    exact = entries.astype(np.float64)
+    indices: npt.NDArray[np.int64] = np.searchsorted((exact[1:] + exact[:-1]) / 2, values.astype(np.float64))
+    return indices
+
+
+def _config(form: WeightOnly) -> Any:
+    from coremltools.optimize import coreml as optimize
+
+    if form.storage == "palette":
+        return optimize.OpPalettizerConfig(
+            mode="custom",
+            lut_function=partial(palette, bits=form.bits),
+            granularity="per_grouped_channel" if form.block else "per_tensor",
+            group_size=form.block or 0,
+            weight_threshold=SMALL,
+        )
+    return optimize.OpLinearQuantizerConfig(
+        mode="linear_symmetric",
+        dtype=f"int{form.bits}",
+        granularity="per_block" if form.block else "per_channel",
+        block_size=form.block or 0,
+        weight_threshold=SMALL,
+    )
+
+
+def _check_parts(package: Package) -> None:
+    """Hold a package to weights: nothing else of it is compressed, and activations are float."""
+    own = {id(operation.weight.op) for operation in weighted(package)}
+    for operation in package.operations:
+        stray = operation.op_type.startswith("constexpr_") and id(operation) not in own
+        if stray or operation.op_type in ("quantize", "dequantize"):
+            raise CheckFailed(
+                f"{operation.name} of the Core ML package ({operation.op_type}) is no weight of a layer; this recipe "
+                "stores weights in fewer bits, and nothing else"
+            )
+
+
+def _stored(package: Package, program: ExportedProgram, storage: WeightOnly) -> list[_Stored]:
+    from calibration import program as programs
+
+    graph = program.module()
+    nodes = [node for node in graph.graph.nodes if node.target in programs.WEIGHTED]
+    operations = weighted(package)
+    values = _values([operation.weight for operation in operations])
+    return [
+        _Stored(
+            name=programs.module_path(node),
+            exported=(exported := programs.stored_tensor(graph, node.args[1]).detach()),
+            value=values[operation.weight.name],
+            form=form_of(tuple(exported.shape), storage),
+            part=operation.weight.op,
+        )
+        for node, operation in zip(nodes, operations, strict=True)
+    ]
+
+
+def _values(weights: list[Any]) -> Mapping[str, Tensor]:
+    """What the weights of a package are worth, by the names of the values."""
+    import torch
+
+    from targets._mil import Evaluator
+
+    plain = {
+        weight.name: torch.from_numpy(weight.val.astype("float32")) for weight in weights if weight.val is not None
+    }
+    parts = {weight.name: weight.op for weight in weights if weight.val is None}
+    return plain | Evaluator(list(parts.values()), list(parts)).run({})
+
+
+def _check_form(layer: _Stored) -> None:
+    wanted, found = _layout(layer.form, tuple(layer.exported.shape)), _found_layout(layer.part)
+    if found != wanted:
+        raise CheckFailed(
+            f"{layer.name}: the Core ML package ({layer.part.name}) stores its weight as {found}, expected {wanted}"
+        )
+
+
+def _layout(form: WeightOnly | None, shape: tuple[int, ...]) -> str:
+    """The element type of what is stored for a weight of that shape, and the shape of its scales or palettes."""
+    if form is None:
+        return "fp16"
+    ones = (1,) * (len(shape) - 2)
+    if form.storage == "linear":
+        return f"int{form.bits} with scales of shape {(shape[0], shape[1] // form.block if form.block else 1, *ones)}"
+    groups = shape[0] // form.block if form.block else 1
+    return f"uint{form.bits} with palettes of shape {(groups, 1, *ones)}"
+
+
+def _found_layout(part: Any) -> str:
+    from coremltools.converters.mil.mil import types
+
+    if part.op_type == "constexpr_blockwise_shift_scale" and part.offset is None:
+        return f"{types.builtin_to_string(part.data.dtype)} with scales of shape {tuple(part.scale.shape)}"
+    if part.op_type == "constexpr_lut_to_dense":
+        packed = part.lut.rank == 1  # for systems before iOS 18: one palette, of any rank of the weight
+        groups = (1,) * part.outputs[0].rank if packed else tuple(part.lut.shape[:-2])
+        bits = int(math.log2(part.lut.shape[0 if packed else -2]))
+        return f"uint{bits} with palettes of shape {groups}"
+    return types.builtin_to_string(part.outputs[0].dtype) if part.op_type == "const" else str(part.op_type)
+
+
+def _check_value(layer: _Stored) -> None:
+    """Raises CheckFailed where the weight is another than the form makes of the exported one."""
+    exported, value = layer.exported.double(), layer.value.double()
+    error = (value - exported).abs()
+    allowed = _least_error(layer) + _HALF_ROUNDING * (exported.abs() + value.abs()) + 2 * _HALF_SMALLEST
+    if (excess := error - allowed).max() > 0:
+        place = int(excess.argmax())
+        raise CheckFailed(
+            f"{layer.name}: the Core ML package ({layer.part.name}) has weight {value.flatten()[place]:.6g} at index "
+            f"{place}, expected {exported.flatten()[place]:.6g} to within {allowed.flatten()[place]:.2g}"
+        )
+
+
+def _least_error(layer: _Stored) -> Tensor:
+    """How far each weight may be from its exported value by the form it is stored in, FP16 aside."""
+    import torch
+
+    if layer.form is None:
+        return torch.zeros(1)
+    if layer.form.storage == "linear":
+        scales = torch.from_numpy(layer.part.scale.val.astype("float64"))
+        blocks = layer.exported.shape[1] // scales.shape[1]
+        return scales.repeat_interleave(blocks, 1) / 2
+    entries = torch.from_numpy(layer.part.lut.val.astype("float64"))
+    groups = 1 if entries.dim() == 1 else len(entries)
+    palettes = entries.reshape(groups, -1).sort().values
+    pairs = zip(palettes, layer.exported.double().chunk(groups), strict=True)
+    return torch.cat([_distance(entries, weights) for entries, weights in pairs])
+
+
+def _distance(entries: Tensor, weights: Tensor) -> Tensor:
+    """From each of `weights` to that of sorted `entries` which is nearest to it in FP16."""
+    import torch
+
+    indices = _nearest(entries.numpy(), weights.numpy())
+    return (weights - entries[torch.from_numpy(indices)]).abs() + _HALF_ROUNDING * weights.abs()
+
+
+def _report(stored: list[_Stored], storage: WeightOnly) -> dict[str, object]:
+    """How many layers are stored how, what share of their bytes in FP16 is compressed, and what the rounding costs."""
+    small = [layer for layer in stored if layer.form is None]
+    others = [layer for layer in stored if layer.form and layer.form != storage]
+    counts: dict[str, int] = defaultdict(int)
+    for layer in stored:
+        counts[layer.form.name if layer.form else "fp16"] += 1
+    everything = sum(layer.exported.numel() for layer in stored)
+    worst = min(stored, key=_snr_db)
+    return {
+        "layers": dict(counts),
+        "share": round(1 - sum(layer.exported.numel() for layer in small) / everything, 4),
+        "bits": round(sum(_bits(layer) for layer in stored) / everything, 2),  # a weight, with scales and palettes
+        "exceptions": dict(_exceptions(small, others, storage)),
+        "worst_layer": worst.name,
+        "worst_snr_db": round(_snr_db(worst), 1),
+    }
+
+
+def _exceptions(small: list[_Stored], others: list[_Stored], storage: WeightOnly) -> Iterator[tuple[str, list[str]]]:
+    """The layers that are not stored as the recipe says, by the reason."""
+    if small:
+        yield f"{SMALL} weights or fewer: fp16", [layer.name for layer in small]
+    if others:
+        which = "output" if storage.storage == "palette" else "input"
+        coarser = _COARSER[storage.storage].name
+        yield (
+            f"{which} channels that are no multiple of {storage.block}: {coarser}",
+            [layer.name for layer in others],
+        )
+
+
+def _bits(layer: _Stored) -> int:
+    """All that the package stores for the weight."""
+    if layer.form is None:
+        return 16 * layer.exported.numel()
+    shared = layer.part.scale if layer.form.storage == "linear" else layer.part.lut
+    return int(layer.form.bits * layer.exported.numel() + 16 * math.prod(shared.shape))
+
+
+def _snr_db(layer: _Stored) -> float:
+    from calibration.metrics import snr_db
+
+    return snr_db(layer.exported.numpy(), layer.value.numpy())
