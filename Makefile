@@ -96,7 +96,7 @@ bench: $(READY) ## the table of the README: a small model of every family, four 
 	@$(VENV)/bin/python -m tests.bench
 
 bench-coreml: $(READY) ## the README's Core ML tables: what packages answer without a Mac, and what speaks against the Neural Engine
-	@$(VENV)/bin/python -m tests.bench_coreml $(MODELS)
+	@$(VENV)/bin/python -m tests.bench_coreml $$MODELS
 	@$(VENV)/bin/python -m tests.bench_placement
 
 test: $(READY) ## the tests (a few minutes)

@@ -292,6 +292,7 @@ def _verified(
             "precision": run.recipe.precision,
             "batch": run.batch,
             **run._choices,
+            **_told(run),
             "max_drop": run.max_drop,
             "executed": run.target.not_executed() is None,  # with a device at last, there is more to verify
             "toolchain": run.target.toolchain(),
@@ -300,6 +301,16 @@ def _verified(
         code=("pipeline.verify", "pipeline.facts", type(run.target).__module__),
         build=build,
     )
+
+
+def _told(run: Run) -> dict[str, object]:
+    """What an engine that says itself what it is says of its model, where no other part of its key has that."""
+    if not isinstance(run.target, Publishes):
+        return {}
+    from pipeline.facts import facts
+
+    known = facts(run, "", {})
+    return {"paper": known.paper, "published": known.published, "weights": known.weights}
 
 
 def _evaluated(run: Run, model: nn.Module, out: Path, report: Mapping[str, object]) -> None:

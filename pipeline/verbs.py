@@ -311,6 +311,7 @@ def placement(run: Run, root: Path) -> Answer:
     from targets._coreml_placement import placement as placed
     from targets.coreml import PACKAGE
 
+    _engine_step(run)  # refuses where there is nothing to build it with
     if run.weights is None and not Store(root).has(stages.compiled(run)):
         recipe = calibration.recipe.ALL["int8_ptq"] if run.recipe.name == "int8_qat" else run.recipe
         run = replace(run, recipe=recipe, trained=False)

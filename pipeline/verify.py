@@ -61,6 +61,17 @@ class Ladder:
 
     def add(self, name: str, logits: Logits, *, least_db: float, diverging: Callable[[], str]) -> None:
         """Raises CheckFailed, naming what `diverging` finds, where `logits` are too far from the step before."""
+        step = self._held(name, logits, least_db=least_db, diverging=diverging)
+        self.steps.append(step)
+        self.logits = logits
+
+    def beside(self, name: str, logits: Logits, *, least_db: float) -> dict[str, float]:
+        """What another execution of the last step says of the test part. Raises as `add` does; it adds no step."""
+        step = self._held(name, logits, least_db=least_db, diverging=lambda: f"{self.steps[-1].name} is right")
+        found = agreement(self.float_logits, logits)
+        return {"top1": round(step.top1, 3), "agreement": round(found, 3), "snr_db": step.snr_db}
+
+    def _held(self, name: str, logits: Logits, *, least_db: float, diverging: Callable[[], str]) -> Step:
         step = self._compared(name, logits)
         flips = round((100 - step.agreement) / 100 * len(self.labels))
         if step.snr_db < least_db or flips > max(1, _FLIPS * len(self.labels)):
@@ -69,8 +80,7 @@ class Ladder:
                 f"{len(self.labels)} answers changed, expected at least {least_db:.0f} dB and at most "
                 f"{max(1, int(_FLIPS * len(self.labels)))}; {diverging()}"
             )
-        self.steps.append(step)
-        self.logits = logits
+        return step
 
     def note(self, name: str, logits: Logits) -> None:
         """Add a step that may differ as it will: what it costs is accuracy, which the budget limits."""
@@ -95,15 +105,17 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     why_not = run.target.not_executed()
 
     def diverging() -> str:
+        if isinstance(run.target, Evaluates):  # replayed by then
+            return "each of its operators, computed without the rounding of FP16, agrees with torch: try RECIPE=fp32"
         return engine_divergence(run.target, export, engine, _query(run, export))
 
-    if isinstance(run.target, Evaluates) and export.storage is None:  # with the weights in fewer bits, all differs
+    if isinstance(run.target, Evaluates):
         inspected["replayed"] = run.target.replay(export, engine, _query(run, export))
     if why_not is None:
         with run.target.open(engine) as session:
             execute = partial(in_queries, session.infer, session.batch)
             ladder = _climbed(run, export, before, (run.target.name, execute), diverging)
-        units = _on_units(run, engine, ladder) if isinstance(run.target, HasUnits) else {}
+        units = _on_units(run, export, engine, ladder) if isinstance(run.target, HasUnits) else {}
         return {**_report(run, ladder), **units, "inspected": inspected}
     if isinstance(run.target, Evaluates):
         last = run.target.evaluator, run.target.evaluate(export, engine)
@@ -115,20 +127,16 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     return {**_report(run, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
 
 
-def _on_units(run: Run, engine: Path, ladder: Ladder) -> dict[str, object]:
+def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, object]:
     """What each of the units that the target can be confined to answers: accuracy, and nearness to the ladder's last
-    step, for which the runtime was free to choose.
+    step, for which the runtime was free to choose. Raises CheckFailed where one answers otherwise.
     """
     assert isinstance(run.target, HasUnits)
     found = {}
     for unit in run.target.units:
         with run.target.open_on(engine, unit) as session:
             logits = _answers(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
-        found[unit] = {
-            "top1": round(top1(logits, ladder.labels), 3),
-            "agreement": round(agreement(ladder.float_logits, logits), 3),
-            "snr_db": round(snr_db(ladder.logits, logits), 2),
-        }
+        found[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, least_db=_ENGINE_DB[export.precision])
     return {"units": found}
 
 

@@ -179,6 +179,27 @@ def scales_above_zero() -> Iterator[None]:
 
 
 @contextmanager
+def names_kept() -> Iterator[None]:
+    """Operators that are converted inside have the names of their torch nodes, and those that are added have others.
+
+    Version 9.0 numbers what it adds as torch does: `sub_2` of a package may be a part of torch's second variance, and
+    torch's own `sub_2` then gets another name.
+    """
+    from coremltools.converters.mil import Builder
+
+    original = Builder.__dict__["_get_free_name"]
+
+    def free(cls: Any, name: str) -> str:
+        return str(original.__func__(cls, f"added_{name}"))
+
+    Builder._get_free_name = classmethod(free)
+    try:
+        yield
+    finally:
+        Builder._get_free_name = original
+
+
+@contextmanager
 def transposes_told_apart() -> Iterator[None]:
     """What is converted inside may read a tensor and the same tensor transposed in one operator, as `x @ x.mT` does.
 

@@ -83,20 +83,23 @@ class Replay:
         }
 
 
-def replay(package: Package, program: ExportedProgram, image: Tensor) -> Replay:
+def replay(package: Package, program: ExportedProgram, image: Tensor, *, layers: bool = True) -> Replay:
     """Compute every operator of `package` from what `program` computes for `image`, one query of the input that both
     take, exactly as it is stored and without the rounding of FP16.
+
+    `layers`: whether those that have weights are compared, too. With weights in fewer bits they answer otherwise.
     """
-    from targets._mil import Evaluator
+    from targets._mil.evaluator import Evaluator
 
     graph = program.module()
     nodes = {node.name: node for node in graph.graph.nodes}
     values = _recorded(graph, image)
     pairs = dict(_pairs(package, graph))
     found: list[Comparison] = []
+    left_out = set() if layers else {operation.name for operation in weighted(package)}
 
     def compare(operation: Any, name: str, value: Tensor) -> None:
-        if name in pairs:
+        if name in pairs and operation.name not in left_out:
             found.append(_comparison(operation, nodes[pairs[name]], value, values))
 
     evaluator = Evaluator(package.operations, package.outputs, rounding="exact")
@@ -132,7 +135,8 @@ def _pairs(package: Package, graph: GraphModule) -> Iterator[tuple[str, str]]:
     """The values of the package and the nodes that compute the same.
 
     Layers and their quantizers go by order, as `_coreml.compare` has established; all others by name, which
-    coremltools keeps but for the ending. A layer that has the name of a later node is fused with what lies between.
+    coremltools keeps but for the ending (see `_coreml_fixes.names_kept`). A layer that has the name of a later node is
+    fused with what lies between.
     """
     from calibration.program import WEIGHTED
 
@@ -169,12 +173,17 @@ def _pairs(package: Package, graph: GraphModule) -> Iterator[tuple[str, str]]:
 
 
 def _comparison(operation: Any, node: Node, value: Tensor, values: Mapping[str, Tensor]) -> Comparison:
+    import torch
+
     expected = values[node.name]
     made = partial(Comparison, operator=str(operation.name), kind=str(operation.op_type), node=node.name)
     if expected.is_floating_point():
-        return made(db=round(snr_db(expected.numpy(), value.numpy()), 1))
+        equal = expected.isinf() & (value == expected)  # as masks have them
+        return made(db=round(snr_db(expected.masked_fill(equal, 0).numpy(), value.masked_fill(equal, 0).numpy()), 1))
     apart = (value.int() - expected.int()).abs()
-    ties = (apart == 1) & _between(values[cast("Node", node.args[0]).name] / cast("float", node.args[1]))
+    ties = torch.zeros_like(apart, dtype=torch.bool)
+    if operation.op_type == "quantize":
+        ties = (apart == 1) & _between(values[cast("Node", node.args[0]).name] / cast("float", node.args[1]))
     wrong = int(((apart > 0) & ~ties).sum())
     noise = 200.0 if wrong == 0 else round(snr_db(expected.float().numpy(), value.float().numpy()), 1)
     return made(db=noise, ties=int(ties.sum()), wrong=wrong, count=expected.numel())

@@ -68,7 +68,8 @@ def compressed(model: Any, package: Package, storage: WeightOnly) -> Any:
     import_coremltools()
     from coremltools.optimize import coreml as optimize
 
-    forms = {operation.weight.op.name: form_of(operation.weight.shape, storage) for operation in weighted(package)}
+    layers = [operation for operation in weighted(package) if operation.op_type != "matmul"]  # `inspect` tells of those
+    forms = {operation.weight.op.name: form_of(operation.weight.shape, storage) for operation in layers}
     configs = {name: _config(form) for name, form in forms.items() if form}
     compress = optimize.palettize_weights if storage.storage == "palette" else optimize.linear_quantize_weights
     with one_bar_for_weights(f"Core ML {storage.name}", len(configs)), scales_above_zero():
@@ -217,7 +218,7 @@ def _values(weights: list[Any]) -> Mapping[str, Tensor]:
     """What the weights of a package are worth, by the names of the values."""
     import torch
 
-    from targets._mil import Evaluator
+    from targets._mil.evaluator import Evaluator
 
     plain = {
         weight.name: torch.from_numpy(weight.val.astype("float32")) for weight in weights if weight.val is not None

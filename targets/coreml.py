@@ -24,6 +24,7 @@ from targets._coreml_fixes import (
     import_coremltools,
     labels_beside_logits,
     mended,
+    names_kept,
     one_progress_bar,
     transposes_told_apart,
 )
@@ -142,7 +143,7 @@ class CoreMLTarget:
     def evaluate(self, export: Export, engine: Path) -> Executor:
         import torch
 
-        from targets._mil import Evaluator
+        from targets._mil.evaluator import Evaluator
 
         package = read(engine / PACKAGE)
         evaluator = Evaluator(package.operations, package.outputs)
@@ -161,7 +162,7 @@ class CoreMLTarget:
 
         program = _with_batch(programs.load(export.program), export)
         picture = torch.from_numpy(_coreml_interface.entered(images, export))
-        found = replay(read(engine / PACKAGE), program, picture)
+        found = replay(read(engine / PACKAGE), program, picture, layers=export.storage is None)
         found.check(precision=export.precision)
         return found.summary()
 
@@ -197,7 +198,8 @@ def _converted(program: ExportedProgram, export: Export, package: Path) -> Any:
     coremltools = import_coremltools()
     full = export.precision == "fp32"
     interface = _coreml_interface.conversion(export, np.float32 if full else np.float16)
-    with one_progress_bar(program, f"Core ML {export.precision}"), labels_beside_logits(), transposes_told_apart():
+    bar = one_progress_bar(program, f"Core ML {export.precision}")
+    with bar, names_kept(), labels_beside_logits(), transposes_told_apart():
         return coremltools.convert(
             program,
             convert_to="mlprogram",

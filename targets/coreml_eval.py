@@ -55,7 +55,7 @@ def evaluate(path: Path, image: Path, *, function: str | None = None, exact: boo
     import torch
 
     from targets._coreml import read
-    from targets._mil import Evaluator
+    from targets._mil.evaluator import Evaluator
 
     if not path.is_dir():
         raise BadRequest(f"{path}: there is no such package; give the folder that ends in .mlpackage")
@@ -89,6 +89,9 @@ def _input(package: Package, image: Path) -> tuple[str, npt.NDArray[np.float32]]
     kind = value.type.WhichOneof("Type")
     shape = list(value.type.multiArrayType.shape)
     if kind == "imageType":
+        colours = value.type.imageType.ColorSpace.Name(value.type.imageType.colorSpace)
+        if colours != "RGB":
+            raise BadRequest(f"input `{value.name}` of the package takes pictures in {colours}; expected RGB")
         size = value.type.imageType.width, value.type.imageType.height
     elif len(shape) == 4 and shape[:2] == [1, 3]:
         size = shape[3], shape[2]

@@ -30,6 +30,7 @@ from calibration.metrics import agreement, snr_db, top1
 from calibration.photos import Photos
 from models.errors import EdgelineError
 from pipeline import stages, surroundings
+from pipeline.__main__ import pick
 from pipeline.stages import Run
 from pipeline.store import Store
 from targets.base import Evaluates
@@ -59,10 +60,13 @@ _HEAD = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--store", type=Path, default=Path("build"))
     parser.add_argument("--cell", nargs=2, metavar=("RECIPE", "SIZE"), help="one row, in this process: small or large")
     request = parser.parse_args()
     surroundings.settle()
+    for name in request.models:
+        pick("model", name, models.ALL)
     if request.cell:
         print(json.dumps(_measured(_run(request.models[0], *request.cell), Store(request.store))))
         return 0
@@ -72,7 +76,7 @@ def main() -> int:
     packages: Counter[str] = Counter()
     for size, names in (("small", SMALL), ("large", LARGE)):
         for name in (name for name in names if not request.models or name in request.models):
-            for recipe in RECIPES:
+            for recipe in request.recipes:
                 # Random weights have nothing that training could keep.
                 if size == "small" or recipe != "int8_qat":
                     operators = _told(name, recipe, size, request.store)
@@ -90,7 +94,7 @@ def _told(name: str, recipe: str, size: str, store: Path) -> dict[str, int] | No
     command = [sys.executable, "-m", "tests.bench_coreml", name, "--store", str(store), "--cell", recipe, size]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        print(name, size, recipe, "failed:", ended.stderr.strip().splitlines()[-1], flush=True)
+        print(name, size, recipe, "failed:", (ended.stderr.strip() or "it said nothing").splitlines()[-1], flush=True)
         return None
     cells, operators = json.loads(ended.stdout.splitlines()[-1])
     print(_ROW.format(*cells), flush=True)
@@ -120,7 +124,7 @@ def _measured(run: Run, store: Store) -> tuple[tuple[object, ...], object]:
     export = stages.export_of(run, store.get(exported).path)
     inspected = run.target.inspect(export, engine.path)
     images, _ = next(run.images("test").batches(360))
-    replayed = {} if export.storage else run.target.replay(export, engine.path, images[: run.batch].numpy())
+    replayed = run.target.replay(export, engine.path, images[: run.batch].numpy())
     execute = run.target.evaluate(export, engine.path)
     started = time.monotonic()
     logits = execute(images.numpy())

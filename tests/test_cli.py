@@ -100,7 +100,7 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         ),
         (
             ["modles"],
-            r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, zoo, multifunction, engine,",
+            r"^VERB=modles: no such verb; did you mean models\? Known: models, targets, dashboard, zoo, multif",
         ),
         (["engine", "--no-such-option", "1"], r"^unrecognized arguments: --no-such-option 1; `make help` lists"),
         (["engine", "--model"], r"^argument --model: expected one argument; `make help` lists"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from models.errors import CannotRunHere
 from pipeline import stages, verbs
 from pipeline.store import Store
 from tests.tiny import tiny_run
@@ -34,6 +35,13 @@ def test_placement_needs_no_training_and_reads_the_engine_once_it_is_there(
     assert {name: again[name] for name in ("operators", "macs", "rules")} == {
         name: first[name] for name in ("operators", "macs", "rules")
     }
+
+
+def test_placement_says_what_this_machine_lacks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run("fp16", "coreml")
+    monkeypatch.setattr(type(run.target), "missing", lambda _: "the coremltools package is missing")
+    with pytest.raises(CannotRunHere, match="no engine for coreml on this machine: the coremltools package is missing"):
+        verbs.placement(run, tmp_path)
 
 
 def test_a_recipe_that_trains_is_read_from_one_that_calibrates(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -115,6 +116,12 @@ def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(
     changes: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     assert changed(tiny_run(), tiny_run(**changes)) == list(expected)
+
+
+def test_an_engine_that_tells_what_was_published_of_its_model_is_told_of_an_erratum() -> None:
+    model = tiny_run().model
+    corrected = replace(model, top1=71.0, source="an erratum")
+    assert changed(tiny_run(target="coreml"), tiny_run(target="coreml", model=corrected)) == ["engine"]
 
 
 def test_a_weights_file_counts_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
@@ -252,6 +259,19 @@ def test_the_code_of_a_stage_is_part_of_its_key(
     finally:
         path.write_text(text)
     assert tuple(stage for stage in STAGES if keys_before[stage] != after[stage]) == expected
+
+
+def test_code_is_imported_from_where_it_stands() -> None:
+    """Digests do not follow what a package re-exports: a stage would not see that it has changed."""
+    for file in (
+        file for layer in ("pipeline", "targets", "calibration", "models") for file in (ROOT / layer).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.module and (ROOT / node.module.replace(".", "/")).is_dir():
+                parts = [ROOT / node.module.replace(".", "/") / f"{alias.name}.py" for alias in node.names]
+                assert file.name == "__init__.py" or all(part.is_file() for part in parts), (
+                    f"{file}: {ast.unparse(node)}"
+                )
 
 
 # --- Descriptions ---------------------------------------------------------------------------------------------------

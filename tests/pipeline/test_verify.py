@@ -5,25 +5,33 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from calibration import program as programs
 from models.errors import CannotRunHere, CheckFailed
 from pipeline import stages, verbs
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Store
 from pipeline.verify import verify
+from targets._host import HostSession
 from targets.base import Export
+from targets.coreml import CoreMLTarget
 from targets.cpu import CpuTarget
 from targets.null import NullTarget
 from targets.onnxruntime import OnnxRuntimeTarget
 from tests.tiny import tiny_run
+
+if TYPE_CHECKING:
+    from targets.base import Executor
 
 Floats = npt.NDArray[np.float32]
 Change = Callable[[Floats], Floats]
@@ -82,6 +90,54 @@ class WrongOpenVino(CpuTarget):
         (out / "model.bin").write_bytes(content)
 
 
+@dataclass(frozen=True, slots=True)
+class WrongCoreML(CoreMLTarget):
+    """Converts another program than the export's: its last convolution has the other sign."""
+
+    name: str = "wrong-coreml"
+
+    def build(self, export: Export, out: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = replace(export, path=shutil.copytree(export.path, Path(scratch) / "export"))
+            program = programs.load(copy.program)
+            kernels = [name for name, tensor in program.state_dict.items() if tensor.ndim == 4]
+            program.state_dict[kernels[-1]].data.neg_()
+            programs.save(program, copy.program)
+            CoreMLTarget.build(self, copy, out)
+
+
+@dataclass(frozen=True, slots=True)
+class RoughCoreML(CoreMLTarget):
+    """Converts what it is given, and computes the whole of it wrongly."""
+
+    name: str = "rough-coreml"
+
+    def not_executed(self) -> str | None:
+        return "needs macOS"
+
+    def evaluate(self, export: Export, engine: Path) -> Executor:
+        executor = CoreMLTarget.evaluate(self, export, engine)
+        return lambda images: -executor(images)
+
+
+@dataclass(frozen=True, slots=True)
+class TwoUnits(OnnxRuntimeTarget):
+    """Can be held to one of two units, of which `wrong` turns every answer over."""
+
+    name: str = "two-units"
+    wrong: str = ""
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return ("ALL", "SLOW")
+
+    @contextmanager
+    def open_on(self, engine: Path, unit: str) -> Iterator[HostSession]:
+        sign = np.float32(-1 if unit == self.wrong else 1)
+        with OnnxRuntimeTarget.open(self, engine) as session:
+            yield HostSession(batch=session.batch, run=lambda images: sign * session.infer(images))
+
+
 def change_last_weight(path: Path, change: Change) -> None:
     import onnx
     from onnx import numpy_helper
@@ -135,6 +191,19 @@ def test_a_half_precision_engine_is_looked_into_as_well(shared: Path) -> None:
     assert re.search("at tensor `[^`]+`", refused(tiny_run("fp16", WrongOnnx()), shared))
 
 
+def test_every_unit_that_a_target_can_be_held_to_answers_the_test_part(shared: Path) -> None:
+    answer = verbs.engine(tiny_run("fp32", TwoUnits()), shared)
+    report = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())
+    assert list(report["units"]) == ["ALL", "SLOW"]
+    assert all(unit == {"top1": 100, "agreement": 100, "snr_db": 200} for unit in report["units"].values())
+
+
+def test_a_unit_that_answers_otherwise_is_named(shared: Path) -> None:
+    said = refused(tiny_run("fp32", TwoUnits(name="one-wrong", wrong="SLOW")), shared)
+    assert re.match(r"one-wrong on SLOW computes something else than one-wrong: -6\.0 dB and \d+ of 48 answers", said)
+    assert said.endswith("; one-wrong is right")
+
+
 def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
     run = tiny_run("fp32", WrongBundle(name="far"))
     with pytest.raises(
@@ -162,6 +231,17 @@ def test_a_bundle_with_a_wrong_graph_is_refused(shared: Path) -> None:
     assert "at tensor `logits`" in said
 
 
+def test_a_core_ml_package_that_computes_something_else_is_refused_naming_its_operator(shared: Path) -> None:
+    said = refused(tiny_run("fp16", WrongCoreML()), shared)
+    assert re.match(r"conv2d_1\S* of the Core ML package \(conv\), given what torch computed before it, is not", said)
+
+
+def test_a_core_ml_package_that_is_right_in_its_parts_alone_is_refused_saying_so(shared: Path) -> None:
+    said = refused(tiny_run("fp16", RoughCoreML()), shared)
+    assert "reference evaluator computes something else than onnxruntime, on the export" in said
+    assert said.endswith("computed without the rounding of FP16, agrees with torch: try RECIPE=fp32")
+
+
 @pytest.mark.parametrize("recipe", ["fp16", "int8_ptq", "palette4"])
 def test_a_core_ml_package_is_computed_without_a_mac(recipe: str, shared: Path) -> None:
     run = tiny_run(recipe, "coreml")
@@ -172,11 +252,9 @@ def test_a_core_ml_package_is_computed_without_a_mac(recipe: str, shared: Path) 
     assert str(answer["why_not"]).startswith("computed by the reference evaluator, not by coreml itself: needs macOS")
     assert answer["top1"] == 100
     report = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())
-    if recipe == "palette4":  # none of its weights is torch's
-        assert "replayed" not in report["inspected"]
-    else:
-        assert report["inspected"]["replayed"]["compared"] >= 5
-        assert (report["inspected"]["replayed"]["integers"] > 0) == (recipe == "int8_ptq")
+    # Both ReLUs, the mean and the flattening; and the layers, unless their weights are not torch's.
+    assert report["inspected"]["replayed"]["compared"] >= (3 if recipe == "palette4" else 5)
+    assert (report["inspected"]["replayed"]["integers"] > 0) == (recipe == "int8_ptq")
 
 
 @pytest.mark.parametrize("verb", [verbs.verify, verbs.profile])

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from calibration import program as programs
 from calibration.fold import fold
 from targets import _coreml
-from targets._coreml_fixes import decomposed, import_coremltools, mended, transposes_told_apart
+from targets._coreml_fixes import decomposed, import_coremltools, mended, names_kept, transposes_told_apart
 from targets._mil import Evaluator
 
 SIZE = 16
@@ -46,7 +46,7 @@ def exported(model: nn.Module) -> ExportedProgram:
 
 def converted(program: ExportedProgram, folder: Path, *, half: bool) -> _coreml.Package:
     traced = decomposed(torch.export.export(mended(program, half=half), (_EXAMPLE,)))
-    with transposes_told_apart():
+    with names_kept(), transposes_told_apart():
         return package_of(traced, folder / "converted.mlpackage", half=half)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from calibration.preprocess import normalize, pixels
 from models.spec import Preprocess
 from targets import coreml_eval
+from targets._coreml_fixes import import_coremltools
 from targets.base import Export
 from targets.coreml import PACKAGE, TARGET
 from tests.targets.test_coreml import SIZE, Toy, built, exported
@@ -105,3 +106,28 @@ def test_what_cannot_be_used_is_one_sentence(
     told = capsys.readouterr()
     assert sentence in json.loads(told.out)["error"]
     assert sentence in told.err and "Traceback" not in told.err
+
+
+@pytest.mark.parametrize(("colours", "code"), [("RGB", 0), ("BGR", 2)])
+def test_the_pictures_of_a_package_of_others_have_red_first(
+    picture: Path, tmp_path: Path, colours: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coremltools = import_coremltools()
+    from coremltools.converters.mil import Builder
+
+    target = coremltools.target.iOS17
+    inputs = [Builder.TensorSpec((1, 3, SIZE, SIZE))]
+    program = Builder.program(input_specs=inputs, opset_version=target)(lambda x: Builder.relu(x=x))
+
+    order = coremltools.colorlayout[colours]
+    taken = coremltools.ImageType(name="x", shape=(1, 3, SIZE, SIZE), color_layout=order)
+    file = tmp_path / PACKAGE
+    coremltools.convert(
+        program, inputs=[taken], minimum_deployment_target=target, skip_model_load=True, package_dir=str(file)
+    )
+    assert coreml_eval.main([str(file), str(picture)]) == code
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    if code:
+        assert "input `x` of the package takes pictures in BGR; expected RGB" in answer["error"]
+    else:
+        assert max(*answer["outputs"].values()) > 100  # bytes, as they are

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from calibration import program as programs
 from targets import _coreml_fixes, coreml
-from targets._coreml_fixes import mended, one_progress_bar, transposes_told_apart
+from targets._coreml_fixes import mended, names_kept, one_progress_bar, transposes_told_apart
 from tests.targets.packages import SIZE, Of, computed, constants, converted, decibels, exported, untouched
 
 Function: TypeAlias = Callable[[Tensor], Tensor]
@@ -329,6 +329,33 @@ def test_the_way_transposes_are_reduced_is_as_before_afterwards() -> None:
         assert reduce_transposes.apply is not before
         raise RuntimeError("stop")
     assert reduce_transposes.apply is before
+
+
+def of_variances(x: Tensor) -> Tensor:
+    """Each variance has a difference inside, and there are three of torch's: sub, sub_1 and sub_2."""
+    first, second = x.sigmoid(), x.tanh()
+    spread = first.var(3, correction=0, keepdim=True) + second.var(3, correction=0, keepdim=True)
+    return ((first - second) / (1 + spread) - x - second).relu()
+
+
+def test_coremltools_still_gives_what_it_adds_the_names_of_torch_nodes(tmp_path: Path) -> None:
+    program = exported(Of(of_variances))
+    for package, kind in (
+        (untouched(program, tmp_path), "reduce_mean"),
+        (converted(program, tmp_path, half=False), "tanh"),
+    ):
+        (found,) = (operation for operation in package.named("sub") if operation.outputs[0].name == "sub_2")
+        assert found.y.op.op_type == kind  # what is subtracted
+
+
+def test_the_way_names_are_given_is_as_before_afterwards() -> None:
+    from coremltools.converters.mil import Builder
+
+    before = Builder.__dict__["_get_free_name"]
+    with pytest.raises(RuntimeError, match="stop"), names_kept():
+        assert Builder.__dict__["_get_free_name"] is not before
+        raise RuntimeError("stop")
+    assert Builder.__dict__["_get_free_name"] is before
 
 
 class ScalarConstant(nn.Module):

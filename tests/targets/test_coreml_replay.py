@@ -14,9 +14,11 @@ from calibration import program as programs
 from calibration.recipe import Precision
 from models.errors import CheckFailed
 from targets._coreml import read
+from targets._coreml_fixes import decomposed, mended
 from targets._coreml_replay import Replay, replay
 from targets.base import Export
 from targets.coreml import PACKAGE, TARGET
+from tests.targets import packages
 from tests.targets.test_coreml import PRECISIONS, SIZE, Toy, built, exported
 
 
@@ -104,6 +106,25 @@ def test_a_quotient_in_the_middle_of_two_integers_may_tip_either_way(
     found = replayed(export, engine, middles)
     first = next(comparison for comparison in found.comparisons if comparison.count)
     assert first.wrong == 0
+
+
+def one_of_each(x: Tensor) -> Tensor:
+    """Comparisons of tensors, minus infinity, and variances, whose parts are numbered as torch numbers its own."""
+    first, second = x.sigmoid(), x.tanh()
+    masked = x.where(first > second + 0.5, -torch.inf).softmax(3)
+    spread = first.var(3, correction=0, keepdim=True) + second.var(3, correction=0, keepdim=True)
+    return (first - second - masked) / (1 + spread) - x
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_nothing_is_blamed_for_truth_values_infinities_or_names(tmp_path: Path, half: bool) -> None:
+    program = packages.exported(packages.Of(one_of_each))
+    package = packages.converted(program, tmp_path, half=half)
+    image = torch.randn(1, 3, packages.SIZE, packages.SIZE, generator=torch.Generator().manual_seed(4))
+    traced = decomposed(torch.export.export(mended(program, half=half), (image,)))
+    found = replay(package, traced, image)
+    assert found.first_diverging() is None
+    assert {"greater", "select", "softmax", "sub", "real_div"} <= {comparison.kind for comparison in found.comparisons}
 
 
 def test_a_float32_package_that_is_far_from_torch_as_a_whole_is_refused(

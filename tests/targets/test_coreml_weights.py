@@ -189,6 +189,14 @@ def test_the_package_computes_nearly_what_the_float_one_does(made: Made, name: s
     assert least < snr_db(reference, found) < 80
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_has_no_weights_is_held_against_torch(made: Made, name: str) -> None:
+    image = np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE)).astype(np.float32)
+    every, found = (TARGET.replay(*made[key], image) for key in ("fp16", name))
+    assert (every["compared"], found["compared"]) == (8, 3)  # two ReLUs and a mean, without the five layers
+    assert found["least_db"] == 200
+
+
 def test_a_channel_of_zeros_and_one_of_next_to_nothing_stay_so(made: Made) -> None:
     for name in ("w8a16", "w4a16"):
         part = parts(made[name][1])[1]
