@@ -308,7 +308,7 @@ def placement(run: Run, root: Path) -> Answer:
     with random weights is made, and without training: weights change no operator.
     """
     from targets._coreml import read
-    from targets._coreml_placement import placement as placed
+    from targets._coreml_eligibility import eligibility
     from targets.coreml import PACKAGE
 
     _engine_step(run)  # refuses where there is nothing to build it with
@@ -317,7 +317,7 @@ def placement(run: Run, root: Path) -> Answer:
         run = replace(run, recipe=recipe, trained=False)
         log.info("no such engine yet: read from one with random weights, RECIPE=%s", recipe.name)
     artifact = _produced(stages.compiled(run), root)
-    found = placed(read(artifact.path / PACKAGE).operations)
+    found = eligibility(read(artifact.path / PACKAGE).operations)
     for finding in found.findings:
         log.info("%s", finding)
     log.info("%s %s at %d pixels: %s", run.model.name, run.recipe.precision, run.preprocess.size, found)

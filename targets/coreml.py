@@ -19,6 +19,7 @@ from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets import _coreml_card, _coreml_functions, _coreml_interface, _coreml_systems, _coreml_weights
 from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read
+from targets._coreml_eligibility import eligibility
 from targets._coreml_fixes import (
     decomposed,
     import_coremltools,
@@ -29,7 +30,6 @@ from targets._coreml_fixes import (
     transposes_told_apart,
 )
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
-from targets._coreml_placement import placement
 from targets._host import in_queries
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Interface, Part
 
@@ -130,7 +130,7 @@ class CoreMLTarget:
             "weight_bytes": package.weight_bytes,
             **stored,
             "max_rank": _max_rank(package),
-            "neural_engine": placement(package.operations).summary(),
+            "neural_engine": eligibility(package.operations).summary(),
         }
 
     def graph(self, engine: Path) -> Path | None:

@@ -28,7 +28,7 @@ from pipeline import stages, surroundings
 from pipeline.stages import Run
 from pipeline.store import Store
 from targets._coreml import read
-from targets._coreml_placement import placement
+from targets._coreml_eligibility import eligibility
 from targets.coreml import PACKAGE
 
 MODELS = ("mobilevit_xs", "coatnet_0", "swin_tiny")
@@ -85,7 +85,7 @@ def _run(name: str, recipe: str, form: Form, *, small: bool) -> Run:
 
 def _figures(run: Run, store: Store) -> dict[str, object]:
     artifact = store.get(stages.compiled(run))
-    return placement(read(artifact.path / PACKAGE).operations).summary()
+    return eligibility(read(artifact.path / PACKAGE).operations).summary()
 
 
 def _cells(figures: dict[str, Any]) -> tuple[str, ...]:

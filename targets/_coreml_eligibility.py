@@ -130,7 +130,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
+class Eligibility:
     """The operators of a program, constants left out, and what speaks against them."""
 
     operators: int
@@ -165,7 +165,7 @@ class Placement:
         }
 
 
-def placement(operations: Sequence[Any]) -> Placement:
+def eligibility(operations: Sequence[Any]) -> Eligibility:
     """What the rules say of `operations`: those of one function, as `targets._coreml.read` gives them."""
     running = [operation for operation in operations if not _is_constant(operation)]
     macs = {operation: multiply_accumulates(operation) for operation in running}
@@ -175,7 +175,7 @@ def placement(operations: Sequence[Any]) -> Placement:
     in_layout = [operation for operation in eligible if operation not in warned]
     modules = _modules(running)
     outputs = [value for operation in running for value in operation.outputs]
-    return Placement(
+    return Eligibility(
         operators=len(running),
         eligible=len(eligible),
         in_layout=len(in_layout),

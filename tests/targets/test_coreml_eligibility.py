@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import models
 from calibration import program as programs
 from targets._coreml import read
+from targets._coreml_eligibility import RULES, Eligibility, Finding, eligibility, multiply_accumulates
 from targets._coreml_fixes import import_coremltools
-from targets._coreml_placement import RULES, Finding, Placement, multiply_accumulates, placement
 from targets.base import Export
 from targets.coreml import PACKAGE, TARGET
 
@@ -44,11 +44,11 @@ def operations(body: Body, *shapes: tuple[Any, ...], dtype: str = "fp16") -> lis
     return list(program.functions["main"].operations)
 
 
-def linted(body: Body, *shapes: tuple[Any, ...], dtype: str = "fp16") -> Placement:
-    return placement(operations(body, *(shapes or (IMAGE,)), dtype=dtype))
+def linted(body: Body, *shapes: tuple[Any, ...], dtype: str = "fp16") -> Eligibility:
+    return eligibility(operations(body, *(shapes or (IMAGE,)), dtype=dtype))
 
 
-def finding(found: Placement, rule: str) -> Finding:
+def finding(found: Eligibility, rule: str) -> Finding:
     return next(finding for finding in found.findings if finding.rule == rule)
 
 
@@ -211,7 +211,7 @@ def test_what_torch_roll_becomes_is_off_the_engine() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.roll(x, (1, 2), (2, 3)).sum((2, 3))
 
-    found = placement(converted(Roll(), 16))
+    found = eligibility(converted(Roll(), 16))
     assert [hit.operator for hit in finding(found, "gather").hits] == ["gather", "gather"]
     assert found.operators - found.eligible == 2
 
@@ -398,7 +398,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_a_package_multiplies_as_often_as_the_catalog_says(family: tuple[str, Export, Path]) -> None:
     name, _, engine = family
-    found = placement(read(engine / PACKAGE).operations)
+    found = eligibility(read(engine / PACKAGE).operations)
     assert found.macs == pytest.approx(models.ALL[name].macs, rel=0.01)
     assert found.eligible_macs == found.macs
     assert found.in_layout_macs < found.macs  # its attention is on tokens
@@ -408,5 +408,5 @@ def test_the_inspection_of_an_engine_has_the_figures(family: tuple[str, Export, 
     name, export, engine = family
     figures = TARGET.inspect(export, engine)["neural_engine"]
     assert isinstance(figures, dict)
-    assert figures == placement(read(engine / PACKAGE).operations).summary()
+    assert figures == eligibility(read(engine / PACKAGE).operations).summary()
     assert figures["operators"] - figures["eligible"] == (1 if name == "conformer_mini" else 0)  # upsampling by 4
