@@ -50,7 +50,7 @@ help: ## this list
 	@echo "  MODEL= (one of make models; or <file>.py:<function>; or timm:<name>)"
 	@echo "  DATA=digits (or a folder of class folders) SIZE= BATCH=1 SEED=0"
 	@echo "  FORM=tokens (or channels: as the Neural Engine computes a MobileViT, CoAtNet or Swin best)"
-	@echo "  TARGET=coreml also: RECIPE= w8a16 w4a16 palette6 palette4; INTERFACE=tensor (image classifier); DEPLOYMENT=iOS17"
+	@echo "  Core ML only: RECIPE= (w8a16 w4a16 palette6 palette4) INTERFACE=tensor (image classifier) DEPLOYMENT= (iOS16 and later)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET

@@ -794,7 +794,7 @@ def test_what_is_saved_computes_the_same(tmp_path: Path) -> None:
 
 # What coremltools has no formula for. (It has one for concat, and forgets in it that slices can be interleaved.)
 UNKNOWN = {
-    "batch_to_space", "depth_to_space", "gather_nd", "one_hot", "pixel_shuffle", "scatter", "scatter_nd",
+    "batch_to_space", "crop", "depth_to_space", "gather_nd", "one_hot", "pixel_shuffle", "scatter", "scatter_nd",
     "sliding_windows", "space_to_batch", "space_to_depth",
 }  # fmt: skip
 
