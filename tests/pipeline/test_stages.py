@@ -115,8 +115,8 @@ def test_every_stage_is_a_hit_the_second_time(shared: Path, caplog: pytest.LogCa
     verbs.engine(run, shared)
     with caplog.at_level("INFO", "edgeline"):
         assert verbs.engine(run, shared)["cached"]
-    hits = [message.split()[0] for message in caplog.messages if message.split()[1] == "hit"]
-    assert hits == ["weights", "quantized", "exported", "compiled", "engine"]
+    story = [record.getMessage().split() for record in caplog.records if record.name == "edgeline"]
+    assert [stage for stage, said, *_ in story if said == "hit"] == ["weights", "quantized", "exported", "compiled", "engine"]
 
 
 def test_explain_tells_hits_from_builds_and_builds_nothing(shared: Path) -> None:
