@@ -27,7 +27,8 @@ def test_placement_needs_no_training_and_reads_the_engine_once_it_is_there(
     assert (first["operators"], first["eligible"], first["in_layout"]) == (7, 7, 6)
     worst, *_ = json.loads(json.dumps(first["findings"]))
     assert (worst["rule"], [hit["operator"] for hit in worst["hits"]]) == ("last-axis", ["reshape"])
-    assert caplog.messages[-1].startswith("eligible: nothing known speaks against it;")
+    story = [record.getMessage() for record in caplog.records if record.name == "edgeline"]
+    assert story[-1].startswith("eligible: nothing known speaks against it;")
 
     Store(tmp_path).get(stages.compiled(run))
     again = verbs.placement(run, tmp_path)
