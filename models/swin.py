@@ -237,7 +237,7 @@ def merge(x: Tensor, height: int, width: int) -> Tensor:
 
 def roll(x: Tensor, shift: int, axes: tuple[int, int] = (1, 2)) -> Tensor:
     """Move a map (N, H, W, C) up and to the left by `shift` (down and right where negative); what leaves it at one edge
-    comes back at the other. (`torch.roll` becomes a gather in ONNX, and worse in Core ML.)
+    comes back at the other. (Left to itself, coremltools makes a gather of `torch.roll` for each axis.)
 
     `axes`: those of height and width.
     """
