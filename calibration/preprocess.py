@@ -21,13 +21,18 @@ def pixels(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
 
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     image = image.convert("RGB")
-    short = max(preprocess.size, round(preprocess.size / preprocess.crop))
+    short = short_side(preprocess.size, preprocess.crop)
     scale = short / min(image.size)
     width, height = (max(short, round(side * scale)) for side in image.size)
     resized = image.resize((width, height), filters[preprocess.interpolation])
     left, top = (width - preprocess.size) // 2, (height - preprocess.size) // 2
     square = resized.crop((left, top, left + preprocess.size, top + preprocess.size))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def short_side(size: int, crop: float) -> int:
+    """The pixels that the short side of a picture is resized to, so that its centre of `size` is the share `crop`."""
+    return max(size, round(size / crop))
 
 
 def normalize(images: npt.NDArray[np.uint8], preprocess: Preprocess) -> npt.NDArray[np.float32]:

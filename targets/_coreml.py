@@ -6,6 +6,7 @@ its weights; `layers` is the part of it that is compared.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     Integers: TypeAlias = npt.NDArray[np.int8]
 
+PREFIX = "edgeline."  # of our names in the metadata that users may define
 SPECIFICATION = Path("Data", "com.apple.CoreML", "model.mlmodel")  # inside a package: the protobuf message
 
 # Operators of MIL, Core ML's intermediate language, in the order that is followed from a layer to its quantizers.
@@ -89,6 +91,29 @@ def read(path: Path, function: str | None = None) -> Package:
         outputs=tuple(value.name for value in program.functions[chosen].outputs),
         weight_bytes=sum(file.stat().st_size for file in weights.iterdir()),
     )
+
+
+def write_facts(metadata: Any, facts: Mapping[str, object]) -> None:
+    """Add our facts to a package's metadata: strings as they are, everything else as JSON."""
+    for name, value in facts.items():
+        metadata.userDefined[PREFIX + name] = value if isinstance(value, str) else json.dumps(value)
+
+
+def read_facts(metadata: Any) -> dict[str, Any]:
+    """What `write_facts` has added, JSON decoded; {} of a package of others."""
+    found: dict[str, Any] = {}
+    for name, text in metadata.userDefined.items():
+        if name.startswith(PREFIX):
+            try:
+                found[name.removeprefix(PREFIX)] = json.loads(text)
+            except ValueError:  # a string as it is
+                found[name.removeprefix(PREFIX)] = text
+    return found
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value that an operator reads stands in the package, rather than being computed or fed."""
+    return value.val is not None and (value.op is None or value.op.op_type == "const")
 
 
 def layers(package: Package, *, arithmetic: bool = True) -> list[Layer]:

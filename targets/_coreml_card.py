@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from targets._coreml import SPECIFICATION
+from calibration.preprocess import short_side
+from targets._coreml import PREFIX, SPECIFICATION, write_facts
 from targets._coreml_fixes import import_coremltools
 from targets._coreml_interface import LABEL_NAME, PROBABILITIES_NAME, features
 from targets._coreml_systems import SYSTEMS
 from targets.base import INPUT_NAME, OUTPUT_NAME, Facts, Interface, Part
 
 CARD = "MODEL_CARD.md"
-PREFIX = "edgeline."  # of our names in the metadata that users may define
 
 # The licence of weights is that of whoever trained them, and of the data: nobody has told us.
 LICENCE = "not stated"
@@ -79,7 +79,7 @@ def publish(package: Path, parts: Mapping[str, Part] | Part) -> None:
 
 
 def describe(metadata: Any, functions: Sequence[Function]) -> None:
-    """Write into a package what Xcode shows, and what an app can read: strings as they are, everything else as JSON.
+    """Write into a package what Xcode shows, and what an app can read.
 
     Of a package with several functions, the facts are those of the first, which is the default one.
     """
@@ -91,8 +91,7 @@ def describe(metadata: Any, functions: Sequence[Function]) -> None:
     told: dict[str, object] = {**first.exported, "interface": first.interface, **_measured(first)}
     if first.name:
         told["functions"] = {function.name: _measured(function) for function in functions}
-    for name, value in told.items():
-        metadata.userDefined[PREFIX + name] = value if isinstance(value, str) else json.dumps(value)
+    write_facts(metadata, told)
 
 
 def card(spec: Any, functions: Sequence[Function], package: str) -> str:
@@ -307,6 +306,5 @@ def _python(function: Function, package: str) -> Iterator[str]:
 
 
 def _resized(preprocess: Mapping[str, Any]) -> int:
-    """The short side that a picture is resized to, as in `calibration.preprocess.pixels`."""
-    size, crop = int(preprocess["size"]), float(preprocess["crop"])
-    return max(size, round(size / crop))
+    """The short side that a picture is resized to, by the preprocessing of `model.json`."""
+    return short_side(int(preprocess["size"]), float(preprocess["crop"]))

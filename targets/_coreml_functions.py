@@ -9,7 +9,7 @@ from typing import Any
 
 from calibration.recipe import WeightOnly
 from models.errors import BadRequest, CheckFailed
-from targets._coreml import Package, read
+from targets._coreml import Package, is_constant, read
 from targets._coreml_fixes import import_coremltools, no_leftovers, no_progress_bars
 from targets._coreml_interface import features
 from targets._coreml_systems import SYSTEMS
@@ -103,13 +103,9 @@ def _same(ours: Any, theirs: Any) -> bool:
         return ours is theirs
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(_same(*pair) for pair in zip(ours, theirs, strict=True))
-    if _is_constant(ours) and _is_constant(theirs):
+    if is_constant(ours) and is_constant(theirs):
         return _equal(ours.val, theirs.val)
     return bool(ours.name == theirs.name)
-
-
-def _is_constant(value: Any) -> bool:
-    return value.op is None or value.op.op_type == "const" if value.val is not None else False
 
 
 def _equal(ours: Any, theirs: Any) -> bool:

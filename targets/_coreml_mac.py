@@ -6,7 +6,6 @@ iPhone at the end of a cable can take the place of this Mac.
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import warnings
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 
 from models.errors import CannotRunHere
+from targets._coreml import read_facts
 from targets._coreml_fixes import import_coremltools
 from targets._coreml_interface import pixels
 from targets.base import INPUT_NAME, OUTPUT_NAME, Placement
@@ -35,8 +35,6 @@ _DEVICES: Final = {  # classes of coremltools.models.compute_device
     "MLGPUComputeDevice": "GPU",
     "MLNeuralEngineComputeDevice": "Neural Engine",
 }
-
-_PREPROCESS: Final = "edgeline.preprocess"  # where a package's metadata has that of model.json
 
 # By name: arrays, or PIL images; a classifier answers with a string and a dictionary, too.
 Features: TypeAlias = Mapping[str, Any]
@@ -230,7 +228,7 @@ def opened(machine: Machine, package: Path, unit: str) -> Iterator[CoreMLSession
     description = import_coremltools().utils.load_spec(str(package)).description
     (image,) = description.input
     if image.type.WhichOneof("Type") == "imageType":
-        preprocess = json.loads(description.metadata.userDefined[_PREPROCESS])
+        preprocess = read_facts(description.metadata)["preprocess"]
         yield CoreMLSession(batch=1, loaded=loaded, features=partial(_picture, preprocess))
     else:
         yield CoreMLSession(batch=image.type.multiArrayType.shape[0], loaded=loaded, features=_tensor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -212,11 +211,10 @@ def _converted(program: ExportedProgram, export: Export, package: Path) -> Any:
 
 
 def _describe(metadata: Any, export: Export, toolchain: dict[str, str]) -> None:
-    """Write into the package what Xcode shows and an app needs: strings as they are, everything else as JSON."""
+    """Write into the package what Xcode shows and an app needs."""
     facts = {**export.description(), "precision": export.precision, "toolchain": toolchain}
     metadata.shortDescription = f"{facts['model']}, {export.precision}, {export.size()} pixels"
-    for name, value in facts.items():
-        metadata.userDefined[f"edgeline.{name}"] = value if isinstance(value, str) else json.dumps(value)
+    write_facts(metadata, facts)
 
 
 def _check_interface(spec: Any, export: Export) -> None:

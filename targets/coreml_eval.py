@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from models.errors import BadRequest, EdgelineError
 from models.spec import Preprocess
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from targets._coreml import Package
 
-_PREFIX = "edgeline."  # of the names of our facts in the metadata of a package
 _SHOWN = 5  # classes
 
 
@@ -54,7 +53,7 @@ def evaluate(path: Path, image: Path, *, function: str | None = None, exact: boo
     """
     import torch
 
-    from targets._coreml import read
+    from targets._coreml import read, read_facts
     from targets._mil.evaluator import Evaluator
 
     if not path.is_dir():
@@ -63,7 +62,7 @@ def evaluate(path: Path, image: Path, *, function: str | None = None, exact: boo
     evaluator = Evaluator(package.operations, package.outputs, rounding="exact" if exact else "fp16")
     name, picture = _input(package, image)
     found = evaluator.run({name: torch.from_numpy(picture)})
-    classes = _facts(package).get("classes")
+    classes = read_facts(package.spec.description.metadata).get("classes")
     for scores in found.values():
         if classes and scores.shape == (1, len(classes)):
             _tell(scores[0].tolist(), classes)
@@ -81,6 +80,7 @@ def _input(package: Package, image: Path) -> tuple[str, npt.NDArray[np.float32]]
     import numpy as np
 
     from calibration.preprocess import normalize, pixels
+    from targets._coreml import read_facts
 
     described = package.inputs
     if len(described) != 1:
@@ -97,7 +97,7 @@ def _input(package: Package, image: Path) -> tuple[str, npt.NDArray[np.float32]]
         size = shape[3], shape[2]
     else:
         raise BadRequest(f"input `{value.name}` of the package is no image and no array (1, 3, H, W), but {shape}")
-    facts = _facts(package).get("preprocess")
+    facts = read_facts(package.spec.description.metadata).get("preprocess")
     if facts:
         preprocess = replace(Preprocess(**facts), size=size[0])  # each function of a package has its own
         bytes_ = pixels(_opened(image), preprocess)[None]
@@ -117,18 +117,6 @@ def _opened(path: Path) -> Image.Image:
         raise BadRequest(
             f"{path} is no picture that Pillow can read: {error}; give a JPEG, PNG or WebP file"
         ) from error
-
-
-def _facts(package: Package) -> dict[str, Any]:
-    """What Edgeline has written into the package: its metadata without the prefix, JSON decoded."""
-    found = {}
-    for name, text in package.spec.description.metadata.userDefined.items():
-        if name.startswith(_PREFIX):
-            try:
-                found[name.removeprefix(_PREFIX)] = json.loads(text)
-            except ValueError:  # a string as it is
-                found[name.removeprefix(_PREFIX)] = text
-    return found
 
 
 def _tell(scores: Sequence[float], classes: Sequence[str]) -> None:

@@ -207,7 +207,7 @@ def leaky_relu(x: Tensor, *, alpha: float) -> Tensor:
 
 @operator("prelu")
 def prelu(x: Tensor, alpha: Tensor) -> Tensor:
-    return torch.where(x > 0, x, _by_channel(alpha, x) * x)
+    return torch.where(x > 0, x, by_channel(alpha, x) * x)
 
 
 @operator("elu")
@@ -242,10 +242,10 @@ def scaled_tanh(x: Tensor, *, alpha: float, beta: float) -> Tensor:
 
 @operator("softplus_parametric")
 def softplus_parametric(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    return _by_channel(alpha, x) * F.softplus(_by_channel(beta, x) * x)
+    return by_channel(alpha, x) * F.softplus(by_channel(beta, x) * x)
 
 
-def _by_channel(values: Tensor, x: Tensor) -> Tensor:
+def by_channel(values: Tensor, x: Tensor) -> Tensor:
     """One value a channel, the second axis of `x`, in a shape that broadcasts with it."""
     return values.reshape(-1, *[1] * (x.dim() - 2))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.errors import BadRequest, CheckFailed
+from targets._coreml import is_constant
 from targets._mil import arithmetic, compressed, layers, shapes  # noqa: F401 - each registers its operators
 from targets._mil.registry import OPERATORS, Function
 
@@ -139,7 +140,7 @@ class Evaluator:
         tensors, attributes = _parameters(function)
         given = {name: getattr(operation, name, None) for name in tensors}
         for value in _flat(given.values()):
-            if _is_constant(value):
+            if is_constant(value):
                 self._constants[value.name] = _tensor(value.val)
         unread = [output.name for output in operation.outputs if output.name not in last]
         finished = {value.name for value in _inputs(operation) if last[value.name] is operation} | {*unread}
@@ -227,12 +228,8 @@ def _is_fed(value: Any) -> bool:
     return value.op is None and value.val is None
 
 
-def _is_constant(value: Any) -> bool:
-    return value.val is not None and (value.op is None or value.op.op_type == "const")
-
-
 def _constant_names(operation: Any) -> set[str]:
-    return {value.name for value in _inputs(operation) if _is_constant(value)}
+    return {value.name for value in _inputs(operation) if is_constant(value)}
 
 
 def _declared(value: Any) -> _Declared:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from targets._mil.arithmetic import by_channel
 from targets._mil.registry import operator
 
 Pads: TypeAlias = list[tuple[int, int]]  # elements before and after, of each spatial axis
@@ -69,7 +70,7 @@ def conv_transpose(
     before = [cut for cut, _ in _transposed_cuts(pad_type, pad, full.shape[2:], sizes)]
     edges = [(-cut, cut + size - had) for cut, size, had in zip(before, sizes, full.shape[2:], strict=True)]
     cropped = _padded(full, edges)
-    return cropped if bias is None else cropped + _by_channel(bias, x.dim())
+    return cropped if bias is None else cropped + by_channel(bias, x)
 
 
 def _transposed_sizes(
@@ -281,10 +282,6 @@ def _normalized(x: Tensor, axes: list[int], epsilon: float) -> Tensor:
 def _affine(x: Tensor, gamma: Tensor | None, beta: Tensor | None, shape: list[int]) -> Tensor:
     x = x if gamma is None else x * gamma.reshape(shape)
     return x if beta is None else x + beta.reshape(shape)
-
-
-def _by_channel(values: Tensor, rank: int) -> Tensor:
-    return values.reshape([-1] + [1] * (rank - 2))
 
 
 # Resampling: one axis after the other, each sampled at a list of positions in units of its elements.
