@@ -25,6 +25,7 @@ from calibration.batches import Batch, Images
 from calibration.fake_quant import FakeQuant, Mode
 from calibration.fold import fold
 from calibration.metrics import Logits, snr_db
+from calibration.placement import LAYERS, Placement
 from calibration.progress import bar
 from calibration.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
@@ -90,9 +91,9 @@ def traced(model: nn.Module, size: int) -> GraphModule:
     return graph
 
 
-def prepare(model: nn.Module, scheme: Scheme, size: int) -> GraphModule:
-    """The traced `model` with a FakeQuant on every edge that `scheme` rounds."""
-    prepared: GraphModule = prepare_pt2e(traced(model, size), SchemeQuantizer(scheme))
+def prepare(model: nn.Module, scheme: Scheme, size: int, placement: Placement = LAYERS) -> GraphModule:
+    """The traced `model` with a FakeQuant on every edge that `placement` rounds, by the rules of `scheme`."""
+    prepared: GraphModule = prepare_pt2e(traced(model, size), SchemeQuantizer(scheme, placement))
     return prepared
 
 
@@ -102,7 +103,7 @@ def fake_quants(model: nn.Module) -> Iterator[FakeQuant]:
 
 def _calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
     """Show `recipe.samples` training images, drawn evenly by class, to the traced model and fix the ranges."""
-    prepared = prepare(model, scheme, train.preprocess.size)
+    prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
     chosen = train.stratified(recipe.samples, seed)
     with torch.no_grad(), bar(total=len(chosen), title="calibration", unit="image") as progress:
         for images, _ in train.batches(_CALIBRATION_BATCH, chosen):

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from calibration.fake_quant import LEVELS, FakeQuant, PerChannelFakeQuant, PerTensorFakeQuant
-from calibration.program import WEIGHTED
+from calibration.placement import LAYERS, SMALL, Kind, Placement
+from calibration.program import WEIGHTED, module_path
 from calibration.scheme import Scheme
+
+_ATEN = torch.ops.aten
+_PRODUCTS = frozenset({_ATEN.matmul.default, _ATEN.bmm.default})
+_ADDITIONS = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 
 
 class SchemeQuantizer(Quantizer):  # type: ignore[misc]
-    """Quantizes the two inputs of every convolution and linear layer, and nothing else:
+    """Quantizes the inputs of the operators that the placement names, and nothing else:
 
         x -> conv -> silu        becomes        x -> Q -> DQ -> conv -> silu
                                                     w -> Q -> DQ -^
 
-    Outputs stay float until the next weighted operator: residual adds, norms, softmax, gates and attention products
-    are computed in the graph's float type. Constants of rank 0 are never inputs of such operators, so none is ever
-    quantized (coremltools 9.0 folds quantized scalars with int8 wrap-around, without a word).
+    Outputs stay float until the next such operator: norms, softmax and gates are computed in the graph's float type.
+    Constants of rank 0 are never inputs of such operators, so none is ever quantized (coremltools 9.0 folds quantized
+    scalars with int8 wrap-around, without a word).
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, placement: Placement = LAYERS) -> None:
         super().__init__()
+        self.placement = placement
         if (scheme.weight_bits, scheme.activation_bits, scheme.per_channel_weights) != (8, 8, True):
             raise NotImplementedError(f"{scheme}: only 8 bits with per-channel weights are implemented")
         # Every runtime's quantize operator saturates at -128, and so does ours; weights are stored integers and stay
@@ -33,16 +41,43 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
-            if node.target in WEIGHTED:
-                value, weight = node.args[0], node.args[1]
-                assert isinstance(value, Node) and isinstance(weight, Node)
-                node.meta["quantization_annotation"] = QuantizationAnnotation(
-                    input_qspec_map={value: self.activation, weight: self.weight}, _annotated=True
-                )
+            kind = kind_of(node)
+            if kind not in self.placement.kinds or self.placement.keeps_float(module_path(node)):
+                continue
+            value, other = node.args[0], node.args[1]
+            assert isinstance(value, Node) and isinstance(other, Node)
+            rounded = self.weight if node.target in WEIGHTED else self.activation
+            node.meta["quantization_annotation"] = QuantizationAnnotation(
+                input_qspec_map={value: self.activation, other: rounded}, _annotated=True
+            )
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: `annotate` marks each edge with the one spec of its kind."""
+
+
+def kind_of(node: Node) -> Kind | None:
+    """The kind of operator that a placement calls `node`; None where no placement rounds it."""
+    if node.target is _ATEN.linear.default:
+        return "linear"
+    if node.target in WEIGHTED:
+        groups = cast(int, node.args[6]) if len(node.args) > 6 else 1
+        outputs, inputs = cast(Node, node.args[1]).meta["val"].shape[:2]  # inputs of one group
+        if groups != 1 and inputs == 1:
+            return "depthwise"
+        return "conv" if min(inputs, outputs // groups) >= SMALL else "small"
+    if node.target in _PRODUCTS | _ADDITIONS:
+        first, second = node.args[:2]
+        if not (_is_activation(first) and _is_activation(second)):
+            return None
+        if node.target in _PRODUCTS:
+            return "attention"
+        return "elementwise" if cast(Node, first).meta["val"].shape == cast(Node, second).meta["val"].shape else None
+    return None
+
+
+def _is_activation(argument: object) -> bool:
+    return isinstance(argument, Node) and argument.op != "get_attr" and argument.meta["val"].is_floating_point()
 
 
 def _spec(kind: type[FakeQuant], qscheme: torch.qscheme, *, lowest: int, axis: int | None = None) -> QuantizationSpec:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from calibration.placement import LAYERS, Placement
+
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
 
@@ -23,6 +25,7 @@ class Ptq:
     name: str
     precision: Literal["int8"] = "int8"
     samples: int = 512
+    placement: Placement = LAYERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from calibration.recipe import Precision, WeightOnly
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets import _coreml_card, _coreml_functions, _coreml_interface, _coreml_systems, _coreml_weights
-from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read
+from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read, write_facts
 from targets._coreml_eligibility import eligibility
 from targets._coreml_fixes import (
     decomposed,
