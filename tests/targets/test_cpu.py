@@ -29,7 +29,9 @@ def built(export: Export, path: Path, precision: Precision, batch: int = 1) -> t
     return export, path
 
 
-@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("fp16", half_precision()), ("int8", half_precision())])
+@pytest.mark.parametrize(
+    ("precision", "hint"), [("fp32", "f32"), ("fp16", half_precision()), ("int8", half_precision())]
+)
 def test_the_precision_hint_is_explicit_and_arrives_in_the_compiled_model(
     request: pytest.FixtureRequest, tmp_path: Path, precision: Precision, hint: str
 ) -> None:
