@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import ShapeProp
 
-from calibration.batches import Batch, Images
+from calibration.batches import Images
 from calibration.budget import Budget
 from calibration.fake_quant import FakeQuant
 from calibration.metrics import snr_db
@@ -32,6 +32,8 @@ from models.errors import CheckFailed
 ERROR_IMAGES = 64  # that the decibels of a module are taken on
 WORST = 8  # modules whose accuracy alone is counted, on the whole part
 _BATCH = 32
+
+Rounded: TypeAlias = Callable[[Node], bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,40 +60,33 @@ def sensitivity(prepared: GraphModule, val: Images, *, worst: int = WORST) -> li
     """The effect of every module of `prepared`, whose ranges are fixed, the most sensitive one first; of the `worst`
     ones top-1, too.
     """
-    batches = _sample(val)
-    floats = partly(prepared, lambda node: False)
-    reference = logits(floats, batches)
-    operators = list(_rounded(prepared, floats, val.preprocess.size).values())
+    error = _errors(prepared, val)
+    operators = list(_rounded(prepared, val.preprocess.size).values())
     total = sum(macs for _, _, macs in operators)
     paths = dict.fromkeys(path for path, _, _ in operators)
     found = []
     with bar(total=len(paths), title="sensitivity", unit="module") as progress:
         for path in paths:
-            own = [(kind, macs) for other, kind, macs in operators if _within(path)(other)]
+            own = [(kind, macs) for other, kind, macs in operators if _contains(path, other)]
             effect = Effect(
                 path=path,
                 kinds=tuple(kind for kind in KINDS if kind in dict(own)),
                 macs=round(sum(macs for _, macs in own) / max(total, 1), 4),
-                snr_db=round(snr_db(reference, logits(_alone(prepared, path), batches)), 2),
+                snr_db=error(_inside(path)),
             )
             found.append(effect)
             progress.update()
     found.sort(key=lambda effect: effect.snr_db)
-    counted = [replace(effect, top1=evaluate(_alone(prepared, effect.path), val)) for effect in found[:worst]]
-    return counted + found[worst:]
+    return [replace(effect, top1=_top1_alone(prepared, effect.path, val)) for effect in found[:worst]] + found[worst:]
 
 
 def by_kind(prepared: GraphModule, val: Images) -> dict[Kind, float]:
     """Decibels of the logits against float where all operators of one kind compute in integers, and they alone."""
-    batches = _sample(val)
-    floats = partly(prepared, lambda node: False)
-    reference = logits(floats, batches)
-    kinds = {name: kind for name, (_, kind, _) in _rounded(prepared, floats, val.preprocess.size).items()}
-    return {
-        kind: round(snr_db(reference, logits(partly(prepared, lambda node: kinds.get(node.name) == kind), batches)), 2)
-        for kind in KINDS
-        if kind in kinds.values()
-    }
+    error = _errors(prepared, val)
+    names: dict[Kind, set[str]] = {kind: set() for kind in KINDS}
+    for name, (_, kind, _) in _rounded(prepared, val.preprocess.size).items():
+        names[kind].add(name)
+    return {kind: error(_among(own)) for kind, own in names.items() if own}
 
 
 def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_top1: float, otherwise: str) -> Kept:
@@ -122,7 +117,7 @@ def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_t
     )
 
 
-def partly(prepared: GraphModule, rounded: Callable[[Node], bool]) -> GraphModule:
+def partly(prepared: GraphModule, rounded: Rounded) -> GraphModule:
     """A graph on the tensors of `prepared` that rounds the inputs of those operators alone that `rounded` accepts:
 
     x -> FakeQuant -> conv      becomes, where it does not,      x -> conv
@@ -138,8 +133,15 @@ def partly(prepared: GraphModule, rounded: Callable[[Node], bool]) -> GraphModul
     return found
 
 
-def _alone(prepared: GraphModule, path: str) -> GraphModule:
-    return partly(prepared, lambda node: _within(path)(module_path(node)))
+def _errors(prepared: GraphModule, val: Images) -> Callable[[Rounded], float]:
+    """Decibels of the logits, against float, where the accepted operators alone are rounded."""
+    batches = list(val.batches(_BATCH, val.stratified(ERROR_IMAGES, seed=0)))
+    reference = logits(partly(prepared, lambda node: False), batches)
+    return lambda rounded: round(snr_db(reference, logits(partly(prepared, rounded), batches)), 2)
+
+
+def _top1_alone(prepared: GraphModule, path: str, val: Images) -> float:
+    return evaluate(partly(prepared, _inside(path)), val)
 
 
 def _keeping(prepared: GraphModule, effects: Sequence[Effect], val: Images) -> Kept:
@@ -158,12 +160,16 @@ def _kept(effects: Sequence[Effect]) -> Placement:
     return Placement(kinds=()).without(*(effect.path for effect in effects))
 
 
-def _sample(val: Images) -> list[Batch]:
-    return list(val.batches(_BATCH, val.stratified(ERROR_IMAGES, seed=0)))
+def _contains(path: str, other: str) -> bool:
+    return Placement(kinds=(), keep_float=(path,)).keeps_float(other)
 
 
-def _within(path: str) -> Callable[[str], bool]:
-    return Placement(kinds=(), keep_float=(path,)).keeps_float
+def _inside(path: str) -> Rounded:
+    return lambda node: _contains(path, module_path(node))
+
+
+def _among(names: Container[str]) -> Rounded:
+    return lambda node: node.name in names
 
 
 def _roundings(prepared: GraphModule, node: Node) -> list[Node]:
@@ -172,10 +178,11 @@ def _roundings(prepared: GraphModule, node: Node) -> list[Node]:
     return [call for call in calls if isinstance(prepared.get_submodule(str(call.target)), FakeQuant)]
 
 
-def _rounded(prepared: GraphModule, floats: GraphModule, size: int) -> dict[str, tuple[str, Kind, int]]:
+def _rounded(prepared: GraphModule, size: int) -> dict[str, tuple[str, Kind, int]]:
     """Module, kind and multiply-accumulates of one image of every operator that `prepared` rounds for, by name of its
-    node, in order of execution. `floats` is the same graph without its FakeQuants.
+    node, in order of execution.
     """
+    floats = partly(prepared, lambda node: False)
     names = {node.name for node in prepared.graph.nodes if _roundings(prepared, node)}
     with torch.no_grad():
         ShapeProp(floats).propagate(torch.zeros(1, 3, size, size))
