@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets._host import HostSession, threads
+from targets._macs import of_convolution, of_product
 from targets.base import INPUT_NAME, Export
 
 if TYPE_CHECKING:
@@ -75,6 +76,23 @@ class CpuTarget:
         hint = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
         return {"threads": threads(), "precision_hint": hint, "weighted_layers_by_precision": precisions}
 
+    def half(self) -> bool:
+        return half_precision() != "f32"
+
+    def macs(self, engine: Path) -> dict[str, int]:
+        """OpenVINO fuses layers into others, attention as a whole into a `Subgraph`, and notes the names of all."""
+        precisions: dict[str, str] = {}
+        for node in _compiled(engine).get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            for name in info["originalLayersNames"].astype(str).split(","):
+                # What follows a slash is a part that a layer was split into; the layer itself comes as it is, too.
+                precisions.setdefault(name.split("/Dequantization")[0], info["runtimePrecision"].astype(str))
+        found: dict[str, int] = {}
+        for name, macs in _macs(engine):
+            precision = precisions.get(name, "unknown")
+            found[precision] = found.get(precision, 0) + macs
+        return found
+
     def graph(self, engine: Path) -> Path | None:
         return None
 
@@ -109,6 +127,19 @@ def half_precision() -> str:
     if {"amx_fp16", "avx512_fp16", "asimdhp", "fphp"} & flags and "amx_bf16" not in flags:
         return "f16"
     return "bf16" if {"amx_bf16", "avx512_bf16"} & flags else "f32"
+
+
+def _macs(engine: Path) -> Iterator[tuple[str, int]]:
+    """The name of each layer and product in the engine's file, and its multiply-accumulates."""
+    for node in _read(engine).get_ops():
+        kind = node.get_type_name()
+        if kind in {"Convolution", "GroupConvolution", "MatMul"}:
+            left, right, output = (list(port.get_shape()) for port in (node.input(0), node.input(1), node.output(0)))
+            if kind == "MatMul":
+                macs = of_product(left, output, transposed=node.get_attributes()["transpose_a"])
+            else:
+                macs = of_convolution(right, output)
+            yield node.get_friendly_name(), macs
 
 
 def _compiled(engine: Path, model: Any = None) -> Any:
