@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,17 +80,13 @@ class CpuTarget:
         return half_precision() != "f32"
 
     def macs(self, engine: Path) -> dict[str, int]:
-        """OpenVINO fuses layers into others, attention as a whole into a `Subgraph`, and notes the names of all."""
-        precisions: dict[str, str] = {}
+        products = dict(_products(engine))
+        found: dict[str, int] = {}
         for node in _compiled(engine).get_runtime_model().get_ops():
             info = node.get_rt_info()
-            for name in info["originalLayersNames"].astype(str).split(","):
-                # What follows a slash is a part that a layer was split into; the layer itself comes as it is, too.
-                precisions.setdefault(name.split("/Dequantization")[0], info["runtimePrecision"].astype(str))
-        found: dict[str, int] = {}
-        for name, macs in _macs(engine):
-            precision = precisions.get(name, "unknown")
-            found[precision] = found.get(precision, 0) + macs
+            if macs := _macs(node, products):
+                precision = info["runtimePrecision"].astype(str)
+                found[precision] = found.get(precision, 0) + macs
         return found
 
     def graph(self, engine: Path) -> Path | None:
@@ -129,17 +125,24 @@ def half_precision() -> str:
     return "bf16" if {"amx_bf16", "avx512_bf16"} & flags else "f32"
 
 
-def _macs(engine: Path) -> Iterator[tuple[str, int]]:
-    """The name of each layer and product in the engine's file, and its multiply-accumulates."""
+def _macs(node: Any, products: Mapping[str, int]) -> int:
+    """Multiply-accumulates of an executed operator. OpenVINO fuses the `products` of attention with the softmax between
+    them and notes the names of all.
+    """
+    info = node.get_rt_info()
+    kind = info["layerType"].astype(str)
+    if kind in {"Convolution", "FullyConnected"}:
+        left, right, output = (list(port.get_shape()) for port in (node.input(0), node.input(1), node.output(0)))
+        return of_convolution(right, output) if kind == "Convolution" else of_product(left, output)
+    return sum(products.get(name, 0) for name in info["originalLayersNames"].astype(str).split(","))
+
+
+def _products(engine: Path) -> Iterator[tuple[str, int]]:
+    """The name of each matrix product in the engine's file, and its multiply-accumulates."""
     for node in _read(engine).get_ops():
-        kind = node.get_type_name()
-        if kind in {"Convolution", "GroupConvolution", "MatMul"}:
-            left, right, output = (list(port.get_shape()) for port in (node.input(0), node.input(1), node.output(0)))
-            if kind == "MatMul":
-                macs = of_product(left, output, transposed=node.get_attributes()["transpose_a"])
-            else:
-                macs = of_convolution(right, output)
-            yield node.get_friendly_name(), macs
+        if node.get_type_name() == "MatMul":
+            left, output = list(node.input(0).get_shape()), list(node.output(0).get_shape())
+            yield node.get_friendly_name(), of_product(left, output, transposed=node.get_attributes()["transpose_a"])
 
 
 def _compiled(engine: Path, model: Any = None) -> Any:
