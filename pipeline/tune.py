@@ -177,7 +177,7 @@ class Search:
         """Of this model, target and machine, at this version of all that engines are made of."""
         entered = {
             "engines": [stages.compiled(self._placed(LAYERS)).key, *(step.key for step in self._floats.values())],
-            "budget": self.run.max_drop,
+            "budget": str(self.run.max_drop),
             "plan": plain(_PLAN),
             "machine": [os.uname().nodename, threads()],
         }
@@ -229,7 +229,7 @@ class Search:
         engines = {"float": self.float_path, "candidate": path} | ({"best": self._built(best)} if best else {})
         comparison = self._timed(engines, _PLAN)
         speedup = comparison.speedup("candidate", "float")
-        allowed = max(self.run.max_drop, 100 / len(self._images))  # one image at least, as in `verify`
+        allowed = self.run.max_drop.tolerance(self.float_top1, len(self._images))
         why_not = None
         if drop > allowed + 1e-9:
             why_not = f"loses {drop:.2f} points of top-1, and {allowed:.2f} are allowed"
