@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.scheme import SHARED, Scheme
+from calibration.scheme import AFFINE, Scheme
 from targets._host import HostSession, in_queries, threads
 from targets.base import INPUT_NAME, Export
 
@@ -24,7 +24,7 @@ _REFERENCE_BATCH = 32
 class OnnxRuntimeTarget:
     name: str = "onnxruntime"
     summary: str = "ONNX Runtime on this machine's CPU"
-    scheme: Scheme = SHARED
+    scheme: Scheme = AFFINE
 
     def missing(self) -> str | None:
         return (
