@@ -103,7 +103,7 @@ def time_session(session: Session, images: Images, plan: TimingPlan = STANDARD) 
         bar.set_description_str("measuring", refresh=False)
         bar.reset()
         while (done := _progress(len(samples), busy_ns, plan)) < 1.0:
-            chunk = _timed(session, images, plan.chunk)
+            chunk = timed(session, images, plan.chunk)
             samples += chunk
             busy_ns += sum(chunk)
             bar.set_postfix_str(f"{len(samples)} queries", refresh=False)
@@ -118,7 +118,7 @@ def _progress(queries: int, busy_ns: int, plan: TimingPlan) -> float:
     return min(max(floors) if plan.either else min(floors), 1.0)
 
 
-def _timed(session: Session, images: Images, count: int) -> list[int]:
+def timed(session: Session, images: Images, count: int) -> list[int]:
     found = session.latencies_ns(images, count)
     if len(found) != count or min(found) <= 0:
         raise CannotRunHere(

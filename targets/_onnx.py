@@ -73,6 +73,24 @@ def with_padding_before_rounding(model: ModelProto) -> ModelProto:
     return padded
 
 
+def macs(model: ModelProto) -> dict[str, int]:
+    """Multiply-accumulates of each layer and product of `model`, all of whose shapes are known, by its name."""
+    from targets._macs import of_convolution, of_product
+
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        shapes[value.name] = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    found = {}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        left, right, output = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
+        transposed = any(given.name == "transA" and given.i for given in node.attribute)
+        product = of_product(left, output, transposed=transposed)
+        found[node.name] = of_convolution(right, output) if node.op_type == "Conv" else product
+    return found
+
+
 def to_fp16(model: ModelProto) -> ModelProto:
     """`model` with every float tensor typed FP16, input and output excepted: strongly typed TensorRT (10 on request,
     11 and RTX always) computes in the types that the graph states.

@@ -221,6 +221,21 @@ class HasUnits(Protocol):
 
 
 @runtime_checkable
+class Accounts(Protocol):
+    """A target that tells what its engines really compute in, which may be less than what they were asked for."""
+
+    def half(self) -> bool:
+        """Whether this machine has 16-bit floats that are faster than those of 32."""
+        ...
+
+    def macs(self, engine: Path) -> dict[str, int]:
+        """Multiply-accumulates of a query by the precision that the runtime does them in, as OpenVINO calls it:
+        `i8`, `u8`, `f32`, `f16`, `bf16`.
+        """
+        ...
+
+
+@runtime_checkable
 class Publishes(Protocol):
     """A target whose engines say themselves what they are, to those who get nothing else."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets._host import HostSession, threads
+from targets._macs import of_convolution, of_product
 from targets.base import INPUT_NAME, Export
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class CpuTarget:
         model.reshape([export.batch, *list(model.input(0).partial_shape)[1:]])
         openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
         # Always explicit: left to itself, OpenVINO runs float32 models in bfloat16 where the CPU has it.
-        hint = half_precision() if export.precision == "fp16" else "f32"
+        hint = "f32" if export.precision == "fp32" else half_precision()  # of what is not INT8
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         (out / _OPTIONS).write_text(json.dumps(options, indent=1) + "\n")
 
@@ -74,6 +75,19 @@ class CpuTarget:
             )
         hint = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
         return {"threads": threads(), "precision_hint": hint, "weighted_layers_by_precision": precisions}
+
+    def half(self) -> bool:
+        return half_precision() != "f32"
+
+    def macs(self, engine: Path) -> dict[str, int]:
+        products = dict(_products(engine))
+        found: dict[str, int] = {}
+        for node in _compiled(engine).get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            if macs := _macs(node, products):
+                precision = info["runtimePrecision"].astype(str)
+                found[precision] = found.get(precision, 0) + macs
+        return found
 
     def graph(self, engine: Path) -> Path | None:
         return None
@@ -109,6 +123,26 @@ def half_precision() -> str:
     if {"amx_fp16", "avx512_fp16", "asimdhp", "fphp"} & flags and "amx_bf16" not in flags:
         return "f16"
     return "bf16" if {"amx_bf16", "avx512_bf16"} & flags else "f32"
+
+
+def _macs(node: Any, products: Mapping[str, int]) -> int:
+    """Multiply-accumulates of an executed operator. OpenVINO fuses the `products` of attention with the softmax between
+    them and notes the names of all.
+    """
+    info = node.get_rt_info()
+    kind = info["layerType"].astype(str)
+    if kind in {"Convolution", "FullyConnected"}:
+        left, right, output = (list(port.get_shape()) for port in (node.input(0), node.input(1), node.output(0)))
+        return of_convolution(right, output) if kind == "Convolution" else of_product(left, output)
+    return sum(products.get(name, 0) for name in info["originalLayersNames"].astype(str).split(","))
+
+
+def _products(engine: Path) -> Iterator[tuple[str, int]]:
+    """The name of each matrix product in the engine's file, and its multiply-accumulates."""
+    for node in _read(engine).get_ops():
+        if node.get_type_name() == "MatMul":
+            left, output = list(node.input(0).get_shape()), list(node.output(0).get_shape())
+            yield node.get_friendly_name(), of_product(left, output, transposed=node.get_attributes()["transpose_a"])
 
 
 def _compiled(engine: Path, model: Any = None) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from calibration.scheme import AFFINE, Scheme
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from targets.base import Images, Logits
 
 _REFERENCE_BATCH = 32
+_INTEGER = re.compile("QLinear|QGemm|.*Integer")  # such as QLinearConv and MatMulIntegerToFloat
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,29 @@ class OnnxRuntimeTarget:
         onnx.checker.check_model(model, full_check=True)
         return {"threads": threads(), "operators": len(model.graph.node)}
 
+    def half(self) -> bool:
+        return False
+
+    def macs(self, engine: Path) -> dict[str, int]:
+        """By the operators of the graph that ONNX Runtime really executes. Of its fusions, those of integers alone keep
+        the names of the engine's, so what is not found among these is float.
+        """
+        import onnx
+
+        from targets._onnx import macs
+
+        with TemporaryDirectory() as scratch:
+            optimized = Path(scratch) / "optimized.onnx"
+            _session(engine / "model.onnx", fuse_integers=True, optimized=optimized)
+            executed = onnx.load(optimized).graph.node
+        # A convolution that is laid out anew has `_token_` and a number behind its name.
+        integers = {node.name.partition("_token_")[0] for node in executed if _INTEGER.match(node.op_type)}
+        found: dict[str, int] = {}
+        for name, count in macs(onnx.load(engine / "model.onnx")).items():
+            precision = "i8" if name in integers else "f32"
+            found[precision] = found.get(precision, 0) + count
+        return found
+
     def graph(self, engine: Path) -> Path | None:
         return engine / "model.onnx"
 
@@ -79,10 +105,13 @@ def reference_logits(model: Path | bytes, images: Images) -> Logits:
     return reference(model)(images)
 
 
-def _session(model: Path | bytes, *, fuse_integers: bool) -> Any:
+def _session(model: Path | bytes, *, fuse_integers: bool, optimized: Path | None = None) -> Any:
+    """`optimized`: where to write the graph as it is executed."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
     options.intra_op_num_threads = threads()
     options.log_severity_level = 3  # errors
     if not fuse_integers:

@@ -1,0 +1,341 @@
+"""Choose by measurement which operators compute in integers: build candidates, time each on the target, keep the best.
+
+Candidates are patterns of operator kinds; around the best of them, one kind more or less; then one stage more in float.
+Each is timed in turns with the float engine and the best so far, and judged on the validation part. What is finished is
+a line in a log, so a search that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+import calibration.recipe
+from calibration.placement import KINDS, LAYERS, Kind, Placement, parse
+from calibration.recipe import Ptq, Qat
+from models.errors import BadRequest, CannotRunHere, CheckFailed
+from pipeline import stages
+from pipeline.compare import Comparison, ComparisonPlan, compare
+from pipeline.stages import Run
+from pipeline.store import Store, plain
+from targets._host import in_queries, padded, threads
+from targets.base import Accounts
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from targets.base import Images
+
+_PATTERNS: Final = tuple(
+    map(parse, ("conv", "conv+linear", "conv+small+linear", "conv+depthwise+linear", "layers"))
+) + tuple(
+    Placement(kinds=kinds)
+    for kinds in ((*LAYERS.kinds, "attention"), (*LAYERS.kinds, "elementwise"), KINDS)  # in the order of KINDS
+)
+_PLAN: Final = ComparisonPlan()
+_FINAL: Final = ComparisonPlan(min_rounds=30, max_seconds=12.0, width=0.01)
+_READ_AT_ONCE: Final = 64  # images
+
+log = logging.getLogger("edgeline")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """What came of one placement."""
+
+    placement: str
+    over: str  # the float recipe whose engine it was timed with
+    speedup: float | None  # None: it was not built, for the reason in `why_not`
+    ci: tuple[float, float] | None
+    drop: float | None  # points of top-1 below the FP32 engine, on the validation part
+    beat: str | None  # the best placement before it; None: there was none
+    kept: bool  # it became the best one
+    why_not: str | None  # it did not
+
+
+class Log:
+    """Finished candidates, a line each. A line that was cut short by the end of its process is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+        if path.exists():
+            os.truncate(path, len(whole) + bool(whole))
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+
+    def find(self, what: Mapping[str, object]) -> dict[str, Any] | None:
+        """The line that holds all of `what`."""
+        return next((line for line in self.lines if what.items() <= line.items()), None)
+
+    def append(self, line: Mapping[str, object]) -> None:
+        with self.path.open("ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.append(dict(line))
+
+
+def tune(run: Run, root: Path) -> dict[str, object]:
+    """The placement of the run's model that is fastest on its target within the accuracy budget, or none where that is
+    a float engine. Raises CannotRunHere where the target cannot be timed, BadRequest where the recipe has no placement.
+    """
+    search = Search(run=run, root=root)
+    best = search.search()
+    final = search.confirmed(best) if best else None
+    command = search.next_command(best if final and final["gains"] else None)
+    if final and not final["gains"]:
+        log.info("timed again, %s is %.2f times as fast as %s: float it is", best, final["speedup"], search.over)
+    log.info("%s", command)
+    kept = final if final and final["gains"] else {}
+    return {
+        "placement": str(best) if kept else None,
+        "answer": str(best) if kept else "float",
+        "over": search.over,
+        "speedup": kept.get("speedup"),
+        "ci": kept.get("ci"),
+        "drop": kept.get("drop"),
+        "candidates": [line for line in search.log.lines if "kept" in line],
+        "log": str(search.log.path),
+        "next": command,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """One search: what it compares with, and what it has found."""
+
+    run: Run
+    root: Path
+    _answered: dict[Path, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.run.recipe, Ptq | Qat):
+            raise BadRequest(
+                f"RECIPE={self.run.recipe.name} computes in no integers, so there is nothing to place; use "
+                "RECIPE=int8_ptq or RECIPE=int8_qat"
+            )
+        if reason := self.run.target.not_executed():
+            raise CannotRunHere(
+                f"placements cannot be timed for {self.run.target.name} here: {reason}; run it on the device, or use "
+                "TARGET=cpu or TARGET=onnxruntime"
+            )
+
+    def search(self) -> Placement | None:
+        """Every pattern; then single changes of the best one, until none is better."""
+        best: Placement | None = None
+        tried: set[Placement] = set()
+        pending = list(dict.fromkeys(self._present(pattern) for pattern in _PATTERNS))
+        while pending:
+            before = best
+            for placement in pending:
+                tried.add(placement)
+                if placement.kinds and self.tried(placement, best).kept:
+                    best = placement
+            around = () if best is None or best == before else self._around(best)
+            pending = [placement for placement in around if placement not in tried]
+        return best
+
+    def tried(self, placement: Placement, best: Placement | None) -> Candidate:
+        """The candidate from the log, or built, timed and judged now."""
+        key = {"placement": str(placement), "beat": None if best is None else str(best)}
+        line = self.log.find({**key, "over": self.over})
+        if line is None:
+            made = self._measured(placement, best)
+            line = {name: getattr(made, name) for name in Candidate.__slots__}
+            self.log.append(line)
+        else:
+            made = Candidate(**line)
+        log.info("%-48s %s", placement, _sentence(made))
+        return made
+
+    def confirmed(self, best: Placement) -> dict[str, Any]:
+        """The winner timed once more against the float engine: of many that were timed, the fastest one had luck."""
+        found = self.log.find({"confirmed": str(best)})
+        if found is None:
+            speedup = self._timed({"float": self.float_path, "best": self._built(best)}, _FINAL).speedup(
+                "best", "float"
+            )
+            drop = self.float_top1 - self._top1(self._built(best))
+            found = {"confirmed": str(best), "speedup": round(speedup.ratio, 4), "ci": speedup.ci}
+            found |= {"drop": round(drop, 3), "gains": speedup.gains}
+            self.log.append(found)
+        return found
+
+    @cached_property
+    def log(self) -> Log:
+        """Of this model, target and machine, at this version of all that engines are made of."""
+        entered = {
+            "engines": [stages.compiled(self._placed(LAYERS)).key, *(step.key for step in self._floats.values())],
+            "budget": str(self.run.max_drop),
+            "plan": plain(_PLAN),
+            "machine": [os.uname().nodename, threads()],
+        }
+        key = hashlib.sha256(json.dumps(entered, sort_keys=True).encode()).hexdigest()[:12]
+        return Log(self.root / "tune" / f"{self.run.label(self.run.target.name)}-{key}.jsonl")
+
+    @cached_property
+    def over(self) -> str:
+        """The recipe of the fastest float engine."""
+        if len(self._floats) == 1:
+            return "fp32"
+        found = self.log.find({"float": "fp16"}) or self.log.find({"float": "fp32"})
+        if found is None:
+            paths = {name: self._path(step) for name, step in self._floats.items()}
+            speedup = self._timed(paths, _PLAN).speedup("fp16", "fp32")
+            found = {"float": "fp16" if speedup.gains else "fp32", "speedup": speedup.ratio, "ci": speedup.ci}
+            self.log.append(found)
+        return str(found["float"])
+
+    @cached_property
+    def float_path(self) -> Path:
+        return self._path(self._floats[self.over])
+
+    @cached_property
+    def float_top1(self) -> float:
+        return self._top1(self._path(self._floats["fp32"]))
+
+    def next_command(self, best: Placement | None) -> str:
+        recipe, placement = (self.run.recipe.name, f" PLACEMENT={best}") if best else (self.over, "")
+        words = f"MODEL={self.run.model.name} TARGET={self.run.target.name} RECIPE={recipe}"
+        return f"make engine {words} SIZE={self.run.preprocess.size}{placement}"
+
+    def _measured(self, placement: Placement, best: Placement | None) -> Candidate:
+        made = Candidate(
+            placement=str(placement),
+            over=self.over,
+            speedup=None,
+            ci=None,
+            drop=None,
+            beat=None if best is None else str(best),
+            kept=False,
+            why_not=None,
+        )
+        try:
+            path = self._built(placement)
+        except CheckFailed as error:  # a runtime that cannot do this one may do the next
+            return replace(made, why_not=str(error))
+        drop = self.float_top1 - self._top1(path)
+        engines = {"float": self.float_path, "candidate": path} | ({"best": self._built(best)} if best else {})
+        comparison = self._timed(engines, _PLAN)
+        speedup = comparison.speedup("candidate", "float")
+        allowed = self.run.max_drop.tolerance(self.float_top1, len(self._images))
+        why_not = None
+        if drop > allowed + 1e-9:
+            why_not = f"loses {drop:.2f} points of top-1, and {allowed:.2f} are allowed"
+        elif not speedup.gains:
+            why_not = f"not faster than {self.over}"
+        elif best and comparison.speedup("candidate", "best").low <= 1:
+            why_not = f"not surely faster than {best}"
+        ends = (round(speedup.low, 4), round(speedup.high, 4))
+        return replace(
+            made,
+            speedup=round(speedup.ratio, 4),
+            ci=ends,
+            drop=round(drop, 3),
+            kept=why_not is None,
+            why_not=why_not,
+        )
+
+    def _around(self, best: Placement) -> Iterator[Placement]:
+        """`best` with one kind more or less, and with one stage more in float."""
+        for kind in self._found:
+            kinds = tuple(one for one in KINDS if (one in best.kinds) != (one == kind))
+            yield replace(best, kinds=kinds)
+        for stage in _stages([path for kind in best.kinds for path in self._found.get(kind, ())]):
+            if not best.keeps_float(stage):
+                yield best.without(stage)
+
+    def _present(self, pattern: Placement) -> Placement:
+        """`pattern` without the kinds that the model has none of, so that no program is built twice."""
+        return replace(pattern, kinds=tuple(kind for kind in pattern.kinds if kind in self._found))
+
+    @cached_property
+    def _found(self) -> dict[Kind, list[str]]:
+        """The modules of each kind of operator that the model has."""
+        from calibration.quantize import traced
+
+        model = self.run.model.build(len(self.run.data.classes), self.run.form).eval()
+        return _modules(traced(model, self.run.preprocess.size))
+
+    @cached_property
+    def _floats(self) -> dict[str, Any]:
+        """The step of each float engine that this machine computes fast."""
+        half = isinstance(self.run.target, Accounts) and self.run.target.half()
+        recipes = ("fp32", "fp16") if half else ("fp32",)
+        return {name: stages.compiled(replace(self.run, recipe=calibration.recipe.ALL[name])) for name in recipes}
+
+    @cached_property
+    def _images(self) -> Any:
+        return self.run.images("val")
+
+    @cached_property
+    def _query(self) -> Images:
+        images, _ = next(self._images.batches(self.run.batch))
+        return padded(images.numpy(), self.run.batch)
+
+    def _placed(self, placement: Placement) -> Run:
+        """The run that stands for `placement`: training would cost hours and changes no engine's speed."""
+        recipe = self.run.recipe
+        ptq = recipe.warm_start if isinstance(recipe, Qat) else recipe
+        assert isinstance(ptq, Ptq)
+        return replace(self.run, recipe=replace(ptq, placement=placement))
+
+    def _built(self, placement: Placement) -> Path:
+        return self._path(stages.compiled(self._placed(placement)))
+
+    def _path(self, step: Any) -> Path:
+        return Store(self.root).get(step).path
+
+    def _timed(self, engines: Mapping[str, Path], plan: ComparisonPlan) -> Comparison:
+        with ExitStack() as opened:
+            sessions = {name: opened.enter_context(self.run.target.open(path)) for name, path in engines.items()}
+            return compare(sessions, self._query, plan, seed=self.run.seed)
+
+    def _top1(self, engine: Path) -> float:
+        """Percent of the validation part. The test part is for the engine that is chosen."""
+        if engine not in self._answered:
+            right: list[bool] = []
+            with self.run.target.open(engine) as session:
+                for images, labels in self._images.batches(_READ_AT_ONCE):
+                    found = in_queries(session.infer, session.batch, images.numpy()).argmax(1)
+                    right += (found == labels.numpy()).tolist()
+            self._answered[engine] = 100 * float(np.mean(right))
+        return self._answered[engine]
+
+
+def _modules(graph: GraphModule) -> dict[Kind, list[str]]:
+    from calibration.program import module_path
+    from calibration.quantizer import kind_of
+
+    found: dict[Kind, list[str]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and (kind := kind_of(node)):
+            found.setdefault(kind, []).append(module_path(node))
+    return found
+
+
+def _stages(paths: Sequence[str]) -> list[str]:
+    """The parts of a network that `paths` lie in: `stages.2` of `stages.2.1.conv`, `stem` of `stem.conv`."""
+    cut = (path.split(".") for path in paths)
+    return list(dict.fromkeys(".".join(path[: 2 if path[1:2] and path[1].isdigit() else 1]) for path in cut))
+
+
+def _sentence(candidate: Candidate) -> str:
+    if candidate.speedup is None or candidate.ci is None:
+        return f"not built: {candidate.why_not}"
+    low, high = candidate.ci
+    told = (
+        f"{candidate.speedup:.2f} [{low:.2f}, {high:.2f}] times as fast as {candidate.over}, drop {candidate.drop:.2f}"
+    )
+    return f"{told}: {candidate.why_not or 'the best so far'}"

@@ -1,0 +1,166 @@
+"""Say whether an INT8 engine is worth shipping: it is built and timed in turns with the float engines of its model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import calibration.recipe
+from models.errors import CheckFailed
+from pipeline import stages
+from pipeline.compare import LEAST_GAIN, Comparison, ComparisonPlan, Speedup, compare
+from pipeline.stages import Run
+from pipeline.store import Artifact, Store
+from targets._host import padded
+from targets._macs import integer_share
+from targets.base import Accounts
+
+if TYPE_CHECKING:
+    from targets.base import Images
+
+_PLAN: Final = ComparisonPlan(max_seconds=4.0)
+
+log = logging.getLogger("edgeline")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """What speaks for an engine and against it."""
+
+    recipe: str
+    top1: float  # percent
+    drop: float  # points of top-1 below the float model
+    allowed: float  # such points
+    agreement: float  # percent of the images that the float model answers alike
+    bytes: int  # of the artifact
+    integer_share: float | None  # percent of its multiply-accumulates; None where the target does not tell
+
+    @property
+    def name(self) -> str:
+        return self.recipe.partition("_")[0].upper()
+
+    @property
+    def accurate(self) -> bool:
+        return self.drop <= self.allowed + 1e-9
+
+
+def can_judge(run: Run) -> bool:
+    """Whether there is an INT8 engine to judge, and this machine can time it."""
+    return run.recipe.precision == "int8" and run.target.not_executed() is None
+
+
+def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
+    """Compare `artifact`, the INT8 engine of `run`, with the FP32 engine of the same weights and, where this machine
+    computes in 16 bits, with the FP16 engine; tell it as a table, and answer with it and one sentence.
+    """
+    artifacts, why_no_fp16 = {"fp32": _float_engine(run, "fp32", root)}, _no_half(run)
+    if why_no_fp16 is None:
+        try:
+            artifacts["fp16"] = _float_engine(run, "fp16", root)
+        except CheckFailed as error:  # 16 bits are too few for this model, which is no fault of its INT8 engine
+            why_no_fp16 = str(error)
+    artifacts[run.recipe.name] = artifact
+    comparison = timed_in_turns(run, {name: made.path for name, made in artifacts.items()}, _PLAN)
+    engines = [_engine(run, name, made) for name, made in artifacts.items()]
+    ship, sentence = judged(engines, comparison)
+    _tell(engines, comparison, sentence)
+    return {
+        "ship": ship,
+        "sentence": sentence,
+        "engines": {engine.recipe: _row(engine, comparison) for engine in engines},
+        "over_fp16": _told(comparison.speedup(run.recipe.name, "fp16")) if "fp16" in artifacts else None,
+        "why_no_fp16": why_no_fp16,
+        "rounds": len(comparison.medians_ns),
+    }
+
+
+def judged(engines: list[Engine], comparison: Comparison) -> tuple[str, str]:
+    """The recipe to ship and the reason, of `engines` in the order FP32, FP16 where there is one, INT8."""
+    *floats, integer = engines
+    best = floats[0]
+    for other in floats[1:]:
+        if other.accurate and comparison.speedup(other.recipe, best.recipe).gains:
+            best = other
+    gain = comparison.speedup(integer.recipe, best.recipe)
+    if not integer.accurate:
+        why = f"INT8 loses {integer.drop:.2f} points of top-1, and {integer.allowed:.2f} are allowed"
+        return best.recipe, f"ship {best.name}: {why}"
+    if not gain.gains:
+        why = f"INT8 is {gain} times as fast, and what pays is {LEAST_GAIN} with an interval above 1"
+        return best.recipe, f"ship {best.name}: {why}"
+    share = "" if integer.integer_share is None else f", with {integer.integer_share:.0f} % of its MACs in integers"
+    why = f"{gain} times as fast as {best.name}, {integer.drop:.2f} points of top-1 below float{share}"
+    return integer.recipe, f"ship INT8: {why}"
+
+
+def timed_in_turns(run: Run, engines: Mapping[str, Path], plan: ComparisonPlan) -> Comparison:
+    """The engines in these folders, all of the run's target, timed on the same validation images."""
+    with ExitStack() as opened:
+        sessions = {name: opened.enter_context(run.target.open(path)) for name, path in engines.items()}
+        return compare(sessions, _query(run), plan, seed=run.seed)
+
+
+def _query(run: Run) -> Images:
+    images, _ = next(run.images("val").batches(run.batch))
+    return padded(images.numpy(), run.batch)
+
+
+def _float_engine(run: Run, recipe: str, root: Path) -> Artifact:
+    return Store(root).get(stages.engine(replace(run, recipe=calibration.recipe.ALL[recipe])))
+
+
+def _no_half(run: Run) -> str | None:
+    if isinstance(run.target, Accounts) and run.target.half():
+        return None
+    return f"{run.target.name} has no 16-bit floats on this machine that are faster"
+
+
+def _engine(run: Run, recipe: str, artifact: Artifact) -> Engine:
+    report = json.loads((artifact.path / "report.json").read_text())
+    share = integer_share(run.target.macs(artifact.path)) if isinstance(run.target, Accounts) else None
+    return Engine(
+        recipe=recipe,
+        top1=report["top1"],
+        drop=report["float_top1"] - report["top1"],
+        allowed=run.max_drop.tolerance(report["float_top1"], report["images"]),
+        agreement=report["agreement"],
+        bytes=sum(artifact.files().values()),
+        integer_share=share,
+    )
+
+
+def _row(engine: Engine, comparison: Comparison) -> dict[str, object]:
+    return {
+        "p50_ms": round(comparison.p50_ms(engine.recipe), 4),
+        **_told(comparison.speedup(engine.recipe, "fp32")),
+        "top1": engine.top1,
+        "drop": round(engine.drop, 3),
+        "agreement": engine.agreement,
+        "bytes": engine.bytes,
+        "integer_share": None if engine.integer_share is None else round(engine.integer_share, 1),
+    }
+
+
+def _told(speedup: Speedup) -> dict[str, object]:
+    return {"speedup": round(speedup.ratio, 4), "ci": speedup.ci}
+
+
+def _tell(engines: list[Engine], comparison: Comparison, sentence: str) -> None:
+    log.info("  %-10s %9s  %-18s %7s %9s %9s %6s", "", "p50 ms", "over FP32", "top-1", "agreement", "kB", "INT8")
+    for engine in engines:
+        log.info(
+            "  %-10s %9.3f  %-18s %7.2f %9.2f %9.0f %6s",
+            engine.recipe,
+            comparison.p50_ms(engine.recipe),
+            comparison.speedup(engine.recipe, "fp32"),
+            engine.top1,
+            engine.agreement,
+            engine.bytes / 1e3,
+            "-" if engine.integer_share is None else f"{engine.integer_share:.0f} %",
+        )
+    log.info("  %s", sentence)
