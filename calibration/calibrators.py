@@ -1,4 +1,4 @@
-"""From the values that a tensor takes to the range that integers cover: statistics in constant memory, and the choices."""
+"""From the values that a tensor takes to the range that integers cover: constant memory, seven choices."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -22,11 +21,11 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from calibration import program
 from calibration.batches import Batch, Images
+from calibration.calibrate import calibrated
 from calibration.fake_quant import FakeQuant, Mode
 from calibration.fold import fold
 from calibration.metrics import Logits, snr_db
 from calibration.placement import LAYERS, Placement
-from calibration.progress import bar
 from calibration.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
 from calibration.scheme import Scheme
@@ -61,11 +60,10 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
             _checked("folding", program.logits(model, [probe]), folded, probe, _FOLDED_DB)
             return Quantized(program=program.export(folded, size))
         case Ptq():
-            prepared = _calibrated(model, recipe, scheme, train, seed=seed)
-            report: dict[str, object] = {}
+            prepared, report = _calibrated(model, recipe, scheme, train, seed=seed)
         case Qat():
-            prepared = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
-            report = _trained(prepared, model, recipe, train, val, seed=seed)
+            prepared, report = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
+            report |= _trained(prepared, model, recipe, train, val, seed=seed)
     _set_mode(prepared, "frozen")
     before = program.logits(prepared, [probe])  # converting replaces the quantizers of the graph that it is given
     converted = convert_pt2e(prepared)
@@ -101,17 +99,12 @@ def fake_quants(model: nn.Module) -> Iterator[FakeQuant]:
     return (module for module in model.modules() if isinstance(module, FakeQuant))
 
 
-def _calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
-    """Show `recipe.samples` training images, drawn evenly by class, to the traced model and fix the ranges."""
+def _calibrated(
+    model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int
+) -> tuple[GraphModule, dict[str, object]]:
+    """The traced `model` with its ranges fixed, and the report of the calibration."""
     prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
-    chosen = train.stratified(recipe.samples, seed)
-    with torch.no_grad(), bar(total=len(chosen), title="calibration", unit="image") as progress:
-        for images, _ in train.batches(_CALIBRATION_BATCH, chosen):
-            prepared(images)
-            progress.update(len(images))
-    for fake_quant in fake_quants(prepared):
-        fake_quant.fix_range()
-    return prepared
+    return prepared, calibrated(prepared, model, recipe, train, seed=seed)
 
 
 def _trained(

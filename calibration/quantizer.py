@@ -8,7 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from calibration.fake_quant import LEVELS, FakeQuant, PerChannelFakeQuant, PerTensorFakeQuant
+from calibration.calibrators import LEVELS
+from calibration.fake_quant import FakeQuant, PerChannelFakeQuant, PerTensorFakeQuant
 from calibration.placement import LAYERS, SMALL, Kind, Placement
 from calibration.program import WEIGHTED, module_path
 from calibration.scheme import Scheme

@@ -26,6 +26,8 @@ class Ptq:
     precision: Literal["int8"] = "int8"
     samples: int = 512
     placement: Placement = LAYERS
+    calibrator: str = "auto"  # a name in `calibrators.ALL`, or the one with the least output error
+    force: bool = False  # calibrate on fewer than 128 images, too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

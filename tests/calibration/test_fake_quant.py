@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.fake_quant import LEVELS, FakeQuant, Histogram, Mode, PerChannelFakeQuant, PerTensorFakeQuant, snap
+from calibration.calibrators import LEVELS, Histogram
+from calibration.fake_quant import FakeQuant, Mode, PerChannelFakeQuant, PerTensorFakeQuant, snap
 from models.errors import CheckFailed
 
 

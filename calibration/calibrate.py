@@ -1,0 +1,170 @@
+"""Show training images to a prepared graph and fix its ranges, by the calibrator that is asked for or the best one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Final
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from calibration import calibrators, program
+from calibration.batches import Images
+from calibration.calibrators import AUTO, TensorRange
+from calibration.fake_quant import FakeQuant, PerTensorFakeQuant
+from calibration.metrics import Logits, snr_db
+from calibration.progress import bar
+from calibration.recipe import Ptq
+from models.errors import BadRequest
+
+LEAST_IMAGES: Final = 128
+
+_BATCH = 32
+_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # of the images, and how many: they compare calibrators, ranges never see them
+
+
+def calibrated(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Images, *, seed: int) -> dict[str, object]:
+    """Fix the ranges of `prepared` from `recipe.samples` training images, drawn evenly by class. Returns what there is
+    to report: the calibrator, how each did against the float `model` where one was chosen, `ranges` and `identity`.
+
+    Leaves the quantizers observing. Raises BadRequest where fewer than 128 images could be read.
+    """
+    name = calibrators.named(recipe.calibrator)
+    chosen = train.stratified(recipe.samples, seed)
+    count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT)) if name == AUTO else 0
+    held_out, seen = chosen[:count], chosen[count:]
+    read = observe(prepared, train, seen)
+    if count:
+        batches = list(train.batches(_BATCH, held_out))
+        read += sum(len(images) for images, _ in batches)
+    _enough(read, recipe)
+    errors: dict[str, float] = {}
+    if name == AUTO:
+        reference = program.logits(model, batches) if count else None
+        errors = {} if reference is None else _output_errors(prepared, reference, [images for images, _ in batches])
+        name = max(errors, key=errors.__getitem__) if errors else "mse"
+    fix(prepared, name)
+    report: dict[str, object] = {
+        "calibrator": name,
+        "calibrators_db": {each: round(found, 2) for each, found in errors.items()},
+        "calibration_images": read,
+        "held_out_images": count,
+        "ranges": [asdict(each) for each in ranges(prepared, name)],
+        "identity": identity(model, recipe, train, chosen, seed=seed),
+    }
+    for _, quantizer in named_quantizers(prepared):
+        quantizer.statistics = calibrators.Statistics()
+    return report
+
+
+def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
+    """Let the quantizers of `prepared` see the images in `order`; returns how many could be read."""
+    read = 0
+    with torch.no_grad(), bar(total=len(order), title="calibration", unit="image") as progress:
+        for images, _ in train.batches(_BATCH, order):
+            prepared(images)
+            read += len(images)
+            progress.update(len(images))
+    return read
+
+
+def fix(prepared: GraphModule, calibrator: str) -> None:
+    """Set the range of every activation by `calibrator`, and of every weight by its peaks."""
+    for quantizer in _quantizers(prepared):
+        quantizer.fix_range(calibrator)
+
+
+def ranges(prepared: GraphModule, calibrator: str) -> list[TensorRange]:
+    """What `fix` made of the statistics, in order of execution."""
+    return [_range(name, quantizer, calibrator) for name, quantizer in named_quantizers(prepared)]
+
+
+def named_quantizers(prepared: GraphModule) -> Iterator[tuple[str, PerTensorFakeQuant]]:
+    """The quantizers of activations by path of the first layer that reads them: `path#2` where the module computes a
+    second layer, as `program.named_layers` says it; `path:operator:input` for products and additions.
+    """
+    times: Counter[str] = Counter()
+    done: set[str] = set()
+    for node in prepared.graph.nodes:
+        path = program.module_path(node)
+        weighted = node.target in program.WEIGHTED
+        found = [
+            (index, str(source.target))
+            for index, source in enumerate(node.args)
+            if isinstance(source, torch.fx.Node) and source.op == "call_module"
+        ]
+        activations = [
+            (index, target, quantizer)
+            for index, target in found
+            if isinstance(quantizer := prepared.get_submodule(target), PerTensorFakeQuant)
+        ]
+        times[path] += bool(weighted and activations)
+        for index, target, quantizer in activations:
+            if target not in done:
+                done.add(target)
+                layer = path if times[path] == 1 else f"{path}#{times[path]}"
+                yield layer if weighted else f"{path}:{node.name}:{index}", quantizer
+
+
+def identity(model: nn.Module, recipe: Ptq, train: Images, order: list[int], *, seed: int) -> dict[str, object]:
+    """What a calibration depends on: equal identities are equal ranges. The same is in the key of its artifact."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "images": train.data.identity(),
+        "order": hashlib.sha256(repr(order).encode()).hexdigest(),
+        "preprocess": asdict(train.preprocess),
+        "seed": seed,
+        "weights": weights.hexdigest(),
+        "algorithm": {
+            "calibrator": recipe.calibrator,
+            "samples": recipe.samples,
+            "placement": str(recipe.placement),
+        },
+        "versions": {package: version(package) for package in ("torch", "torchao", "numpy", "pillow")},
+    }
+
+
+def _enough(read: int, recipe: Ptq) -> None:
+    if read < LEAST_IMAGES and not recipe.force:
+        raise BadRequest(
+            f"calibration read {read} images, expected at least {LEAST_IMAGES}: ranges of fewer say little about other "
+            "images; give DATA more training images, or FORCE=1 to calibrate on these"
+        )
+
+
+def _output_errors(prepared: GraphModule, reference: Logits, batches: list[torch.Tensor]) -> dict[str, float]:
+    """Decibels between `reference` and what `prepared` answers with the ranges of each calibrator."""
+    found: dict[str, float] = {}
+    quantizers = list(_quantizers(prepared))
+    for name in calibrators.ALL:
+        fix(prepared, name)
+        for quantizer in quantizers:
+            quantizer.mode = "frozen"
+        with torch.no_grad():
+            found[name] = snr_db(reference, torch.cat([prepared(images) for images in batches]).numpy())
+        for quantizer in quantizers:
+            quantizer.mode = "observe"
+    return found
+
+
+def _quantizers(prepared: GraphModule) -> Iterator[FakeQuant]:
+    return (module for module in prepared.modules() if isinstance(module, FakeQuant))
+
+
+def _range(name: str, quantizer: PerTensorFakeQuant, calibrator: str) -> TensorRange:
+    statistics, limit = quantizer.statistics, float(quantizer.scale) * calibrators.LEVELS
+    return TensorRange(
+        name=name,
+        calibrator=calibrator,
+        limit=limit,
+        peak=statistics.peak,
+        clipped=statistics.clipped(limit),
+        counts=statistics.shown(),
+    )
