@@ -165,6 +165,6 @@ def _range(name: str, quantizer: PerTensorFakeQuant, calibrator: str) -> TensorR
         calibrator=calibrator,
         limit=limit,
         peak=statistics.peak,
-        clipped=statistics.clipped(limit),
+        clipped=statistics.clipped(limit * (1 + 0.5 / calibrators.LEVELS)),
         counts=statistics.shown(),
     )

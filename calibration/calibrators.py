@@ -30,7 +30,7 @@ class TensorRange:
     calibrator: str
     limit: float  # the largest absolute value that is represented
     peak: float  # the largest absolute value that was seen
-    clipped: float  # share of the values beyond `limit`
+    clipped: float  # share of the values beyond `limit` by more than half a step, which rounding costs anyway
     counts: tuple[int, ...]  # of absolute values, in 64 equal bins from 0 to `peak`
 
 
