@@ -43,12 +43,15 @@ def calibrated(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Imag
         batches = list(train.batches(_BATCH, held_out))
         read += sum(len(images) for images, _ in batches)
     _enough(read, recipe)
+    for quantizer in _quantizers(prepared):
+        if not isinstance(quantizer, PerTensorFakeQuant):
+            quantizer.fix_range()  # of weights: their peaks, whatever the calibrator
     errors: dict[str, float] = {}
     if name == AUTO:
         reference = program.logits(model, batches) if count else None
         errors = {} if reference is None else _output_errors(prepared, reference, [images for images, _ in batches])
         name = max(errors, key=errors.__getitem__) if errors else "mse"
-    fix(prepared, name)
+    choose(prepared, name)
     report: dict[str, object] = {
         "calibrator": name,
         "calibrators_db": {each: round(found, 2) for each, found in errors.items()},
@@ -73,14 +76,14 @@ def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
     return read
 
 
-def fix(prepared: GraphModule, calibrator: str) -> None:
-    """Set the range of every activation by `calibrator`, and of every weight by its peaks."""
-    for quantizer in _quantizers(prepared):
-        quantizer.fix_range(calibrator)
+def choose(prepared: GraphModule, calibrator: str) -> None:
+    """Set the range of every activation by `calibrator`; the statistics stay."""
+    for _, quantizer in named_quantizers(prepared):
+        quantizer.choose(calibrator)
 
 
 def ranges(prepared: GraphModule, calibrator: str) -> list[TensorRange]:
-    """What `fix` made of the statistics, in order of execution."""
+    """What `choose` made of the statistics, in order of execution."""
     return [_range(name, quantizer, calibrator) for name, quantizer in named_quantizers(prepared)]
 
 
@@ -144,7 +147,7 @@ def _output_errors(prepared: GraphModule, reference: Logits, batches: list[torch
     found: dict[str, float] = {}
     quantizers = list(_quantizers(prepared))
     for name in calibrators.ALL:
-        fix(prepared, name)
+        choose(prepared, name)
         for quantizer in quantizers:
             quantizer.mode = "frozen"
         with torch.no_grad():

@@ -90,6 +90,11 @@ class PerTensorFakeQuant(FakeQuant):
         self.statistics.add(x)
 
     def fix_range(self, calibrator: str = "mse") -> None:
+        self.choose(calibrator)
+        self.statistics = Statistics()  # their memory is not needed any more
+
+    def choose(self, calibrator: str) -> None:
+        """Set the range by `calibrator` and keep the statistics, for another one to try."""
         limit = ALL[calibrator](self.statistics)
         self._set_limits(torch.tensor([limit]))
         self.peak.fill_(self.statistics.mean_peak)
@@ -119,6 +124,7 @@ class PerChannelFakeQuant(FakeQuant):
 
     def fix_range(self, calibrator: str = "mse") -> None:
         self.follow(self.weight)
+        self.weight = torch.zeros(1)
 
     def follow(self, x: Tensor) -> None:
         self._set_limits(x.abs().transpose(0, self.ch_axis).flatten(1).amax(1))

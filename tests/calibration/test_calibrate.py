@@ -45,7 +45,7 @@ def test_the_ranges_do_not_see_the_held_out_images(chosen: dict[str, Any]) -> No
     assert held_out == len(order) // 8 and chosen["calibration_images"] == len(order)
     prepared = prepare(seeded(Hybrid).eval(), SHARED, 16)
     program.logits(prepared, train.batches(32, order[held_out:]))
-    calibrate.fix(prepared, chosen["calibrator"])
+    calibrate.choose(prepared, chosen["calibrator"])
     rest = calibrate.ranges(prepared, chosen["calibrator"])
     assert [each.peak for each in rest] == [each["peak"] for each in chosen["ranges"]]
 
