@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibration import calibrators
 from calibration.calibrators import Statistics
-from calibration.fake_quant import FakeQuant, snap
+from calibration.fake_quant import ActivationFakeQuant, snap
 from models.errors import CheckFailed
 
 STEPS: Final = 255  # from the lowest to the highest value
@@ -20,7 +20,7 @@ _MEMORY: Final = 0.99  # of the moving averages that let ranges follow the train
 _LEAST_SHARE: Final = 0.2  # of a tensor's range that may be left after clipping
 
 
-class PerTensorAffineFakeQuant(FakeQuant):
+class PerTensorAffineFakeQuant(ActivationFakeQuant):
     """For activations of runtimes that execute zero points: the range has the least squared error over all images
     seen, and always holds zero, which padding writes.
     """
@@ -38,25 +38,31 @@ class PerTensorAffineFakeQuant(FakeQuant):
         self.batches += 1
         self.ends += (_ends(x) - self.ends) / self.batches
 
-    def fix_range(self, calibrator: str = "mse") -> None:
+    def choose(self, calibrator: str) -> None:
         if calibrator == "mse":
             limits = self.counts.best_range()
         else:
-            clip = calibrators.ALL[calibrator](self.statistics())
+            clip = calibrators.ALL[calibrator](self.statistics)
             limits = self.counts.ends.clamp(-clip, clip)
         self._set_range(limits)
         self.covered.copy_(limits / self.ends.where(self.ends != 0, 1.0))  # an end of zero stays there
 
+    def fix_range(self, calibrator: str = "mse") -> None:
+        if self.batches:  # one that stands on several edges is asked once for each
+            super().fix_range(calibrator)
+
     def forget(self) -> None:
         self.counts, self.batches = Counts(), 0
 
+    @property
     def statistics(self) -> Statistics:
         """Both sides of zero as one."""
         seen = Statistics()
-        seen.limit, seen.peak = self.counts.limit, float(self.counts.ends.abs().amax())
-        seen.mean_peak, seen.batches = float(self.ends.abs().amax()), self.batches
-        negative, positive = self.counts.counts.view(2, -1)
-        seen.counts = positive + negative.flip(0)
+        seen.peak, seen.mean_peak = float(self.counts.ends.abs().amax()), float(self.ends.abs().amax())
+        seen.batches = self.batches
+        negative, positive = self.counts.counts.double().view(2, -1)
+        seen.histogram.limit = self.counts.limit
+        seen.histogram.counts = (positive + negative.flip(0)).repeat_interleave(2) / 2  # bins half as wide
         return seen
 
     def limit(self) -> float:

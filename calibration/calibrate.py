@@ -1,130 +1,175 @@
-"""Show calibration images to a prepared graph and fix its ranges: with the calibrator that was asked for, or the one
-that errs least on images that the ranges have not seen.
-"""
+"""Show training images to a prepared graph and fix its ranges, by the calibrator that is asked for or the best one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.metadata import version
+from typing import Final
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import nn
+from torch.fx import GraphModule
 
-from calibration import program
-from calibration.batches import Batch, Images
-from calibration.calibrators import ALL, TensorRange
-from calibration.fake_quant import FakeQuant, Mode
+from calibration import calibrators, program
+from calibration.batches import Images
+from calibration.calibrators import TensorRange
+from calibration.fake_quant import ActivationFakeQuant, FakeQuant, Mode
 from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.recipe import AUTO, Ptq
 from models.errors import BadRequest
 
-BATCH = 32
-LEAST_IMAGES = 128  # below that, ranges are those of a few pictures
-_HELD_OUT = 8  # one image in so many chooses the calibrator; the others fix the ranges
-_MOST_HELD_OUT = 64
+LEAST_IMAGES: Final = 128
+
+_BATCH = 32
+_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # of the images, and how many: they compare calibrators, ranges never see them
 
 
-def calibrate(prepared: GraphModule, recipe: Ptq, train: Images, *, seed: int) -> dict[str, object]:
-    """Fix the ranges of `prepared` from `recipe.samples` images, drawn evenly by class, and report how.
+def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Images, *, seed: int) -> dict[str, object]:
+    """Fix the ranges of `prepared` from `recipe.samples` training images, drawn evenly by class. Returns what there is
+    to report: the calibrator, how each did against the float `model` where one was chosen, `ranges` and `identity`.
 
-    Memory does not grow with the number of images. Raises BadRequest where there are fewer than LEAST_IMAGES and the
-    recipe does not insist.
+    Leaves the quantizers observing. Raises BadRequest where fewer than 128 images could be read.
     """
-    drawn = train.stratified(recipe.samples, seed)
-    held = drawn[: min(len(drawn) // _HELD_OUT, _MOST_HELD_OUT)] if recipe.calibrator == AUTO else []
-    probe = list(train.batches(BATCH, held))
-    reference = program.logits(prepared, probe) if probe else None
-    for fake_quant in fake_quants(prepared):
-        fake_quant.forget()  # what the held-out images have shown it just now
-    read = _observed(prepared, train, drawn[len(held) :]) + sum(len(labels) for _, labels in probe)
-    if read < LEAST_IMAGES and not recipe.force:
-        raise BadRequest(
-            f"calibration read {read} images, and ranges from fewer than {LEAST_IMAGES} are those of a few pictures; "
-            "give more DATA, or FORCE=1"
-        )
-    errors = {name: _error(prepared, name, probe, reference) for name in ALL} if reference is not None else {}
-    chosen = max(errors, key=lambda name: errors[name]) if errors else _asked(recipe)
-    _fix(prepared, chosen)
+    name = recipe.calibrator
+    chosen = train.stratified(recipe.samples, seed)
+    count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT)) if name == AUTO else 0
+    held_out, seen = chosen[:count], chosen[count:]
+    read = observe(prepared, train, seen)
+    if count:
+        batches = list(train.batches(_BATCH, held_out))
+        read += sum(len(images) for images, _ in batches)
+    _enough(read, recipe)
+    for quantizer in fake_quants(prepared):
+        if not isinstance(quantizer, ActivationFakeQuant):
+            quantizer.fix_range()  # of weights: their peaks, whatever the calibrator
+    errors: dict[str, float] = {}
+    if name == AUTO:
+        reference = program.logits(model, batches) if count else None
+        errors = {} if reference is None else _output_errors(prepared, reference, [images for images, _ in batches])
+        name = max(errors, key=errors.__getitem__) if errors else "mse"
+    choose(prepared, name)
     report: dict[str, object] = {
-        "calibrator": chosen,
-        "calibrators": errors,
-        "ranges": [asdict(found) for found in ranges(prepared, chosen)],
-        "identity": {
-            "images": read,
-            "order": drawn,
-            "held_out": len(held),
-            "preprocess": asdict(train.preprocess),
-            "data": train.data.identity(),
-            "seed": seed,
-            "algorithm": recipe.calibrator,
-            "versions": {"torch": torch.__version__},
-        },
+        "calibrator": name,
+        "calibrators_db": {each: round(found, 2) for each, found in errors.items()},
+        "calibration_images": read,
+        "held_out_images": count,
+        "ranges": [asdict(each) for each in ranges(prepared, name)],
+        "identity": identity(model, recipe, train, chosen, seed=seed),
     }
-    for fake_quant in fake_quants(prepared):
-        fake_quant.forget()  # statistics are not needed any more, nor is their memory
+    for _, quantizer in named_quantizers(prepared):
+        quantizer.forget()
     return report
 
 
-def ranges(prepared: GraphModule, calibrator: str) -> Iterator[TensorRange]:
-    """The range of every activation, by the path of the first layer that reads it, while the statistics are there."""
-    seen: set[FakeQuant] = set()
-    for node in prepared.graph.nodes:
-        if node.op != "call_module":
-            continue
-        module = prepared.get_submodule(str(node.target))
-        if not isinstance(module, FakeQuant) or module in seen or (statistics := module.statistics()) is None:
-            continue
-        seen.add(module)
-        reader = next(iter(node.users), node)
-        limit = module.limit()
-        yield TensorRange(
-            name=_name(reader),
-            calibrator=calibrator,
-            limit=limit,
-            peak=statistics.peak,
-            clipped=statistics.clipped(limit),
-            counts=statistics.shown(),
-        )
-
-
-def fake_quants(model: torch.nn.Module) -> Iterator[FakeQuant]:
-    return (module for module in model.modules() if isinstance(module, FakeQuant))
-
-
-def set_mode(prepared: GraphModule, mode: Mode) -> None:
-    for fake_quant in fake_quants(prepared):
-        fake_quant.mode = mode
-
-
-def _asked(recipe: Ptq) -> str:
-    return "mse" if recipe.calibrator == AUTO else recipe.calibrator
-
-
-def _observed(prepared: GraphModule, train: Images, chosen: Sequence[int]) -> int:
-    """How many of the `chosen` images could be read and shown to `prepared`."""
+def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
+    """Let the quantizers of `prepared` see the images in `order`; returns how many could be read."""
     read = 0
-    with torch.no_grad(), bar(total=len(chosen), title="calibration", unit="image") as progress:
-        for images, _ in train.batches(BATCH, chosen):
+    with torch.no_grad(), bar(total=len(order), title="calibration", unit="image") as progress:
+        for images, _ in train.batches(_BATCH, order):
             prepared(images)
             read += len(images)
             progress.update(len(images))
     return read
 
 
-def _error(prepared: GraphModule, calibrator: str, probe: list[Batch], reference: Logits) -> float:
-    """Decibels of the logits with the ranges of one calibrator against those in float."""
-    _fix(prepared, calibrator)
-    set_mode(prepared, "frozen")
-    found = snr_db(reference, program.logits(prepared, probe))
-    set_mode(prepared, "observe")
-    return round(found, 2)
+def choose(prepared: GraphModule, calibrator: str) -> None:
+    """Set the range of every activation by `calibrator`; the statistics stay."""
+    for _, quantizer in named_quantizers(prepared):
+        quantizer.choose(calibrator)
 
 
-def _fix(prepared: GraphModule, calibrator: str) -> None:
-    for fake_quant in fake_quants(prepared):
-        fake_quant.fix_range(calibrator)
+def ranges(prepared: GraphModule, calibrator: str) -> list[TensorRange]:
+    """What `choose` made of the statistics, in order of execution."""
+    return [_range(name, quantizer, calibrator) for name, quantizer in named_quantizers(prepared)]
 
 
-def _name(reader: Node) -> str:
-    return program.module_path(reader) or reader.name
+def named_quantizers(prepared: GraphModule) -> Iterator[tuple[str, ActivationFakeQuant]]:
+    """The quantizers of activations by path of the first layer that reads them: `path#2` where the module computes a
+    second layer, as `program.named_layers` says it; `path:operator:input` for products and additions.
+    """
+    times: Counter[str] = Counter()
+    done: set[str] = set()
+    for node in prepared.graph.nodes:
+        path = program.module_path(node)
+        weighted = node.target in program.WEIGHTED
+        found = [
+            (index, str(source.target))
+            for index, source in enumerate(node.args)
+            if isinstance(source, torch.fx.Node) and source.op == "call_module"
+        ]
+        activations = [
+            (index, target, quantizer)
+            for index, target in found
+            if isinstance(quantizer := prepared.get_submodule(target), ActivationFakeQuant)
+        ]
+        times[path] += bool(weighted and activations)
+        for index, target, quantizer in activations:
+            if target not in done:
+                done.add(target)
+                layer = path if times[path] == 1 else f"{path}#{times[path]}"
+                yield layer if weighted else f"{path}:{node.name}:{index}", quantizer
+
+
+def fake_quants(prepared: nn.Module) -> Iterator[FakeQuant]:
+    return (module for module in prepared.modules() if isinstance(module, FakeQuant))
+
+
+def set_mode(prepared: nn.Module, mode: Mode) -> None:
+    for quantizer in fake_quants(prepared):
+        quantizer.mode = mode
+
+
+def identity(model: nn.Module, recipe: Ptq, train: Images, order: list[int], *, seed: int) -> dict[str, object]:
+    """What a calibration depends on: equal identities are equal ranges. The same is in the key of its artifact."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "images": train.data.identity(),
+        "order": hashlib.sha256(repr(order).encode()).hexdigest(),
+        "preprocess": asdict(train.preprocess),
+        "seed": seed,
+        "weights": weights.hexdigest(),
+        "algorithm": {
+            "calibrator": recipe.calibrator,
+            "samples": recipe.samples,
+            "placement": str(recipe.placement),
+        },
+        "versions": {package: version(package) for package in ("torch", "torchao", "numpy", "pillow")},
+    }
+
+
+def _enough(read: int, recipe: Ptq) -> None:
+    if read < LEAST_IMAGES and not recipe.force:
+        raise BadRequest(
+            f"calibration read {read} images, expected at least {LEAST_IMAGES}: ranges of fewer say little about other "
+            "images; give DATA more training images, or FORCE=1 to calibrate on these"
+        )
+
+
+def _output_errors(prepared: GraphModule, reference: Logits, batches: list[torch.Tensor]) -> dict[str, float]:
+    """Decibels between `reference` and what `prepared` answers with the ranges of each calibrator."""
+    found: dict[str, float] = {}
+    for name in calibrators.ALL:
+        choose(prepared, name)
+        set_mode(prepared, "frozen")
+        with torch.no_grad():
+            found[name] = snr_db(reference, torch.cat([prepared(images) for images in batches]).numpy())
+        set_mode(prepared, "observe")
+    return found
+
+
+def _range(name: str, quantizer: ActivationFakeQuant, calibrator: str) -> TensorRange:
+    statistics, limit = quantizer.statistics, quantizer.limit()
+    return TensorRange(
+        name=name,
+        calibrator=calibrator,
+        limit=limit,
+        peak=statistics.peak,
+        clipped=statistics.clipped(limit * (1 + 0.5 / calibrators.LEVELS)),
+        counts=statistics.shown(),
+    )

@@ -1,11 +1,9 @@
-"""How far the integers of a tensor reach: statistics of constant size, gathered in one pass over the images, and the
-calibrators that choose a range from them.
-"""
+"""From the values that a tensor takes to the range that integers cover: constant memory, seven choices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias
@@ -19,146 +17,174 @@ LEVELS: Final = 127  # a range reaches from -127 to 127 scales
 
 _BINS = 2048
 _SAMPLES = 2**17  # values of each tensor that are counted, evenly spaced; its peak is always exact
-_SHOWN_BINS = 64  # of a report's histogram
-_LEAST_BINS, _ENTROPY_STEP = LEVELS + 1, 16  # candidates of `entropy`: from as many bins as levels, every 16th
-
-
-class Statistics:
-    """Counts of absolute values in equal bins from 0 to a limit that doubles when it must, and the peaks: constant
-    memory, one pass, and no second look at the images.
-    """
-
-    def __init__(self) -> None:
-        self.limit = 0.0
-        self.counts = torch.zeros(_BINS)
-        self.peak = 0.0  # the largest absolute value
-        self.mean_peak = 0.0  # mean over batches of each one's largest
-        self.batches = 0
-
-    def add(self, x: Tensor) -> None:
-        """Count a tensor of any shape. Raises CheckFailed where it is not finite."""
-        magnitudes = x.float().abs().flatten()
-        peak = float(magnitudes.amax())
-        if not math.isfinite(peak):
-            raise CheckFailed(
-                f"calibration met an activation of {peak}: the float model is not finite on these images; check WEIGHTS"
-            )
-        self.peak = max(self.peak, peak)
-        self.batches += 1
-        self.mean_peak += (peak - self.mean_peak) / self.batches
-        if peak == 0:
-            return
-        if self.limit == 0:
-            self.limit = peak
-        while self.limit < peak:
-            self.counts = torch.cat((self.counts.view(-1, 2).sum(1), torch.zeros(_BINS // 2)))
-            self.limit *= 2
-        step = len(magnitudes) // _SAMPLES | 1  # odd, so that it does not keep step with power-of-two shapes
-        self.counts += torch.histc(magnitudes[::step], _BINS, 0, self.limit).cpu()
-
-    @property
-    def used(self) -> int:
-        """The bins up to the last one that is not empty."""
-        return int(self.counts.nonzero().max()) + 1 if self.limit else 0
-
-    @property
-    def width(self) -> float:
-        return self.limit / len(self.counts)
-
-    def clipped(self, limit: float) -> float:
-        """The share of the counted values beyond `limit`, from 0 to 1."""
-        beyond = (torch.arange(len(self.counts)) + 0.5) * self.width > limit
-        return float(self.counts[beyond].sum() / self.counts.sum().clamp_min(1))
-
-    def shown(self) -> tuple[int, ...]:
-        """Counts in 64 equal bins from 0 to the peak."""
-        centres = (torch.arange(len(self.counts)) + 0.5) * self.width
-        bins = (centres / max(self.peak, 1e-30) * _SHOWN_BINS).long().clamp_max(_SHOWN_BINS - 1)
-        return tuple(torch.zeros(_SHOWN_BINS).index_add_(0, bins, self.counts).long().tolist())
+_KL_LEVELS = 128  # magnitudes 0 to 127
+_SHOWN_BINS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRange:
-    """What was chosen for one activation."""
+    """The range of one activation, and the values that it was chosen for."""
 
-    name: str  # path of the layer that reads it
+    name: str  # path of the layer that reads the tensor
     calibrator: str
     limit: float  # the largest absolute value that is represented
-    peak: float  # the largest that was seen
-    clipped: float  # share of the values beyond `limit`, from 0 to 1
+    peak: float  # the largest absolute value that was seen
+    clipped: float  # share of the values beyond `limit` by more than half a step, which rounding costs anyway
     counts: tuple[int, ...]  # of absolute values, in 64 equal bins from 0 to `peak`
 
 
-Calibrator: TypeAlias = Callable[[Statistics], float]  # the largest absolute value to represent
-
-
-def minmax(seen: Statistics) -> float:
-    """All that was seen."""
-    return seen.peak
-
-
-def moving_average(seen: Statistics) -> float:
-    """The mean of the batches' peaks: one image does not set the range of all."""
-    return seen.mean_peak
-
-
-def percentile(seen: Statistics, *, percent: float) -> float:
-    """The range that holds `percent` of the values (Wu et al., "Integer Quantization for Deep Learning Inference",
-    arXiv 2004.09602, section 5.2), to the end of its bin.
+class Histogram:
+    """Counts of absolute values in equal bins from 0 to a limit that doubles when it must: constant memory, one pass,
+    and no second look at the images.
     """
-    if not seen.limit:
-        return 0.0
-    reached = seen.counts.double().cumsum(0) >= percent / 100 * float(seen.counts.double().sum())
-    return min((int(reached.nonzero()[0]) + 1) * seen.width, seen.peak)
+
+    def __init__(self) -> None:
+        self.limit = 0.0
+        self.counts = torch.zeros(_BINS, dtype=torch.float64)  # float32 stops counting at 2**24
+
+    def add(self, x: Tensor) -> float:
+        """Count the values of `x` and return the largest absolute one."""
+        low, high = x.aminmax()
+        peak = float(torch.maximum(-low, high))  # NaN where one is NaN
+        if not math.isfinite(peak):
+            raise CheckFailed(
+                f"calibration met an activation of {peak}: the float model is not finite on these images; check WEIGHTS"
+            )
+        if peak == 0:
+            return peak
+        if self.limit == 0:
+            self.limit = peak
+        while self.limit < peak:
+            self.counts = torch.cat((self.counts.view(-1, 2).sum(1), self.counts.new_zeros(_BINS // 2)))
+            self.limit *= 2
+        step = x.numel() // _SAMPLES | 1  # odd, so that it does not keep step with power-of-two shapes
+        self.counts += torch.histc(x.flatten()[::step].float().abs(), _BINS, 0, self.limit).cpu()
+        return peak
+
+    @property
+    def width(self) -> float:
+        return self.limit / _BINS
+
+    def below(self, values: Tensor) -> Tensor:
+        """How many counted magnitudes lie below each of `values`, evenly spread within a bin."""
+        reached = torch.cat((self.counts.new_zeros(1), self.counts.cumsum(0)))
+        at = (values.double() / max(self.width, 1e-300)).clamp(0, _BINS)
+        left = at.floor().long().clamp(max=_BINS - 1)
+        return reached[left] + (at - left) * self.counts[left]
 
 
-def mse(seen: Statistics) -> float:
-    """The clip with the least mean squared error of clipping and rounding, on bin centres (the same paper)."""
-    if not seen.limit:
+class Statistics:
+    """All that any calibrator asks about one tensor; its size does not depend on how many batches it has seen."""
+
+    def __init__(self) -> None:
+        self.histogram = Histogram()
+        self.peak = 0.0
+        self.mean_peak = 0.0  # over batches
+        self.batches = 0
+
+    def add(self, x: Tensor) -> None:
+        peak = self.histogram.add(x)
+        self.batches += 1
+        self.peak = max(self.peak, peak)
+        self.mean_peak += (peak - self.mean_peak) / self.batches
+
+    def clipped(self, limit: float) -> float:
+        """Share of the counted values whose magnitude is beyond `limit`."""
+        total = float(self.histogram.counts.sum())
+        inside = float(self.histogram.below(torch.tensor([limit]))[0])
+        return max(0.0, 1 - inside / total) if total and limit < self.peak else 0.0
+
+    def shown(self) -> tuple[int, ...]:
+        """Counts in 64 equal bins from 0 to the peak."""
+        edges = torch.linspace(0, 1, _SHOWN_BINS + 1, dtype=torch.float64) * self.peak
+        return tuple(self.histogram.below(edges).round().diff().long().tolist())
+
+
+Calibrator: TypeAlias = Callable[[Statistics], float]
+
+
+def minmax(statistics: Statistics) -> float:
+    """The largest absolute value of all."""
+    return statistics.peak
+
+
+def moving_average(statistics: Statistics) -> float:
+    """The mean over batches of their largest absolute value."""
+    return statistics.mean_peak
+
+
+def percentile(statistics: Statistics, percent: float) -> float:
+    """The magnitude that `percent` of the values do not exceed (Wu et al., arXiv 2004.09602, section 5.2)."""
+    counts = statistics.histogram.counts
+    reached = counts.cumsum(0)
+    wanted = float(reached[-1]) * percent / 100
+    if wanted == 0:
+        return statistics.peak
+    index = min(int(torch.searchsorted(reached, wanted)), _BINS - 1)
+    inside = 1 - (float(reached[index]) - wanted) / float(counts[index])
+    return min((index + inside) * statistics.histogram.width, statistics.peak)
+
+
+def entropy(statistics: Statistics) -> float:
+    """The clip that loses least information: the least Kullback-Leibler divergence of the values from their 128 levels.
+
+    Migacz, "8-bit Inference with TensorRT", GTC 2017, and NVIDIA's pytorch-quantization, `_compute_amax_entropy`: of
+    the first n bins, with all beyond counted in the last, the reference P; the same bins merged into 128 levels and
+    spread over those of them that are not empty, the candidate Q. Exact zeros of a ReLU cost nothing, so that the
+    first bin counts as the second. All n are tried at once: a level's sum is a difference of two running sums.
+    """
+    counts = statistics.histogram.counts.clone()
+    counts[0] = counts[1]
+    if not counts.any():
+        return statistics.peak
+    highest = int(counts.nonzero().max()) + 1
+    sizes = torch.arange(min(_KL_LEVELS, highest), highest + 1)
+    logs = torch.where(counts > 0, counts * counts.clamp_min(1e-300).log(), 0.0)
+    values, filled, information = (_running(each) for each in (counts, (counts > 0).double(), logs))
+    edges = (sizes[:, None] * torch.linspace(0, 1, _KL_LEVELS + 1, dtype=torch.float64)).round().long()
+    total, inside = values[-1], values[sizes]
+    level = values[edges].diff(dim=1)
+    density = (level / filled[edges].diff(dim=1).clamp_min(1)).clamp_min(1e-300)  # of each filled bin in the level
+    last, outside = counts[sizes - 1], total - inside
+    clipped = last + outside
+    # sum of P log P over the bins, where the last one holds what is outside as well ...
+    own = information[sizes] - logs[sizes - 1] + torch.where(clipped > 0, clipped * clipped.clamp_min(1e-300).log(), 0)
+    # ... and of P log Q, by levels; the last bin is in the last level.
+    cross = (level * density.log()).sum(1) + outside * density[:, -1].log()
+    divergence = (own - cross) / total - total.log() + inside.clamp_min(1e-300).log()
+    divergence[(last == 0) & (outside > 0)] = math.inf  # Q has nothing where P has all that is outside
+    best = int(sizes[int(divergence.argmin())])
+    return min(best * statistics.histogram.width, statistics.peak)
+
+
+def mse(statistics: Statistics) -> float:
+    """The clip with the least mean squared error of clip-and-round, on bin centres.
+
+    The search of NVIDIA's "mse" calibrator (Wu et al., "Integer Quantization for Deep Learning Inference",
+    arXiv 2004.09602, section 5.2, compares such thresholds).
+    """
+    histogram = statistics.histogram
+    if histogram.limit == 0:
         return 0.0
-    centres = (torch.arange(len(seen.counts)) + 0.5) * seen.width
-    clips = torch.linspace(0.2, 1.0, 161)[:, None] * seen.used * seen.width
+    centres = (torch.arange(_BINS) + 0.5) * histogram.width
+    highest = int(histogram.counts.nonzero().max()) + 1
+    clips = torch.linspace(0.2, 1.0, 161)[:, None] * highest * histogram.width
     steps = clips / LEVELS
     rounded = ((centres / steps).round() * steps).minimum(clips)
-    errors = (seen.counts * (centres - rounded).square()).sum(1)
+    errors = (histogram.counts * (centres - rounded).square()).sum(1)
     return float(clips[int(errors.argmin())])
 
 
-def entropy(seen: Statistics) -> float:
-    """The clip that loses the least information: least Kullback-Leibler divergence of the clipped distribution from
-    itself in 128 levels (Migacz, "8-bit Inference with TensorRT", GTC 2017, and the paper above). Its first bin is left
-    out, as there: zeros of a ReLU are exact in any range.
-    """
-    if not seen.limit:
-        return 0.0
-    counts = seen.counts.double().clone()
-    counts[0] = counts[1]
-    ends = range(min(_LEAST_BINS, seen.used), seen.used + 1, _ENTROPY_STEP)
-    return min(ends, key=lambda end: _divergence(counts, end)) * seen.width
-
-
-def _divergence(counts: Tensor, end: int) -> float:
-    """How much the first `end` bins, with all beyond them in the last one, differ from themselves in 128 levels."""
-    kept = counts[:end]
-    clipped = kept.clone()
-    clipped[-1] += counts[end:].sum()
-    level = torch.arange(end) * _LEAST_BINS // end
-    filled = (clipped > 0).double()
-    sums = torch.zeros(_LEAST_BINS, dtype=torch.double).index_add_(0, level, kept)
-    bins = torch.zeros(_LEAST_BINS, dtype=torch.double).index_add_(0, level, filled)
-    spread = (sums / bins.clamp_min(1))[level] * filled
-    p, q = clipped / clipped.sum(), spread / spread.sum()
-    inside = p > 0
-    # Where a level rounds to nothing what is there, the divergence has no end; a small number stands for nothing.
-    return float((p[inside] * (p[inside] / q[inside].clamp_min(1e-12)).log()).sum())
-
-
-ALL: Final[Mapping[str, Calibrator]] = {
-    "mse": mse,
+ALL: Final[dict[str, Calibrator]] = {
     "minmax": minmax,
     "moving_average": moving_average,
     "percentile_99.9": partial(percentile, percent=99.9),
     "percentile_99.99": partial(percentile, percent=99.99),
     "percentile_99.999": partial(percentile, percent=99.999),
     "entropy": entropy,
+    "mse": mse,
 }
+
+
+def _running(values: Tensor) -> Tensor:
+    return torch.cat((values.new_zeros(1), values.cumsum(0)))

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torchao.quantization.pt2e import FakeQuantizeBase
 
-from calibration import calibrators
-from calibration.calibrators import LEVELS, Statistics
+from calibration.calibrators import ALL, LEVELS, Statistics
 
 Mode = Literal["observe", "train", "frozen"]
 
@@ -57,20 +56,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 
     @abstractmethod
     def fix_range(self, calibrator: str = "mse") -> None:
-        """Choose the scale from what was observed; it may be chosen again until that is forgotten."""
-
-    @abstractmethod
-    def forget(self) -> None:
-        """Drop what was observed, and its memory."""
-
-    def statistics(self) -> Statistics | None:
-        """What was observed of an activation; None of a weight."""
-        return None
-
-    def limit(self) -> float:
-        """The largest absolute value that is represented."""
-        highest: float = float(self.scale.max()) * self.quant_max
-        return highest
+        """Choose the scale from what was observed; `calibrator` names how, for activations."""
 
     @abstractmethod
     def follow(self, x: Tensor) -> None: ...
@@ -90,8 +76,32 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         self.scale.copy_(scale)
 
 
-class PerTensorFakeQuant(FakeQuant):
-    """For activations: the range is what a calibrator chooses from all images seen."""
+class ActivationFakeQuant(FakeQuant):
+    """For activations: the range is what a calibrator makes of the statistics of all images seen."""
+
+    @property
+    @abstractmethod
+    def statistics(self) -> Statistics: ...
+
+    @abstractmethod
+    def choose(self, calibrator: str) -> None:
+        """Set the range by `calibrator` and keep the statistics, for another one to try."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop the statistics: their memory is not needed any more."""
+
+    @abstractmethod
+    def limit(self) -> float:
+        """The largest absolute value that is represented."""
+
+    def fix_range(self, calibrator: str = "mse") -> None:
+        self.choose(calibrator)
+        self.forget()
+
+
+class PerTensorFakeQuant(ActivationFakeQuant):
+    """Symmetric, as every target reads it."""
 
     def __init__(self, **spec: Any) -> None:
         super().__init__(**spec)
@@ -100,20 +110,24 @@ class PerTensorFakeQuant(FakeQuant):
         self.register_buffer("peak", torch.zeros(()))
         self.register_buffer("covered", torch.ones(()))
 
+    @property
+    def statistics(self) -> Statistics:
+        return self.seen
+
     def observe(self, x: Tensor) -> None:
         self.seen.add(x)
-
-    def fix_range(self, calibrator: str = "mse") -> None:
-        clip = calibrators.ALL[calibrator](self.seen)
-        self._set_limits(torch.tensor([clip]))
-        self.peak.fill_(self.seen.mean_peak)
-        self.covered.fill_(clip / max(self.seen.mean_peak, 1e-12))
 
     def forget(self) -> None:
         self.seen = Statistics()
 
-    def statistics(self) -> Statistics | None:
-        return self.seen
+    def limit(self) -> float:
+        return float(self.scale) * LEVELS
+
+    def choose(self, calibrator: str) -> None:
+        limit = ALL[calibrator](self.seen)
+        self._set_limits(torch.tensor([limit]))
+        self.peak.fill_(self.seen.mean_peak)
+        self.covered.fill_(limit / max(self.seen.mean_peak, 1e-12))
 
     def follow(self, x: Tensor) -> None:
         self.peak.lerp_(x.abs().amax(), 1 - _PEAK_MEMORY)
@@ -139,8 +153,6 @@ class PerChannelFakeQuant(FakeQuant):
 
     def fix_range(self, calibrator: str = "mse") -> None:
         self.follow(self.weight)
-
-    def forget(self) -> None:
         self.weight = torch.zeros(1)
 
     def follow(self, x: Tensor) -> None:

@@ -111,7 +111,7 @@ def _calibrated(
 ) -> tuple[GraphModule, dict[str, object]]:
     """The prepared graph of `model` with the ranges that `recipe` finds, and the report of its calibration."""
     prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
-    return prepared, calibrate(prepared, recipe, train, seed=seed)
+    return prepared, calibrate(prepared, model, recipe, train, seed=seed)
 
 
 def _trained(

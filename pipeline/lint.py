@@ -320,11 +320,13 @@ def _scales(graph: GraphModule) -> Iterator[tuple[Node, str, list[float]]]:
     """Each layer that reads rounded values, which of its inputs they are, and the scales: of a prepared graph those of
     its FakeQuants, unless they are still observing, of a converted one those of its operators.
     """
-    from calibration.fake_quant import FakeQuant, PerTensorFakeQuant
+    from calibration.fake_quant import ActivationFakeQuant, FakeQuant
 
     for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(module := graph.get_submodule(node.target), FakeQuant):
-            seen = module.seen.limit if isinstance(module, PerTensorFakeQuant) else cast(Any, module).weight.ndim > 1
+            seen = (
+                module.statistics.peak if isinstance(module, ActivationFakeQuant) else cast(Any, module).weight.ndim > 1
+            )
             scales: list[float] = [] if seen else module.scale.tolist()
         elif _operator(node).startswith("dequantize_per_"):
             scales = _values(graph, node.args[1])

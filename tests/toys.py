@@ -89,7 +89,11 @@ def toy_export(path: Path, precision: Precision, *, batch: int = 1, network: typ
     from pipeline.export import export
     from targets.base import Export
 
-    recipe = Ptq(name="int8_ptq", samples=64) if precision == "int8" else Float(name=precision, precision=precision)
+    recipe = (
+        Ptq(name="int8_ptq", samples=64, force=True)
+        if precision == "int8"
+        else Float(name=precision, precision=precision)
+    )
     train = images("train")
     made = quantize(seeded(network), recipe, SHARED, train, images("val"), seed=0)
     sample, _ = next(images("val").batches(8))

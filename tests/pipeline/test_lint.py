@@ -422,7 +422,6 @@ def fixed(prepared: GraphModule, *, skip: FakeQuant | None = None) -> GraphModul
     for fake_quant in fake_quants(prepared):
         if fake_quant is not skip:
             fake_quant.fix_range()
-            fake_quant.forget()
         fake_quant.mode = "frozen"
     return prepared
 
