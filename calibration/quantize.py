@@ -22,6 +22,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from calibration import program
 from calibration.batches import Batch, Images
+from calibration.budget import Budget
 from calibration.fake_quant import FakeQuant, Mode
 from calibration.fold import fold
 from calibration.metrics import Logits, snr_db
@@ -30,6 +31,7 @@ from calibration.progress import bar
 from calibration.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
 from calibration.scheme import Scheme
+from calibration.sensitivity import within_budget
 from calibration.train import TrainingPlan, evaluate, fit
 from models.errors import CheckFailed
 
@@ -50,7 +52,8 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
     """Turn a trained float `model` into the program that `recipe` asks for. `train` is what calibration and training
     see; `val` chooses the best epoch.
 
-    Raises CheckFailed where training diverges, or where folding or converting changes what the model computes.
+    Raises CheckFailed where training diverges, where folding or converting changes what the model computes, or where
+    the recipe's accuracy budget leaves no module integer.
     """
     model.eval()
     size = train.preprocess.size
@@ -67,6 +70,9 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
             prepared = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
             report = _trained(prepared, model, recipe, train, val, seed=seed)
     _set_mode(prepared, "frozen")
+    if recipe.budget is not None:
+        prepared, spent = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))
+        report |= spent
     before = program.logits(prepared, [probe])  # converting replaces the quantizers of the graph that it is given
     converted = convert_pt2e(prepared)
     agreement = _checked("converting", before, converted, probe, _CONVERTED_DB)
@@ -94,6 +100,13 @@ def traced(model: nn.Module, size: int) -> GraphModule:
 def prepare(model: nn.Module, scheme: Scheme, size: int, placement: Placement = LAYERS) -> GraphModule:
     """The traced `model` with a FakeQuant on every edge that `placement` rounds, by the rules of `scheme`."""
     prepared: GraphModule = prepare_pt2e(traced(model, size), SchemeQuantizer(scheme, placement))
+    return prepared
+
+
+def calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
+    """The prepared graph of `model`, in evaluation mode, that rounds in the ranges that `recipe` finds."""
+    prepared = _calibrated(model, recipe, scheme, train, seed=seed)
+    _set_mode(prepared, "frozen")
     return prepared
 
 
@@ -132,6 +145,17 @@ def _trained(
         prepared, train, val, plan, seed=seed, title="QAT", teacher=teacher, start_top1=start, before_epoch=before_epoch
     )
     return {"val_top1_before_qat": start, "qat": [asdict(epoch) for epoch in epochs]}
+
+
+def _within_budget(
+    prepared: GraphModule, model: nn.Module, budget: Budget, val: Images, *, trained: bool
+) -> tuple[GraphModule, dict[str, object]]:
+    """`prepared` with as many modules in float as `budget` asks for on `val`, and what to report of it."""
+    reference = evaluate(model, val)
+    gentler = "try RECIPE=fp16" if trained else "try RECIPE=int8_qat, which trains the weights for their rounding"
+    kept = within_budget(prepared, val, budget, float_top1=reference, otherwise=gentler)
+    spent = {"float_val_top1": reference, "val_top1": kept.top1, "keep_float": list(kept.paths)}
+    return kept.graph, {"budget": str(budget), **spent}
 
 
 def _checked(what: str, expected: Logits, graph: nn.Module, probe: Batch, least_db: float) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from calibration.budget import Budget
 from calibration.placement import LAYERS, Placement
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
@@ -26,6 +27,7 @@ class Ptq:
     precision: Literal["int8"] = "int8"
     samples: int = 512
     placement: Placement = LAYERS
+    budget: Budget | None = None  # the most sensitive modules stay float until it holds; None: nothing else does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,7 @@ class Qat:
     epochs: int = 2
     learning_rate: float = 1e-5  # the peak of the cycle: PTQ is a good start, and larger steps leave it
     freeze_ranges_at: float = 0.5  # fraction of the epochs after which the ranges stand still
+    budget: Budget | None = None  # of the trained network, as for Ptq; the one of `warm_start` counts for nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,3 +73,8 @@ _RECIPES: tuple[Recipe, ...] = (
     WeightOnly(name="palette4", storage="palette", bits=4, block=16),
 )
 ALL: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
+
+
+def budgeted(recipe: Recipe, budget: Budget) -> Recipe:
+    """`recipe` with modules in float where `budget` asks for it; one without integer layers is as it was."""
+    return replace(recipe, budget=budget) if isinstance(recipe, Ptq | Qat) else recipe

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.budget import DEFAULT, Budget
 from calibration.data import Data, Part
 from calibration.recipe import Float, Recipe, WeightOnly
 from models.errors import CannotRunHere
@@ -50,7 +51,7 @@ class Run:
     form: Form = "tokens"  # that the network is laid out in, from the quantized stage on; weights are the same in all
     interface: Interface = "tensor"
     deployment: str | None = None  # the oldest system that must run the engine; None: what the recipe needs
-    max_drop: float = 1.0  # points of top-1 that the artifact may lose against the float model
+    max_drop: Budget = DEFAULT  # what the artifact may lose against the float model
 
     def images(self, part: Part) -> Images:
         from calibration.batches import Images

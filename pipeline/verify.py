@@ -99,7 +99,7 @@ class Ladder:
 def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -> dict[str, object]:
     """The report of `engine`; `before` holds the folders of the weights and quantized stages.
 
-    Raises CheckFailed where a step changed the model, or the artifact loses more than `run.max_drop` points.
+    Raises CheckFailed where a step changed the model, or the artifact loses more than `run.max_drop` allows.
     """
     inspected = run.target.inspect(export, engine)
     why_not = run.target.not_executed()
@@ -199,9 +199,8 @@ def _query(run: Run, export: Export) -> Images:
 
 def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | None = None) -> dict[str, object]:
     found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
-    one_image = 100 / len(ladder.labels)
-    allowed = max(run.max_drop, one_image)
-    if reference - found > allowed + 1e-9:
+    if not run.max_drop.holds(reference, found, len(ladder.labels)):
+        allowed = run.max_drop.tolerance(reference, len(ladder.labels))
         raise CheckFailed(
             f"the {run.recipe.name} artifact of {run.model.name} has {found:.2f} % top-1 on {len(ladder.labels)} test "
             f"images, {reference - found:.2f} points below float ({reference:.2f} %), with {allowed:.2f} allowed; try "

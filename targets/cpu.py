@@ -55,7 +55,7 @@ class CpuTarget:
         model.reshape([export.batch, *list(model.input(0).partial_shape)[1:]])
         openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
         # Always explicit: left to itself, OpenVINO runs float32 models in bfloat16 where the CPU has it.
-        hint = half_precision() if export.precision == "fp16" else "f32"
+        hint = "f32" if export.precision == "fp32" else half_precision()  # of what is not INT8
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         (out / _OPTIONS).write_text(json.dumps(options, indent=1) + "\n")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from calibration.budget import Budget
 from models import external
 from models.spec import ModelSpec
 from pipeline import stages
@@ -176,5 +177,5 @@ def test_without_timm_its_models_cannot_be_had_here(tmp_path: Path) -> None:
 def test_a_model_of_timm_becomes_an_engine(tmp_path: Path) -> None:
     spec = external.find("timm:mobilenetv3_small_050")
     assert spec
-    run = tiny_run("fp32", model=spec, preprocess=replace(spec.preprocess, size=32), max_drop=100.0)
+    run = tiny_run("fp32", model=spec, preprocess=replace(spec.preprocess, size=32), max_drop=Budget(value=100.0))
     assert Store(tmp_path).get(stages.engine(run)).path.name.startswith("timm_mobilenetv3_small_050-colours-32-fp32-")

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibration.budget import Budget
 from calibration.recipe import Float, Ptq
 from pipeline import stages
 from pipeline.stages import Run
@@ -108,7 +109,7 @@ def test_a_retuned_recipe_rebuilds_from_quantization_on() -> None:
         ({"model": replace(tiny_run().model, network="models.convmixer:convmixer_mini")}, STAGES),
         ({"model": replace(tiny_run().model, top1=71.0, parameters=7, source="an erratum")}, ()),
         ({"batch": 4}, ("compiled", "engine")),
-        ({"max_drop": 0.5}, ("engine",)),
+        ({"max_drop": Budget(value=0.5)}, ("engine",)),
     ],
     ids=str,
 )

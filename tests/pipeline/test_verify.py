@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from calibration import program as programs
+from calibration.budget import Budget
 from models.errors import CannotRunHere, CheckFailed
 from pipeline import stages, verbs
 from pipeline.stages import Run
@@ -344,7 +345,7 @@ def test_a_larger_budget_lets_more_pass(finished: Finished) -> None:
     labels[:2] = (labels[:2] + 1) % 4
     logits[:2] = np.eye(4, dtype=np.float32)[labels[:2]] * 10
     finished.doctor("weights", labels=labels, logits=logits)
-    generous = replace(finished, run=replace(finished.run, max_drop=5.0))
+    generous = replace(finished, run=replace(finished.run, max_drop=Budget(value=5.0)))
     assert generous.verify()["float_top1"] == 100
 
 

@@ -29,7 +29,9 @@ def built(export: Export, path: Path, precision: Precision, batch: int = 1) -> t
     return export, path
 
 
-@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("fp16", half_precision()), ("int8", "f32")])
+@pytest.mark.parametrize(
+    ("precision", "hint"), [("fp32", "f32"), ("fp16", half_precision()), ("int8", half_precision())]
+)
 def test_the_precision_hint_is_explicit_and_arrives_in_the_compiled_model(
     request: pytest.FixtureRequest, tmp_path: Path, precision: Precision, hint: str
 ) -> None:
@@ -153,6 +155,10 @@ def test_a_padded_convolution_over_a_concatenation_is_computed_as_it_is_defined(
         assert snr_db(reference_logits(export.onnx, sample["images"][:1]), found) > 35
 
 
+@pytest.mark.skipif(
+    Path("/proc/cpuinfo").exists() and "amx_int8" in Path("/proc/cpuinfo").read_text(),
+    reason="AMX multiplies int8 by int8: with it, OpenVINO shifts nothing to uint8, and the fault does not show",
+)
 def test_openvino_still_pads_a_shifted_concatenation_with_the_wrong_number(fusion: Export) -> None:
     """When this fails, `with_padding_before_rounding` is not needed any more."""
     import onnx

@@ -1,0 +1,97 @@
+"""The `sensitivity` verb: what each module of a model, and each kind of operator, loses by computing in integers alone.
+
+The table is an artifact: it follows from the weights, the arithmetic and the calibration, and is measured once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import calibration.recipe
+from calibration.recipe import Ptq, Qat
+from pipeline.stages import Run, versions, weights
+from pipeline.store import Step, Store
+
+_FILE = "sensitivity.json"
+
+log = logging.getLogger("edgeline")
+
+
+def sensitivity(run: Run, root: Path) -> dict[str, object]:
+    """Measure the table, or find it measured, and tell it, the most sensitive module first."""
+    artifact = Store(root).get(step(run))
+    table: dict[str, Any] = json.loads((artifact.path / _FILE).read_text())
+    log.info("%-44s %-26s %6s %8s %8s", "module in integers, the rest in float", "kind", "MACs", "dB", "top-1")
+    for row in table["modules"]:
+        top1 = "" if row["top1"] is None else f"{row['top1']:.2f} %"
+        log.info("%-44s %-26s %5.1f%% %8.1f %8s", row["path"], "+".join(row["kinds"]), *_figures(row), top1)
+    for kind, decibels in table["kinds"].items():
+        log.info("%-44s %-26s %6s %8.1f", "all of a kind", kind, "", decibels)
+    log.info(
+        "all in integers: top-1 %.2f %% of %d validation images, float %.2f %%",
+        *(table[name] for name in ("top1", "images", "float_top1")),
+    )
+    return {"artifact": str(artifact.path), "key": artifact.key, "cached": artifact.cached, **table}
+
+
+def step(run: Run) -> Step:
+    """The table of post-training quantization with the placement of the run's recipe. Leaves `sensitivity.json`."""
+    recipe = calibrating(run)
+
+    def build(inputs: Mapping[str, Path], out: Path) -> None:
+        from calibration import sensitivity as measuring
+        from calibration.quantize import calibrated
+        from calibration.train import evaluate
+        from models import checkpoint
+
+        model = run.model.build(len(run.data.classes), run.form).eval()
+        source = inputs["weights"] / "weights.safetensors"
+        checkpoint.load_into(model, checkpoint.read(source), source)
+        val = run.images("val")
+        prepared = calibrated(model, recipe, run.target.scheme, run.images("train"), seed=run.seed)
+        table = {
+            "modules": [asdict(effect) for effect in measuring.sensitivity(prepared, val)],
+            "kinds": measuring.by_kind(prepared, val),
+            "top1": evaluate(prepared, val),
+            "float_top1": evaluate(model, val),
+            "images": len(val),
+            "placement": str(recipe.placement),
+        }
+        (out / _FILE).write_text(json.dumps(table, indent=1) + "\n")
+
+    return Step(
+        stage="sensitivity",
+        label=run.label(*[run.form] * (run.form != "tokens"), recipe.name),
+        inputs={"weights": weights(run)},
+        params={
+            "form": run.form,
+            "recipe": recipe,
+            "scheme": run.target.scheme,
+            "seed": run.seed,
+            "versions": versions("torch", "torchao"),
+        },
+        code=("calibration.quantize", "calibration.sensitivity", run.model.code),
+        build=build,
+    )
+
+
+def calibrating(run: Run) -> Ptq:
+    """The post-training quantization that the run's recipe begins with; without one, the usual one."""
+    match run.recipe:
+        case Ptq():
+            return run.recipe
+        case Qat():
+            return run.recipe.warm_start
+        case _:
+            usual = calibration.recipe.ALL["int8_ptq"]
+            assert isinstance(usual, Ptq)
+            return usual
+
+
+def _figures(row: Mapping[str, Any]) -> tuple[float, float]:
+    return 100 * row["macs"], row["snr_db"]
