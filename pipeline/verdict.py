@@ -127,7 +127,7 @@ def _engine(run: Run, recipe: str, artifact: Artifact) -> Engine:
         recipe=recipe,
         top1=report["top1"],
         drop=report["float_top1"] - report["top1"],
-        allowed=max(run.max_drop, 100 / report["images"]),  # as `verify` allows: one image at least
+        allowed=run.max_drop.tolerance(report["float_top1"], report["images"]),
         agreement=report["agreement"],
         bytes=sum(artifact.files().values()),
         integer_share=share,
