@@ -6,8 +6,16 @@ from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 
+from calibration import regions
+from calibration.affine import STEPS, PerTensorAffineFakeQuant
 from calibration.fake_quant import LEVELS, FakeQuant, PerChannelFakeQuant, PerTensorFakeQuant
 from calibration.placement import LAYERS, SMALL, Kind, Placement
 from calibration.program import WEIGHTED, module_path
@@ -25,32 +33,57 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
                                                     w -> Q -> DQ -^
 
     Outputs stay float until the next such operator: norms, softmax and gates are computed in the graph's float type.
+    Where the scheme asks for regions, see `calibration.regions`, the outputs inside them are rounded, too.
     Constants of rank 0 are never inputs of such operators, so none is ever quantized (coremltools 9.0 folds quantized
     scalars with int8 wrap-around, without a word).
     """
 
     def __init__(self, scheme: Scheme, placement: Placement = LAYERS) -> None:
         super().__init__()
-        self.placement = placement
+        self.placement, self.regions = placement, scheme.regions
         if (scheme.weight_bits, scheme.activation_bits, scheme.per_channel_weights) != (8, 8, True):
             raise NotImplementedError(f"{scheme}: only 8 bits with per-channel weights are implemented")
         # Every runtime's quantize operator saturates at -128, and so does ours; weights are stored integers and stay
         # symmetric.
-        self.activation = _spec(PerTensorFakeQuant, torch.per_tensor_symmetric, lowest=-LEVELS - 1)
+        self.activation = (
+            _spec(PerTensorFakeQuant, torch.per_tensor_symmetric, lowest=-LEVELS - 1)
+            if scheme.activations == "symmetric"
+            else _spec(PerTensorAffineFakeQuant, torch.per_tensor_affine, torch.uint8, lowest=0, highest=STEPS)
+        )
         self.weight = _spec(PerChannelFakeQuant, torch.per_channel_symmetric, lowest=-LEVELS, axis=0)
 
-    def annotate(self, model: GraphModule) -> GraphModule:
-        for node in model.graph.nodes:
-            kind = kind_of(node)
-            if kind not in self.placement.kinds or self.placement.keeps_float(module_path(node)):
-                continue
-            value, other = node.args[0], node.args[1]
-            assert isinstance(value, Node) and isinstance(other, Node)
-            rounded = self.weight if node.target in WEIGHTED else self.activation
-            node.meta["quantization_annotation"] = QuantizationAnnotation(
-                input_qspec_map={value: self.activation, other: rounded}, _annotated=True
-            )
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        if self.regions:
+            regions.spell_out(model)
         return model
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        rounded = set(regions.rounded_outputs(model, self._may_round)) if self.regions else set()
+        for node in model.graph.nodes:
+            inputs: dict[Node, QuantizationSpecBase] = {}
+            if kind_of(node) in self.placement.kinds and self._may_round(node):
+                value, other = node.args[0], node.args[1]
+                assert isinstance(value, Node) and isinstance(other, Node)
+                inputs = {value: self._read(value, rounded)}
+                inputs[other] = self.weight if node.target in WEIGHTED else self._read(other, rounded)
+            elif node in rounded and regions.is_elementwise(node):
+                inputs = {value: self._read(value, rounded) for value in node.all_input_nodes}
+            if inputs or node in rounded:
+                node.meta["quantization_annotation"] = QuantizationAnnotation(
+                    input_qspec_map=inputs,
+                    output_qspec=self.activation if node in rounded else None,
+                    _annotated=True,
+                )
+        return model
+
+    def _may_round(self, node: Node) -> bool:
+        kept = self.placement.keeps_float(module_path(node))
+        return not kept and (node.target not in WEIGHTED or kind_of(node) in self.placement.kinds)
+
+    def _read(self, value: Node, rounded: set[Node]) -> QuantizationSpecBase:
+        """How an operator reads `value`: as it was rounded where it was computed, so that nothing is rounded twice."""
+        source = regions.origin(value)
+        return SharedQuantizationSpec(source) if source in rounded and source is not value else self.activation
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: `annotate` marks each edge with the one spec of its kind."""
@@ -80,12 +113,20 @@ def _is_activation(argument: object) -> bool:
     return isinstance(argument, Node) and argument.op != "get_attr" and argument.meta["val"].is_floating_point()
 
 
-def _spec(kind: type[FakeQuant], qscheme: torch.qscheme, *, lowest: int, axis: int | None = None) -> QuantizationSpec:
+def _spec(
+    kind: type[FakeQuant],
+    qscheme: torch.qscheme,
+    dtype: torch.dtype = torch.int8,
+    *,
+    lowest: int,
+    highest: int = LEVELS,
+    axis: int | None = None,
+) -> QuantizationSpec:
     return QuantizationSpec(
-        dtype=torch.int8,
+        dtype=dtype,
         observer_or_fake_quant_ctr=kind,
         quant_min=lowest,
-        quant_max=LEVELS,
+        quant_max=highest,
         qscheme=qscheme,
         ch_axis=axis,
     )

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, cast
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -29,22 +29,30 @@ from calibration.quantizer import kind_of
 from calibration.train import evaluate
 from models.errors import CheckFailed
 
-ERROR_IMAGES = 64  # that the decibels of a module are taken on
+ERROR_IMAGES = 64  # that decibels are taken on
 WORST = 8  # modules whose accuracy alone is counted, on the whole part
 _BATCH = 32
 
-Rounded: TypeAlias = Callable[[Node], bool]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operator:
+    """One of those that a prepared graph rounds the inputs of."""
+
+    name: str  # of its node
+    path: str  # of the module that it was traced in
+    kind: Kind
+    macs: int  # multiply-accumulates of one image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effect:
-    """What a network loses where one module, with all that it contains, computes in integers and the rest in float."""
+    """What a network loses where one group of operators computes in integers and the rest in float."""
 
-    path: str
-    kinds: tuple[Kind, ...]  # of its operators
-    macs: float  # their share of the multiply-accumulates of all rounded operators, from 0 to 1
+    path: str  # of the module, with all that it contains; or the kind of operator
+    kinds: tuple[Kind, ...]
+    macs: float  # its share of the multiply-accumulates of all rounded operators, from 0 to 1
     snr_db: float  # of the logits against float
-    top1: float | None = None  # percent; None where it is not among the worst
+    top1: float | None = None  # percent; None where it was not counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,33 +68,20 @@ def sensitivity(prepared: GraphModule, val: Images, *, worst: int = WORST) -> li
     """The effect of every module of `prepared`, whose ranges are fixed, the most sensitive one first; of the `worst`
     ones top-1, too.
     """
-    error = _errors(prepared, val)
-    operators = list(_rounded(prepared, val.preprocess.size).values())
-    total = sum(macs for _, _, macs in operators)
-    paths = dict.fromkeys(path for path, _, _ in operators)
-    found = []
-    with bar(total=len(paths), title="sensitivity", unit="module") as progress:
-        for path in paths:
-            own = [(kind, macs) for other, kind, macs in operators if _contains(path, other)]
-            effect = Effect(
-                path=path,
-                kinds=tuple(kind for kind in KINDS if kind in dict(own)),
-                macs=round(sum(macs for _, macs in own) / max(total, 1), 4),
-                snr_db=error(_inside(path)),
-            )
-            found.append(effect)
-            progress.update()
-    found.sort(key=lambda effect: effect.snr_db)
-    return [replace(effect, top1=_top1_alone(prepared, effect.path, val)) for effect in found[:worst]] + found[worst:]
+    operators = operators_of(prepared, val.preprocess.size)
+    modules = {operator.path: _inside(operator.path, operators) for operator in operators}
+    found = sorted(_effects(prepared, val, modules, operators), key=lambda effect: effect.snr_db)
+    return [
+        replace(effect, top1=evaluate(partly(prepared, modules[effect.path]), val)) if place < worst else effect
+        for place, effect in enumerate(found)
+    ]
 
 
-def by_kind(prepared: GraphModule, val: Images) -> dict[Kind, float]:
-    """Decibels of the logits against float where all operators of one kind compute in integers, and they alone."""
-    error = _errors(prepared, val)
-    names: dict[Kind, set[str]] = {kind: set() for kind in KINDS}
-    for name, (_, kind, _) in _rounded(prepared, val.preprocess.size).items():
-        names[kind].add(name)
-    return {kind: error(_among(own)) for kind, own in names.items() if own}
+def by_kind(prepared: GraphModule, val: Images) -> list[Effect]:
+    """The effect of all operators of one kind together, for every kind that `prepared` rounds."""
+    operators = operators_of(prepared, val.preprocess.size)
+    kinds = {kind: [operator for operator in operators if operator.kind == kind] for kind in KINDS}
+    return _effects(prepared, val, {kind: own for kind, own in kinds.items() if own}, operators)
 
 
 def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_top1: float, otherwise: str) -> Kept:
@@ -95,36 +90,47 @@ def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_t
 
     Raises CheckFailed where not even one module may stay integer; `otherwise` is what to try then.
     """
-    tried = {0: _keeping(prepared, (), val)}
+    operators = operators_of(prepared, val.preprocess.size)
+    tried = {0: _keeping((), prepared, operators, val)}
     if budget.holds(float_top1, tried[0].top1, len(val)):
         return tried[0]
     effects = sensitivity(prepared, val, worst=0)
 
     def holds(count: int) -> bool:
-        tried[count] = _keeping(prepared, effects[:count], val)
+        tried[count] = _keeping(effects[:count], prepared, operators, val)
         return budget.holds(float_top1, tried[count].top1, len(val))
 
-    counts = [count for count in range(1, len(effects)) if _leaves_integers(effects, count)]
+    counts = [count for count in range(1, len(effects)) if _integers(effects[:count], operators)]
     place = bisect_left(counts, True, key=holds)
     if place < len(counts):
         return tried[counts[place]]
     best = max(tried.values(), key=lambda kept: kept.top1)
+    drop, least = float_top1 - tried[0].top1, float_top1 - best.top1
     raise CheckFailed(
-        f"MAX_DROP={budget}: in integers the network loses {float_top1 - tried[0].top1:.2f} points of the "
-        f"{float_top1:.2f} % top-1 of float on {len(val)} validation images, and at best "
-        f"{float_top1 - best.top1:.2f}, with {len(best.paths)} of its {len(effects)} modules in float; "
-        f"{budget.tolerance(float_top1, len(val)):.2f} are allowed; {otherwise}"
+        f"MAX_DROP={budget}: in integers the network loses {drop:.2f} points of the {float_top1:.2f} % top-1 of float "
+        f"on {len(val)} validation images, and at best {least:.2f}, with {len(best.paths)} of its {len(effects)} modules "
+        f"in float; {budget.tolerance(float_top1, len(val)):.2f} are allowed; {otherwise}",
+        answer={"val_drop": round(drop, 3), "least_val_drop": round(least, 3), "keep_float": best.paths},
     )
 
 
-def partly(prepared: GraphModule, rounded: Rounded) -> GraphModule:
-    """A graph on the tensors of `prepared` that rounds the inputs of those operators alone that `rounded` accepts:
+def errors_db(prepared: GraphModule, val: Images, groups: Iterable[Iterable[Operator]]) -> Iterator[float]:
+    """For each of `groups`: decibels of the logits, against float, where its operators alone are rounded."""
+    batches = list(val.batches(_BATCH, val.stratified(ERROR_IMAGES, seed=0)))
+    reference = logits(partly(prepared, ()), batches)
+    for group in groups:
+        yield round(snr_db(reference, logits(partly(prepared, group), batches)), 2)
 
-    x -> FakeQuant -> conv      becomes, where it does not,      x -> conv
+
+def partly(prepared: GraphModule, rounded: Iterable[Operator]) -> GraphModule:
+    """A graph on the tensors of `prepared` that rounds the inputs of the operators `rounded` alone:
+
+    x -> FakeQuant -> conv      becomes, for the others,      x -> conv
     """
+    names = {operator.name for operator in rounded}
     graph = copy.deepcopy(prepared.graph)
     for node in graph.nodes:
-        for rounding in [] if rounded(node) else _roundings(prepared, node):
+        for rounding in [] if node.name in names else _roundings(prepared, node):
             node.replace_input_with(rounding, rounding.all_input_nodes[0])
             if not rounding.users:
                 graph.erase_node(rounding)
@@ -133,61 +139,60 @@ def partly(prepared: GraphModule, rounded: Rounded) -> GraphModule:
     return found
 
 
-def _errors(prepared: GraphModule, val: Images) -> Callable[[Rounded], float]:
-    """Decibels of the logits, against float, where the accepted operators alone are rounded."""
-    batches = list(val.batches(_BATCH, val.stratified(ERROR_IMAGES, seed=0)))
-    reference = logits(partly(prepared, lambda node: False), batches)
-    return lambda rounded: round(snr_db(reference, logits(partly(prepared, rounded), batches)), 2)
+def operators_of(prepared: GraphModule, size: int) -> list[Operator]:
+    """Those that `prepared` rounds the inputs of, in order of execution."""
+    names = {node.name for node in prepared.graph.nodes if _roundings(prepared, node)}
+    floats = partly(prepared, ())  # where each reads the tensors themselves, which tell its kind
+    with torch.no_grad():
+        ShapeProp(floats).propagate(torch.zeros(1, 3, size, size))
+    return [
+        Operator(name=node.name, path=module_path(node), kind=cast(Kind, kind_of(node)), macs=_macs(node))
+        for node in floats.graph.nodes
+        if node.name in names
+    ]
 
 
-def _top1_alone(prepared: GraphModule, path: str, val: Images) -> float:
-    return evaluate(partly(prepared, _inside(path)), val)
+def _effects(
+    prepared: GraphModule, val: Images, groups: Mapping[str, Collection[Operator]], operators: Collection[Operator]
+) -> list[Effect]:
+    """The effect of each of `groups` of `operators`, by its path."""
+    total = sum(operator.macs for operator in operators)
+    found = []
+    with bar(total=len(groups), title="sensitivity", unit="module") as progress:
+        for (path, own), decibels in zip(groups.items(), errors_db(prepared, val, groups.values()), strict=True):
+            kinds = {operator.kind for operator in own}
+            effect = Effect(
+                path=path,
+                kinds=tuple(kind for kind in KINDS if kind in kinds),
+                macs=round(sum(operator.macs for operator in own) / max(total, 1), 4),
+                snr_db=decibels,
+            )
+            found.append(effect)
+            progress.update()
+    return found
 
 
-def _keeping(prepared: GraphModule, effects: Sequence[Effect], val: Images) -> Kept:
-    kept = _kept(effects)
-    graph = partly(prepared, lambda node: not kept.keeps_float(module_path(node)))
-    return Kept(graph=graph, paths=kept.keep_float, top1=evaluate(graph, val))
+def _keeping(effects: Sequence[Effect], prepared: GraphModule, operators: Collection[Operator], val: Images) -> Kept:
+    """`prepared` with the modules of `effects` in float."""
+    graph = partly(prepared, _integers(effects, operators))
+    return Kept(graph=graph, paths=tuple(sorted(effect.path for effect in effects)), top1=evaluate(graph, val))
 
 
-def _leaves_integers(effects: Sequence[Effect], count: int) -> bool:
-    """Whether modules are left that compute in integers where the first `count` stay float."""
-    kept = _kept(effects[:count])
-    return not all(kept.keeps_float(effect.path) for effect in effects)
+def _integers(kept: Sequence[Effect], operators: Collection[Operator]) -> list[Operator]:
+    """The operators that are left where the modules of `kept` compute in float."""
+    placement = Placement(kinds=KINDS).without(*(effect.path for effect in kept))
+    return [operator for operator in operators if not placement.keeps_float(operator.path)]
 
 
-def _kept(effects: Sequence[Effect]) -> Placement:
-    return Placement(kinds=()).without(*(effect.path for effect in effects))
-
-
-def _contains(path: str, other: str) -> bool:
-    return Placement(kinds=(), keep_float=(path,)).keeps_float(other)
-
-
-def _inside(path: str) -> Rounded:
-    return lambda node: _contains(path, module_path(node))
-
-
-def _among(names: Container[str]) -> Rounded:
-    return lambda node: node.name in names
+def _inside(path: str, operators: Collection[Operator]) -> list[Operator]:
+    module = Placement(kinds=KINDS, keep_float=(path,))
+    return [operator for operator in operators if module.keeps_float(operator.path)]
 
 
 def _roundings(prepared: GraphModule, node: Node) -> list[Node]:
     """The FakeQuants that `node` of a prepared graph reads."""
     calls = [entry for entry in node.all_input_nodes if entry.op == "call_module"]
     return [call for call in calls if isinstance(prepared.get_submodule(str(call.target)), FakeQuant)]
-
-
-def _rounded(prepared: GraphModule, size: int) -> dict[str, tuple[str, Kind, int]]:
-    """Module, kind and multiply-accumulates of one image of every operator that `prepared` rounds for, by name of its
-    node, in order of execution.
-    """
-    floats = partly(prepared, lambda node: False)
-    names = {node.name for node in prepared.graph.nodes if _roundings(prepared, node)}
-    with torch.no_grad():
-        ShapeProp(floats).propagate(torch.zeros(1, 3, size, size))
-    operators = [node for node in floats.graph.nodes if node.name in names]
-    return {node.name: (module_path(node), cast(Kind, kind_of(node)), _macs(node)) for node in operators}
 
 
 def _macs(node: Node) -> int:

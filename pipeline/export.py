@@ -18,6 +18,7 @@ import numpy as np
 
 from calibration.metrics import snr_db
 from calibration.progress import bar
+from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnxruntime import reference_logits
@@ -55,9 +56,10 @@ def export(
     out: Path,
     *,
     asked: str | None = None,
+    scheme: Scheme = SHARED,
 ) -> None:
     """Write the files of a `targets.base.Export` into `out`. `asked` is MODEL, where that is not the name in
-    `description`.
+    `description`; `scheme` is what the program was quantized by.
 
     Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
     the graph computes on `sample` (N, 3, S, S).
@@ -86,7 +88,7 @@ def export(
         _compare_quantized(graph, logits, simplified, answers, sample)
     else:
         _compare("the ONNX conversion", logits, answers)
-    _check_quantizers(simplified, scales)
+    _check_quantizers(simplified, scales, scheme)
 
     onnx.save(simplified, out / "model.onnx")
     (out / "scales.json").write_text(json.dumps(scales, indent=1) + "\n")
@@ -235,9 +237,9 @@ def _smooth_model(model: ModelProto) -> ModelProto:
     return smooth
 
 
-def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales]) -> None:
-    """Hold the graph to what every INT8 consumer reads: int8 with zero point 0 and no integer bias; and to `scales`,
-    those of the torch program, layer by layer.
+def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], scheme: Scheme) -> None:
+    """Hold the graph to what the consumers of `scheme` read: int8 with zero point 0, in an affine scheme uint8 for
+    activations, and no integer bias; and to `scales`, those of the torch program, layer by layer.
     """
     from onnx import TensorProto, numpy_helper
 
@@ -246,11 +248,17 @@ def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales]) -> N
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero = constants.get(node.input[2]) if len(node.input) > 2 else None
-        if zero is None or zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any():
+        stored = constants.get(node.input[0])
+        affine = scheme.activations == "affine" and stored is None
+        if affine and (zero is None or zero.data_type != TensorProto.UINT8):
+            raise CheckFailed(
+                f"{node.name} of the ONNX export rounds an activation to something else than uint8; ONNX Runtime has "
+                "no fast kernels for it"
+            )
+        if not affine and (zero is None or zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any()):
             raise CheckFailed(
                 f"{node.name} of the ONNX export has a zero point that is not int8 0; TensorRT refuses it"
             )
-        stored = constants.get(node.input[0])
         if stored is not None and stored.data_type != TensorProto.INT8:
             raise CheckFailed(f"{node.name} of the ONNX export rounds a constant that is not int8; TensorRT refuses it")
     expected = sorted((layer["activation"], layer["weight"]) for layer in scales.values())

@@ -26,12 +26,11 @@ def sensitivity(run: Run, root: Path) -> dict[str, object]:
     """Measure the table, or find it measured, and tell it, the most sensitive module first."""
     artifact = Store(root).get(step(run))
     table: dict[str, Any] = json.loads((artifact.path / _FILE).read_text())
-    log.info("%-44s %-26s %6s %8s %8s", "module in integers, the rest in float", "kind", "MACs", "dB", "top-1")
+    log.info("%-44s %-26s %6s %8s %9s", "in integers, the rest in float", "kind", "MACs", "dB", "top-1")
     for row in table["modules"]:
-        top1 = "" if row["top1"] is None else f"{row['top1']:.2f} %"
-        log.info("%-44s %-26s %5.1f%% %8.1f %8s", row["path"], "+".join(row["kinds"]), *_figures(row), top1)
-    for kind, decibels in table["kinds"].items():
-        log.info("%-44s %-26s %6s %8.1f", "all of a kind", kind, "", decibels)
+        log.info("%-44s %-26s %5.1f%% %8.1f %9s", *_cells(row))
+    for row in table["kinds"]:
+        log.info("%-44s %-26s %5.1f%% %8.1f %9s", *_cells(row | {"path": "all of"}))
     log.info(
         "all in integers: top-1 %.2f %% of %d validation images, float %.2f %%",
         *(table[name] for name in ("top1", "images", "float_top1")),
@@ -56,7 +55,7 @@ def step(run: Run) -> Step:
         prepared = calibrated(model, recipe, run.target.scheme, run.images("train"), seed=run.seed)
         table = {
             "modules": [asdict(effect) for effect in measuring.sensitivity(prepared, val)],
-            "kinds": measuring.by_kind(prepared, val),
+            "kinds": [asdict(effect) for effect in measuring.by_kind(prepared, val)],
             "top1": evaluate(prepared, val),
             "float_top1": evaluate(model, val),
             "images": len(val),
@@ -93,5 +92,6 @@ def calibrating(run: Run) -> Ptq:
             return usual
 
 
-def _figures(row: Mapping[str, Any]) -> tuple[float, float]:
-    return 100 * row["macs"], row["snr_db"]
+def _cells(row: Mapping[str, Any]) -> tuple[object, ...]:
+    top1 = "" if row["top1"] is None else f"{row['top1']:.2f} %"
+    return row["path"], "+".join(row["kinds"]), 100 * row["macs"], row["snr_db"], top1

@@ -180,7 +180,7 @@ def exported(run: Run) -> Step:
             "preprocess": asdict(run.preprocess),
         }
         made = program.load(inputs["quantized"] / "program.pt2")
-        export(made, sample.numpy(), description, out, asked=run.model.asked)
+        export(made, sample.numpy(), description, out, asked=run.model.asked, scheme=run.target.scheme)
 
     return Step(
         stage="exported",

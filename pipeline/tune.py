@@ -97,7 +97,7 @@ def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object
     if final and not final["gains"]:
         log.info("timed again, %s is %.2f times as fast as %s: float it is", best, final["speedup"], final["over"])
         best, final = None, None
-    candidates = [line for line in search.log.lines if "kept" in line]
+    candidates = [line for line in search.record.lines if "kept" in line]
     if best is None:
         log.info("float: no placement of %d is faster within the budget", len(candidates))
     command = search.next_command(best)
@@ -108,7 +108,7 @@ def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object
         "answer": "float" if best is None else str(best),
         **{name: told[name] for name in ("over", "speedup", "ci", "drop")},
         "candidates": candidates,
-        "log": str(search.log.path),
+        "log": str(search.record.path),
         "next": command,
     }
 
@@ -155,11 +155,11 @@ class Search:
     def tried(self, placement: Placement, best: Placement | None) -> Candidate:
         """The candidate from the log, or built, timed and judged now."""
         key: dict[str, object] = {"placement": str(placement), "beat": None if best is None else str(best)}
-        line = self.log.find(key)
+        line = self.record.find(key)
         if line is None:
             made = self._measured(placement, best)
             line = {name: getattr(made, name) for name in Candidate.__slots__}
-            self.log.append(line)
+            self.record.append(line)
         else:
             made = Candidate(**line)
         log.info("%-48s %s", placement, _sentence(made))
@@ -167,12 +167,12 @@ class Search:
 
     def confirmed(self, best: Placement) -> dict[str, Any]:
         """The winner timed once more against the float engines: of many that were timed, the fastest one had luck."""
-        found = self.log.find({"confirmed": str(best)})
+        found = self.record.find({"confirmed": str(best)})
         if found is None:
             longer = replace(self.plan, max_seconds=2 * self.plan.max_seconds, width=self.plan.width / 2)
             path = self._built(best)
             over, speedup = self._hardest(self._timed({**self._floats, "candidate": path}, longer))
-            self.log.append(
+            self.record.append(
                 {
                     "confirmed": str(best),
                     "over": over,
@@ -182,11 +182,11 @@ class Search:
                     "gains": speedup.gains,
                 }
             )
-            found = self.log.lines[-1]
+            found = self.record.lines[-1]
         return found
 
     @cached_property
-    def log(self) -> Log:
+    def record(self) -> Log:
         """Of this model, target and machine, at this version of all that engines are made of."""
         entered = {
             "engines": [stages.compiled(run).key for run in (self._placed(LAYERS), *self._float_runs.values())],
@@ -202,7 +202,7 @@ class Search:
         """What a person types next; without a placement, for the float engine that was hardest to beat."""
         words = f"make engine MODEL={self.run.model.name} TARGET={self.run.target.name} SIZE={self.run.preprocess.size}"
         if best is None:
-            hardest = [line["over"] for line in self.log.lines if line.get("over")]
+            hardest = [line["over"] for line in self.record.lines if line.get("over")]
             return f"{words} RECIPE={hardest[-1] if hardest else 'fp32'}"
         return f"{words} RECIPE={self.run.recipe.name} PLACEMENT={best}"
 
@@ -296,11 +296,13 @@ class Search:
         return padded(images.numpy(), self.run.batch)
 
     def _placed(self, placement: Placement) -> Run:
-        """The run that stands for `placement`: training would cost hours and changes no engine's speed."""
+        """The run that stands for `placement`: training would cost hours and changes no engine's speed, and a budget
+        would move modules to float that the placement does not name.
+        """
         recipe = self.run.recipe
         ptq = recipe.warm_start if isinstance(recipe, Qat) else recipe
         assert isinstance(ptq, Ptq)
-        return replace(self.run, recipe=replace(ptq, placement=placement))
+        return replace(self.run, recipe=replace(ptq, placement=placement, budget=None))
 
     def _built(self, placement: Placement) -> Path:
         return self._compiled(self._placed(placement))

@@ -17,6 +17,7 @@ import numpy as np
 
 from calibration.metrics import Labels, Logits, agreement, snr_db, top1
 from calibration.progress import bar
+from calibration.recipe import Ptq, Qat
 from models.errors import CheckFailed
 from pipeline.divergence import engine_divergence, export_divergence, graph_divergence
 from targets._host import in_queries, padded
@@ -204,7 +205,7 @@ def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | N
         raise CheckFailed(
             f"the {run.recipe.name} artifact of {run.model.name} has {found:.2f} % top-1 on {len(ladder.labels)} test "
             f"images, {reference - found:.2f} points below float ({reference:.2f} %), with {allowed:.2f} allowed; try "
-            f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
+            f"{_remedy(run)}"
         )
     return {
         "executed": executed,
@@ -217,3 +218,11 @@ def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | N
         "images": len(ladder.labels),
         "steps": [asdict(step) for step in ladder.steps],
     }
+
+
+def _remedy(run: Run) -> str:
+    """What to type where the accuracy budget does not hold."""
+    gentler = f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
+    if isinstance(run.recipe, Ptq | Qat) and run.recipe.budget is None:
+        return f"{gentler}, or MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds"
+    return gentler

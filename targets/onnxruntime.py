@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from calibration.scheme import SHARED, Scheme
+from calibration.scheme import AFFINE, Scheme
 from targets._host import HostSession, in_queries, threads
 from targets.base import INPUT_NAME, Export
 
@@ -27,7 +27,7 @@ _INTEGER = re.compile("QLinear|QGemm|.*Integer")  # such as QLinearConv and MatM
 class OnnxRuntimeTarget:
     name: str = "onnxruntime"
     summary: str = "ONNX Runtime on this machine's CPU"
-    scheme: Scheme = SHARED
+    scheme: Scheme = AFFINE
 
     def missing(self) -> str | None:
         return (

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from calibration import program as programs
 from calibration.budget import Budget
 from calibration.placement import Placement
-from calibration.program import module_path
 from calibration.quantize import calibrated, fake_quants, quantize
 from calibration.recipe import Ptq, Qat, budgeted
 from calibration.scheme import SHARED
-from calibration.sensitivity import by_kind, partly, sensitivity, within_budget
+from calibration.sensitivity import by_kind, operators_of, partly, sensitivity, within_budget
 from calibration.train import TrainingPlan, evaluate, fit
 from models.errors import CheckFailed
-from tests.tiny import net
+from tests.tiny import SIDE, net
 from tests.toys import CLASSES, Hybrid, images, seeded
 
 PTQ = Ptq(name="int8_ptq", samples=64)
@@ -52,10 +50,6 @@ def fragile() -> nn.Module:
 @pytest.fixture(scope="module")
 def prepared(fragile: nn.Module) -> GraphModule:
     return calibrated(fragile, PTQ, SHARED, images("train"), seed=0)
-
-
-def in_module(path: str) -> Callable[[Node], bool]:
-    return lambda node: module_path(node) == path
 
 
 # --- The table ------------------------------------------------------------------------------------------------------
@@ -92,8 +86,9 @@ def test_a_module_counts_with_all_that_it_contains() -> None:
 
 def test_kinds_are_compared_as_wholes(prepared: GraphModule) -> None:
     found = by_kind(prepared, images("val"))
-    assert list(found) == ["conv", "small", "linear"]
-    assert min(found, key=lambda kind: found[kind]) == "conv"
+    assert [effect.kinds for effect in found] == [("conv",), ("small",), ("linear",)]
+    assert min(found, key=lambda effect: effect.snr_db).path == "conv"
+    assert sum(effect.macs for effect in found) == pytest.approx(1, abs=1e-3)
 
 
 # --- Graphs that round in part --------------------------------------------------------------------------------------
@@ -101,7 +96,7 @@ def test_kinds_are_compared_as_wholes(prepared: GraphModule) -> None:
 
 def test_a_graph_that_rounds_nothing_is_the_float_model(fragile: nn.Module, prepared: GraphModule) -> None:
     batches = list(images("val").batches(32))
-    floats = partly(prepared, lambda node: False)
+    floats = partly(prepared, ())
     assert not list(fake_quants(floats))
     np.testing.assert_allclose(
         programs.logits(floats, batches), programs.logits(fragile, batches), rtol=1e-3, atol=1e-3
@@ -110,13 +105,13 @@ def test_a_graph_that_rounds_nothing_is_the_float_model(fragile: nn.Module, prep
 
 def test_a_graph_that_rounds_everything_is_the_prepared_one(prepared: GraphModule) -> None:
     batches = list(images("val").batches(32))
-    whole = partly(prepared, lambda node: True)
+    whole = partly(prepared, operators_of(prepared, SIDE))
     np.testing.assert_array_equal(programs.logits(whole, batches), programs.logits(prepared, batches))
 
 
 def test_a_part_shares_its_tensors_and_leaves_the_graph_as_it_was(prepared: GraphModule) -> None:
     before = str(prepared.graph)
-    part = partly(prepared, in_module(VICTIM))
+    part = partly(prepared, [operator for operator in operators_of(prepared, SIDE) if operator.path == VICTIM])
     assert len(list(fake_quants(part))) == 2
     assert str(prepared.graph) == before
     theirs = {tensor.data_ptr() for tensor in prepared.state_dict().values()}

@@ -120,7 +120,7 @@ def test_what_loses_too_much_is_not_kept_and_is_made_gentler(root: Path) -> None
     search = Search(run=tiny_run("int8_ptq", PacedTarget(name="strict")), root=root)
     search._answered[search._floats["fp32"]] = 200.0  # percent, so that everybody loses
     assert search.search() is None
-    tried = [line for line in search.log.lines if "kept" in line]
+    tried = [line for line in search.record.lines if "kept" in line]
     assert all("points of top-1" in line["why_not"] for line in tried if line["speedup"] > 1)
     assert "conv+small" in {line["placement"] for line in tried}
 

@@ -1,0 +1,117 @@
+"""uint8 with a zero point: a range that need not be the same on both sides of zero."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from calibration.fake_quant import FakeQuant, snap
+from models.errors import CheckFailed
+
+STEPS: Final = 255  # from the lowest to the highest value
+_BINS: Final = 2048
+_SAMPLES: Final = 2**17  # values of each tensor that are counted, evenly spaced; its ends are always exact
+_MEMORY: Final = 0.99  # of the moving averages that let ranges follow the training
+_LEAST_SHARE: Final = 0.2  # of a tensor's range that may be left after clipping
+
+
+class PerTensorAffineFakeQuant(FakeQuant):
+    """For activations of runtimes that execute zero points: the range has the least squared error over all images
+    seen, and always holds zero, which padding writes.
+    """
+
+    def __init__(self, **spec: Any) -> None:
+        super().__init__(**spec)
+        self.counts = Counts()
+        # Means over batches of the smallest and largest value, and the shares of them that the range covers.
+        self.register_buffer("ends", torch.zeros(2))
+        self.register_buffer("covered", torch.ones(2))
+        self.batches = 0
+
+    def observe(self, x: Tensor) -> None:
+        self.counts.add(x)
+        self.batches += 1
+        self.ends += (_ends(x) - self.ends) / self.batches
+
+    def fix_range(self) -> None:
+        if self.batches:  # one that stands on several edges is asked once for each
+            limits = self.counts.best_range()
+            self._set_range(limits)
+            self.covered.copy_(limits / self.ends.where(self.ends != 0, 1.0))  # an end of zero stays there
+            self.counts, self.batches = Counts(), 0  # its memory is not needed any more
+
+    def follow(self, x: Tensor) -> None:
+        self.ends.lerp_(_ends(x), 1 - _MEMORY)
+        self._set_range(self.ends * self.covered)
+
+    def round(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
+
+    def _set_range(self, limits: Tensor) -> None:
+        """`limits`: the smallest and largest value that are represented, of shape (2,)."""
+        low, high = limits
+        exact = (high - low) / STEPS
+        scale = snap(exact)
+        if scale > exact:  # rounded up, a range would reach beyond a ReLU6, which could not be left to the rounding
+            scale = snap(scale * (1 - 2.0**-11))
+        self.scale.copy_(scale)
+        self.zero_point.copy_((-low / scale).round().clamp(0, STEPS))
+
+
+class Counts:
+    """Counts of values in equal bins between -limit and limit, which doubles when it must: constant memory, one
+    pass, and no second look at the images.
+    """
+
+    def __init__(self) -> None:
+        self.limit = 0.0  # bins reach from -limit to limit
+        self.counts = torch.zeros(_BINS)
+        self.ends = torch.zeros(2)
+
+    def add(self, x: Tensor) -> None:
+        values = x.float().flatten()
+        ends = _ends(x)
+        peak = float(ends.abs().amax())
+        if not math.isfinite(peak):
+            raise CheckFailed(
+                f"calibration met an activation of {peak}: the float model is not finite on these images; check WEIGHTS"
+            )
+        self.ends = torch.stack((self.ends[0].minimum(ends[0]), self.ends[1].maximum(ends[1])))
+        if peak == 0:
+            return
+        self.limit = self.limit or peak
+        while self.limit < peak:
+            quarter = torch.zeros(_BINS // 4)
+            self.counts = torch.cat((quarter, self.counts.view(-1, 2).sum(1), quarter))
+            self.limit *= 2
+        step = len(values) // _SAMPLES | 1  # odd, so that it does not keep step with power-of-two shapes
+        self.counts += torch.histc(values[::step], _BINS, -self.limit, self.limit).cpu()
+
+    def best_range(self) -> Tensor:
+        """The two ends with the least mean squared error of clipping and rounding between them: both are drawn in
+        together, and then each on its own.
+        """
+        shares = torch.linspace(_LEAST_SHARE, 1.0, 81)
+        found = self.ends
+        for moved in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
+            candidates = found * (1 - torch.tensor(moved) * (1 - shares[:, None]))
+            found = candidates[int(self._errors(candidates).argmin())]
+        return found
+
+    def _errors(self, ranges: Tensor) -> Tensor:
+        """The squared error of each of the `ranges` (n, 2), on the centres of the bins that are not empty."""
+        seen = self.counts.nonzero().flatten()
+        centres = (seen + 0.5) * (2 * self.limit / _BINS) - self.limit
+        low, high = ranges[:, :1], ranges[:, 1:]
+        steps = ((high - low) / STEPS).clamp_min(1e-12)
+        rounded = (centres.maximum(low).minimum(high) / steps).round() * steps
+        return (self.counts[seen] * (centres - rounded).square()).sum(1)
+
+
+def _ends(x: Tensor) -> Tensor:
+    """The smallest and largest value; zero in place of one that lies beyond it."""
+    low, high = x.float().aminmax()
+    return torch.stack((low.clamp_max(0), high.clamp_min(0))).cpu()

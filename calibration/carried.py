@@ -1,0 +1,109 @@
+"""What each quantized layer computes with: the numbers that every artifact of one checkpoint must carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch.fx import GraphModule, Node
+
+    Integers: TypeAlias = npt.NDArray[np.int8]
+    Scales: TypeAlias = npt.NDArray[np.float64]  # holds FP16 and float32 exactly
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Activation:
+    """A rounded input of an operator."""
+
+    scales: Scales  # that it is quantized with, and dequantized with
+    zero_point: int  # the first that is not 0, or else 0
+    place: str  # of the quantizer: what has the same is rounded once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Weight:
+    """A stored weight of a layer."""
+
+    integers: Integers | None  # as stored, but for `rearranged`; None where the file lists scales alone
+    scales: Scales  # one an output channel
+    zero_point: int
+    place: str  # of the tensor: what has the same is stored once
+    rearranged: str = ""  # what was undone so that output channels come first
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Carried:
+    """An operator that reads rounded tensors, in a torch program or in an artifact of it."""
+
+    name: str  # of its module in a torch program, of the operator in an artifact
+    aliases: tuple[str, ...]  # names of torch nodes that it may be; () where only the order tells
+    activations: tuple[Activation, ...] = field(default=())
+    weight: Weight | None = None
+
+
+def carried(graph: GraphModule) -> list[Carried]:
+    """The operators of a converted `graph` that read rounded tensors, in order of execution."""
+    from calibration import program
+
+    names = {node: name for name, node in program.named_layers(graph)}
+    found = []
+    for node in graph.graph.nodes:
+        sources = [argument for argument in node.args if _is_dequantized(argument)]
+        if sources:
+            weights = [_weight(graph, source) for source in sources if _is_stored(source)]
+            found.append(
+                Carried(
+                    name=names.get(node) or f"{program.module_path(node)}:{node.name}",
+                    aliases=(node.name,),
+                    activations=tuple(_activation(source) for source in sources if not _is_stored(source)),
+                    weight=weights[0] if weights else None,
+                )
+            )
+    return found
+
+
+def first_nonzero(*values: Any) -> int:
+    """The first zero point that is none, or else 0."""
+    return next((int(value) for array in values for value in np.ravel(array) if value != 0), 0)
+
+
+def _is_dequantized(argument: Any) -> bool:
+    return "quantized_decomposed.dequantize_per" in str(getattr(argument, "target", ""))
+
+
+def _is_stored(source: Node) -> bool:
+    return cast("Node", source.args[0]).op == "get_attr"
+
+
+def _activation(source: Node) -> Activation:
+    quantize = cast("Node", source.args[0])
+    scales = [cast(float, node.args[1]) for node in (quantize, source)]
+    return Activation(
+        scales=np.array(scales, np.float64),
+        zero_point=first_nonzero(*(node.args[2] for node in (quantize, source))),
+        place=quantize.name,
+    )
+
+
+def _weight(graph: GraphModule, source: Node) -> Weight:
+    integers, scales, zeros = _stored(graph, source)
+    return Weight(
+        integers=integers,
+        scales=np.ravel(scales).astype(np.float64),
+        zero_point=first_nonzero(zeros),
+        place=str(cast("Node", source.args[0]).target),
+    )
+
+
+def _stored(graph: GraphModule, source: Node) -> Iterator[Any]:
+    """The integers, scales and zero points that a dequantized constant is made of."""
+    from calibration import program
+
+    for argument in source.args[:3]:
+        stored = getattr(argument, "op", None) == "get_attr"
+        yield program.stored_tensor(graph, cast("Node", argument)).detach().numpy() if stored else argument

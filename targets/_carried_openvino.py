@@ -1,0 +1,105 @@
+"""What an OpenVINO model carries: scales and integers, read from its constants along the edges of its graph.
+
+x -> FakeQuantize -> Convert (i8) -> Convert -> [Subtract zero point] -> Multiply scale -> layer
+                            int8 weight -> Convert -> [Subtract zero point] -> Multiply scale -^
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from calibration.carried import Activation, Carried, Weight, first_nonzero
+
+_LAYOUT = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze"})
+# Parts of quantizers themselves, and what looks at shapes alone.
+_NO_READERS = frozenset({"Multiply", "Subtract", "Convert", "FakeQuantize", "Constant", "ShapeOf"})
+_LOWEST = -128  # the integer that FakeQuantize's lower limit becomes
+
+
+def carried(xml: Path) -> list[Carried]:
+    """The operators of a model.xml that read rounded tensors, in order of execution."""
+    import openvino
+
+    model = openvino.Core().read_model(xml)  # held by name: its operators do not keep it alive
+    return list(_carried(model))
+
+
+def _carried(model: Any) -> Iterator[Carried]:
+    for operator in model.get_ordered_ops():
+        if operator.get_type_name() in _LAYOUT | _NO_READERS:
+            continue
+        sources = [source for source in map(_dequantizer, _inputs(operator)) if source is not None]
+        weights = [_weight(source) for source in sources if source.start.get_type_name() == "Constant"]
+        activations = [_activation(source) for source in sources if source.start.get_type_name() == "FakeQuantize"]
+        if sources:
+            yield Carried(
+                name=operator.get_friendly_name(),
+                aliases=tuple(_aliases(operator)),
+                activations=tuple(activations),
+                weight=weights[0] if weights else None,
+            )
+
+
+class _Dequantizer(NamedTuple):
+    start: Any  # the constant, or the FakeQuantize
+    scale: Any
+    zero_point: Any
+
+
+def _dequantizer(operator: Any) -> _Dequantizer | None:
+    while operator.get_type_name() in _LAYOUT:
+        operator = _inputs(operator)[0]
+    if operator.get_type_name() != "Multiply":
+        return None
+    inner, scale = _inputs(operator)
+    zero_point: Any = np.zeros(())
+    if inner.get_type_name() == "Subtract":
+        inner, shift = _inputs(inner)
+        zero_point = _constant(shift)
+    if inner.get_type_name() != "Convert":  # a factor in float
+        return None
+    while inner.get_type_name() == "Convert":
+        (inner,) = _inputs(inner)
+    if inner.get_type_name() not in ("Constant", "FakeQuantize"):
+        return None
+    return _Dequantizer(inner, _constant(scale), zero_point)
+
+
+def _aliases(operator: Any) -> Iterator[str]:
+    """The torch nodes that an operator may be: see `_carried_onnx`. A bias is added by an operator of its own."""
+    readers = [item.get_node() for output in operator.outputs() for item in output.get_target_inputs()]
+    for named in (operator, *(reader for reader in readers if reader.get_type_name() == "Add")):
+        yield named.get_friendly_name().removeprefix("node_").removesuffix("/WithoutBiases")
+        yield from sorted(named.output(0).get_names())
+
+
+def _activation(source: _Dequantizer) -> Activation:
+    lowest = _constant(_inputs(source.start)[1])
+    return Activation(
+        scales=np.array([float(lowest.item()) / _LOWEST, float(source.scale.item())], np.float64),
+        zero_point=first_nonzero(source.zero_point),
+        place=source.start.get_friendly_name(),
+    )
+
+
+def _weight(source: _Dequantizer) -> Weight:
+    return Weight(
+        integers=source.start.data.copy(),
+        scales=np.ravel(source.scale).astype(np.float64),
+        zero_point=first_nonzero(source.zero_point),
+        place=source.start.get_friendly_name(),
+    )
+
+
+def _inputs(operator: Any) -> list[Any]:
+    return [value.get_node() for value in operator.input_values()]
+
+
+def _constant(operator: Any) -> Any:
+    while operator.get_type_name() != "Constant":
+        operator = _inputs(operator)[0]
+    return operator.data.copy()

@@ -1,0 +1,82 @@
+"""What the placements of calibration/families.py rest on: each kind of operator alone in integers, and all that a
+placement names.
+
+    python -m tests.bench_families [MODEL ...] [--store build] [--weights FOLDER]
+
+The small variant of every family on the digits at 64 pixels, in torch, on the validation part; float weights are
+trained where the store has none. One row for each kind of operator alone in integers, then three for placements: of
+the family on accelerators, on CPUs, and everything. Decibels are of the logits against float.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import calibration.recipe
+import models
+import targets
+from calibration import data, families
+from calibration.placement import KINDS, Placement
+from calibration.recipe import Ptq
+from pipeline import stages, surroundings
+from pipeline.stages import Run
+from pipeline.store import Store
+
+MODELS = (
+    "mobilevit_xs",
+    "mobilenetv2_100",
+    *(f"{family}_mini" for family in ("convmixer", "coatnet", "conformer", "transcnn", "hatnet", "swin", "acmix")),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--store", type=Path, default=Path("build"))
+    parser.add_argument("--weights", type=Path, help="a folder of <model>.safetensors, not to train again")
+    request = parser.parse_args()
+    surroundings.settle()
+    for name in request.models or MODELS:
+        _told(name, Store(request.store), request.weights)
+
+
+def _told(name: str, store: Store, folder: Path | None) -> None:
+    from calibration.quantize import calibrated
+    from calibration.sensitivity import by_kind, errors_db, operators_of, partly
+    from calibration.train import evaluate
+    from models import checkpoint
+
+    digits, spec, ptq = data.load("digits", 0), models.ALL[name], calibration.recipe.ALL["int8_ptq"]
+    assert isinstance(ptq, Ptq)
+    run = Run(
+        model=spec,
+        recipe=ptq,
+        target=targets.ALL["cpu"],
+        data=digits,
+        preprocess=digits.preprocess(spec),
+        weights=folder / f"{name}.safetensors" if folder else None,
+    )
+    model = spec.build(len(digits.classes)).eval()
+    source = store.get(stages.weights(run)).path / "weights.safetensors"
+    checkpoint.load_into(model, checkpoint.read(source), source)
+    val = run.images("val")
+    everything = replace(ptq, placement=Placement(kinds=KINDS))
+    prepared = calibrated(model, everything, run.target.scheme, run.images("train"), seed=run.seed)
+    print(f"{name}: float {evaluate(model, val):.2f} % of {len(val)} validation images")
+    for effect in by_kind(prepared, val):
+        print(f"  {effect.path + ' alone':42} {effect.snr_db:6.1f} dB  {100 * effect.macs:5.1f} % of the MACs")
+    operators = operators_of(prepared, run.preprocess.size)
+    for placement in (families.default(spec.family), families.default(spec.family, "cpu"), everything.placement):
+        chosen = [operator for operator in operators if operator.kind in placement.kinds]
+        (decibels,) = errors_db(prepared, val, [chosen])
+        share = sum(operator.macs for operator in chosen) / sum(operator.macs for operator in operators)
+        top1 = evaluate(partly(prepared, chosen), val)
+        print(
+            f"  {placement!s:42} {decibels:6.1f} dB  {100 * share:5.1f} % of the MACs  top-1 {top1:.2f} %", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
