@@ -26,6 +26,7 @@ from calibration.recipe import Ptq, Qat
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from pipeline import stages
 from pipeline.compare import Comparison, ComparisonPlan, Speedup, compare
+from pipeline.measure import MAX_BUSY
 from pipeline.stages import Run
 from pipeline.store import Store, plain
 from targets._host import in_queries, padded, threads
@@ -61,6 +62,7 @@ class Candidate:
     beat: str | None  # the best placement before it; None: there was none
     kept: bool  # it became the best one
     why_not: str | None  # it did not
+    busy: float | None  # share of the processor that others took while it was timed
 
 
 class Log:
@@ -163,6 +165,8 @@ class Search:
         else:
             made = Candidate(**line)
         log.info("%-48s %s", placement, _sentence(made))
+        if made.busy is not None and made.busy > MAX_BUSY:
+            log.warning("%-48s %.0f %% of the processor was taken by others meanwhile", "", 100 * made.busy)
         return made
 
     def confirmed(self, best: Placement) -> dict[str, Any]:
@@ -217,6 +221,7 @@ class Search:
             beat=None if best is None else str(best),
             kept=False,
             why_not=None,
+            busy=None,
         )
         try:
             path = self._built(placement)
@@ -239,6 +244,7 @@ class Search:
             drop=round(self._top1(self._floats["fp32"]) - self._top1(path), 3),
             kept=why_not is None,
             why_not=why_not,
+            busy=comparison.busy,
         )
 
     def _hardest(self, comparison: Comparison) -> tuple[str, Speedup]:

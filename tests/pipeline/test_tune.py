@@ -160,10 +160,15 @@ def test_a_search_that_was_killed_goes_on_where_it_was(root: Path, found: dict[s
     with path.open("ab") as file:
         file.write(b'{"placement": "conv+li')  # as an end in the middle of a write leaves it
     answer: dict[str, Any] = tune(tiny_run("int8_ptq", PacedTarget(name="killed")), root)
-    assert answer["candidates"] == found["candidates"]
+    assert [_lasting(line) for line in answer["candidates"]] == [_lasting(line) for line in found["candidates"]]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[: len(first)] == [json.loads(line) for line in first]
     assert len(lines) == len(answer["candidates"]) + 1
+
+
+def _lasting(candidate: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on who else was using the machine."""
+    return {name: value for name, value in candidate.items() if name != "busy"}
 
 
 def _lines(root: Path) -> list[str]:
