@@ -20,15 +20,22 @@ DEPLOYMENT ?=
 MODELS  ?=
 SIZES   ?=
 RECIPES ?=
+CALIBRATOR ?= auto
+PLACEMENT  ?=
+MAX_DROP   ?=
+FORCE      ?=
+VERDICT    ?= yes
 PYTHON  ?= python3.11
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
-VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES
+VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
+          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
       --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
-      --interface="$$INTERFACE" --deployment="$$DEPLOYMENT"
+      --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" \
+      --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT"
 
 # Caches of libraries stay in the checkout, too.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
@@ -40,8 +47,8 @@ PIPELINE := $(VENV)/bin/python -m pipeline
 READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help engine multifunction calibrate qat verify profile dashboard explain lint-model placement models targets \
-        zoo bench bench-coreml test lint setup lock system-packages clean
+.PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
+        placement models targets zoo bench bench-coreml test lint setup lock system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +58,9 @@ help: ## this list
 	@echo "  DATA=digits (or a folder of class folders) SIZE= BATCH=1 SEED=0"
 	@echo "  FORM=tokens (or channels: as the Neural Engine computes a MobileViT, CoAtNet or Swin best)"
 	@echo "  Core ML only: RECIPE= (w8a16 w4a16 palette6 palette4) INTERFACE=tensor (image classifier) DEPLOYMENT= (iOS16 and later)"
+	@echo "  INT8: CALIBRATOR=auto (minmax moving_average percentile entropy mse) FORCE= (1: calibrate on fewer than 128 images)"
+	@echo "    PLACEMENT= (what computes in integers, such as conv+linear-stages.0; or layers, or all; or the family's own)"
+	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
@@ -64,6 +74,15 @@ calibrate: $(READY) ## stop after INT8 calibration (PTQ) and say what it costs i
 
 qat: $(READY) ## stop after quantization-aware training and say what it costs in accuracy
 	@$(PIPELINE) qat $(RUN)
+
+sensitivity: $(READY) ## what each module loses by computing in integers alone, the most sensitive first
+	@$(PIPELINE) sensitivity $(RUN)
+
+tune: $(READY) ## search the placement of INT8 that is fastest on TARGET within the accuracy budget, timed here
+	@$(PIPELINE) tune $(RUN)
+
+prove: $(READY) ## read scales and integers back from every artifact of one INT8 checkpoint, and compare
+	@$(PIPELINE) prove $(RUN)
 
 verify: $(READY) ## run the engine on every test image again, and compare each step with the one before
 	@$(PIPELINE) verify $(RUN)

@@ -8,6 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from calibration import calibrators
+from calibration.calibrators import Statistics
 from calibration.fake_quant import FakeQuant, snap
 from models.errors import CheckFailed
 
@@ -36,12 +38,30 @@ class PerTensorAffineFakeQuant(FakeQuant):
         self.batches += 1
         self.ends += (_ends(x) - self.ends) / self.batches
 
-    def fix_range(self) -> None:
-        if self.batches:  # one that stands on several edges is asked once for each
+    def fix_range(self, calibrator: str = "mse") -> None:
+        if calibrator == "mse":
             limits = self.counts.best_range()
-            self._set_range(limits)
-            self.covered.copy_(limits / self.ends.where(self.ends != 0, 1.0))  # an end of zero stays there
-            self.counts, self.batches = Counts(), 0  # its memory is not needed any more
+        else:
+            clip = calibrators.ALL[calibrator](self.statistics())
+            limits = self.counts.ends.clamp(-clip, clip)
+        self._set_range(limits)
+        self.covered.copy_(limits / self.ends.where(self.ends != 0, 1.0))  # an end of zero stays there
+
+    def forget(self) -> None:
+        self.counts, self.batches = Counts(), 0
+
+    def statistics(self) -> Statistics:
+        """Both sides of zero as one."""
+        seen = Statistics()
+        seen.limit, seen.peak = self.counts.limit, float(self.counts.ends.abs().amax())
+        seen.mean_peak, seen.batches = float(self.ends.abs().amax()), self.batches
+        negative, positive = self.counts.counts.view(2, -1)
+        seen.counts = positive + negative.flip(0)
+        return seen
+
+    def limit(self) -> float:
+        levels = torch.stack((self.zero_point, STEPS - self.zero_point))
+        return float((levels * self.scale).max())
 
     def follow(self, x: Tensor) -> None:
         self.ends.lerp_(_ends(x), 1 - _MEMORY)

@@ -6,7 +6,6 @@ artifact: whatever the fake-quantized model computes, the converted one computes
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, Literal
 
@@ -14,16 +13,13 @@ import torch
 from torch import Tensor
 from torchao.quantization.pt2e import FakeQuantizeBase
 
-from models.errors import CheckFailed
+from calibration import calibrators
+from calibration.calibrators import LEVELS, Statistics
 
 Mode = Literal["observe", "train", "frozen"]
 
-LEVELS = 127  # a range reaches from -127 to 127 scales
-
 # The normal FP16 numbers: beyond them an FP16 graph would round the scale itself, flush it to zero, or overflow.
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
-_BINS = 2048
-_SAMPLES = 2**17  # values of each tensor that are counted, evenly spaced; its peak is always exact
 _PEAK_MEMORY = 0.99  # of the moving average that lets ranges follow the training
 
 
@@ -60,8 +56,21 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
     def observe(self, x: Tensor) -> None: ...
 
     @abstractmethod
-    def fix_range(self) -> None:
-        """Choose the scale from what was observed."""
+    def fix_range(self, calibrator: str = "mse") -> None:
+        """Choose the scale from what was observed; it may be chosen again until that is forgotten."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop what was observed, and its memory."""
+
+    def statistics(self) -> Statistics | None:
+        """What was observed of an activation; None of a weight."""
+        return None
+
+    def limit(self) -> float:
+        """The largest absolute value that is represented."""
+        highest: float = float(self.scale.max()) * self.quant_max
+        return highest
 
     @abstractmethod
     def follow(self, x: Tensor) -> None: ...
@@ -82,26 +91,29 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 
 
 class PerTensorFakeQuant(FakeQuant):
-    """For activations: the range is the clip with the least squared error over all images seen."""
+    """For activations: the range is what a calibrator chooses from all images seen."""
 
     def __init__(self, **spec: Any) -> None:
         super().__init__(**spec)
-        self.histogram = Histogram()
+        self.seen = Statistics()
         # Mean over batches of the largest absolute value, and the share of it that the range covers.
         self.register_buffer("peak", torch.zeros(()))
         self.register_buffer("covered", torch.ones(()))
-        self.batches = 0
 
     def observe(self, x: Tensor) -> None:
-        self.histogram.add(x)
-        self.batches += 1
-        self.peak += (x.abs().amax() - self.peak) / self.batches
+        self.seen.add(x)
 
-    def fix_range(self) -> None:
-        clip = self.histogram.best_clip(LEVELS)
+    def fix_range(self, calibrator: str = "mse") -> None:
+        clip = calibrators.ALL[calibrator](self.seen)
         self._set_limits(torch.tensor([clip]))
-        self.covered.fill_(clip / max(float(self.peak), 1e-12))
-        self.histogram = Histogram()  # its memory is not needed any more
+        self.peak.fill_(self.seen.mean_peak)
+        self.covered.fill_(clip / max(self.seen.mean_peak, 1e-12))
+
+    def forget(self) -> None:
+        self.seen = Statistics()
+
+    def statistics(self) -> Statistics | None:
+        return self.seen
 
     def follow(self, x: Tensor) -> None:
         self.peak.lerp_(x.abs().amax(), 1 - _PEAK_MEMORY)
@@ -125,8 +137,10 @@ class PerChannelFakeQuant(FakeQuant):
     def observe(self, x: Tensor) -> None:
         self.weight = x
 
-    def fix_range(self) -> None:
+    def fix_range(self, calibrator: str = "mse") -> None:
         self.follow(self.weight)
+
+    def forget(self) -> None:
         self.weight = torch.zeros(1)
 
     def follow(self, x: Tensor) -> None:
@@ -141,47 +155,3 @@ class PerChannelFakeQuant(FakeQuant):
 def snap(scale: Tensor) -> Tensor:
     """The nearest FP16 value, as float32: a graph typed in FP16 and one typed in FP32 then carry the same scale."""
     return scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16).to(torch.float32)
-
-
-class Histogram:
-    """Counts of absolute values in equal bins from 0 to a limit that doubles when it must: constant memory, one pass,
-    and no second look at the images.
-    """
-
-    def __init__(self) -> None:
-        self.limit = 0.0
-        self.counts = torch.zeros(_BINS)
-
-    def add(self, x: Tensor) -> None:
-        magnitudes = x.float().abs().flatten()
-        peak = float(magnitudes.amax())
-        if peak == 0:
-            return
-        if not math.isfinite(peak):
-            raise CheckFailed(
-                f"calibration met an activation of {peak}: the float model is not finite on these images; check WEIGHTS"
-            )
-        if self.limit == 0:
-            self.limit = peak
-        while self.limit < peak:
-            self.counts = torch.cat((self.counts.view(-1, 2).sum(1), torch.zeros(_BINS // 2)))
-            self.limit *= 2
-        step = len(magnitudes) // _SAMPLES | 1  # odd, so that it does not keep step with power-of-two shapes
-        self.counts += torch.histc(magnitudes[::step], _BINS, 0, self.limit).cpu()
-
-    def best_clip(self, levels: int) -> float:
-        """The clipping threshold with the least mean squared error of clip-and-round into `levels` steps.
-
-        The search of NVIDIA's "mse" calibrator (Wu et al., "Integer Quantization for Deep Learning Inference",
-        arXiv 2004.09602, section 5.2, compares such thresholds), on bin centres.
-        """
-        if self.limit == 0:
-            return 0.0
-        width = self.limit / _BINS
-        centres = (torch.arange(_BINS) + 0.5) * width
-        highest = int(self.counts.nonzero().max()) + 1
-        clips = torch.linspace(0.2, 1.0, 161)[:, None] * highest * width
-        steps = clips / levels
-        rounded = ((centres / steps).round() * steps).minimum(clips)
-        errors = (self.counts * (centres - rounded).square()).sum(1)
-        return float(clips[int(errors.argmin())])

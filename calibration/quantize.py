@@ -11,10 +11,8 @@ divides by no gamma, counts no batches, and trains the very weights that are rou
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -23,11 +21,10 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from calibration import program
 from calibration.batches import Batch, Images
 from calibration.budget import Budget
-from calibration.fake_quant import FakeQuant, Mode
+from calibration.calibrate import calibrate, set_mode
 from calibration.fold import fold
 from calibration.metrics import Logits, snr_db
 from calibration.placement import LAYERS, Placement
-from calibration.progress import bar
 from calibration.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
 from calibration.scheme import Scheme
@@ -64,12 +61,11 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
             _checked("folding", program.logits(model, [probe]), folded, probe, _FOLDED_DB)
             return Quantized(program=program.export(folded, size))
         case Ptq():
-            prepared = _calibrated(model, recipe, scheme, train, seed=seed)
-            report: dict[str, object] = {}
+            prepared, report = _calibrated(model, recipe, scheme, train, seed=seed)
         case Qat():
-            prepared = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
-            report = _trained(prepared, model, recipe, train, val, seed=seed)
-    _set_mode(prepared, "frozen")
+            prepared, report = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
+            report |= _trained(prepared, model, recipe, train, val, seed=seed)
+    set_mode(prepared, "frozen")
     if recipe.budget is not None:
         prepared, spent = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))
         report |= spent
@@ -105,26 +101,17 @@ def prepare(model: nn.Module, scheme: Scheme, size: int, placement: Placement = 
 
 def calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
     """The prepared graph of `model`, in evaluation mode, that rounds in the ranges that `recipe` finds."""
-    prepared = _calibrated(model, recipe, scheme, train, seed=seed)
-    _set_mode(prepared, "frozen")
+    prepared, _ = _calibrated(model, recipe, scheme, train, seed=seed)
+    set_mode(prepared, "frozen")
     return prepared
 
 
-def fake_quants(model: nn.Module) -> Iterator[FakeQuant]:
-    return (module for module in model.modules() if isinstance(module, FakeQuant))
-
-
-def _calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
-    """Show `recipe.samples` training images, drawn evenly by class, to the traced model and fix the ranges."""
+def _calibrated(
+    model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int
+) -> tuple[GraphModule, dict[str, object]]:
+    """The prepared graph of `model` with the ranges that `recipe` finds, and the report of its calibration."""
     prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
-    chosen = train.stratified(recipe.samples, seed)
-    with torch.no_grad(), bar(total=len(chosen), title="calibration", unit="image") as progress:
-        for images, _ in train.batches(_CALIBRATION_BATCH, chosen):
-            prepared(images)
-            progress.update(len(images))
-    for fake_quant in fake_quants(prepared):
-        fake_quant.fix_range()
-    return prepared
+    return prepared, calibrate(prepared, recipe, train, seed=seed)
 
 
 def _trained(
@@ -136,9 +123,9 @@ def _trained(
     frozen_from = round(recipe.freeze_ranges_at * recipe.epochs)
 
     def before_epoch(epoch: int) -> None:
-        _set_mode(prepared, "train" if epoch < frozen_from else "frozen")
+        set_mode(prepared, "train" if epoch < frozen_from else "frozen")
 
-    _set_mode(prepared, "frozen")
+    set_mode(prepared, "frozen")
     start = evaluate(prepared, val)
     plan = TrainingPlan(epochs=recipe.epochs, learning_rate=recipe.learning_rate)
     epochs = fit(
@@ -167,8 +154,3 @@ def _checked(what: str, expected: Logits, graph: nn.Module, probe: Batch, least_
             f"{least_db:.0f} dB; its accuracy would not be the artifact's"
         )
     return found
-
-
-def _set_mode(prepared: GraphModule, mode: Mode) -> None:
-    for fake_quant in fake_quants(prepared):
-        fake_quant.mode = mode

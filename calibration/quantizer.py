@@ -16,7 +16,8 @@ from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 
 from calibration import regions
 from calibration.affine import STEPS, PerTensorAffineFakeQuant
-from calibration.fake_quant import LEVELS, FakeQuant, PerChannelFakeQuant, PerTensorFakeQuant
+from calibration.calibrators import LEVELS
+from calibration.fake_quant import FakeQuant, PerChannelFakeQuant, PerTensorFakeQuant
 from calibration.placement import LAYERS, SMALL, Kind, Placement
 from calibration.program import WEIGHTED, module_path
 from calibration.scheme import Scheme

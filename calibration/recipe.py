@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from calibration.budget import Budget
 from calibration.placement import LAYERS, Placement
+
+AUTO: Final = "auto"  # the calibrator with the least output error on calibration images that the ranges have not seen
+# What a person may call a calibrator, and its name in `calibrators.ALL`.
+CALIBRATORS: Final[Mapping[str, str]] = {
+    AUTO: AUTO,
+    "minmax": "minmax",
+    "moving_average": "moving_average",
+    "percentile": "percentile_99.99",
+    "percentile_99.9": "percentile_99.9",
+    "percentile_99.99": "percentile_99.99",
+    "percentile_99.999": "percentile_99.999",
+    "entropy": "entropy",
+    "mse": "mse",
+}
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
@@ -26,6 +41,8 @@ class Ptq:
     name: str
     precision: Literal["int8"] = "int8"
     samples: int = 512
+    calibrator: str = AUTO  # one of `calibrators.ALL`, or the best of them
+    force: bool = False  # calibrate on fewer images than ranges need
     placement: Placement = LAYERS
     budget: Budget | None = None  # the most sensitive modules stay float until it holds; None: nothing else does
 
@@ -78,3 +95,14 @@ ALL: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 def budgeted(recipe: Recipe, budget: Budget) -> Recipe:
     """`recipe` with modules in float where `budget` asks for it; one without integer layers is as it was."""
     return replace(recipe, budget=budget) if isinstance(recipe, Ptq | Qat) else recipe
+
+
+def with_ptq(recipe: Recipe, **changes: Any) -> Recipe:
+    """`recipe` with changes of its post-training quantization, the one that training starts from included."""
+    match recipe:
+        case Ptq():
+            return replace(recipe, **changes)
+        case Qat():
+            return replace(recipe, warm_start=replace(recipe.warm_start, **changes))
+        case _:
+            return recipe

@@ -108,8 +108,8 @@ def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_t
     drop, least = float_top1 - tried[0].top1, float_top1 - best.top1
     raise CheckFailed(
         f"MAX_DROP={budget}: in integers the network loses {drop:.2f} points of the {float_top1:.2f} % top-1 of float "
-        f"on {len(val)} validation images, and at best {least:.2f}, with {len(best.paths)} of its {len(effects)} modules "
-        f"in float; {budget.tolerance(float_top1, len(val)):.2f} are allowed; {otherwise}",
+        f"on {len(val)} validation images, and at best {least:.2f}, with {len(best.paths)} of its {len(effects)} "
+        f"modules in float; {budget.tolerance(float_top1, len(val)):.2f} are allowed; {otherwise}",
         answer={"val_drop": round(drop, 3), "least_val_drop": round(least, 3), "keep_float": best.paths},
     )
 

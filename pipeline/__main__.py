@@ -25,7 +25,8 @@ import calibration.data
 import calibration.recipe
 import models
 import targets
-from calibration.recipe import WeightOnly
+from calibration import budget, placement
+from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budgeted, with_ptq
 from models import external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
@@ -42,6 +43,9 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
     "engine": verbs.engine,
     "calibrate": verbs.calibrate,
     "qat": verbs.qat,
+    "sensitivity": verbs.sensitivity,
+    "tune": verbs.tune,
+    "prove": verbs.prove,
     "verify": verbs.verify,
     "profile": verbs.profile,
     "explain": verbs.explain,
@@ -50,6 +54,7 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
 }
 _ON_SEVERAL = ("zoo", "multifunction")
 _INTERFACES: Mapping[str, Interface] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
+_SWITCH: Mapping[str, bool] = {"yes": True, "1": True, "no": False, "0": False}
 _FORMS: Mapping[str, Form] = {"tokens": "tokens", "channels": "channels"}
 _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
@@ -121,6 +126,7 @@ def read(request: argparse.Namespace) -> Run:
     batch = number("BATCH", request.batch, 1, _LARGEST_BATCH)
     interface = pick("interface", request.interface, _INTERFACES)
     deployment = request.deployment or None
+    recipe = adjusted(recipe, request)
     storage = recipe if isinstance(recipe, WeightOnly) else None
     if isinstance(target, Customizes):
         target.accept(
@@ -144,7 +150,31 @@ def read(request: argparse.Namespace) -> Run:
         form=form_of(model, request.form),
         interface=interface,
         deployment=deployment,
+        max_drop=budget.parse(request.max_drop) if request.max_drop else budget.DEFAULT,
+        verdict=pick("verdict", request.verdict, _SWITCH),
     )
+
+
+def adjusted(recipe: Recipe, request: argparse.Namespace) -> Recipe:
+    """The recipe with what CALIBRATOR, PLACEMENT, FORCE and MAX_DROP ask of it. Raises BadRequest where it has no such
+    choice, as it rounds nothing.
+    """
+    changes: dict[str, object] = {}
+    if request.calibrator != "auto":
+        changes["calibrator"] = pick("calibrator", request.calibrator, CALIBRATORS)
+    if request.placement:
+        changes["placement"] = placement.parse(request.placement)
+    if request.force:
+        changes["force"] = pick("force", request.force, _SWITCH)
+    if changes and not isinstance(recipe, Ptq | Qat):
+        name = next(iter(changes))
+        raise BadRequest(
+            f"{name.upper()}={getattr(request, name)}: RECIPE={recipe.name} rounds nothing to integers; use "
+            "RECIPE=int8_ptq or RECIPE=int8_qat, or leave it out"
+        )
+    if request.max_drop:
+        recipe = budgeted(recipe, budget.parse(request.max_drop))
+    return with_ptq(recipe, **changes)
 
 
 def read_several(request: argparse.Namespace) -> list[Run]:
@@ -255,6 +285,11 @@ def _parser() -> argparse.ArgumentParser:
         ("models", ""),
         ("sizes", ""),
         ("recipes", ""),
+        ("calibrator", "auto"),
+        ("placement", ""),
+        ("max_drop", ""),
+        ("force", ""),
+        ("verdict", "yes"),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")

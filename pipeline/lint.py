@@ -324,9 +324,7 @@ def _scales(graph: GraphModule) -> Iterator[tuple[Node, str, list[float]]]:
 
     for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(module := graph.get_submodule(node.target), FakeQuant):
-            seen = (
-                module.histogram.limit if isinstance(module, PerTensorFakeQuant) else cast(Any, module).weight.ndim > 1
-            )
+            seen = module.seen.limit if isinstance(module, PerTensorFakeQuant) else cast(Any, module).weight.ndim > 1
             scales: list[float] = [] if seen else module.scale.tolist()
         elif _operator(node).startswith("dequantize_per_"):
             scales = _values(graph, node.args[1])

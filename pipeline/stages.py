@@ -52,6 +52,7 @@ class Run:
     interface: Interface = "tensor"
     deployment: str | None = None  # the oldest system that must run the engine; None: what the recipe needs
     max_drop: Budget = DEFAULT  # what the artifact may lose against the float model
+    verdict: bool = False  # build float engines beside one of INT8, and say which is worth shipping
 
     def images(self, part: Part) -> Images:
         from calibration.batches import Images

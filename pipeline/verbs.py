@@ -82,7 +82,16 @@ def engine(run: Run, root: Path) -> Answer:
             f"next: {command}",
             answer=answer | {"next": command},
         )
-    return answer
+    return answer | _verdict(run, root, artifact)
+
+
+def _verdict(run: Run, root: Path, artifact: Artifact) -> Answer:
+    """Whether an engine that was built just now is worth shipping, where that is asked and can be timed here."""
+    from pipeline.verdict import can_judge, verdict
+
+    if not run.verdict or artifact.cached or not can_judge(run):
+        return {}
+    return {"verdict": verdict(run, root, artifact)}
 
 
 def multifunction(runs: Sequence[Run], root: Path) -> Answer:
@@ -107,12 +116,42 @@ def multifunction(runs: Sequence[Run], root: Path) -> Answer:
 
 def calibrate(run: Run, root: Path) -> Answer:
     """Stop after post-training quantization: the calibrated program and the report of its accuracy in torch."""
-    return _quantized(replace(run, recipe=calibration.recipe.ALL["int8_ptq"]), root)
+    return _quantized(_as(run, "int8_ptq"), root)
 
 
 def qat(run: Run, root: Path) -> Answer:
     """Stop after quantization-aware training."""
-    return _quantized(replace(run, recipe=calibration.recipe.ALL["int8_qat"]), root)
+    return _quantized(_as(run, "int8_qat"), root)
+
+
+def _as(run: Run, recipe: str) -> Run:
+    """The run by another recipe for INT8, with the choices that it was asked for."""
+    from pipeline.sensitivity import calibrating
+
+    ptq, made = calibrating(run), calibration.recipe.ALL[recipe]
+    kept = {name: getattr(ptq, name) for name in ("calibrator", "placement", "force")}
+    return replace(run, recipe=calibration.recipe.with_ptq(made, **kept))
+
+
+def sensitivity(run: Run, root: Path) -> Answer:
+    """What each module loses by computing in integers alone."""
+    from pipeline.sensitivity import sensitivity as measured
+
+    return measured(run, root)
+
+
+def tune(run: Run, root: Path) -> Answer:
+    """Search the placement of integers that is fastest on the run's target."""
+    from pipeline.tune import tune as searched
+
+    return searched(run, root)
+
+
+def prove(run: Run, root: Path) -> Answer:
+    """Compare the numbers in all artifacts of one checkpoint."""
+    from pipeline.prove import prove as proved
+
+    return proved(run, root)
 
 
 def verify(run: Run, root: Path) -> Answer:

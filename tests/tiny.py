@@ -35,6 +35,11 @@ VARIABLES = (
     "FORM",
     "INTERFACE",
     "DEPLOYMENT",
+    "CALIBRATOR",
+    "PLACEMENT",
+    "MAX_DROP",
+    "FORCE",
+    "VERDICT",
 )  # of the Makefile
 SIDE = 16
 _COUNTS: dict[Part, int] = {"train": 128, "val": 32, "test": 48}

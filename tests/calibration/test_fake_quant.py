@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.fake_quant import LEVELS, FakeQuant, Histogram, Mode, PerChannelFakeQuant, PerTensorFakeQuant, snap
+from calibration.calibrators import LEVELS, Statistics
+from calibration.fake_quant import FakeQuant, Mode, PerChannelFakeQuant, PerTensorFakeQuant, snap
 from models.errors import CheckFailed
 
 
@@ -87,26 +88,26 @@ def test_a_range_covers_all_batches() -> None:
     assert 4.5 < fake_quant.scale.item() * LEVELS <= 5.01
 
 
-def test_a_histogram_that_must_grow_keeps_every_count() -> None:
-    histogram = Histogram()
+def test_a_statistics_that_must_grow_keeps_every_count() -> None:
+    statistics = Statistics()
     draw = torch.Generator().manual_seed(0)
     parts = [torch.rand(1000, generator=draw) * limit for limit in (1.0, 0.1, 3.0, 0.5, 40.0)]
     parts[0][0] = 1.0  # so that all limits, and with them the edges of the bins, are powers of two
     for part in parts:
-        histogram.add(part)
-    assert histogram.limit == 64.0
-    assert histogram.counts.sum() == 5000
-    at_once = torch.histc(torch.cat(parts), len(histogram.counts), 0, 64.0)
-    assert (histogram.counts - at_once).abs().sum() <= 4  # values on an edge fall on either side
+        statistics.add(part)
+    assert statistics.limit == 64.0
+    assert statistics.counts.sum() == 5000
+    at_once = torch.histc(torch.cat(parts), len(statistics.counts), 0, 64.0)
+    assert (statistics.counts - at_once).abs().sum() <= 4  # values on an edge fall on either side
 
 
-def test_a_histogram_counts_a_large_tensor_in_part_but_knows_its_peak() -> None:
-    histogram = Histogram()
+def test_a_statistics_counts_a_large_tensor_in_part_but_knows_its_peak() -> None:
+    statistics = Statistics()
     x = torch.rand(2**19)
     x[12345] = 7.0
-    histogram.add(x)
-    assert histogram.limit == 7.0
-    assert 2**16 < histogram.counts.sum() <= 2**18
+    statistics.add(x)
+    assert statistics.limit == 7.0
+    assert 2**16 < statistics.counts.sum() <= 2**18
 
 
 def test_nothing_but_zeros_is_a_range_too() -> None:

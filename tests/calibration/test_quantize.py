@@ -17,9 +17,10 @@ from torch.fx import Node
 
 import calibration.recipe
 from calibration import program as programs
+from calibration.calibrate import fake_quants
 from calibration.fake_quant import FakeQuant
 from calibration.metrics import snr_db
-from calibration.quantize import Quantized, fake_quants, prepare, quantize
+from calibration.quantize import Quantized, prepare, quantize
 from calibration.recipe import Float, Ptq, Qat, Recipe
 from calibration.scheme import SHARED, Scheme
 from calibration.train import TrainingPlan, evaluate, fit
@@ -28,7 +29,7 @@ from models.errors import CheckFailed
 from tests.tiny import SIDE
 from tests.toys import CLASSES, LAYERS, Hybrid, images, seeded
 
-PTQ = Ptq(name="int8_ptq", samples=64)
+PTQ = Ptq(name="int8_ptq", samples=64, force=True)
 QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=3, learning_rate=1e-3)
 
 aten, integers = torch.ops.aten, torch.ops.quantized_decomposed
@@ -315,11 +316,12 @@ def test_another_seed_draws_other_images(trained: nn.Module, ptq: Quantized) -> 
 
 def test_only_training_images_are_calibrated_with(trained: nn.Module) -> None:
     """Neither validation nor test images move a scale: without any, the scales are the same."""
+    recipe = replace(PTQ, calibrator="mse")
     prepared = prepare(copy.deepcopy(trained).eval(), SHARED, SIDE)
-    chosen = images("train").stratified(PTQ.samples, 0)
+    chosen = images("train").stratified(recipe.samples, 0)
     programs.logits(prepared, images("train").batches(32, chosen))
     watched = [fake_quant for fake_quant in prepared.modules() if isinstance(fake_quant, FakeQuant)]
     for fake_quant in watched:
         fake_quant.fix_range()
-    expected = sorted(layer["activation"] for layer in programs.scales(made(trained, PTQ).program.module()).values())
+    expected = sorted(layer["activation"] for layer in programs.scales(made(trained, recipe).program.module()).values())
     assert sorted(fake_quant.scale.item() for fake_quant in watched if fake_quant.scale.numel() == 1) == expected

@@ -12,8 +12,9 @@ from torch.fx import GraphModule
 
 from calibration import program as programs
 from calibration.budget import Budget
+from calibration.calibrate import fake_quants
 from calibration.placement import Placement
-from calibration.quantize import calibrated, fake_quants, quantize
+from calibration.quantize import calibrated, quantize
 from calibration.recipe import Ptq, Qat, budgeted
 from calibration.scheme import SHARED
 from calibration.sensitivity import by_kind, operators_of, partly, sensitivity, within_budget
@@ -22,7 +23,7 @@ from models.errors import CheckFailed
 from tests.tiny import SIDE, net
 from tests.toys import CLASSES, Hybrid, images, seeded
 
-PTQ = Ptq(name="int8_ptq", samples=64)
+PTQ = Ptq(name="int8_ptq", samples=64, force=True)
 VICTIM = "3"  # the second of the three layers of `net`
 OUTLIER = 2.0**14
 TIGHT = Budget(value=1.0)

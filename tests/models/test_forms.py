@@ -18,9 +18,10 @@ from torch.nn import functional
 import calibration.recipe
 import models
 import targets
+from calibration.calibrate import fake_quants
 from calibration.data import load
 from calibration.program import WEIGHTED, stored_tensor
-from calibration.quantize import fake_quants, prepare, traced
+from calibration.quantize import prepare, traced
 from calibration.scheme import SHARED
 from models import coatnet, external, mobilevit, swin
 from models._layers import ChannelNorm, attend_by_head, recast

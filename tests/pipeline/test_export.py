@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 import models
 from calibration import program as programs
 from calibration.metrics import snr_db
+from calibration.scheme import SHARED
 from models.errors import CheckFailed
 from pipeline import export as exporting
 from targets.base import Export
@@ -203,7 +204,7 @@ def weight_and_activation(model: ModelProto) -> tuple[NodeProto, NodeProto]:
 
 
 def checked(export: Export, model: ModelProto) -> None:
-    exporting._check_quantizers(model, programs.scales(programs.load(export.program).module()))
+    exporting._check_quantizers(model, programs.scales(programs.load(export.program).module()), SHARED)
 
 
 def test_a_good_graph_passes(int8_export: Export, model: ModelProto) -> None:

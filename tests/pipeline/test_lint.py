@@ -19,8 +19,9 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 import models
 from calibration import program
+from calibration.calibrate import fake_quants
 from calibration.fake_quant import FakeQuant, PerTensorFakeQuant
-from calibration.quantize import fake_quants, prepare, traced
+from calibration.quantize import prepare, traced
 from calibration.scheme import SHARED
 from models.errors import CheckFailed
 from pipeline.export import export
@@ -421,6 +422,7 @@ def fixed(prepared: GraphModule, *, skip: FakeQuant | None = None) -> GraphModul
     for fake_quant in fake_quants(prepared):
         if fake_quant is not skip:
             fake_quant.fix_range()
+            fake_quant.forget()
         fake_quant.mode = "frozen"
     return prepared
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.budget import Budget
-from calibration.recipe import Float, Ptq
+from calibration.recipe import Float, Ptq, budgeted
 from pipeline import stages
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Step, Store, plain
@@ -74,7 +74,7 @@ def test_the_same_request_has_the_same_keys() -> None:
 
 
 def test_targets_with_the_same_arithmetic_share_training() -> None:
-    assert changed(tiny_run(target="cpu"), tiny_run(target="onnxruntime")) == ["compiled", "engine"]
+    assert changed(tiny_run(target="cpu"), tiny_run(target="coreml")) == ["compiled", "engine"]
     assert changed(tiny_run(target="cpu"), tiny_run(target="null")) == ["compiled", "engine"]
 
 
@@ -117,6 +117,11 @@ def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(
     changes: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     assert changed(tiny_run(), tiny_run(**changes)) == list(expected)
+
+
+def test_a_budget_that_may_keep_modules_in_float_quantizes_again() -> None:
+    run = tiny_run()
+    assert changed(run, replace(run, recipe=budgeted(run.recipe, Budget(value=0.5)))) == list(STAGES[1:])
 
 
 def test_an_engine_that_tells_what_was_published_of_its_model_is_told_of_an_erratum() -> None:
