@@ -8,14 +8,16 @@ within a round are looked at: what slows a whole round cancels. The confidence i
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from pipeline.measure import timed
+from pipeline.measure import MAX_BUSY, jiffies, timed
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,6 +29,7 @@ LEAST_GAIN: Final = 1.02  # speedup below which another engine is not worth its 
 _CONFIDENCE: Final = 95  # percent
 _RESAMPLES: Final = 1_000
 _WARMUP: Final = 5  # queries of each engine before the first round, forgotten but for their number a chunk
+_FEW_TICKS: Final = 20  # of the clock, below which shares of them say nothing
 _LOOK_AGAIN: Final = 1.5  # rounds, times those at the last look: who looks at every round stops at a lucky one
 _SETTLING: Final = 1  # queries of each chunk that are forgotten: the engine before it has left the caches cold
 
@@ -74,7 +77,15 @@ class Comparison:
     names: tuple[str, ...]
     medians_ns: npt.NDArray[np.float64]  # (rounds, engines)
     seed: int = 0
+    busy: float | None = None  # share of the processor that others took meanwhile; None: unknown
     _found: dict[tuple[str, str], Speedup] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def disturbed(self) -> str | None:
+        """What speaks against these ratios. A query that waits for its turn on a core measures the others."""
+        if self.busy is None or self.busy <= MAX_BUSY:
+            return None
+        return f"{self.busy:.0%} of the processor was taken by others, more than {MAX_BUSY:.0%}: compare again"
 
     def p50_ms(self, name: str) -> float:
         """The median over rounds of an engine's medians."""
@@ -99,7 +110,7 @@ def compare(
     chunks = {name: _chunk(timed(sessions[name], images, _WARMUP), plan) for name in names}
     rng = np.random.default_rng(seed)
     rounds: list[list[float]] = []
-    busy_ns, look_at = 0, plan.min_rounds
+    busy_ns, look_at, before = 0, plan.min_rounds, _moment()
     while True:
         medians = dict.fromkeys(names, 0.0)
         for index in rng.permutation(len(names)):
@@ -112,8 +123,23 @@ def compare(
         if used or len(rounds) >= look_at:
             found = Comparison(names=names, medians_ns=np.array(rounds), seed=seed)
             if used or _narrow(found, plan.width):
-                return found
+                return replace(found, busy=_taken_by_others(before, _moment()))
             look_at = math.ceil(look_at * _LOOK_AGAIN)
+
+
+def _moment() -> tuple[float, float, float] | None:
+    """Clock ticks of all cores since boot: in total, idle, and in this process."""
+    found = jiffies()
+    return found and (*found, time.process_time() * os.sysconf("SC_CLK_TCK"))
+
+
+def _taken_by_others(
+    before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
+) -> float | None:
+    if before is None or after is None:
+        return None
+    total, idle, own = (now - then for now, then in zip(after, before, strict=True))
+    return round((total - idle - own) / total, 3) if total >= _FEW_TICKS else None
 
 
 def _chunk(warmup_ns: list[int], plan: ComparisonPlan) -> int:

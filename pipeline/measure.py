@@ -281,16 +281,16 @@ class Conditions:
 
 def _busy() -> float | None:
     """Watches for half a second, in which this thread sleeps."""
-    before = _jiffies()
+    before = jiffies()
     time.sleep(_BUSY_SECONDS)
-    after = _jiffies()
+    after = jiffies()
     if before is None or after is None:
         return None
     total, idle = (now - then for now, then in zip(after, before, strict=True))
     return round(1 - idle / total, 3) if total else None
 
 
-def _jiffies() -> tuple[int, int] | None:
+def jiffies() -> tuple[int, int] | None:
     """Time that all cores have spent since boot, in clock ticks: in total, and idle. Source: proc(5), /proc/stat."""
     try:
         fields = [int(field) for field in _STAT.read_text().splitlines()[0].split()[1:]]

@@ -25,7 +25,8 @@ from calibration.placement import KINDS, LAYERS, Kind, Placement, parse
 from calibration.recipe import Ptq, Qat
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from pipeline import stages
-from pipeline.compare import Comparison, ComparisonPlan, compare
+from pipeline.compare import Comparison, ComparisonPlan, Speedup, compare
+from pipeline.measure import MAX_BUSY
 from pipeline.stages import Run
 from pipeline.store import Store, plain
 from targets._host import in_queries, padded, threads
@@ -43,7 +44,6 @@ _PATTERNS: Final = tuple(
     for kinds in ((*LAYERS.kinds, "attention"), (*LAYERS.kinds, "elementwise"), KINDS)  # in the order of KINDS
 )
 _PLAN: Final = ComparisonPlan()
-_FINAL: Final = ComparisonPlan(min_rounds=30, max_seconds=12.0, width=0.01)
 _READ_AT_ONCE: Final = 64  # images
 
 log = logging.getLogger("edgeline")
@@ -54,13 +54,15 @@ class Candidate:
     """What came of one placement."""
 
     placement: str
-    over: str  # the float recipe whose engine it was timed with
-    speedup: float | None  # None: it was not built, for the reason in `why_not`
-    ci: tuple[float, float] | None
+    over: str | None  # the recipe of the float engine that is hardest to beat; None: it was not built, see `why_not`
+    speedup: float | None  # over that engine
+    ci: list[float] | None
+    over_fp32: float | None  # speedup
     drop: float | None  # points of top-1 below the FP32 engine, on the validation part
     beat: str | None  # the best placement before it; None: there was none
     kept: bool  # it became the best one
     why_not: str | None  # it did not
+    busy: float | None  # share of the processor that others took while it was timed
 
 
 class Log:
@@ -79,34 +81,36 @@ class Log:
         return next((line for line in self.lines if what.items() <= line.items()), None)
 
     def append(self, line: Mapping[str, object]) -> None:
+        text = json.dumps(line)
         with self.path.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
+            file.write(text.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.lines.append(dict(line))
+        self.lines.append(json.loads(text))  # as it will be read
 
 
-def tune(run: Run, root: Path) -> dict[str, object]:
+def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object]:
     """The placement of the run's model that is fastest on its target within the accuracy budget, or none where that is
     a float engine. Raises CannotRunHere where the target cannot be timed, BadRequest where the recipe has no placement.
     """
-    search = Search(run=run, root=root)
+    search = Search(run=run, root=root, plan=plan)
     best = search.search()
     final = search.confirmed(best) if best else None
-    command = search.next_command(best if final and final["gains"] else None)
     if final and not final["gains"]:
-        log.info("timed again, %s is %.2f times as fast as %s: float it is", best, final["speedup"], search.over)
+        log.info("timed again, %s is %.2f times as fast as %s: float it is", best, final["speedup"], final["over"])
+        best, final = None, None
+    candidates = [line for line in search.record.lines if "kept" in line]
+    if best is None:
+        log.info("float: no placement of %d is faster within the budget", len(candidates))
+    command = search.next_command(best)
     log.info("%s", command)
-    kept = final if final and final["gains"] else {}
+    told = final or dict.fromkeys(("over", "speedup", "ci", "drop"))
     return {
-        "placement": str(best) if kept else None,
-        "answer": str(best) if kept else "float",
-        "over": search.over,
-        "speedup": kept.get("speedup"),
-        "ci": kept.get("ci"),
-        "drop": kept.get("drop"),
-        "candidates": [line for line in search.log.lines if "kept" in line],
-        "log": str(search.log.path),
+        "placement": None if best is None else str(best),
+        "answer": "float" if best is None else str(best),
+        **{name: told[name] for name in ("over", "speedup", "ci", "drop")},
+        "candidates": candidates,
+        "log": str(search.record.path),
         "next": command,
     }
 
@@ -117,6 +121,7 @@ class Search:
 
     run: Run
     root: Path
+    plan: ComparisonPlan = _PLAN  # of each candidate; the winner is timed for twice as long
     _answered: dict[Path, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -132,129 +137,137 @@ class Search:
             )
 
     def search(self) -> Placement | None:
-        """Every pattern; then single changes of the best one, until none is better."""
+        """Every pattern; then single changes of the best one, or of the fastest one that loses too much where none is
+        good; then of what was best among those, until nothing is better.
+        """
         best: Placement | None = None
-        tried: set[Placement] = set()
-        pending = list(dict.fromkeys(self._present(pattern) for pattern in _PATTERNS))
+        centre: Placement | None = None
+        tried: dict[Placement, Candidate] = {}
+        patterns = dict.fromkeys(self._present(pattern) for pattern in _PATTERNS)
+        pending = [pattern for pattern in patterns if pattern.kinds]
         while pending:
-            before = best
             for placement in pending:
-                tried.add(placement)
-                if placement.kinds and self.tried(placement, best).kept:
-                    best = placement
-            around = () if best is None or best == before else self._around(best)
-            pending = [placement for placement in around if placement not in tried]
+                tried[placement] = self.tried(placement, best)
+                best = placement if tried[placement].kept else best
+            before, centre = centre, best or _fastest(tried)
+            around = self._around(centre) if centre and centre != before else ()
+            pending = [placement for placement in around if placement.kinds and placement not in tried]
         return best
 
     def tried(self, placement: Placement, best: Placement | None) -> Candidate:
         """The candidate from the log, or built, timed and judged now."""
-        key = {"placement": str(placement), "beat": None if best is None else str(best)}
-        line = self.log.find({**key, "over": self.over})
+        key: dict[str, object] = {"placement": str(placement), "beat": None if best is None else str(best)}
+        line = self.record.find(key)
         if line is None:
             made = self._measured(placement, best)
             line = {name: getattr(made, name) for name in Candidate.__slots__}
-            self.log.append(line)
+            self.record.append(line)
         else:
             made = Candidate(**line)
         log.info("%-48s %s", placement, _sentence(made))
+        if made.busy is not None and made.busy > MAX_BUSY:
+            log.warning("%-48s %.0f %% of the processor was taken by others meanwhile", "", 100 * made.busy)
         return made
 
     def confirmed(self, best: Placement) -> dict[str, Any]:
-        """The winner timed once more against the float engine: of many that were timed, the fastest one had luck."""
-        found = self.log.find({"confirmed": str(best)})
+        """The winner timed once more against the float engines: of many that were timed, the fastest one had luck."""
+        found = self.record.find({"confirmed": str(best)})
         if found is None:
-            speedup = self._timed({"float": self.float_path, "best": self._built(best)}, _FINAL).speedup(
-                "best", "float"
+            longer = replace(self.plan, max_seconds=2 * self.plan.max_seconds, width=self.plan.width / 2)
+            path = self._built(best)
+            over, speedup = self._hardest(self._timed({**self._floats, "candidate": path}, longer))
+            self.record.append(
+                {
+                    "confirmed": str(best),
+                    "over": over,
+                    "speedup": round(speedup.ratio, 4),
+                    "ci": speedup.ci,
+                    "drop": round(self._top1(self._floats["fp32"]) - self._top1(path), 3),
+                    "gains": speedup.gains,
+                }
             )
-            drop = self.float_top1 - self._top1(self._built(best))
-            found = {"confirmed": str(best), "speedup": round(speedup.ratio, 4), "ci": speedup.ci}
-            found |= {"drop": round(drop, 3), "gains": speedup.gains}
-            self.log.append(found)
+            found = self.record.lines[-1]
         return found
 
     @cached_property
-    def log(self) -> Log:
+    def record(self) -> Log:
         """Of this model, target and machine, at this version of all that engines are made of."""
         entered = {
-            "engines": [stages.compiled(self._placed(LAYERS)).key, *(step.key for step in self._floats.values())],
+            "engines": [stages.compiled(run).key for run in (self._placed(LAYERS), *self._float_runs.values())],
             "budget": str(self.run.max_drop),
-            "plan": plain(_PLAN),
+            "plan": plain(self.plan),
             "machine": [os.uname().nodename, threads()],
+            "columns": list(Candidate.__slots__),
         }
         key = hashlib.sha256(json.dumps(entered, sort_keys=True).encode()).hexdigest()[:12]
         return Log(self.root / "tune" / f"{self.run.label(self.run.target.name)}-{key}.jsonl")
 
-    @cached_property
-    def over(self) -> str:
-        """The recipe of the fastest float engine."""
-        if len(self._floats) == 1:
-            return "fp32"
-        found = self.log.find({"float": "fp16"}) or self.log.find({"float": "fp32"})
-        if found is None:
-            paths = {name: self._path(step) for name, step in self._floats.items()}
-            speedup = self._timed(paths, _PLAN).speedup("fp16", "fp32")
-            found = {"float": "fp16" if speedup.gains else "fp32", "speedup": speedup.ratio, "ci": speedup.ci}
-            self.log.append(found)
-        return str(found["float"])
-
-    @cached_property
-    def float_path(self) -> Path:
-        return self._path(self._floats[self.over])
-
-    @cached_property
-    def float_top1(self) -> float:
-        return self._top1(self._path(self._floats["fp32"]))
-
     def next_command(self, best: Placement | None) -> str:
-        recipe, placement = (self.run.recipe.name, f" PLACEMENT={best}") if best else (self.over, "")
-        words = f"MODEL={self.run.model.name} TARGET={self.run.target.name} RECIPE={recipe}"
-        return f"make engine {words} SIZE={self.run.preprocess.size}{placement}"
+        """What a person types next; without a placement, for the float engine that was hardest to beat."""
+        words = f"make engine MODEL={self.run.model.name} TARGET={self.run.target.name} SIZE={self.run.preprocess.size}"
+        if best is None:
+            hardest = [line["over"] for line in self.record.lines if line.get("over")]
+            return f"{words} RECIPE={hardest[-1] if hardest else 'fp32'}"
+        return f"{words} RECIPE={self.run.recipe.name} PLACEMENT={best}"
 
     def _measured(self, placement: Placement, best: Placement | None) -> Candidate:
         made = Candidate(
             placement=str(placement),
-            over=self.over,
+            over=None,
             speedup=None,
             ci=None,
+            over_fp32=None,
             drop=None,
             beat=None if best is None else str(best),
             kept=False,
             why_not=None,
+            busy=None,
         )
         try:
             path = self._built(placement)
         except CheckFailed as error:  # a runtime that cannot do this one may do the next
             return replace(made, why_not=str(error))
-        drop = self.float_top1 - self._top1(path)
-        engines = {"float": self.float_path, "candidate": path} | ({"best": self._built(best)} if best else {})
-        comparison = self._timed(engines, _PLAN)
-        speedup = comparison.speedup("candidate", "float")
-        allowed = self.run.max_drop.tolerance(self.float_top1, len(self._images))
-        why_not = None
-        if drop > allowed + 1e-9:
-            why_not = f"loses {drop:.2f} points of top-1, and {allowed:.2f} are allowed"
-        elif not speedup.gains:
-            why_not = f"not faster than {self.over}"
-        elif best and comparison.speedup("candidate", "best").low <= 1:
+        engines = {**self._floats, "candidate": path} | ({"best": self._built(best)} if best else {})
+        comparison = self._timed(engines, self.plan)
+        over, speedup = self._hardest(comparison)
+        why_not = self._loses_too_much(path)
+        if why_not is None and not speedup.gains:
+            why_not = f"not faster than {over}"
+        if why_not is None and best and comparison.speedup("candidate", "best").low <= 1:
             why_not = f"not surely faster than {best}"
-        ends = (round(speedup.low, 4), round(speedup.high, 4))
         return replace(
             made,
+            over=over,
             speedup=round(speedup.ratio, 4),
-            ci=ends,
-            drop=round(drop, 3),
+            ci=speedup.ci,
+            over_fp32=round(comparison.speedup("candidate", "fp32").ratio, 4),
+            drop=round(self._top1(self._floats["fp32"]) - self._top1(path), 3),
             kept=why_not is None,
             why_not=why_not,
+            busy=comparison.busy,
         )
+
+    def _hardest(self, comparison: Comparison) -> tuple[str, Speedup]:
+        """The float engine that the candidate gains least over, and that gain."""
+        gains = {name: comparison.speedup("candidate", name) for name in self._floats}
+        return min(gains.items(), key=lambda gain: gain[1].ratio)
+
+    def _loses_too_much(self, engine: Path) -> str | None:
+        reference, found, images = self._top1(self._floats["fp32"]), self._top1(engine), len(self._images)
+        if self.run.max_drop.holds(reference, found, images):
+            return None
+        allowed = self.run.max_drop.tolerance(reference, images)
+        return f"loses {reference - found:.2f} points of top-1, and {allowed:.2f} are allowed"
 
     def _around(self, best: Placement) -> Iterator[Placement]:
         """`best` with one kind more or less, and with one stage more in float."""
         for kind in self._found:
             kinds = tuple(one for one in KINDS if (one in best.kinds) != (one == kind))
             yield replace(best, kinds=kinds)
-        for stage in _stages([path for kind in best.kinds for path in self._found.get(kind, ())]):
-            if not best.keeps_float(stage):
-                yield best.without(stage)
+        rounded = [path for kind in best.kinds for path in self._found[kind] if not best.keeps_float(path)]
+        parts = _parts(rounded)
+        if len(parts) > 1:  # one must be left
+            yield from (best.without(stage) for stage in parts)
 
     def _present(self, pattern: Placement) -> Placement:
         """`pattern` without the kinds that the model has none of, so that no program is built twice."""
@@ -269,11 +282,15 @@ class Search:
         return _modules(traced(model, self.run.preprocess.size))
 
     @cached_property
-    def _floats(self) -> dict[str, Any]:
-        """The step of each float engine that this machine computes fast."""
+    def _float_runs(self) -> dict[str, Run]:
+        """The run of each float engine that this machine computes fast."""
         half = isinstance(self.run.target, Accounts) and self.run.target.half()
         recipes = ("fp32", "fp16") if half else ("fp32",)
-        return {name: stages.compiled(replace(self.run, recipe=calibration.recipe.ALL[name])) for name in recipes}
+        return {name: replace(self.run, recipe=calibration.recipe.ALL[name]) for name in recipes}
+
+    @cached_property
+    def _floats(self) -> dict[str, Path]:
+        return {name: self._compiled(run) for name, run in self._float_runs.items()}
 
     @cached_property
     def _images(self) -> Any:
@@ -285,17 +302,19 @@ class Search:
         return padded(images.numpy(), self.run.batch)
 
     def _placed(self, placement: Placement) -> Run:
-        """The run that stands for `placement`: training would cost hours and changes no engine's speed."""
+        """The run that stands for `placement`: training would cost hours and changes no engine's speed, and a budget
+        would move modules to float that the placement does not name.
+        """
         recipe = self.run.recipe
         ptq = recipe.warm_start if isinstance(recipe, Qat) else recipe
         assert isinstance(ptq, Ptq)
-        return replace(self.run, recipe=replace(ptq, placement=placement))
+        return replace(self.run, recipe=replace(ptq, placement=placement, budget=None))
 
     def _built(self, placement: Placement) -> Path:
-        return self._path(stages.compiled(self._placed(placement)))
+        return self._compiled(self._placed(placement))
 
-    def _path(self, step: Any) -> Path:
-        return Store(self.root).get(step).path
+    def _compiled(self, run: Run) -> Path:
+        return Store(self.root).get(stages.compiled(run)).path
 
     def _timed(self, engines: Mapping[str, Path], plan: ComparisonPlan) -> Comparison:
         with ExitStack() as opened:
@@ -325,17 +344,23 @@ def _modules(graph: GraphModule) -> dict[Kind, list[str]]:
     return found
 
 
-def _stages(paths: Sequence[str]) -> list[str]:
+def _parts(paths: Sequence[str]) -> list[str]:
     """The parts of a network that `paths` lie in: `stages.2` of `stages.2.1.conv`, `stem` of `stem.conv`."""
     cut = (path.split(".") for path in paths)
     return list(dict.fromkeys(".".join(path[: 2 if path[1:2] and path[1].isdigit() else 1]) for path in cut))
+
+
+def _fastest(tried: Mapping[Placement, Candidate]) -> Placement | None:
+    """The fastest of those that are faster than float, whatever they lose."""
+    faster = [(found.speedup or 0.0, placement) for placement, found in tried.items() if found.ci and found.ci[0] > 1]
+    return max(faster, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 def _sentence(candidate: Candidate) -> str:
     if candidate.speedup is None or candidate.ci is None:
         return f"not built: {candidate.why_not}"
     low, high = candidate.ci
-    told = (
-        f"{candidate.speedup:.2f} [{low:.2f}, {high:.2f}] times as fast as {candidate.over}, drop {candidate.drop:.2f}"
-    )
-    return f"{told}: {candidate.why_not or 'the best so far'}"
+    told = f"{candidate.speedup:.2f} [{low:.2f}, {high:.2f}] times as fast as {candidate.over}"
+    if candidate.over != "fp32":
+        told += f", {candidate.over_fp32:.2f} as fp32"
+    return f"{told}, drop {candidate.drop:.2f}: {candidate.why_not or 'the best so far'}"

@@ -76,6 +76,7 @@ def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
         "over_fp16": _told(comparison.speedup(run.recipe.name, "fp16")) if "fp16" in artifacts else None,
         "why_no_fp16": why_no_fp16,
         "rounds": len(comparison.medians_ns),
+        "why_doubtful": comparison.disturbed,
     }
 
 
@@ -164,3 +165,5 @@ def _tell(engines: list[Engine], comparison: Comparison, sentence: str) -> None:
             "-" if engine.integer_share is None else f"{engine.integer_share:.0f} %",
         )
     log.info("  %s", sentence)
+    if comparison.disturbed:
+        log.warning("  %s", comparison.disturbed)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models.errors import CannotRunHere
-from pipeline.compare import ComparisonPlan, Speedup, compare
+from pipeline.compare import Comparison, ComparisonPlan, Speedup, _taken_by_others, compare
 from targets.null import NullSession
 
 if TYPE_CHECKING:
@@ -134,3 +134,17 @@ def test_a_clock_that_stands_still_is_refused() -> None:
 
     with pytest.raises(CannotRunHere, match="repair the target's clock first"):
         compare({"a": NullSession(), "b": Broken()}, IMAGES)
+
+
+def test_a_comparison_on_a_busy_machine_says_so() -> None:
+    found = Comparison(names=("a",), medians_ns=np.ones((20, 1)), busy=0.6)
+    assert found.disturbed == "60% of the processor was taken by others, more than 25%: compare again"
+    assert replace(found, busy=0.1).disturbed is None
+    assert replace(found, busy=None).disturbed is None
+
+
+def test_what_this_process_computes_itself_is_not_taken_by_others() -> None:
+    started = (1000.0, 500.0, 10.0)
+    assert _taken_by_others(started, (1200.0, 500.0, 160.0)) == 0.25  # of 200 ticks none was idle, 150 were its own
+    assert _taken_by_others(started, (1010.0, 500.0, 10.0)) is None
+    assert _taken_by_others(None, started) is None
