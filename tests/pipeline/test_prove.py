@@ -25,6 +25,8 @@ from tests.tiny import tiny_run
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
+    from calibration.carried import Integers
+
 RUN = tiny_run("int8_ptq", "coreml")
 CONV, LINEAR = "3", "8"  # modules of the tiny network
 Folders = dict[str, Path]
@@ -50,6 +52,12 @@ def layers(folders: Folders) -> dict[str, Carried]:
 def weight_of(layer: Carried) -> Weight:
     assert layer.weight is not None
     return layer.weight
+
+
+def integers_of(layer: Carried) -> Integers:
+    integers = weight_of(layer).integers
+    assert integers is not None
+    return integers
 
 
 def halves(values: Any) -> bytes:
@@ -100,7 +108,7 @@ def test_all_artifacts_of_one_checkpoint_carry_its_numbers(shared: Path, caplog:
 
 
 def test_every_number_is_compared(folders: Folders, layers: dict[str, Carried]) -> None:
-    integers = sum(np.size(weight_of(layer).integers) for layer in layers.values())
+    integers = sum(len(integers_of(layer).ravel()) for layer in layers.values())
     scales = sum(weight_of(layer).scales.size + 2 for layer in layers.values())  # an activation has one at each end
     counts = checked(folders)["artifacts"]
     assert {name: found["compared"] for name, found in counts.items()} == {
@@ -112,8 +120,7 @@ def test_every_number_is_compared(folders: Folders, layers: dict[str, Carried]) 
 @pytest.mark.parametrize("module", [CONV, LINEAR])
 @pytest.mark.parametrize("artifact", ["exported", "tensorrt", "coreml", "cpu"])
 def test_one_changed_weight_is_found(copies: Folders, layers: dict[str, Carried], artifact: str, module: str) -> None:
-    integers = weight_of(layers[module]).integers
-    assert integers is not None
+    integers = integers_of(layers[module])
     changed = integers.copy()
     changed[2, -1] += 1
     replace_bytes(files(copies, artifact), integers.tobytes(), changed.tobytes())
@@ -142,8 +149,7 @@ def test_one_scale_that_is_one_step_of_fp16_off_is_different(
 
 @pytest.mark.parametrize("artifact", ["tensorrt", "coreml"])
 def test_two_swapped_channels_are_found(copies: Folders, layers: dict[str, Carried], artifact: str) -> None:
-    integers = weight_of(layers[CONV]).integers
-    assert integers is not None
+    integers = integers_of(layers[CONV])
     order = np.arange(len(integers))
     order[[7, 9]] = 9, 7
     replace_bytes(files(copies, artifact), integers.tobytes(), integers[order].tobytes())
@@ -201,8 +207,7 @@ def test_a_zero_point_is_found(copies: Folders) -> None:
 
 
 def test_a_transposed_weight_is_folded(copies: Folders, layers: dict[str, Carried]) -> None:
-    integers = weight_of(layers[LINEAR]).integers
-    assert integers is not None
+    integers = integers_of(layers[LINEAR])
 
     def transpose(model: ModelProto, constants: dict[str, TensorProto]) -> None:
         (gemm,) = [node for node in model.graph.node if node.op_type == "Gemm"]
@@ -261,8 +266,7 @@ def test_an_artifact_that_was_changed_after_its_proof_is_found(shared: Path, tmp
         shutil.copytree(Store(shared).path(step), Store(tmp_path).path(step))
     graph = Store(tmp_path).path(made(RUN)["tensorrt"]) / "model.onnx"
     content = bytearray(graph.read_bytes())
-    stored = weight_of(_carried_onnx.carried(graph)[0]).integers
-    assert stored is not None
+    stored = integers_of(_carried_onnx.carried(graph)[0])
     content[content.index(stored.tobytes())] ^= 1
     graph.write_bytes(content)
     with pytest.raises(CheckFailed, match=r"0 in tensorrt .*int8 weights: .*; delete .* and run this again") as failed:
@@ -323,7 +327,7 @@ def test_a_damaged_weight_file_is_explained(copies: Folders) -> None:
 
 @pytest.mark.parametrize("artifact", ["exported", "coreml", "cpu"])
 def test_a_file_that_nobody_can_read_is_explained(copies: Folders, artifact: str) -> None:
-    names = {"coreml": Path("model.mlpackage") / SPECIFICATION, "exported": "model.onnx", "cpu": "model.xml"}
+    names = {"coreml": f"model.mlpackage/{SPECIFICATION}", "exported": "model.onnx", "cpu": "model.xml"}
     file = copies[artifact] / names[artifact]
     file.write_bytes(b"\xff" + file.read_bytes()[:100])
     with pytest.raises(CheckFailed, match=r"cannot be read back: .*; delete .* and run this again"):
