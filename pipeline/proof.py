@@ -168,10 +168,15 @@ def _paired(expected: Sequence[Carried], found: Sequence[Carried]) -> list[Pair]
         return list(zip_longest(expected, found))
     named = {carried.aliases[0]: carried for carried in expected}
     pairs: list[Pair] = []
+    unknown: list[Carried] = []
     for carried in found:
-        known = next((alias for alias in carried.aliases if alias in named), "")
-        pairs.append((named.pop(known, None), carried))
-    return pairs + [(carried, None) for carried in named.values()]
+        known = next((alias for alias in carried.aliases if alias in named), None)
+        if known is None:
+            unknown.append(carried)
+        else:
+            pairs.append((named.pop(known), carried))
+    # torch.onnx numbers additions by itself; what the order pairs wrongly is found to be different.
+    return [*pairs, *zip_longest(named.values(), unknown)]
 
 
 def _paired_by_name(expected: Sequence[Carried], listed: Sequence[Carried]) -> list[Pair]:
