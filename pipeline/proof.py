@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 import numpy as np
 
 from calibration.carried import Activation, Carried, Weight
+from models.errors import CheckFailed
 
 if TYPE_CHECKING:
     from calibration.carried import Integers, Scales
@@ -47,6 +48,7 @@ class Row:
     artifact: str
     operator: str  # what the artifact calls it
     findings: tuple[Finding, ...]
+    compared: int = 0  # numbers that were read from the artifact
 
     @property
     def verdict(self) -> Verdict:
@@ -82,7 +84,10 @@ def summary(found: Sequence[Row]) -> dict[str, Any]:
     return {
         **_counts(verdicts.values()),
         "largest_rounding": max((finding.relative for row in found for finding in row.findings), default=0.0),
-        "artifacts": {name: _counts(row.verdict for row in those) for name, those in artifacts.items()},
+        "artifacts": {
+            name: {**_counts(row.verdict for row in those), "compared": sum(row.compared for row in those)}
+            for name, those in artifacts.items()
+        },
         "modules": [
             {
                 "module": module,
@@ -110,19 +115,32 @@ def _counts(verdicts: Any) -> dict[str, int]:
 
 
 def _read(path: Path) -> list[Carried]:
+    """What a file carries. Raises CheckFailed where it is damaged."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return _reader(path)(path)
+    except (DecodeError, LookupError, OSError, RuntimeError, ValueError) as error:  # what damaged files make them raise
+        told = " ".join(str(error).split())
+        raise CheckFailed(
+            f"{path} cannot be read back: {told}; delete {path.parent} and run this again to build it anew"
+        ) from error
+
+
+def _reader(path: Path) -> Callable[[Path], list[Carried]]:
     match path.suffix:
         case ".onnx":
             from targets import _carried_onnx
 
-            return _carried_onnx.carried(path)
+            return _carried_onnx.carried
         case ".mlpackage":
             from targets import _carried_coreml
 
-            return _carried_coreml.carried(path)
+            return _carried_coreml.carried
         case ".xml":
             from targets import _carried_openvino
 
-            return _carried_openvino.carried(path)
+            return _carried_openvino.carried
     raise NotImplementedError(f"{path}: nothing here reads {path.suffix}")
 
 
@@ -150,10 +168,15 @@ def _paired(expected: Sequence[Carried], found: Sequence[Carried]) -> list[Pair]
         return list(zip_longest(expected, found))
     named = {carried.aliases[0]: carried for carried in expected}
     pairs: list[Pair] = []
+    unknown: list[Carried] = []
     for carried in found:
-        known = next((alias for alias in carried.aliases if alias in named), "")
-        pairs.append((named.pop(known, None), carried))
-    return pairs + [(carried, None) for carried in named.values()]
+        known = next((alias for alias in carried.aliases if alias in named), None)
+        if known is None:
+            unknown.append(carried)
+        else:
+            pairs.append((named.pop(known), carried))
+    # torch.onnx numbers additions by itself; what the order pairs wrongly is found to be different.
+    return [*pairs, *zip_longest(named.values(), unknown)]
 
 
 def _paired_by_name(expected: Sequence[Carried], listed: Sequence[Carried]) -> list[Pair]:
@@ -200,7 +223,14 @@ def _row(artifact: str, expected: Carried | None, found: Carried | None, sharing
         artifact=artifact,
         operator=found.name if found else "",
         findings=tuple(findings),
+        compared=_numbers(found) if expected and found else 0,
     )
+
+
+def _numbers(carried: Carried) -> int:
+    weight = carried.weight
+    stored = 0 if weight is None else weight.scales.size + (0 if weight.integers is None else weight.integers.size)
+    return stored + sum(activation.scales.size for activation in carried.activations)
 
 
 def _activations(

@@ -128,9 +128,10 @@ def tell(report: Mapping[str, Any]) -> None:
     """Counts of modules for each artifact, then the modules that are not identical."""
     from pipeline.proof import VERDICTS
 
-    log.info("%-14s" + " %10s" * len(VERDICTS), "modules", *VERDICTS)
-    for name, counts in {**report["artifacts"], "all": report}.items():
-        log.info("%-14s" + " %10d" * len(VERDICTS), name, *(counts[verdict] for verdict in VERDICTS))
+    log.info("%-14s" + " %10s" * len(VERDICTS) + "  %s", "modules", *VERDICTS, "numbers compared")
+    for name, counts in report["artifacts"].items():
+        cells = [counts[verdict] for verdict in VERDICTS]
+        log.info("%-14s" + " %10d" * len(VERDICTS) + "  %d", name, *cells, counts["compared"])
     lines = [
         f"{found['verdict']}: {module['module']} in {artifact}: {finding['what']}: {finding['note']}"
         for module in report["modules"]

@@ -126,5 +126,6 @@ class _Program:
 
 
 def _names(inputs: Mapping[str, Any]) -> list[str]:
-    arguments = [argument for binding in inputs.values() for argument in binding.arguments]
+    """Of the values that an operator reads, by name of the input: x before y. (A message keeps them in no order.)"""
+    arguments = [argument for _, binding in sorted(inputs.items()) for argument in binding.arguments]
     return [argument.name for argument in arguments if argument.WhichOneof("binding") == "name"]
