@@ -237,7 +237,7 @@ def _smooth_model(model: ModelProto) -> ModelProto:
     return smooth
 
 
-def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], scheme: Scheme) -> None:
+def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], scheme: Scheme = SHARED) -> None:
     """Hold the graph to what the consumers of `scheme` read: int8 with zero point 0, in an affine scheme uint8 for
     activations, and no integer bias; and to `scales`, those of the torch program, layer by layer.
     """
@@ -255,9 +255,7 @@ def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], sche
                 f"{node.name} of the ONNX export rounds an activation to something else than uint8; ONNX Runtime has "
                 "no fast kernels for it"
             )
-        if not affine and (
-            zero is None or zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any()
-        ):
+        if not affine and (zero is None or zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any()):
             raise CheckFailed(
                 f"{node.name} of the ONNX export has a zero point that is not int8 0; TensorRT refuses it"
             )
