@@ -237,7 +237,7 @@ def _smooth_model(model: ModelProto) -> ModelProto:
     return smooth
 
 
-def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], scheme: Scheme) -> None:
+def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], scheme: Scheme = SHARED) -> None:
     """Hold the graph to what the consumers of `scheme` read: int8 with zero point 0, in an affine scheme uint8 for
     activations, and no integer bias; and to `scales`, those of the torch program, layer by layer.
     """

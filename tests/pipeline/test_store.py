@@ -74,11 +74,12 @@ def test_the_same_request_has_the_same_keys() -> None:
 
 
 def test_targets_with_the_same_arithmetic_share_training() -> None:
-    assert changed(tiny_run(target="cpu"), tiny_run(target="coreml")) == ["compiled", "engine"]
+    assert changed(tiny_run(target="cpu"), tiny_run(target="rtx")) == ["compiled", "engine"]
     assert changed(tiny_run(target="cpu"), tiny_run(target="null")) == ["compiled", "engine"]
 
 
 def test_a_target_with_another_arithmetic_has_a_training_of_its_own() -> None:
+    assert changed(tiny_run(target="cpu"), tiny_run(target="onnxruntime"))[0] == "quantized"
     plainer = OnnxRuntimeTarget(scheme=replace(OnnxRuntimeTarget().scheme, per_channel_weights=False))
     assert changed(tiny_run(), tiny_run(target=plainer)) == ["quantized", "exported", "compiled", "engine"]
     assert changed(tiny_run("fp32"), tiny_run("fp32", target=plainer)) == []
