@@ -25,7 +25,7 @@ import calibration.data
 import calibration.recipe
 import models
 import targets
-from calibration import budget, placement
+from calibration import budget, families, placement
 from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budgeted, with_ptq
 from models import external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
@@ -126,7 +126,8 @@ def read(request: argparse.Namespace) -> Run:
     batch = number("BATCH", request.batch, 1, _LARGEST_BATCH)
     interface = pick("interface", request.interface, _INTERFACES)
     deployment = request.deployment or None
-    recipe = adjusted(recipe, request)
+    runtime: families.Runtime = "cpu" if target.name in ("cpu", "onnxruntime") else "accelerator"
+    recipe = adjusted(with_ptq(recipe, placement=families.default(model.family, runtime)), request)
     storage = recipe if isinstance(recipe, WeightOnly) else None
     if isinstance(target, Customizes):
         target.accept(
