@@ -48,10 +48,11 @@ READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
-        placement models targets zoo bench bench-coreml test lint setup lock system-packages clean
+        placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
+        bench-calibration bench-families bench-prove test lint setup lock system-packages clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Variables, with their defaults: MODEL=mobilevit_xs TARGET=cpu RECIPE=int8_qat (fp32 fp16 int8_ptq int8_qat)"
 	@echo "  MODEL= (one of make models; or <file>.py:<function>; or timm:<name>)"
@@ -117,6 +118,22 @@ bench: $(READY) ## the table of the README: a small model of every family, four 
 bench-coreml: $(READY) ## the README's Core ML tables: what packages answer without a Mac, and what speaks against the Neural Engine
 	@$(VENV)/bin/python -m tests.bench_coreml $$MODELS
 	@$(VENV)/bin/python -m tests.bench_placement
+
+bench-speed: $(READY) ## INT8 against float32 and half precision on this machine's CPU, at published sizes, timed in turns
+	@$(VENV)/bin/python -m tests.bench_speed $$MODELS
+
+bench-quantizers: $(READY) ## our INT8 against that of onnxruntime.quantization, and of NNCF where NNCF_PYTHON= has it
+	@$(VENV)/bin/python -m tests.bench_quantizers $$MODELS
+
+bench-calibration: $(READY) ## what calibrating costs: throughput against plain forward passes, and memory
+	@$(VENV)/bin/python -m tests.bench_calibration throughput --images 128
+	@$(VENV)/bin/python -m tests.bench_calibration memory --images 10000
+
+bench-families: $(READY) ## what the placements of the families rest on: each kind of operator alone in integers
+	@$(VENV)/bin/python -m tests.bench_families $$MODELS
+
+bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line for each artifact
+	@$(VENV)/bin/python -m tests.bench_prove $${MODELS:-mobilevit_xs}
 
 test: $(READY) ## the tests (a few minutes)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

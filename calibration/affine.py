@@ -1,4 +1,4 @@
-"""uint8 with a zero point: a range that need not be the same on both sides of zero."""
+"""An affine range, uint8 with a zero point: a range that need not be the same on both sides of zero."""
 
 from __future__ import annotations
 

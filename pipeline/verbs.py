@@ -115,8 +115,11 @@ def multifunction(runs: Sequence[Run], root: Path) -> Answer:
 
 
 def calibrate(run: Run, root: Path) -> Answer:
-    """Stop after post-training quantization: the calibrated program and the report of its accuracy in torch."""
-    return _quantized(_as(run, "int8_ptq"), root)
+    """Stop after post-training quantization: the calibrated program, its accuracy in torch, and what its ranges are."""
+    from pipeline import calibration_report
+
+    calibrated = _as(run, "int8_ptq")
+    return _quantized(calibrated, root) | calibration_report.write(calibrated, root)
 
 
 def qat(run: Run, root: Path) -> Answer:

@@ -91,6 +91,54 @@ def macs(model: ModelProto) -> dict[str, int]:
     return found
 
 
+def activation_scales(model: ModelProto) -> dict[str, float]:
+    """The scale of every tensor that `model` rounds, by its name."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {
+        node.input[0]: float(numpy_helper.to_array(constants[node.input[1]]))
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+
+
+def without_quantizers(model: ModelProto) -> ModelProto:
+    """A copy of `model` in float: activations are not rounded, and weights are the values that their integers stand
+    for. What TensorRT's implicit INT8 takes beside a calibration cache; it ignores the cache of a graph with Q/DQ.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    graph = plain.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    source = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        if node.input[0] in source:
+            renamed[node.output[0]] = source[node.input[0]]
+            continue
+        integers, scale = constants[node.input[0]].astype("float32"), constants[node.input[1]]
+        axis = next((found.i for found in node.attribute if found.name == "axis"), 1)
+        shape = [-1 if place == axis % integers.ndim else 1 for place in range(integers.ndim)]
+        values = integers * (scale.reshape(shape) if scale.ndim else scale)
+        graph.initializer.append(numpy_helper.from_array(values.astype("float32"), node.output[0]))
+    kept = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    for node in kept:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = {name for node in kept for name in node.input}
+    needed = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(needed)
+    return plain
+
+
 def to_fp16(model: ModelProto) -> ModelProto:
     """`model` with every float tensor typed FP16, input and output excepted: strongly typed TensorRT (10 on request,
     11 and RTX always) computes in the types that the graph states.

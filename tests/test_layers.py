@@ -33,7 +33,9 @@ OF_TORCH = {
     f"calibration/{name}.py"
     for name in ("batches", "fake_quant", "float_weights", "fold", "program", "quantize", "quantizer", "train")
 }
-OF_TORCH |= {f"calibration/{name}.py" for name in ("affine", "calibrate", "calibrators", "regions", "sensitivity")}
+OF_TORCH |= {
+    f"calibration/{name}.py" for name in ("affine", "calibrate", "calibrators", "regions", "sensitivity", "sufficiency")
+}
 # So is the evaluator of Core ML programs.
 OF_TORCH |= {f"targets/_mil/{name}.py" for name in ("arithmetic", "compressed", "evaluator", "layers", "shapes")}
 # So are the networks: every file of models/ but those that are read to list models.

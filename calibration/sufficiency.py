@@ -1,0 +1,87 @@
+"""How many calibration images are enough: ranges and accuracy from more and more images of one draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from torch import nn
+
+from calibration.batches import Images
+from calibration.calibrate import choose, fake_quants, named_quantizers, observe, set_mode
+from calibration.fake_quant import ActivationFakeQuant
+from calibration.metrics import snr_db, top1
+from calibration.quantize import prepare
+from calibration.recipe import Ptq
+from calibration.scheme import Scheme
+from calibration.train import predictions
+
+COUNTS: Final = (32, 64, 128, 256, 512)
+SETTLED: Final = 0.02  # median relative change of the ranges that more images need not have made
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """What so many images come to."""
+
+    images: int
+    median_change: float  # of the ranges, relative to those of all images
+    largest_change: float
+    snr_db: float  # of the logits against float, on the validation part
+    top1: float  # percent of the validation part
+
+
+def sufficiency(
+    model: nn.Module, recipe: Ptq, calibrator: str, scheme: Scheme, train: Images, val: Images, *, seed: int
+) -> list[Point]:
+    """The curve of `calibrator` for `model`, at COUNTS and at all images drawn, in one pass over them."""
+    prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
+    drawn = train.stratified(recipe.samples, seed)
+    reference, labels = predictions(model, val)
+    limits: list[dict[str, float]] = []
+    found: list[tuple[int, float, float]] = []
+    for start, end in _steps(len(drawn)):
+        set_mode(prepared, "observe")
+        observe(prepared, train, drawn[start:end])
+        if not start:
+            _fix_weights(prepared)
+        choose(prepared, calibrator)
+        set_mode(prepared, "frozen")
+        limits.append({name: quantizer.limit() for name, quantizer in named_quantizers(prepared)})
+        logits, _ = predictions(prepared, val)
+        found.append((end, snr_db(reference, logits), top1(logits, labels)))
+    return [_point(*each, limits[place], limits[-1]) for place, each in enumerate(found)]
+
+
+def sentence(points: list[Point]) -> str:
+    """Whether more images would have mattered, in words."""
+    if len(points) < 2:
+        return f"{points[0].images} images alone: too few to see whether more would matter"
+    before, last = points[-2], points[-1]
+    changed = f"from {before.images} to {last.images} images, half of the ranges moved by {before.median_change:.1%}"
+    if before.median_change <= SETTLED:
+        return f"{changed} or less: more images would hardly matter"
+    return f"{changed} or more: more images could still matter"
+
+
+def _steps(total: int) -> list[tuple[int, int]]:
+    ends = [count for count in COUNTS if count < total] + [total]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _fix_weights(prepared: nn.Module) -> None:
+    for quantizer in fake_quants(prepared):
+        if not isinstance(quantizer, ActivationFakeQuant):
+            quantizer.fix_range()
+
+
+def _point(images: int, decibels: float, accuracy: float, own: dict[str, float], final: dict[str, float]) -> Point:
+    changes = np.array([abs(own[name] / limit - 1) for name, limit in final.items()])
+    return Point(
+        images=images,
+        median_change=round(float(np.median(changes)), 5),
+        largest_change=round(float(changes.max()), 5),
+        snr_db=round(decibels, 2),
+        top1=round(accuracy, 3),
+    )

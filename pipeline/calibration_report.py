@@ -1,0 +1,155 @@
+"""What `make calibrate` leaves: every tensor's range as JSON and as a page to read, whether more images would have
+mattered, and TensorRT's calibration caches with the float graph that they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline import stages
+from pipeline.sensitivity import calibrating
+from pipeline.stages import Run
+from pipeline.store import Step, Store
+from targets._calibration_cache import CalibrationCache, text, version_number
+
+TABLE, PAGE, GRAPH = "calibration.json", "calibration.html", "float.onnx"
+# JetPack 5 and 6 come with these releases; a cache counts for its own one alone, whose number is in its first line.
+CACHES: Final = {"trt8.cache": version_number(8, 6, 1), "trt10.cache": version_number(10, 3, 0)}
+
+_TEMPLATE: Final = "calibration.html.j2"
+_WIDTH, _HEIGHT = 260, 44  # pixels of one histogram
+_CURVE_WIDTH, _CURVE_HEIGHT = 520, 140
+
+log = logging.getLogger("edgeline")
+
+
+def write(run: Run, root: Path) -> dict[str, object]:
+    """Build the report of the run's calibration, or find it built, and answer with its files."""
+    artifact = Store(root).get(step(run))
+    table = json.loads((artifact.path / TABLE).read_text())
+    log.info("calibrator %s on %d images; %s", table["calibrator"], table["calibration_images"], table["sufficiency"])
+    for name in (PAGE, TABLE, *CACHES):
+        if (artifact.path / name).exists():
+            log.info("  %s", artifact.path / name)
+    return {"calibration": {name: str(artifact.path / name) for name in artifact.files()}}
+
+
+def step(run: Run) -> Step:
+    """The report of the post-training quantization of `run`."""
+    quantized, exported = stages.quantized(run), stages.exported(run)
+    recipe = calibrating(run)
+
+    def build(inputs: Mapping[str, Path], out: Path) -> None:
+        from calibration.sufficiency import sentence, sufficiency
+        from models import checkpoint
+
+        report = json.loads((inputs["quantized"] / "report.json").read_text())
+        model = run.model.build(len(run.data.classes), run.form).eval()
+        source = inputs["weights"] / "weights.safetensors"
+        checkpoint.load_into(model, checkpoint.read(source), source)
+        points = sufficiency(
+            model,
+            recipe,
+            report["calibrator"],
+            run.target.scheme,
+            run.images("train"),
+            run.images("val"),
+            seed=run.seed,
+        )
+        table = {
+            "model": run.model.name,
+            "data": run.data.name,
+            "size": run.preprocess.size,
+            **{name: report[name] for name in _TOLD},
+            "curve": [asdict(point) for point in points],
+            "sufficiency": sentence(points),
+        }
+        (out / TABLE).write_text(json.dumps(table, indent=1) + "\n")
+        (out / PAGE).write_text(render(table))
+        if run.target.scheme.activations == "symmetric":  # the caches know no zero points
+            write_caches(inputs["exported"] / "model.onnx", out)
+
+    return Step(
+        stage="calibration",
+        label=quantized.label,
+        inputs={"weights": quantized.inputs["weights"], "quantized": quantized, "exported": exported},
+        params={"recipe": recipe, "scheme": run.target.scheme, "seed": run.seed, "versions": stages.versions("onnx")},
+        code=("pipeline.calibration_report", "calibration.sufficiency"),
+        build=build,
+    )
+
+
+_TOLD: Final = ("calibrator", "calibrators_db", "calibration_images", "held_out_images", "ranges", "identity")
+
+
+def write_caches(graph: Path, out: Path) -> None:
+    """Write the scales of an exported `graph` as caches, and the graph in float, whose tensors have the same names."""
+    import onnx
+
+    from targets._onnx import activation_scales, without_quantizers
+
+    model = onnx.load(graph)
+    scales = activation_scales(model)
+    for name, version in CACHES.items():
+        cache = CalibrationCache(version=version, algorithm="EntropyCalibration2", scales=scales)
+        (out / name).write_text(text(cache))
+    onnx.save(without_quantizers(model), out / GRAPH)
+
+
+def render(table: Mapping[str, Any]) -> str:
+    """The page: what was calibrated, how the calibrators compare, the curve, and a row for every tensor, the most
+    clipped one first.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    rows = sorted(table["ranges"], key=lambda row: (-row["clipped"], row["name"]))
+    return environment.get_template(_TEMPLATE).render(
+        table=table,
+        rows=[{**row, "bars": _bars(row["counts"]), "mark": _mark(row)} for row in rows],
+        most=max(rows, key=lambda row: row["clipped"], default=None),
+        curve=_curve(table["curve"]),
+        width=_WIDTH,
+        height=_HEIGHT,
+        curve_width=_CURVE_WIDTH,
+        curve_height=_CURVE_HEIGHT,
+    )
+
+
+def _bars(counts: list[int]) -> list[dict[str, float]]:
+    """Bars of heights by the logarithm of the counts: a range is decided where there are few values."""
+    from math import log1p
+
+    highest, width = log1p(max(counts, default=0)) or 1.0, _WIDTH / max(len(counts), 1)
+    heights = [_HEIGHT * log1p(count) / highest for count in counts]
+    return [
+        {"x": round(place * width, 2), "y": round(_HEIGHT - height, 2), "width": round(width, 2), "height": height}
+        for place, height in enumerate(heights)
+    ]
+
+
+def _mark(row: Mapping[str, Any]) -> float:
+    """Where the chosen range ends, in pixels; at the right edge where it holds all."""
+    share = float(row["limit"]) / (float(row["peak"]) or 1.0)
+    return round(min(share, 1.0) * _WIDTH, 2)
+
+
+def _curve(points: list[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The points of the sufficiency curve, in pixels: evenly spaced, decibels from 0 to the largest."""
+    highest = max((point["snr_db"] for point in points), default=1.0) or 1.0
+    step = (_CURVE_WIDTH - 80) / max(len(points) - 1, 1)
+    return [
+        {
+            **point,
+            "x": round(40 + place * step, 1),
+            "y": round(_CURVE_HEIGHT - 30 - max(point["snr_db"], 0) / highest * (_CURVE_HEIGHT - 60), 1),
+        }
+        for place, point in enumerate(points)
+    ]
