@@ -1,4 +1,4 @@
-"""An affine range, uint8 with a zero point: the range holds zero, loses the least, and does not reach beyond a ReLU6."""
+"""An affine range (uint8 with a zero point) holds zero, loses the least, and does not reach beyond a ReLU6."""
 
 from __future__ import annotations
 
