@@ -92,24 +92,20 @@ def named_quantizers(prepared: GraphModule) -> Iterator[tuple[str, ActivationFak
     second layer, as `program.named_layers` says it; `path:operator:input` for products and additions.
     """
     times: Counter[str] = Counter()
-    done: set[str] = set()
+    done: set[ActivationFakeQuant] = set()  # one may stand on several edges, under several names
     for node in prepared.graph.nodes:
         path = program.module_path(node)
         weighted = node.target in program.WEIGHTED
-        found = [
-            (index, str(source.target))
-            for index, source in enumerate(node.args)
-            if isinstance(source, torch.fx.Node) and source.op == "call_module"
-        ]
         activations = [
-            (index, target, quantizer)
-            for index, target in found
-            if isinstance(quantizer := prepared.get_submodule(target), ActivationFakeQuant)
+            (index, quantizer)
+            for index, source in enumerate(node.all_input_nodes)
+            if source.op == "call_module"
+            and isinstance(quantizer := prepared.get_submodule(str(source.target)), ActivationFakeQuant)
         ]
         times[path] += bool(weighted and activations)
-        for index, target, quantizer in activations:
-            if target not in done:
-                done.add(target)
+        for index, quantizer in activations:
+            if quantizer not in done:
+                done.add(quantizer)
                 layer = path if times[path] == 1 else f"{path}#{times[path]}"
                 yield layer if weighted else f"{path}:{node.name}:{index}", quantizer
 

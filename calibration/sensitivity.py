@@ -40,7 +40,7 @@ class Operator:
 
     name: str  # of its node
     path: str  # of the module that it was traced in
-    kind: Kind
+    kind: Kind | None  # None for one that only passes rounded values on, as in the regions of a scheme
     macs: int  # multiply-accumulates of one image
 
 
@@ -69,7 +69,7 @@ def sensitivity(prepared: GraphModule, val: Images, *, worst: int = WORST) -> li
     ones top-1, too.
     """
     operators = operators_of(prepared, val.preprocess.size)
-    modules = {operator.path: _inside(operator.path, operators) for operator in operators}
+    modules = {operator.path: _inside(operator.path, operators) for operator in operators if operator.kind}
     found = sorted(_effects(prepared, val, modules, operators), key=lambda effect: effect.snr_db)
     return [
         replace(effect, top1=evaluate(partly(prepared, modules[effect.path]), val)) if place < worst else effect
@@ -146,7 +146,7 @@ def operators_of(prepared: GraphModule, size: int) -> list[Operator]:
     with torch.no_grad():
         ShapeProp(floats).propagate(torch.zeros(1, 3, size, size))
     return [
-        Operator(name=node.name, path=module_path(node), kind=cast(Kind, kind_of(node)), macs=_macs(node))
+        Operator(name=node.name, path=module_path(node), kind=kind_of(node), macs=_macs(node))
         for node in floats.graph.nodes
         if node.name in names
     ]
@@ -196,11 +196,13 @@ def _roundings(prepared: GraphModule, node: Node) -> list[Node]:
 
 
 def _macs(node: Node) -> int:
-    """Multiply-accumulates of a convolution, a linear layer or a product; an addition has none."""
+    """Multiply-accumulates of a convolution, a linear layer or a product; all else has none."""
+    if node.target not in WEIGHTED and kind_of(node) != "attention":
+        return 0
     outputs, other = math.prod(_shape(node)), _shape(cast(Node, node.args[1]))
     if node.target in WEIGHTED:
         return outputs * math.prod(other[1:])
-    return outputs * other[-2] if kind_of(node) == "attention" else 0
+    return outputs * other[-2]
 
 
 def _shape(node: Node) -> torch.Size:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from calibration.fake_quant import FakeQuant
+from calibration.calibrate import calibrate, named_quantizers
+from calibration.fake_quant import ActivationFakeQuant, FakeQuant
 from calibration.quantize import prepare, traced
 from calibration.regions import spell_out
+from calibration.recipe import Ptq
 from calibration.scheme import AFFINE
+from tests.toys import images as dataset
 
 SIDE = 8
 
@@ -85,3 +88,28 @@ def test_what_is_spelled_out_computes_the_same() -> None:
     spell_out(graph)
     assert {str(node.target) for node in graph.graph.nodes}.isdisjoint({"aten.silu.default", "aten.batch_norm.default"})
     torch.testing.assert_close(graph(images), before)
+
+
+class Joined(nn.Module):
+    """Two convolutions whose outputs meet in a concatenation, which two layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.one, self.other = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat((self.left(x), self.right(x)), 1)
+        return self.head((self.one(x) + self.other(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_every_rounded_value_gets_a_range_whoever_reads_it() -> None:
+    torch.manual_seed(0)
+    model = Joined().eval()
+    train = dataset("train")
+    graph = prepare(model, AFFINE, train.preprocess.size)
+    rounding = {module for module in graph.modules() if isinstance(module, ActivationFakeQuant)}
+    assert {module for _, module in named_quantizers(graph)} == rounding
+    calibrate(graph, model, Ptq(name="int8_ptq", calibrator="minmax"), train, seed=0)
+    assert all(float(module.scale) != 1 for module in rounding)
