@@ -35,9 +35,8 @@ def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Image
     Leaves the quantizers observing. Raises BadRequest where fewer than 128 images could be read.
     """
     name = recipe.calibrator
-    chosen = train.stratified(recipe.samples, seed)
-    count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT)) if name == AUTO else 0
-    held_out, seen = chosen[:count], chosen[count:]
+    held_out, seen = drawn(train, recipe, seed=seed)
+    count = len(held_out)
     read = observe(prepared, train, seen)
     if count:
         batches = list(train.batches(_BATCH, held_out))
@@ -58,11 +57,20 @@ def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Image
         "calibration_images": read,
         "held_out_images": count,
         "ranges": [asdict(each) for each in ranges(prepared, name)],
-        "identity": identity(model, recipe, train, chosen, seed=seed),
+        "identity": identity(model, recipe, train, held_out + seen, seed=seed),
     }
     for _, quantizer in named_quantizers(prepared):
         quantizer.forget()
     return report
+
+
+def drawn(train: Images, recipe: Ptq, *, seed: int) -> tuple[list[int], list[int]]:
+    """The training images of a calibration: those held out to compare calibrators, where they are compared, and those
+    that the ranges come from.
+    """
+    chosen = train.stratified(recipe.samples, seed)
+    count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT)) if recipe.calibrator == AUTO else 0
+    return chosen[:count], chosen[count:]
 
 
 def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
@@ -164,6 +172,7 @@ def _range(name: str, quantizer: ActivationFakeQuant, calibrator: str) -> Tensor
     return TensorRange(
         name=name,
         calibrator=calibrator,
+        scale=float(quantizer.scale),
         limit=limit,
         peak=statistics.peak,
         clipped=statistics.clipped(limit * (1 + 0.5 / calibrators.LEVELS)),

@@ -27,6 +27,7 @@ class TensorRange:
 
     name: str  # path of the layer that reads the tensor
     calibrator: str
+    scale: float  # the width of one step
     limit: float  # the largest absolute value that is represented
     peak: float  # the largest absolute value that was seen
     clipped: float  # share of the values beyond `limit` by more than half a step, which rounding costs anyway

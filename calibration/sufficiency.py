@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from calibration.batches import Images
-from calibration.calibrate import choose, fake_quants, named_quantizers, observe, set_mode
+from calibration.calibrate import choose, drawn, fake_quants, named_quantizers, observe, set_mode
 from calibration.fake_quant import ActivationFakeQuant
 from calibration.metrics import snr_db, top1
 from calibration.quantize import prepare
@@ -18,7 +18,9 @@ from calibration.scheme import Scheme
 from calibration.train import predictions
 
 COUNTS: Final = (32, 64, 128, 256, 512)
-SETTLED: Final = 0.02  # median relative change of the ranges that more images need not have made
+# What the last doubling of the images may still have changed where more of them would hardly matter:
+SETTLED: Final = 0.02  # of half of the ranges, relative
+SETTLED_DB: Final = 0.5  # of the logits against float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,15 +37,15 @@ class Point:
 def sufficiency(
     model: nn.Module, recipe: Ptq, calibrator: str, scheme: Scheme, train: Images, val: Images, *, seed: int
 ) -> list[Point]:
-    """The curve of `calibrator` for `model`, at COUNTS and at all images drawn, in one pass over them."""
+    """The curve of `calibrator` for `model`, at COUNTS and at all images that its ranges come from, in one pass."""
     prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
-    drawn = train.stratified(recipe.samples, seed)
+    _, seen = drawn(train, recipe, seed=seed)
     reference, labels = predictions(model, val)
     limits: list[dict[str, float]] = []
     found: list[tuple[int, float, float]] = []
-    for start, end in _steps(len(drawn)):
+    for start, end in _steps(len(seen)):
         set_mode(prepared, "observe")
-        observe(prepared, train, drawn[start:end])
+        observe(prepared, train, seen[start:end])
         if not start:
             _fix_weights(prepared)
         choose(prepared, calibrator)
@@ -59,10 +61,13 @@ def sentence(points: list[Point]) -> str:
     if len(points) < 2:
         return f"{points[0].images} images alone: too few to see whether more would matter"
     before, last = points[-2], points[-1]
-    changed = f"from {before.images} to {last.images} images, half of the ranges moved by {before.median_change:.1%}"
-    if before.median_change <= SETTLED:
-        return f"{changed} or less: more images would hardly matter"
-    return f"{changed} or more: more images could still matter"
+    gained = last.snr_db - before.snr_db
+    settled = before.median_change <= SETTLED and abs(gained) <= SETTLED_DB
+    return (
+        f"from {before.images} to {last.images} images, half of the ranges moved by {before.median_change:.1%} or "
+        f"more, one by {before.largest_change:.1%}, and the output by {gained:+.1f} dB: more images "
+        + ("would hardly matter" if settled else "could still matter")
+    )
 
 
 def _steps(total: int) -> list[tuple[int, int]]:

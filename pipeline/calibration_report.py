@@ -14,7 +14,7 @@ from typing import Any, Final
 from pipeline import stages
 from pipeline.sensitivity import calibrating
 from pipeline.stages import Run
-from pipeline.store import Step, Store
+from pipeline.store import Step, Store, file_digest
 from targets._calibration_cache import CalibrationCache, text, version_number
 
 TABLE, PAGE, GRAPH = "calibration.json", "calibration.html", "float.onnx"
@@ -23,7 +23,13 @@ CACHES: Final = {"trt8.cache": version_number(8, 6, 1), "trt10.cache": version_n
 
 _TEMPLATE: Final = "calibration.html.j2"
 _WIDTH, _HEIGHT = 260, 44  # pixels of one histogram
-_CURVE_WIDTH, _CURVE_HEIGHT = 520, 140
+_CURVE_WIDTH, _CURVE_HEIGHT = 330, 140
+# What is drawn against the number of images: the field of a point, its title, and how many times it is shown.
+_CURVES: Final = (
+    ("median_change", "change of half of the ranges, %", 100),
+    ("snr_db", "output against float, dB", 1),
+    ("top1", "top-1, %", 1),
+)
 
 log = logging.getLogger("edgeline")
 
@@ -78,7 +84,13 @@ def step(run: Run) -> Step:
         stage="calibration",
         label=quantized.label,
         inputs={"weights": quantized.inputs["weights"], "quantized": quantized, "exported": exported},
-        params={"recipe": recipe, "scheme": run.target.scheme, "seed": run.seed, "versions": stages.versions("onnx")},
+        params={
+            "recipe": recipe,
+            "scheme": run.target.scheme,
+            "seed": run.seed,
+            "page": file_digest(Path(__file__).parent / _TEMPLATE),
+            "versions": stages.versions("onnx"),
+        },
         code=("pipeline.calibration_report", "calibration.sufficiency"),
         build=build,
     )
@@ -115,7 +127,7 @@ def render(table: Mapping[str, Any]) -> str:
         table=table,
         rows=[{**row, "bars": _bars(row["counts"]), "mark": _mark(row)} for row in rows],
         most=max(rows, key=lambda row: row["clipped"], default=None),
-        curve=_curve(table["curve"]),
+        curves=[{"title": title, "points": _curve(table["curve"], field, times)} for field, title, times in _CURVES],
         width=_WIDTH,
         height=_HEIGHT,
         curve_width=_CURVE_WIDTH,
@@ -141,15 +153,18 @@ def _mark(row: Mapping[str, Any]) -> float:
     return round(min(share, 1.0) * _WIDTH, 2)
 
 
-def _curve(points: list[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The points of the sufficiency curve, in pixels: evenly spaced, decibels from 0 to the largest."""
-    highest = max((point["snr_db"] for point in points), default=1.0) or 1.0
-    step = (_CURVE_WIDTH - 80) / max(len(points) - 1, 1)
+def _curve(points: list[Mapping[str, Any]], field: str, times: int) -> list[dict[str, float]]:
+    """`times` the `field` of each point of the sufficiency curve, with its place in pixels: evenly spaced, from 0 to
+    the largest.
+    """
+    values = [times * point[field] for point in points]
+    highest, step = max([0.0, *values]) or 1.0, (_CURVE_WIDTH - 80) / max(len(points) - 1, 1)
     return [
         {
-            **point,
+            "images": point["images"],
+            "value": value,
             "x": round(40 + place * step, 1),
-            "y": round(_CURVE_HEIGHT - 30 - max(point["snr_db"], 0) / highest * (_CURVE_HEIGHT - 60), 1),
+            "y": round(_CURVE_HEIGHT - 30 - max(value, 0) / highest * (_CURVE_HEIGHT - 60), 1),
         }
-        for place, point in enumerate(points)
+        for place, (point, value) in enumerate(zip(points, values, strict=True))
     ]

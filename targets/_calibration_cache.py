@@ -11,6 +11,7 @@ NVIDIA/TensorRT, samples/common/sampleEngines.cpp, readScalesFromCalibrationCach
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from models.errors import BadRequest
 
 ALGORITHMS: Final = ("EntropyCalibration2", "EntropyCalibration", "MinMaxCalibration", "LegacyCalibration")
 
-_HEADER: Final = re.compile(rf"TRT-(\d+)-({'|'.join(ALGORITHMS)})", re.ASCII)
+_HEADER: Final = re.compile(rf"TRT-([1-9]\d{{3,5}})-({'|'.join(ALGORITHMS)})", re.ASCII)
 _SCALE: Final = re.compile(r"[0-9a-fA-F]{1,8}", re.ASCII)
 
 
@@ -41,7 +42,10 @@ def version_number(major: int, minor: int, patch: int) -> int:
 
 
 def text(cache: CalibrationCache) -> str:
-    """The cache as TensorRT reads it."""
+    """The cache as TensorRT reads it. Raises ValueError where a name holds a line break, or a scale is none."""
+    for name, scale in cache.scales.items():
+        if "\n" in name or not _is_scale(scale):
+            raise ValueError(f"{name!r}: {scale} cannot be a line of a calibration cache")
     lines = [f"TRT-{cache.version}-{cache.algorithm}"]
     lines += [f"{name}: {struct.pack('>f', scale).hex().lstrip('0') or '0'}" for name, scale in cache.scales.items()]
     return "\n".join(lines) + "\n"
@@ -50,7 +54,7 @@ def text(cache: CalibrationCache) -> str:
 def read(path: Path) -> CalibrationCache:
     """The cache in a file. Raises BadRequest, naming the line, where it is none."""
     try:
-        first, *lines = path.read_text().splitlines() or [""]
+        first, *lines = path.read_bytes().decode().split("\n")
     except UnicodeDecodeError as error:
         raise BadRequest(
             f"{path} is no calibration cache: it is not text; give the file that TensorRT wrote"
@@ -70,5 +74,13 @@ def read(path: Path) -> CalibrationCache:
             raise BadRequest(
                 f"{path}, line {number}: `{line[:60]}` is no scale; expected `<tensor>: <float32 in hexadecimal>`"
             )
-        (scales[name],) = struct.unpack(">f", bytes.fromhex(bits.strip().zfill(8)))
+        (scale,) = struct.unpack(">f", bytes.fromhex(bits.strip().zfill(8)))
+        if not _is_scale(scale) or name in scales:
+            wrong = f"{name} has a second scale" if name in scales else f"{scale} is no scale of {name}"
+            raise BadRequest(f"{path}, line {number}: {wrong}; calibrate again, the file is damaged")
+        scales[name] = scale
     return CalibrationCache(version=int(header[1]), algorithm=header[2], scales=scales)
+
+
+def _is_scale(scale: float) -> bool:
+    return math.isfinite(scale) and scale >= 0

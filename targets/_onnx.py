@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -129,7 +130,12 @@ def without_quantizers(model: ModelProto) -> ModelProto:
         graph.initializer.append(numpy_helper.from_array(values.astype("float32"), node.output[0]))
     kept = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
     for node in kept:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.input[:] = [_origin(name, renamed) for name in node.input]
+    kept += [
+        onnx.helper.make_node("Identity", [_origin(given.name, renamed)], [given.name], name=f"{given.name}_float")
+        for given in graph.output
+        if given.name in renamed
+    ]
     del graph.node[:]
     graph.node.extend(kept)
     used = {name for node in kept for name in node.input}
@@ -137,6 +143,13 @@ def without_quantizers(model: ModelProto) -> ModelProto:
     del graph.initializer[:]
     graph.initializer.extend(needed)
     return plain
+
+
+def _origin(name: str, renamed: Mapping[str, str]) -> str:
+    """The tensor that `name` is a rounding of, however often it was rounded."""
+    while name in renamed:
+        name = renamed[name]
+    return name
 
 
 def to_fp16(model: ModelProto) -> ModelProto:

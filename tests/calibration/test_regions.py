@@ -9,8 +9,8 @@ from torch.fx import GraphModule, Node
 from calibration.calibrate import calibrate, named_quantizers
 from calibration.fake_quant import ActivationFakeQuant, FakeQuant
 from calibration.quantize import prepare, traced
-from calibration.regions import spell_out
 from calibration.recipe import Ptq
+from calibration.regions import spell_out
 from calibration.scheme import AFFINE
 from tests.toys import images as dataset
 

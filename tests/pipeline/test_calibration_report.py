@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from calibration.metrics import snr_db
 from calibration.sufficiency import Point, sentence
@@ -16,7 +17,7 @@ from pipeline import calibration_report, stages
 from pipeline.calibration_report import CACHES, GRAPH, PAGE, TABLE, render
 from pipeline.store import Store
 from targets._calibration_cache import read
-from targets._onnx import activation_scales
+from targets._onnx import activation_scales, without_quantizers
 from targets.onnxruntime import reference_logits
 from tests.tiny import tiny_run
 
@@ -41,28 +42,36 @@ def test_every_tensor_has_a_row(table: dict[str, Any]) -> None:
 
 
 def test_the_curve_ends_with_all_images_and_no_change(table: dict[str, Any]) -> None:
-    assert [point["images"] for point in table["curve"]] == [32, 64, 128]
+    assert [point["images"] for point in table["curve"]] == [32, 64, 112]  # 16 of 128 compared the calibrators
     assert table["curve"][-1]["median_change"] == table["curve"][-1]["largest_change"] == 0
     assert table["curve"][0]["largest_change"] > 0
-    assert table["sufficiency"].startswith("from 64 to 128 images, half of the ranges moved by ")
+    assert table["sufficiency"].startswith("from 64 to 112 images, half of the ranges moved by ")
 
 
 @pytest.mark.parametrize(
-    ("change", "ending"), [(0.001, "more images would hardly matter"), (0.1, "could still matter")]
+    ("change", "gained", "ending"),
+    [
+        (0.001, 0.1, "more images would hardly matter"),
+        (0.1, 0.1, "could still matter"),
+        (0.001, 3.0, "could still matter"),
+    ],
 )
-def test_a_sentence_says_whether_more_would_matter(change: float, ending: str) -> None:
-    rest = {"largest_change": change, "snr_db": 30.0, "top1": 99.0}
-    points = [Point(images=64, median_change=change, **rest), Point(images=128, median_change=0.0, **rest)]
+def test_a_sentence_says_whether_more_would_matter(change: float, gained: float, ending: str) -> None:
+    before = Point(images=64, median_change=change, largest_change=0.2, snr_db=30.0, top1=99.0)
+    points = [before, Point(images=128, median_change=0.0, largest_change=0.0, snr_db=30.0 + gained, top1=99.0)]
     assert sentence(points).endswith(ending)
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_the_caches_hold_the_scales_of_the_export_by_its_names(name: str, made: tuple[Path, Path]) -> None:
+def test_the_caches_hold_the_scales_of_the_export_by_its_names(
+    name: str, made: tuple[Path, Path], table: dict[str, Any]
+) -> None:
     report, export = made
     cache = read(report / name)
     scales = activation_scales(onnx.load(export / "model.onnx"))
     assert (cache.version, cache.algorithm) == (CACHES[name], "EntropyCalibration2")
     assert cache.scales == scales and len(scales) == 3
+    assert sorted(scales.values()) == sorted(row["scale"] for row in table["ranges"])
     recorded = {layer["activation"] for layer in json.loads((export / "scales.json").read_text()).values()}
     assert set(scales.values()) == recorded
 
@@ -79,6 +88,23 @@ def test_the_float_graph_has_the_tensors_of_the_caches_and_answers_as_the_export
     with np.load(export / "sample.npz") as sample:
         found = snr_db(sample["logits"], reference_logits(report / GRAPH, sample["images"]))
     assert 15 < found < 100
+
+
+def test_a_value_that_is_rounded_twice_or_at_the_end_is_its_float_self() -> None:
+    names = ["images", "first", "one", "second", "logits"]
+    kinds = ["QuantizeLinear", "DequantizeLinear"] * 2
+    nodes = [
+        helper.make_node(kind, [source, "scale", "zero"], [made], name=made)
+        for kind, source, made in zip(kinds, names, names[1:], strict=False)
+    ]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("images", "logits")]
+    constants = [numpy_helper.from_array(np.float32(0.5), "scale"), numpy_helper.from_array(np.int8(0), "zero")]
+    graph = helper.make_graph(nodes, "twice", ends[:1], ends[1:], constants)
+    plain = without_quantizers(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
+    onnx.checker.check_model(plain, full_check=True)
+    assert [(node.op_type, *node.input, *node.output) for node in plain.graph.node] == [
+        ("Identity", "images", "logits")
+    ]
 
 
 def test_the_page_shows_the_most_clipped_first_and_escapes_names(

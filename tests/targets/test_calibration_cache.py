@@ -38,6 +38,17 @@ def test_zero_has_no_leading_zeros_and_names_may_hold_colons(tmp_path: Path) -> 
     assert read(written(tmp_path, text(cache))) == cache
 
 
+def test_a_hidden_layer_of_the_reference_is_read(tmp_path: Path) -> None:
+    found = read(written(tmp_path, "TRT-8401-EntropyCalibration2\r\nfeatures/conv1: 3c010a14\r\n"))
+    assert found.scales == {"features/conv1": pytest.approx(0.0078759, abs=1e-7)}
+
+
+@pytest.mark.parametrize(("name", "scale"), [("two\nlines", 1.0), ("x", float("nan")), ("x", -1.0)])
+def test_what_could_not_be_read_back_is_not_written(name: str, scale: float) -> None:
+    with pytest.raises(ValueError, match="cannot be a line"):
+        text(CalibrationCache(version=8601, algorithm="EntropyCalibration2", scales={name: scale}))
+
+
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=("C", "Z")), min_size=1), st.floats(0, 1e4, width=32), max_size=5
@@ -58,6 +69,10 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, scale
         ("TRT-8601-EntropyCalibration2\ninput 3caa54fc\n", "line 2: `input 3caa54fc` is no scale; expected"),
         ("TRT-8601-EntropyCalibration2\n\ninput: xyz\n", "line 3: `input: xyz` is no scale; expected"),
         ("TRT-8601-EntropyCalibration2\ninput: 3caa54fc0\n", "line 2: `input: 3caa54fc0` is no scale; expected"),
+        ("TRT-0-EntropyCalibration2\n", "line 1: `TRT-0-EntropyCalibration2` is no header"),
+        ("TRT-8601-EntropyCalibration2\ninput: 7fc00000\n", "line 2: nan is no scale of input"),
+        ("TRT-8601-EntropyCalibration2\ninput: bf800000\n", "line 2: -1.0 is no scale of input"),
+        ("TRT-8601-EntropyCalibration2\nx: 3c010a14\nx: 3c010a14\n", "line 3: x has a second scale"),
         (b"\xff\xfe\x00", "is no calibration cache: it is not text"),
     ],
 )
