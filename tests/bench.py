@@ -32,7 +32,7 @@ def main(names: tuple[str, ...] = MODELS) -> int:
     missed: list[str] = []
     for model in names or MODELS:
         for recipe in RECIPES:
-            answers = {target: _engine(model, recipe, target) for target in TARGETS}
+            answers = {target: built(model, recipe, target) for target in TARGETS}
             print(_row(model, recipe, answers), flush=True)
             engines += len(answers)
             missed += [
@@ -46,11 +46,11 @@ def main(names: tuple[str, ...] = MODELS) -> int:
     return 1 if missed else 0
 
 
-def _engine(model: str, recipe: str, target: str) -> dict[str, Any]:
-    """The JSON answer of `make engine`."""
-    told = io.StringIO()
+def built(model: str, recipe: str, target: str, **variables: str) -> dict[str, Any]:
+    """The JSON answer of `make engine`, with more of its variables."""
+    told, variables = io.StringIO(), {"model": model, "recipe": recipe, "target": target, **variables}
     with contextlib.redirect_stdout(told):
-        edgeline(["engine", "--model", model, "--recipe", recipe, "--target", target])
+        edgeline(["engine", *(f"--{name}={value}" for name, value in variables.items())])
     answer: dict[str, Any] = json.loads(told.getvalue().splitlines()[-1])
     return answer
 
