@@ -98,7 +98,8 @@ def test_a_value_that_is_rounded_twice_or_at_the_end_is_its_float_self() -> None
         for kind, source, made in zip(kinds, names, names[1:], strict=False)
     ]
     ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("images", "logits")]
-    constants = [numpy_helper.from_array(np.array(0.5, "f"), "scale"), numpy_helper.from_array(np.array(0, "b"), "zero")]
+    constants = [numpy_helper.from_array(np.array(0.5, "f"), "scale")]
+    constants += [numpy_helper.from_array(np.array(0, "b"), "zero")]
     graph = helper.make_graph(nodes, "twice", ends[:1], ends[1:], constants)
     plain = without_quantizers(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
     onnx.checker.check_model(plain, full_check=True)
