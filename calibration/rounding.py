@@ -61,7 +61,7 @@ class _PerTensor(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, *rounded = ctx.saved_tensors
         passed = _clipped_gradient(gradient, values, *ctx.ends)
@@ -81,7 +81,7 @@ class _PerChannel(torch.autograd.Function):
         return x.mul(1 / scale).round_().clamp_(-highest, highest).mul_(scale)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.saved_tensors:
             return gradient, None, None, None
