@@ -148,7 +148,7 @@ def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
         answer = verb(tiny_run("fp32", "cpu"), shared)
         assert answer["recipe"] == recipe
         assert (answer["top1"], answer["images"]) == (100, TEST_IMAGES)
-        assert answer["key"] == stages.quantized(tiny_run(recipe)).key
+        assert answer["key"] == stages.quantized(tiny_run(recipe, "cpu")).key
 
 
 def test_verify_looks_at_the_engine_again(shared: Path) -> None:
