@@ -121,7 +121,7 @@ def train(
             )
             if found >= max([start, *((epoch.val_top1, epoch.val_db) for epoch in at.epochs)]):
                 at.best, at.best_epoch = copy.deepcopy(prepared.state_dict()), index + 1
-            at.stopped = _diverged(at.epochs, start[0])
+            at.stopped = diverged(at.epochs, start[0])
             progress.set_postfix(val=f"{found[0]:.1f} %")
             if checkpoint:
                 _save(checkpoint, prepared, optimizer, at)
@@ -190,7 +190,7 @@ def _judged(prepared: GraphModule, reference: Logits, val: Images) -> tuple[floa
     return top1(found, labels), round(snr_db(reference, found), 3)
 
 
-def _diverged(epochs: list[QatEpoch], start_top1: float) -> str | None:
+def diverged(epochs: list[QatEpoch], start_top1: float) -> str | None:
     """Why to stop, or None."""
     number, last = len(epochs), epochs[-1]
     if last.loss > _LOSS_GROWTH * epochs[0].loss:

@@ -54,6 +54,7 @@ class _PerTensor(torch.autograd.Function):
         ctx.scale = float(scale)
         low, high = lowest - int(zero_point), highest - int(zero_point)
         ctx.ends = (low - 0.5) * ctx.scale, (high + 0.5) * ctx.scale  # beyond them, values are clipped
+        ctx.levels = low * ctx.scale, high * ctx.scale  # beyond them, a value lies beyond the last level
         values = x.float()  # mixed precision hands over 16 bits, which are too few to divide in
         found = values.mul(1 / ctx.scale).round_().clamp_(low, high).mul_(ctx.scale)
         ctx.share = 1 / math.sqrt(max(1, x[0].numel()) * highest)
@@ -67,8 +68,8 @@ class _PerTensor(torch.autograd.Function):
         passed = _clipped_gradient(gradient, values, *ctx.ends)
         if not rounded:
             return passed, None, None, None, None, None
-        # By scale, the rounded value grows as round(x / scale) - x / scale, and as the level where x is clipped.
-        inside = _clipped_gradient(values, values, *ctx.ends)  # x, and zero where it is clipped
+        # With the scale, the rounded value grows by round(x / scale) - x / scale, and by the last level beyond that.
+        inside = _clipped_gradient(values, values, *ctx.levels)  # x, and zero beyond the last level
         slope = torch.sub(rounded[0], inside, out=inside)
         by_scale = torch.dot(gradient.flatten(), slope.flatten()) / ctx.scale
         return passed, None, None, None, None, (by_scale * ctx.share).reshape(1)
