@@ -105,9 +105,9 @@ def train(
             set_mode(prepared, ("learn" if recipe.learned_scales else "train") if following else "frozen")
             began = time.monotonic()
             losses = []
-            for step, images in enumerate(_images(train, seed, index)):
-                _set_rate(optimizer, (index * steps + step) / (recipe.epochs * steps))
-                losses.append(_step(prepared, teacher, images.to(device), optimizer))
+            for number, images in enumerate(_images(train, seed, index)):
+                _set_rate(optimizer, (index * steps + number) / (recipe.epochs * steps))
+                losses.append(step(prepared, teacher, images.to(device), optimizer))
                 progress.update()
                 if not math.isfinite(losses[-1]):
                     break
@@ -161,7 +161,7 @@ def _images(train: Images, seed: int, epoch: int) -> Iterator[Tensor]:
         yield augment(images, noise, mirrors=train.data.mirrors)
 
 
-def _step(prepared: GraphModule, teacher: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> float:
+def step(prepared: GraphModule, teacher: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> float:
     """One step on `images`; returns its loss, and leaves the weights alone where that is not finite."""
     with _precision(images.device):
         with torch.no_grad():
