@@ -40,7 +40,7 @@ MOST = 1.45  # times a float step, while ranges follow and when they are frozen
 
 _CLASSES, _BATCH = 10, 32
 _FLOAT, _FOLLOWING, _FROZEN, _LEARNED = "float", "ranges follow", "ranges frozen", "step sizes learned"
-_ROW = "{:24} {:>6}  {:>6} {:>6}"
+_ROW = "{:26} {:>6}  {:>6} {:>6}"
 
 Step = Callable[[], object]
 
@@ -135,5 +135,5 @@ def _seconds(step: Step) -> float:
 
 if __name__ == "__main__":
     surroundings.settle()
-    name, size, rounds = (*sys.argv[1:], *(MODEL, SIZE, ROUNDS)[len(sys.argv) - 1 :])
-    sys.exit(main(str(name), int(size), int(rounds)))
+    asked = [*sys.argv[1:], *map(str, (MODEL, SIZE, ROUNDS)[len(sys.argv) - 1 :])]
+    sys.exit(main(asked[0], int(asked[1]), int(asked[2])))
