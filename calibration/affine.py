@@ -72,7 +72,7 @@ class PerTensorAffineFakeQuant(ActivationFakeQuant):
         return float((levels * self.scale).max())
 
     def follow(self, x: Tensor) -> None:
-        self.ends.lerp_(_ends(x), 1 - _MEMORY)
+        self.ends.lerp_(_ends(x).to(self.ends.device), 1 - _MEMORY)
         self._set_range(self.ends * self.covered)
 
     def _set_range(self, limits: Tensor) -> None:

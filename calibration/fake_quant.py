@@ -194,7 +194,9 @@ class PerChannelFakeQuant(FakeQuant):
         return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max, whole=True)
 
     def round(self, x: Tensor) -> Tensor:
-        """Weights that have moved beyond a range that stands still are clipped, and stay there."""
+        """Weights that have moved beyond a range since it was set are clipped: by one step of training where it follows,
+        by all since where it stands still.
+        """
         return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max)
 
 

@@ -82,11 +82,14 @@ def train(
     `teacher` answers with (distillation: Hinton et al., arXiv 1503.02531), and leave it with the best of its epochs, or
     as it was where none is as good. Returns what there is to report.
 
-    Ranges follow, or are learned, until `recipe.freeze_ranges_at`. With a `checkpoint`, goes on from what that holds
-    and saves there after every epoch. A training that diverges is stopped, told of, and keeps its best epoch, too.
+    Ranges follow, or are learned, until `recipe.freeze_ranges_at`. Computes on a GPU where there is one, in mixed
+    precision. With a `checkpoint`, goes on from what that holds, and saves there after every epoch. A training that
+    diverges is stopped, told of, and keeps its best epoch, too.
     """
     teacher.eval()
-    device = next(prepared.parameters()).device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for network in (prepared, teacher):
+        network.to(device)
     set_mode(prepared, "frozen")
     reference, _ = predictions(teacher, val)
     start = _judged(prepared, reference, val)
@@ -104,32 +107,45 @@ def train(
             following = index < round(recipe.freeze_ranges_at * recipe.epochs)
             set_mode(prepared, ("learn" if recipe.learned_scales else "train") if following else "frozen")
             began = time.monotonic()
-            losses = []
-            for number, images in enumerate(_images(train, seed, index)):
-                _set_rate(optimizer, (index * steps + number) / (recipe.epochs * steps))
+            losses: list[float] = []
+            for images in _images(train, seed, index):
+                _set_rate(optimizer, (index * steps + len(losses)) / (recipe.epochs * steps))
                 losses.append(step(prepared, teacher, images.to(device), optimizer))
                 progress.update()
                 if not math.isfinite(losses[-1]):
+                    at.stopped = f"the loss became {losses[-1]} in epoch {index + 1}, step {len(losses)}"
                     break
-            if not math.isfinite(losses[-1]):
-                at.stopped = f"the loss became {losses[-1]} in epoch {index + 1}, step {len(losses)}"
-                break
-            seconds = time.monotonic() - began
-            found = _judged(prepared, reference, val)
-            at.epochs.append(
-                QatEpoch(loss=float(np.mean(losses)), val_top1=found[0], val_db=found[1], seconds=round(seconds, 3))
-            )
-            if found >= max([start, *((epoch.val_top1, epoch.val_db) for epoch in at.epochs)]):
-                at.best, at.best_epoch = copy.deepcopy(prepared.state_dict()), index + 1
-            at.stopped = diverged(at.epochs, start[0])
-            progress.set_postfix(val=f"{found[0]:.1f} %")
-            if checkpoint:
-                _save(checkpoint, prepared, optimizer, at)
+            else:
+                seconds = time.monotonic() - began
+                _note(at, prepared, float(np.mean(losses)), _judged(prepared, reference, val), start, seconds)
+                progress.set_postfix(val=f"{at.epochs[-1].val_top1:.1f} %")
+                if checkpoint:
+                    _save(checkpoint, prepared, optimizer, at)
+    set_mode(prepared, "frozen")
     prepared.load_state_dict(at.best)
+    for network in (prepared, teacher):
+        network.cpu()
     if at.stopped:
         kept = f"epoch {at.best_epoch}" if at.best_epoch else "the start, post-training quantization"
         log.warning("QAT stopped: %s; kept: %s", at.stopped, kept)
     return _report(at, start, device, len(train))
+
+
+def _note(
+    at: _Progress,
+    prepared: GraphModule,
+    loss: float,
+    found: tuple[float, float],
+    start: tuple[float, float],
+    seconds: float,
+) -> None:
+    """Add an epoch; keep it where it is the best so far, and stop where training has diverged. `found` and `start`: as
+    `_judged` says it.
+    """
+    at.epochs.append(QatEpoch(loss=loss, val_top1=found[0], val_db=found[1], seconds=round(seconds, 3)))
+    if found >= max([start, *((epoch.val_top1, epoch.val_db) for epoch in at.epochs)]):
+        at.best, at.best_epoch = copy.deepcopy(prepared.state_dict()), len(at.epochs)
+    at.stopped = diverged(at.epochs, start[0])
 
 
 def _groups(prepared: GraphModule) -> list[dict[str, object]]:
