@@ -194,8 +194,8 @@ class PerChannelFakeQuant(FakeQuant):
         return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max, whole=True)
 
     def round(self, x: Tensor) -> Tensor:
-        """Weights that have moved beyond a range since it was set are clipped: by one step of training where it follows,
-        by all since where it stands still.
+        """Weights that have moved beyond their range since it was set are clipped: within one step of training where it
+        follows, within all of them where it stands still.
         """
         return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max)
 
