@@ -49,7 +49,8 @@ READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-seeds bench-prove test lint setup lock system-packages clean
+        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat test lint setup lock \
+        system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -137,6 +138,10 @@ bench-seeds: $(READY) ## what INT8 costs in accuracy over three seeds, for the s
 
 bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line for each artifact
 	@$(VENV)/bin/python -m tests.bench_prove $${MODELS:-mobilevit_xs}
+
+bench-qat: $(READY) ## what a step of quantization-aware training costs, in float steps; needs no data
+	@$(VENV)/bin/python -m tests.bench_qat $(MODEL)
+	@$(VENV)/bin/python -m tests.bench_qat $(MODEL) 256 10
 
 test: $(READY) ## the tests (a few minutes)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

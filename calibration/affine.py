@@ -25,6 +25,8 @@ class PerTensorAffineFakeQuant(ActivationFakeQuant):
     seen, and always holds zero, which padding writes.
     """
 
+    widest = 1.0  # as `_set_range` says: a wider range would reach beyond a ReLU6
+
     def __init__(self, **spec: Any) -> None:
         super().__init__(**spec)
         self.counts = Counts()
@@ -70,11 +72,8 @@ class PerTensorAffineFakeQuant(ActivationFakeQuant):
         return float((levels * self.scale).max())
 
     def follow(self, x: Tensor) -> None:
-        self.ends.lerp_(_ends(x), 1 - _MEMORY)
+        self.ends.lerp_(_ends(x).to(self.ends.device), 1 - _MEMORY)
         self._set_range(self.ends * self.covered)
-
-    def round(self, x: Tensor) -> Tensor:
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def _set_range(self, limits: Tensor) -> None:
         """`limits`: the smallest and largest value that are represented, of shape (2,)."""

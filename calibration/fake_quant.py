@@ -6,16 +6,18 @@ artifact: whatever the fake-quantized model computes, the converted one computes
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
+from calibration import rounding
 from calibration.calibrators import ALL, LEVELS, Statistics
 
-Mode = Literal["observe", "train", "frozen"]
+Mode = Literal["observe", "train", "learn", "frozen"]
 
 # The normal FP16 numbers: beyond them an FP16 graph would round the scale itself, flush it to zero, or overflow.
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
@@ -26,8 +28,9 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
     """Symmetric int8 with zero point 0 on one edge of the graph.
 
     In mode `observe` it passes the tensor through and collects statistics; `fix_range` turns them into a scale. In
-    `train` it rounds, and lets the scale follow the tensor wherever gradients are recorded; in `frozen` it rounds with
-    the scale as it stands. So evaluating, which records none, never moves a range, whatever the mode.
+    `train` it rounds, and lets the scale follow the tensor wherever gradients are recorded; in `learn` the scale of an
+    activation is trained instead, see `ActivationFakeQuant.learn`; in `frozen` it rounds with the scale as it stands.
+    So evaluating, which records no gradients, never moves a range, whatever the mode.
     """
 
     scale: Tensor
@@ -47,8 +50,13 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         if self.mode == "observe":
             self.observe(x.detach())
             return x
-        if self.mode == "train" and torch.is_grad_enabled():
-            self.follow(x.detach())
+        if self.mode != "frozen" and torch.is_grad_enabled():
+            return self.moving(x)
+        return self.round(x)
+
+    def moving(self, x: Tensor) -> Tensor:
+        """Let the range follow `x`, then round it."""
+        self.follow(x.detach())
         return self.round(x)
 
     @abstractmethod
@@ -79,6 +87,13 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 class ActivationFakeQuant(FakeQuant):
     """For activations: the range is what a calibrator makes of the statistics of all images seen."""
 
+    widest = math.inf  # that a learned scale may become, as a factor of where it started
+
+    def __init__(self, **spec: Any) -> None:
+        super().__init__(**spec)
+        self.register_parameter("factor", None)
+        self.start = 0.0
+
     @property
     @abstractmethod
     def statistics(self) -> Statistics: ...
@@ -94,6 +109,23 @@ class ActivationFakeQuant(FakeQuant):
     @abstractmethod
     def limit(self) -> float:
         """The largest absolute value that is represented."""
+
+    def learn(self) -> None:
+        """Make the scale trainable in mode `learn`: `factor` times where it stands now. A factor, because Adam moves
+        every parameter by about the learning rate, however small the parameter is. A zero point stays.
+        """
+        self.start = float(self.scale)
+        self.factor = nn.Parameter(torch.ones_like(self.scale))
+
+    def moving(self, x: Tensor) -> Tensor:
+        if self.mode != "learn" or self.factor is None:
+            return super().moving(x)
+        self.scale.copy_(snap(self.factor.detach().clamp(max=self.widest) * self.start))
+        step = self.factor * self.start
+        return rounding.learned(x, step, self.scale, self.zero_point, self.quant_min, self.quant_max)
+
+    def round(self, x: Tensor) -> Tensor:
+        return rounding.per_tensor(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def fix_range(self, calibrator: str = "mse") -> None:
         self.choose(calibrator)
@@ -130,11 +162,9 @@ class PerTensorFakeQuant(ActivationFakeQuant):
         self.covered.fill_(limit / max(self.seen.mean_peak, 1e-12))
 
     def follow(self, x: Tensor) -> None:
-        self.peak.lerp_(x.abs().amax(), 1 - _PEAK_MEMORY)
+        low, high = x.float().aminmax()  # one pass, and no copy of the magnitudes
+        self.peak.lerp_(torch.maximum(-low, high), 1 - _PEAK_MEMORY)
         self._set_limits((self.peak * self.covered).reshape(1))
-
-    def round(self, x: Tensor) -> Tensor:
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
 
 class PerChannelFakeQuant(FakeQuant):
@@ -158,10 +188,16 @@ class PerChannelFakeQuant(FakeQuant):
     def follow(self, x: Tensor) -> None:
         self._set_limits(x.abs().transpose(0, self.ch_axis).flatten(1).amax(1))
 
+    def moving(self, x: Tensor) -> Tensor:
+        """A range that has just followed holds every weight: none is clipped, and all gradients pass."""
+        self.follow(x.detach())
+        return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max, whole=True)
+
     def round(self, x: Tensor) -> Tensor:
-        return torch.fake_quantize_per_channel_affine(
-            x, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max
-        )
+        """Weights that have moved beyond their range since it was set are clipped: within one step of training where it
+        follows, within all of them where it stands still.
+        """
+        return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max)
 
 
 def snap(scale: Tensor) -> Tensor:

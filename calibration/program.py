@@ -49,9 +49,11 @@ def load(path: Path) -> ExportedProgram:
 
 
 def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32]:
-    """Run every batch through `model`, as it is, and return all logits (N, classes)."""
+    """Run every batch through `model`, as it is and where it is, and return all logits (N, classes)."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        return cast("npt.NDArray[np.float32]", torch.cat([model(images) for images, _ in batches]).numpy())
+        found = torch.cat([model(images.to(device)).cpu() for images, _ in batches])
+    return cast("npt.NDArray[np.float32]", found.numpy())
 
 
 def scales(graph: GraphModule) -> dict[str, LayerScales]:

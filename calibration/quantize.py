@@ -11,17 +11,18 @@ divides by no gamma, counts no batches, and trains the very weights that are rou
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from calibration import program
+from calibration import program, qat
 from calibration.batches import Batch, Images
 from calibration.budget import Budget
 from calibration.calibrate import calibrate, set_mode
+from calibration.checkpoints import Checkpoint
 from calibration.fold import fold
 from calibration.metrics import Logits, snr_db
 from calibration.placement import LAYERS, Placement
@@ -29,7 +30,7 @@ from calibration.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
 from calibration.scheme import Scheme
 from calibration.sensitivity import within_budget
-from calibration.train import TrainingPlan, evaluate, fit
+from calibration.train import evaluate
 from models.errors import CheckFailed
 
 _CALIBRATION_BATCH = 32
@@ -45,12 +46,21 @@ class Quantized:
     report: dict[str, object] = field(default_factory=dict)
 
 
-def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, val: Images, *, seed: int) -> Quantized:
+def quantize(
+    model: nn.Module,
+    recipe: Recipe,
+    scheme: Scheme,
+    train: Images,
+    val: Images,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> Quantized:
     """Turn a trained float `model` into the program that `recipe` asks for. `train` is what calibration and training
-    see; `val` chooses the best epoch.
+    see; `val` chooses the best epoch. Training goes on from `checkpoint`, and saves there after every epoch.
 
-    Raises CheckFailed where training diverges, where folding or converting changes what the model computes, or where
-    the recipe's accuracy budget leaves no module integer.
+    Raises CheckFailed where folding or converting changes what the model computes, or where the recipe's accuracy
+    budget leaves no module integer.
     """
     model.eval()
     size = train.preprocess.size
@@ -64,7 +74,7 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
             prepared, report = _calibrated(model, recipe, scheme, train, seed=seed)
         case Qat():
             prepared, report = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
-            report |= _trained(prepared, model, recipe, train, val, seed=seed)
+            report |= qat.train(prepared, model, recipe, train, val, seed=seed, checkpoint=checkpoint)
     set_mode(prepared, "frozen")
     if recipe.budget is not None:
         prepared, spent = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))
@@ -112,26 +122,6 @@ def _calibrated(
     """The prepared graph of `model` with the ranges that `recipe` finds, and the report of its calibration."""
     prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
     return prepared, calibrate(prepared, model, recipe, train, seed=seed)
-
-
-def _trained(
-    prepared: GraphModule, teacher: nn.Module, recipe: Qat, train: Images, val: Images, *, seed: int
-) -> dict[str, object]:
-    """Train the weights of `prepared` through its rounding to answer as the float `teacher` does; ranges follow until
-    `recipe.freeze_ranges_at`.
-    """
-    frozen_from = round(recipe.freeze_ranges_at * recipe.epochs)
-
-    def before_epoch(epoch: int) -> None:
-        set_mode(prepared, "train" if epoch < frozen_from else "frozen")
-
-    set_mode(prepared, "frozen")
-    start = evaluate(prepared, val)
-    plan = TrainingPlan(epochs=recipe.epochs, learning_rate=recipe.learning_rate)
-    epochs = fit(
-        prepared, train, val, plan, seed=seed, title="QAT", teacher=teacher, start_top1=start, before_epoch=before_epoch
-    )
-    return {"val_top1_before_qat": start, "qat": [asdict(epoch) for epoch in epochs]}
 
 
 def _within_budget(

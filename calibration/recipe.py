@@ -55,8 +55,11 @@ class Qat:
     warm_start: Ptq
     precision: Literal["int8"] = "int8"
     epochs: int = 2
-    learning_rate: float = 1e-5  # the peak of the cycle: PTQ is a good start, and larger steps leave it
-    freeze_ranges_at: float = 0.5  # fraction of the epochs after which the ranges stand still
+    learning_rate: float = 1e-5  # the peak of the schedule: PTQ is a good start, and larger steps leave it
+    # Fraction of the epochs after which the ranges stand still. There is none for BatchNorm statistics: they are folded
+    # before training, and never move.
+    freeze_ranges_at: float = 0.5
+    learned_scales: bool = False  # whether until then the scales of activations are trained with the weights
     budget: Budget | None = None  # of the trained network, as for Ptq; the one of `warm_start` counts for nothing
 
 

@@ -1,10 +1,12 @@
-"""The one training loop: it trains float models from scratch, fine-tunes them, and trains through fake quantization."""
+"""The training loop of float models: from scratch, or from weights that are already trained. Rounding is trained in
+`qat.py`.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -59,21 +61,15 @@ def fit(
     *,
     seed: int,
     title: str,
-    teacher: nn.Module | None = None,
-    start_top1: float = 0.0,
-    before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[Epoch]:
-    """Train `model` in place and leave it with the weights of its best epoch on `val` (the later one of equals), or
-    as it was where no epoch reaches `start_top1`, in percent.
+    """Train `model` in place and leave it with the weights of its best epoch on `val` (the later one of equals).
 
-    With a `teacher`, in evaluation mode, the target is its distribution over the classes instead of the label
-    (distillation: Hinton et al., arXiv 1503.02531). Shows a progress bar with the time that remains. Raises
-    CheckFailed where the loss stops being a number.
+    Shows a progress bar with the time that remains. Raises CheckFailed where the loss stops being a number.
     """
     order = np.random.default_rng(seed)
     noise = torch.Generator().manual_seed(seed)
     steps = plan.epochs * math.ceil(len(train) / plan.batch)
-    optimizer = torch.optim.AdamW(_groups(model, plan.weight_decay), lr=plan.learning_rate)
+    optimizer = torch.optim.AdamW(parameter_groups(model, plan.weight_decay), lr=plan.learning_rate)
     cycle = max(3, steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         # The scheduler divides by zero where the warm-up, or what follows it, is a single step.
@@ -86,14 +82,13 @@ def fit(
     best = copy.deepcopy(model.state_dict())
     with bar(total=steps, title=title, unit="step") as progress:
         for index in range(plan.epochs):
-            before_epoch(index)
             _set_training(model, True)
             losses = []
             for images, labels in train.batches(plan.batch, order.permutation(len(train)).tolist()):
                 if len(images) == 1:
                     continue  # BatchNorm has no statistics of one value a channel, and poor ones of a few
                 images = augment(images, noise, mirrors=train.data.mirrors)
-                loss = _loss(_answers(model, images), _targets(images, labels, teacher), plan)
+                loss = _loss(_answers(model, images), labels, plan)
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
                     raise CheckFailed(
@@ -107,19 +102,11 @@ def fit(
                 progress.update()
             epochs.append(Epoch(loss=float(np.mean(losses)), val_top1=evaluate(model, val)))
             progress.set_postfix(val=f"{epochs[-1].val_top1:.1f} %")
-            if epochs[-1].val_top1 >= max(start_top1, *(epoch.val_top1 for epoch in epochs)):
+            if epochs[-1].val_top1 >= max(epoch.val_top1 for epoch in epochs):
                 best = copy.deepcopy(model.state_dict())
     model.load_state_dict(best)
     _set_training(model, False)
     return epochs
-
-
-def _targets(images: Tensor, labels: Tensor, teacher: nn.Module | None) -> Tensor:
-    """Class indices (N,), or the teacher's probabilities (N, classes)."""
-    if teacher is None:
-        return labels
-    with torch.no_grad():
-        return teacher(images).softmax(1)  # type: ignore[no-any-return]
 
 
 def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
@@ -127,10 +114,9 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     return model.head_logits(images) if isinstance(model, SeveralHeads) else (model(images),)
 
 
-def _loss(answers: tuple[Tensor, ...], targets: Tensor, plan: TrainingPlan) -> Tensor:
+def _loss(answers: tuple[Tensor, ...], labels: Tensor, plan: TrainingPlan) -> Tensor:
     """The mean cross-entropy of `answers`."""
-    smoothing = plan.label_smoothing if targets.ndim == 1 else 0.0  # a teacher's answers are as soft as they should be
-    losses = [nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing) for logits in answers]
+    losses = [nn.functional.cross_entropy(logits, labels, label_smoothing=plan.label_smoothing) for logits in answers]
     return torch.stack(losses).mean()
 
 
@@ -153,11 +139,16 @@ def predictions(model: nn.Module, images: Images) -> tuple[Logits, Labels]:
     return logits(model, noted()), np.asarray(labels)
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, without: Collection[int] = ()
+) -> list[dict[str, object]]:
+    """The trainable parameters of `model` as an optimizer takes them: matrices and kernels have `weight_decay`, norms
+    and biases none. `without`: identities (`id`) of parameters to leave out.
+    """
+    parameters = [each for each in model.parameters() if each.requires_grad and id(each) not in without]
     return [
-        {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": weight_decay},
+        {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
     ]
 
 

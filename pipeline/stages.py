@@ -21,7 +21,7 @@ from calibration.data import Data, Part
 from calibration.recipe import Float, Recipe, WeightOnly
 from models.errors import CannotRunHere
 from models.spec import Form, ModelSpec, Preprocess
-from pipeline.store import MANIFEST, Step, file_digest
+from pipeline.store import MANIFEST, Step, file_digest, resumable
 from targets.base import Bundles, Export, Interface, Publishes, Target
 
 if TYPE_CHECKING:
@@ -138,17 +138,26 @@ def quantized(run: Run) -> Step:
 
     def build(inputs: Inputs, out: Path) -> None:
         from calibration import program
+        from calibration.checkpoints import Checkpoint
         from calibration.quantize import quantize
         from models import checkpoint
 
         model = run.model.build(len(run.data.classes), run.form)
         source = inputs["weights"] / "weights.safetensors"
         checkpoint.load_into(model, checkpoint.read(source), source)
-        made = quantize(model, run.recipe, run.target.scheme, run.images("train"), run.images("val"), seed=run.seed)
+        made = quantize(
+            model,
+            run.recipe,
+            run.target.scheme,
+            run.images("train"),
+            run.images("val"),
+            seed=run.seed,
+            checkpoint=Checkpoint(path=resumable(out) / "training.pt", identity=step.key),
+        )
         program.save(made.program, out / "program.pt2")
         _evaluated(run, made.program.module(), out, made.report)
 
-    return Step(
+    step = Step(
         stage="quantized",
         label=run._made_label,
         inputs={"weights": weights(run)},
@@ -162,6 +171,7 @@ def quantized(run: Run) -> Step:
         code=("calibration.quantize", run.model.code),
         build=build,
     )
+    return step
 
 
 def exported(run: Run) -> Step:

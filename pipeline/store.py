@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MANIFEST = "artifact.json"
+_BUILDING = ".building-"
 _KEY_LETTERS = 12  # of the key, in the name of an artifact's folder
 _ROOT = Path(__file__).parent.parent
 _LAYERS = ("pipeline", "targets", "calibration", "models")
@@ -122,7 +123,7 @@ class Store:
         return list(_differences(json.loads(latest.read_text())["ingredients"], step.ingredients))
 
     def _build(self, step: Step, inputs: Mapping[str, Path], path: Path) -> None:
-        scratch = path.with_name(f".building-{path.name}")
+        scratch = path.with_name(f"{_BUILDING}{path.name}")
         # Left by a process that was killed, while building or while deleting: whoever holds the lock is alone.
         for left in (scratch, path):
             shutil.rmtree(left, ignore_errors=True)
@@ -139,6 +140,7 @@ class Store:
             _write_durably(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             # The manifest is written last and the rename publishes all at once: a reader sees everything or nothing.
             scratch.rename(path)
+            shutil.rmtree(resumable(scratch), ignore_errors=True)
             log.info("%-10s built  %s in %.1f s", step.stage, path, manifest["seconds"])
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -155,6 +157,13 @@ class Store:
                 log.info("%-10s wait   another process is building %s", step.stage, path)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def resumable(scratch: Path) -> Path:
+    """The folder for what a build can go on from when it is killed: `scratch`, the folder that it fills, is begun anew.
+    Whoever builds holds the artifact's lock, and so is alone there, too. It is removed when the artifact is published.
+    """
+    return scratch.with_name(scratch.name.replace(_BUILDING, ".resume-", 1))
 
 
 def plain(value: object) -> object:

@@ -25,7 +25,7 @@ from calibration.budget import Budget
 from calibration.recipe import Float, Ptq, budgeted
 from pipeline import stages
 from pipeline.stages import Run
-from pipeline.store import MANIFEST, Step, Store, plain
+from pipeline.store import MANIFEST, Step, Store, plain, resumable
 from targets.onnxruntime import OnnxRuntimeTarget
 from tests.tiny import ROOT, Colours, tiny_run
 
@@ -390,6 +390,26 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, failure: type[BaseExcepti
         Store(tmp_path).get(toy(explode))
     assert left(tmp_path) == ["toys"]
     assert not Store(tmp_path).has(toy(explode))
+
+
+def test_what_a_build_can_go_on_from_outlives_its_failure_and_goes_when_it_is_published(tmp_path: Path) -> None:
+    found: list[bool] = []
+
+    def build(inputs: Mapping[str, Path], out: Path) -> None:
+        note = resumable(out) / "note"
+        found.append(note.exists())
+        note.parent.mkdir(exist_ok=True)
+        note.write_text("half")
+        if len(found) == 1:
+            raise KeyboardInterrupt
+
+    store, other = Store(tmp_path), toy(build, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        store.get(toy(build))
+    artifact = store.get(other)  # of the same label: what is left is of one key alone
+    assert store.get(toy(build)).files() == {} and artifact.files() == {}
+    assert found == [False, False, True]
+    assert not [name for name in left(tmp_path) if "resume" in name]
 
 
 def test_a_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:

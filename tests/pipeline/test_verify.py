@@ -22,7 +22,7 @@ from models.errors import CannotRunHere, CheckFailed
 from pipeline import stages, verbs
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Store
-from pipeline.verify import verify
+from pipeline.verify import Ladder, verify
 from targets._host import HostSession
 from targets.base import Export
 from targets.coreml import CoreMLTarget
@@ -362,6 +362,56 @@ def test_an_export_that_left_the_torch_program_is_refused_naming_the_tensor(fini
         finished.verify()
     with pytest.raises(CheckFailed, match=r"ONNX Runtime first parts from torch at tensor `\w+` \(-?\d+\.\d dB\)$"):
         finished.verify()
+
+
+@pytest.mark.parametrize(
+    ("noise_db", "trained", "passes"), [(40, True, True), (30, True, False), (30, False, True), (15, False, False)]
+)
+def test_integers_on_onnx_runtime_are_those_of_torch(
+    finished: Finished, noise_db: float, trained: bool, passes: bool
+) -> None:
+    """As if torch had answered a little otherwise, which with random weights is a matter of a few roundings."""
+    logits = finished.test_part("quantized")["logits"]
+    noise = np.random.default_rng(0).normal(size=logits.shape) * np.sqrt(
+        np.square(logits).mean() / 10 ** (noise_db / 10)
+    )
+    finished.doctor("quantized", logits=(logits + noise).astype(np.float32))
+    held = replace(finished, run=replace(finished.run, trained=trained))
+    if passes:
+        assert held.verify()["executed"]
+    else:
+        least = 35 if trained else 20
+        with pytest.raises(CheckFailed, match=rf"than torch quantized: .* expected at least {least} dB"):
+            held.verify()
+
+
+@pytest.mark.parametrize(
+    ("images", "flips", "changed", "passes"),
+    [(360, 0.001, 1, True), (360, 0.001, 2, False), (4000, 0.001, 4, True), (4000, 0.001, 5, False)],
+)
+def test_a_share_of_the_answers_may_be_others_and_one_in_any_case(
+    images: int, flips: float, changed: int, passes: bool
+) -> None:
+    """Those of images whose logits hardly differ, so that decibels do not tell."""
+    logits = np.tile(np.array([[4.0, 0.0]], np.float32), (images, 1))
+    logits[:changed] = 0.001, 0.0
+    labels = np.zeros(images, np.int64)
+    ladder = Ladder(labels=labels, float_logits=logits, logits=logits)
+    ladder.note("torch", logits)
+    found = logits.copy()
+    found[:changed] = found[:changed, ::-1]
+
+    def add() -> None:
+        ladder.add("export", found, least_db=35, flips=flips, diverging=lambda: "nothing is known")
+
+    if passes:
+        add()
+    else:
+        allowed = (
+            rf"\d dB and {changed} of {images} answers changed, expected at least 35 dB and at most {changed - 1};"
+        )
+        with pytest.raises(CheckFailed, match=allowed):
+            add()
 
 
 def test_a_quantized_program_without_numbers_is_refused(finished: Finished) -> None:
