@@ -65,6 +65,13 @@ def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Image
     return report
 
 
+def held_out(recipe: Ptq, train: Images, *, seed: int) -> tuple[list[int], list[int]]:
+    """The images that `recipe` calibrates on: those that choices are compared on, and those that ranges are made of."""
+    chosen = train.stratified(recipe.samples, seed)
+    count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT))
+    return chosen[:count], chosen[count:]
+
+
 def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
     """Let the quantizers of `prepared` see the images in `order`; returns how many could be read."""
     read = 0
@@ -138,6 +145,8 @@ def identity(model: nn.Module, recipe: Ptq, train: Images, order: list[int], *, 
             "calibrator": recipe.calibrator,
             "samples": recipe.samples,
             "placement": str(recipe.placement),
+            "equalize": recipe.equalize,
+            "bias_correction": recipe.bias_correction,
         },
         "versions": {package: version(package) for package in ("torch", "torchao", "numpy", "pillow")},
     }

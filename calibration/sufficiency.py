@@ -12,7 +12,7 @@ from calibration.batches import Images
 from calibration.calibrate import choose, fake_quants, named_quantizers, observe, set_mode
 from calibration.fake_quant import ActivationFakeQuant
 from calibration.metrics import snr_db, top1
-from calibration.quantize import prepare
+from calibration.quantize import equalized
 from calibration.recipe import Ptq
 from calibration.scheme import Scheme
 from calibration.train import predictions
@@ -36,7 +36,7 @@ def sufficiency(
     model: nn.Module, recipe: Ptq, calibrator: str, scheme: Scheme, train: Images, val: Images, *, seed: int
 ) -> list[Point]:
     """The curve of `calibrator` for `model`, at COUNTS and at all images drawn, in one pass over them."""
-    prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
+    prepared, _ = equalized(model, recipe, scheme, train, seed=seed)
     drawn = train.stratified(recipe.samples, seed)
     reference, labels = predictions(model, val)
     limits: list[dict[str, float]] = []
