@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
+from torch.nn import functional
 
 from calibration.labels import ANY, Labels, Ties
 from calibration.program import WEIGHTED, stored_tensor
@@ -113,7 +114,7 @@ class Channels:
             for each in self.stored
             for labels in (each.outputs, each.inputs)
             if labels is not None
-            for label in labels.unique()
+            for label in labels.flatten().tolist()
         }
         return sorted(found - {0})
 
@@ -142,9 +143,8 @@ def rescale(graph: GraphModule, channels: Channels, factors: Mapping[int, float]
 
 def factors_of(labels: Labels, factors: Mapping[int, float]) -> Tensor:
     """The factor of every element, float32."""
-    values, places = labels.unique(return_inverse=True)
-    chosen = [factors.get(abs(int(label)), 1.0) ** (1 if label >= 0 else -1) for label in values]
-    return torch.tensor(chosen)[places]
+    chosen = [factors.get(abs(int(label)), 1.0) ** (1 if label >= 0 else -1) for label in labels.flatten().tolist()]
+    return torch.tensor(chosen).reshape(labels.shape)
 
 
 class _Tracer(Interpreter):
@@ -188,8 +188,9 @@ class _Tracer(Interpreter):
 
     def own(self, argument: object) -> str | None:
         """The name of a stored tensor that nothing else reads."""
-        stored = isinstance(argument, Node) and argument.op == "get_attr"
-        if not stored or self.reads[self.place(argument)] > 1 or len(argument.users) > 1:
+        if not isinstance(argument, Node) or argument.op != "get_attr":
+            return None
+        if self.reads[self.place(argument)] > 1 or len(argument.users) > 1:
             return None
         return str(argument.target) if stored_tensor(self.graph_module, argument).is_floating_point() else None
 
@@ -209,10 +210,11 @@ def _same(tracer: _Tracer, node: Node, _: Any) -> Any:
 
 
 def _pad(tracer: _Tracer, node: Node, _: Any) -> Labels | None:
-    labels, widths, mode, value = (*tracer.of(node.args), *("constant", None)[len(node.args) - 2 :])
-    if mode != "constant":
-        return cast(Labels, node.target(labels, widths, mode))  # type: ignore[operator]
-    return None if value else torch.nn.functional.pad(labels, widths, value=ANY)
+    labels, widths, *rest = tracer.of(node.args)
+    mode, value = rest + ["constant", None][len(rest) :]
+    if mode == "constant":
+        return None if value else functional.pad(labels, widths, value=ANY)
+    return functional.pad(labels, widths, mode)
 
 
 def _over_space(tracer: _Tracer, node: Node, value: Tensor) -> Labels | None:

@@ -34,11 +34,11 @@ class Ties:
 
     def tie(self, one: Labels, other: Labels) -> Labels:
         """Give elements of `one` and `other` in the same place the same factor; answers with labels of both."""
-        one, other = torch.broadcast_tensors(one, other)
+        one, other = one + 0 * other.nan_to_num(), other + 0 * one.nan_to_num()  # of the shape of both
         differ = (one != other) & ~one.isnan() & ~other.isnan()
         if differ.any():
-            for pair in torch.stack((one[differ], other[differ]), 1).unique(dim=0).long().tolist():
-                self._join(*pair)
+            for pair in set(zip(one[differ].tolist(), other[differ].tolist(), strict=True)):
+                self._join(int(pair[0]), int(pair[1]))
         return torch.where(one.isnan(), other, one)
 
     def tie_along(self, labels: Labels, axes: Sequence[int]) -> Labels:
@@ -57,8 +57,9 @@ class Ties:
 
     def resolved(self, labels: Labels) -> Labels:
         """The same factors with one label for each set; an element that is always zero has 0."""
-        values, places = labels.nan_to_num(0).unique(return_inverse=True)
-        return torch.tensor([self._find(int(value)) for value in values], dtype=torch.float64)[places]
+        known: list[float] = labels.nan_to_num(0).flatten().tolist()
+        found = {label: self._find(int(label)) for label in set(known)}
+        return torch.tensor([found[label] for label in known], dtype=torch.float64).reshape(labels.shape)
 
     def are_fixed(self, labels: Labels) -> bool:
         return not self.resolved(labels).any()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import calibration.recipe
 import models
@@ -90,15 +90,15 @@ def _row(name: str, channels: str, model: nn.Module, run: Run, ptq: Ptq) -> tupl
     test = run.images("test")
     reference, labels = predictions(model, test)
     exact = top1(reference, labels)
-    cells, losses, repairs = [], [], {}
+    cells, losses, repairs = [], [], ""
     for recipe in (replace(ptq, calibrator="minmax", equalize=False, bias_correction=False), ptq):
         made = quantize(model, recipe, run.target.scheme, run.images("train"), run.images("val"), seed=run.seed)
         logits, _ = predictions(made.program.module(), test)
         losses.append(exact - top1(logits, labels))
         cells.append(f"{top1(logits, labels):.2f} {snr_db(reference, logits):5.1f} dB")
-        repairs = made.report["repairs_db"]
-    shown = " ".join(f"{what} {decibels}" for what, decibels in dict(repairs).items())  # type: ignore[call-overload]
-    print(_ROW.format(name, channels, f"{exact:.2f}", *cells, shown), flush=True)
+        found = cast("dict[str, float]", made.report["repairs_db"])
+        repairs = ", ".join(f"{what} {decibels}" for what, decibels in found.items())
+    print(_ROW.format(name, channels, f"{exact:.2f}", *cells, repairs), flush=True)
     return losses[0], losses[1]
 
 

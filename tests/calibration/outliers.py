@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from models import _hierarchical, _layers, acmix, coatnet, conformer, convmixer, hatnet, mobilenetv2, mobilevit
-from models import swin, transcnn
+from models import (
+    _hierarchical,
+    _layers,
+    acmix,
+    coatnet,
+    conformer,
+    convmixer,
+    hatnet,
+    mobilenetv2,
+    mobilevit,
+    swin,
+    transcnn,
+)
 
 OCTAVES: Final = 6.0  # factors are between 2**-OCTAVES and 2**OCTAVES
 
@@ -95,7 +106,9 @@ def _between(made: Iterable[nn.Module], read: Iterable[nn.Module]) -> Rescaling:
     return Rescaling(count=len(weight), made=_from(*made), read=_from(*read))
 
 
-def _queries(projections: nn.Module, dim: int, starts: tuple[int, int] = (0, 0), keys: nn.Module | None = None) -> Rescaling:
+def _queries(
+    projections: nn.Module, dim: int, starts: tuple[int, int] = (0, 0), keys: nn.Module | None = None
+) -> Rescaling:
     """Queries by the factor, keys by its inverse."""
     query = Side(module=projections, start=starts[0])
     key = Side(module=keys or projections, start=starts[1], inverse=True)
@@ -103,44 +116,46 @@ def _queries(projections: nn.Module, dim: int, starts: tuple[int, int] = (0, 0),
 
 
 def _values(projections: nn.Module, dim: int, start: int, reader: nn.Module, column: int = 0) -> Rescaling:
-    return Rescaling(
-        count=dim, made=[Side(module=projections, start=start)], read=[Side(module=reader, start=column)]
-    )
+    return Rescaling(count=dim, made=[Side(module=projections, start=start)], read=[Side(module=reader, start=column)])
 
 
-def _attention(part: nn.Module) -> Iterator[Rescaling]:
+def _attention(part: Any) -> Iterator[Rescaling]:
     """Queries, keys and values in the rows of one layer."""
     dim = part.proj.weight.shape[1]
     yield _queries(part.qkv, dim, (0, dim))
     yield _values(part.qkv, dim, 2 * dim, part.proj)
 
 
-def _pre_norm(part: nn.Module) -> Iterator[Rescaling]:
+def _pre_norm(part: Any) -> Iterator[Rescaling]:
     yield _between([part.norm1], [part.attn.qkv])
     yield _between([part.norm2], [part.mlp.fc1])
 
 
-def _mobilevit(part: mobilevit.MobileViT) -> Iterator[Rescaling]:
+def _mobilevit(part: Any) -> Iterator[Rescaling]:
+    """The maps that inverted residuals hand on without an activation."""
     made: list[nn.Module] = []
-    read: list[Side] = []
+    read: list[nn.Module] = []
     for block in (block for stage in part.stages for block in stage):
-        if isinstance(block, mobilevit.InvertedResidual):
-            read += _from(block.conv1_1x1.conv)
-            if made and not block.skip:
-                yield Rescaling(count=made[0].weight.shape[0], made=_from(*made), read=read)
-            made = [*made, block.conv3_1x1.bn] if block.skip and made else [] if block.skip else [block.conv3_1x1.bn]
-            read = read if block.skip else []
-        else:
-            read += _from(block.conv_kxk.conv, block.conv_fusion.conv)
-            yield Rescaling(count=made[0].weight.shape[0], made=_from(*made), read=read)
+        if isinstance(block, mobilevit.MobileViTBlock):
+            yield _between(made, [*read, block.conv_kxk.conv, block.conv_fusion.conv])
             made, read = [], []
+            continue
+        read.append(block.conv1_1x1.conv)
+        if not block.skip:
+            if made:
+                yield _between(made, read)
+            made, read = [block.conv3_1x1.bn], []
+        elif made:
+            made.append(block.conv3_1x1.bn)
+        else:  # the input comes from an activation
+            read = []
 
 
-def _mobilevit_block(part: mobilevit.MobileViTBlock) -> Iterator[Rescaling]:
+def _mobilevit_block(part: Any) -> Iterator[Rescaling]:
     yield _between([part.norm], [part.conv_proj.conv])
 
 
-def _mobilenetv2(part: mobilenetv2.MobileNetV2) -> Iterator[Rescaling]:
+def _mobilenetv2(part: Any) -> Iterator[Rescaling]:
     made: list[nn.Module] = []
     read: list[nn.Module] = []
     for block in (block for stage in part.blocks for block in stage):
@@ -155,7 +170,7 @@ def _mobilenetv2(part: mobilenetv2.MobileNetV2) -> Iterator[Rescaling]:
     yield _between(made, [*read, part.conv_head])
 
 
-def _convmixer(part: convmixer.ConvMixer) -> Iterator[Rescaling]:
+def _convmixer(part: Any) -> Iterator[Rescaling]:
     conv, _, norm = part.stem
     yield _between([conv], [norm])  # across ReLU
     for residual, pointwise, _, last in part.blocks:
@@ -167,21 +182,21 @@ def _convmixer(part: convmixer.ConvMixer) -> Iterator[Rescaling]:
     yield _between([norm], [part.head])
 
 
-def _coatnet(part: coatnet.CoAtNet) -> Iterator[Rescaling]:
+def _coatnet(part: Any) -> Iterator[Rescaling]:
     yield _between([part.norm], [part.head.fc])
 
 
-def _coatnet_residual(part: coatnet.InvertedResidual) -> Iterator[Rescaling]:
+def _coatnet_residual(part: Any) -> Iterator[Rescaling]:
     yield _between([part.pre_norm], [part.conv1_1x1])
 
 
-def _coatnet_block(part: coatnet.TransformerBlock) -> Iterator[Rescaling]:
+def _coatnet_block(part: Any) -> Iterator[Rescaling]:
     norm = part.norm1.norm if isinstance(part.norm1, nn.Sequential) else part.norm1
     yield _between([norm], [part.attn.qkv])
     yield _between([part.norm2], [part.mlp.fc1])
 
 
-def _coatnet_attention(part: coatnet.Attention) -> Iterator[Rescaling]:
+def _coatnet_attention(part: Any) -> Iterator[Rescaling]:
     """Head by head: its queries, keys and values."""
     dim = part.dim // part.heads
     for head in range(part.heads):
@@ -189,9 +204,9 @@ def _coatnet_attention(part: coatnet.Attention) -> Iterator[Rescaling]:
         yield _values(part.qkv, dim, (3 * head + 2) * dim, part.proj, head * dim)
 
 
-def _conformer(part: conformer.Conformer) -> Iterator[Rescaling]:
+def _conformer(part: Any) -> Iterator[Rescaling]:
     yield _between([part.bn1], [part.conv_1.conv1, part.conv_1.residual_conv, part.trans_patch_conv])
-    blocks: list[tuple[conformer.ConvBlock, list[nn.Module], list[nn.Module]]] = [(part.conv_1, [], [])]
+    blocks: list[tuple[Any, list[nn.Module], list[nn.Module]]] = [(part.conv_1, [], [])]
     for block in part.conv_trans.values():
         blocks.append((block.cnn_block, [], [block.squeeze_block.conv_project]))
         blocks.append((block.fusion_block, [block.expand_block.bn], []))
@@ -210,26 +225,18 @@ def _conformer(part: conformer.Conformer) -> Iterator[Rescaling]:
     yield _between([part.trans_norm], [part.trans_cls_head])
 
 
-def _transcnn(part: transcnn.TransCNN) -> Iterator[Rescaling]:
+def _transcnn(part: Any) -> Iterator[Rescaling]:
     """The maps of the first stage, which no activation precedes."""
-    made: list[nn.Module] = [part.patch_embed[3]]
-    read: list[nn.Module] = [part.ds2.conv, part.ds2.residual]
+    made = _from(part.patch_embed[3])
+    read = _from(part.ds2.conv, part.ds2.residual)
+    dim = len(part.patch_embed[3].weight)
     for block in part.blocks[0]:
-        for level in block.attn.levels:
-            made += [level.proj, level.mlp[3]]
-            read += [level.norm, level.mlp[0]]
-        made.append(block.conv.conv3[1])
-        read.append(block.conv.conv1[0])
-    yield _between(made, read)
+        made += [*_from(block.attn.proj, block.conv.conv3[1]), Side(module=block.attn.qkv, start=2 * dim)]
+        read += _from(block.attn.norm, block.attn.grid_norm, block.conv.conv1[0])
+    yield Rescaling(count=dim, made=made, read=read)
 
 
-def _level(part: transcnn.Level) -> Iterator[Rescaling]:
-    yield _between([part.norm], [part.qkv])
-    yield _between([part.mlp[0]], [part.mlp[1]])
-    yield from _attention(part)
-
-
-def _pyramid_attention(part: _hierarchical.Attention) -> Iterator[Rescaling]:
+def _pyramid_attention(part: Any) -> Iterator[Rescaling]:
     dim = len(part.norm.weight)
     yield _between([part.norm], [part.qkv])
     if part.grid == 1:
@@ -238,21 +245,24 @@ def _pyramid_attention(part: _hierarchical.Attention) -> Iterator[Rescaling]:
     yield _queries(part.qkv, dim, (0, dim))
     yield _queries(part.q, dim, keys=part.kv)
     yield _between([part.ds_norm], [part.kv])
+    if isinstance(part.ds_norm, nn.BatchNorm2d):
+        made = [*_from(part.grid_norm), Side(module=part.kv, start=dim)]
+        yield Rescaling(count=dim, made=made, read=_from(part.q, part.ds_norm, part.proj))
 
 
-def _hatnet_residual(part: hatnet.InvertedResidual) -> Iterator[Rescaling]:
+def _hatnet_residual(part: Any) -> Iterator[Rescaling]:
     yield _between([part.conv1[0]], [part.conv1[1]])
 
 
-def _swin(part: swin.Swin) -> Iterator[Rescaling]:
+def _swin(part: Any) -> Iterator[Rescaling]:
     yield _between([part.norm], [part.head.fc])
 
 
-def _merging(part: swin.PatchMerging) -> Iterator[Rescaling]:
+def _merging(part: Any) -> Iterator[Rescaling]:
     yield _between([part.norm], [part.reduction])
 
 
-def _acmix(part: acmix.ACmixResNet) -> Iterator[Rescaling]:
+def _acmix(part: Any) -> Iterator[Rescaling]:
     made: list[nn.Module] = [part.bn1]
     read: list[nn.Module] = []
     for block in (module for module in part.modules() if isinstance(module, acmix.Bottleneck)):
@@ -282,7 +292,7 @@ _FOUND: Final[Mapping[type[nn.Module], _Found]] = {
     conformer.Conformer: _conformer,
     conformer.TransformerBlock: _pre_norm,
     transcnn.TransCNN: _transcnn,
-    transcnn.Level: _level,
+    _hierarchical.Attention: _pyramid_attention,
     hatnet.Attention: _pyramid_attention,
     hatnet.InvertedResidual: _hatnet_residual,
     swin.Swin: _swin,
