@@ -49,7 +49,7 @@ READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-prove test lint setup lock system-packages clean
+        bench-calibration bench-families bench-outliers bench-prove test lint setup lock system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -131,6 +131,9 @@ bench-calibration: $(READY) ## what calibrating costs: throughput against plain 
 
 bench-families: $(READY) ## what the placements of the families rest on: each kind of operator alone in integers
 	@$(VENV)/bin/python -m tests.bench_families $$MODELS
+
+bench-outliers: $(READY) ## INT8 of trained networks whose channels differ by factors of up to 2^6, plain and repaired
+	@$(VENV)/bin/python -m tests.bench_outliers $$MODELS
 
 bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line for each artifact
 	@$(VENV)/bin/python -m tests.bench_prove $${MODELS:-mobilevit_xs}

@@ -69,31 +69,30 @@ def factors(found: Iterable[Peaks], strength: float) -> dict[int, float]:
     return {label: 2.0 ** min(max(mean, -_LARGEST), _LARGEST) for label, mean in means.items()}
 
 
-def equalized(graph: GraphModule, channels: Channels, chosen: Mapping[int, float]) -> GraphModule:
-    """A copy of `graph` with the factors `chosen`."""
-    made = copy.deepcopy(graph)
-    rescale(made, channels, chosen)
-    return made
-
-
-def best(
+def equalize(
     graph: GraphModule, size: int, images: Iterable[Tensor], error_db: Callable[[GraphModule], float]
-) -> tuple[GraphModule, dict[str, Any]]:
-    """`graph`, or a copy of it with like ranges where `error_db` says that rounding costs less there: decibels of its
-    logits, rounded, against float. Also what to report: the decibels before and after, and how many channels took part.
+) -> dict[str, Any]:
+    """Give the channels of `graph`, in place, like ranges, where `error_db` says that rounding costs less then: of a
+    copy, decibels of its rounded logits against float. Returns what to report: the decibels before and after, the
+    strength (None: the graph stays as it was) and how many channels of layers' inputs are free.
     """
     channels = find_channels(graph, size)
     found = peaks(graph, channels, images)
-    before = error_db(graph)
-    kept, report = graph, {"none": round(before, 2), "equalized": round(before, 2)}
-    strength = None
-    for each in STRENGTHS if found else ():
-        made = equalized(graph, channels, factors(found, each))
-        decibels = error_db(made)
-        if decibels > report["equalized"]:
-            kept, strength, report["equalized"] = made, each, round(decibels, 2)
-    free = sum(int(layer.labels.count_nonzero()) for layer in found)
-    return kept, {"repairs_db": report, "equalized": {"strength": strength, "channels": free}}
+    before = error_db(copy.deepcopy(graph))
+    tried: dict[float, float] = {}
+    for strength in STRENGTHS if found else ():
+        made = copy.deepcopy(graph)
+        rescale(made, channels, factors(found, strength))
+        tried[strength] = error_db(made)
+    best = max(tried, key=tried.__getitem__, default=None)
+    if best is not None and tried[best] <= before:
+        best = None
+    if best is not None:
+        rescale(graph, channels, factors(found, best))
+    return {
+        "repairs_db": {"none": round(before, 2), "equalized": round(before if best is None else tried[best], 2)},
+        "equalized": {"strength": best, "channels": sum(int(layer.labels.count_nonzero()) for layer in found)},
+    }
 
 
 class _Watch(Interpreter):

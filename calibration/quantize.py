@@ -104,14 +104,9 @@ def equalized(
 ) -> tuple[GraphModule, dict[str, object]]:
     """As `prepare`, after the channels were given like ranges where `recipe` wants it; and the report of that."""
     graph = traced(model, train.preprocess.size)
-
-    def prepared(made: GraphModule) -> GraphModule:
-        return _prepared(copy.deepcopy(made), scheme, recipe.placement)
-
-    graph, report = repairs.equalize(graph, model, recipe, train, prepared, seed=seed)
-    if report:
-        probe = next(train.batches(_CALIBRATION_BATCH))
-        _checked("equalizing", program.logits(model, [probe]), graph, probe, _FOLDED_DB)
+    report = repairs.equalize(
+        graph, model, recipe, train, lambda made: _prepared(made, scheme, recipe.placement), seed=seed
+    )
     return _prepared(graph, scheme, recipe.placement), report
 
 
@@ -128,8 +123,8 @@ def _calibrated(
     """The prepared graph of `model` with the ranges that `recipe` finds, and the report of its calibration."""
     prepared, report = equalized(model, recipe, scheme, train, seed=seed)
     report |= calibrate(prepared, model, recipe, train, seed=seed)
-    repaired = cast("dict[str, float]", report.get("repairs_db", {}))
-    report["repairs_db"] = repaired | repairs.correct_biases(prepared, model, recipe, train, seed=seed)
+    repaired, _ = repairs.correct_biases(prepared, model, recipe, train, seed=seed)
+    report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | repaired
     return prepared, report
 
 

@@ -191,8 +191,7 @@ def _coatnet_residual(part: Any) -> Iterator[Rescaling]:
 
 
 def _coatnet_block(part: Any) -> Iterator[Rescaling]:
-    norm = part.norm1.norm if isinstance(part.norm1, nn.Sequential) else part.norm1
-    yield _between([norm], [part.attn.qkv])
+    yield _between([getattr(part.norm1, "norm", part.norm1)], [part.attn.qkv])
     yield _between([part.norm2], [part.mlp.fc1])
 
 
