@@ -9,34 +9,63 @@ corrections before it have left.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Any, Final, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from calibration.fake_quant import FakeQuant
 from calibration.program import WEIGHTED, stored_tensor
 
 _ATEN: Final = torch.ops.aten
+_BEFORE: Final = "biases_before"  # in the meta of a graph: the biases from before the correction, by attribute
 
 
 def correct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
     """Correct the biases of `prepared`, whose ranges are fixed and frozen, on `images` (N, 3, S, S), in place. Returns
-    the biases as they were, by name of their attribute; `restore` undoes it.
+    the biases as they were, by name of their attribute.
 
-    Layers without a bias, and those that share theirs, stay as they are.
+    Layers in float, without a bias, or with one that others add as well, stay as they are.
     """
     pair = _Pair(prepared)
     with torch.no_grad():
         pair.run(images)
+    prepared.meta[_BEFORE] = pair.before
     return pair.before
 
 
 def restore(prepared: GraphModule, before: dict[str, Tensor]) -> None:
+    """Undo a correction of `prepared`."""
     with torch.no_grad():
         for name, bias in before.items():
             prepared.get_parameter(name).copy_(bias)
+    forget(prepared)
+
+
+def forget(prepared: GraphModule) -> None:
+    """Take the biases of `prepared` for its own: once they are trained, those before the correction mean nothing."""
+    prepared.meta.pop(_BEFORE, None)
+
+
+def uncorrect(graph: GraphModule, layers: Iterable[Node]) -> None:
+    """Give `layers` of `graph`, a graph on the tensors of a corrected one, the biases from before: they compute in
+    float now. Corrected ones keep theirs.
+    """
+    before: dict[str, Tensor] = graph.meta.get(_BEFORE, {})
+    for layer in layers:
+        bias = layer.args[2] if len(layer.args) > 2 else None
+        if not isinstance(bias, Node) or str(bias.target) not in before:
+            continue
+        name = f"{bias.target}_before".replace(".", "_")
+        graph.register_parameter(name, nn.Parameter(before[str(bias.target)].clone()))
+        with graph.graph.inserting_before(layer):
+            own = graph.graph.get_attr(name)
+        own.meta = dict(bias.meta)
+        layer.replace_input_with(bias, own)
+        graph.graph.erase_node(bias)
+    graph.recompile()
 
 
 class _Pair(Interpreter):
@@ -50,7 +79,7 @@ class _Pair(Interpreter):
     def run_node(self, n: Node) -> Any:
         if not n.all_input_nodes:  # the images, and what is stored
             return (super().run_node(n),) * 2
-        rounding = n.op == "call_module" and isinstance(self.prepared.get_submodule(str(n.target)), FakeQuant)
+        rounding = self.rounds(n)
         pairs = self.env
         if n.op == "output":
             return self.alone(n, pairs, 1)
@@ -71,6 +100,8 @@ class _Pair(Interpreter):
         bias = layer.args[2] if len(layer.args) > 2 else None
         if not isinstance(bias, Node) or bias.op != "get_attr" or self.reads.count(str(bias.target)) > 1:
             return 0.0
+        if not self.rounds(cast(Node, layer.args[1])):
+            return 0.0
         channel = floats.ndim - 1 if layer.target is _ATEN.linear.default else 1
         axes = [axis for axis in range(floats.ndim) if axis != channel]
         change = (floats - rounded).mean(axes)
@@ -78,3 +109,6 @@ class _Pair(Interpreter):
         self.before[str(bias.target)] = stored.detach().clone()
         stored.add_(change)
         return change.reshape([-1 if axis == channel else 1 for axis in range(floats.ndim)])
+
+    def rounds(self, node: Node) -> bool:
+        return node.op == "call_module" and isinstance(self.prepared.get_submodule(str(node.target)), FakeQuant)

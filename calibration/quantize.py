@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from calibration import program, repairs
+from calibration import bias, program, repairs
 from calibration.batches import Batch, Images
 from calibration.budget import Budget
 from calibration.calibrate import calibrate, set_mode
@@ -66,6 +66,7 @@ def quantize(model: nn.Module, recipe: Recipe, scheme: Scheme, train: Images, va
         case Qat():
             prepared, report = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
             report |= _trained(prepared, model, recipe, train, val, seed=seed)
+            bias.forget(prepared)
     set_mode(prepared, "frozen")
     if recipe.budget is not None:
         prepared, spent = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from calibration import program, repairs
-from calibration.bias import correct, restore
+from calibration.bias import correct, forget, restore
 from calibration.calibrate import calibrate, fake_quants, set_mode
 from calibration.fake_quant import PerTensorFakeQuant
 from calibration.metrics import snr_db
 from calibration.quantize import prepare
 from calibration.recipe import Ptq
 from calibration.scheme import AFFINE, SHARED, Scheme
+from calibration.sensitivity import operators_of, partly
 from tests.tiny import SIDE
 from tests.toys import CLASSES, Hybrid, images, seeded
 
@@ -115,3 +116,19 @@ def test_what_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     told, kept = repairs.correct_biases(prepared, model, PTQ, images("train"), seed=0)
     assert told["bias"] == told["calibrated"] and not kept
     assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
+
+
+def test_a_layer_that_becomes_float_has_its_own_bias_again() -> None:
+    model = seeded(Pair)
+    prepared = clipped(model)
+    correct(prepared, shown())
+    operators = operators_of(prepared, SIDE)
+    head = [operator for operator in operators if operator.path == "head"]
+    batches = list(images("val").batches(32))
+    exact, corrected = program.logits(model, batches), program.logits(prepared, batches)
+    assert snr_db(exact, program.logits(partly(prepared, ()), batches)) > 100
+    assert np.array_equal(program.logits(partly(prepared, operators), batches), corrected)
+    assert set(partly(prepared, head).state_dict()) >= {"first_bias_before", "second_bias_before", "head.bias"}
+    assert np.array_equal(program.logits(prepared, batches), corrected)
+    forget(prepared)  # as after training: what is there now is the bias
+    assert snr_db(exact, program.logits(partly(prepared, ()), batches)) < 60
