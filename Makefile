@@ -133,6 +133,9 @@ bench-calibration: $(READY) ## what calibrating costs: throughput against plain 
 bench-families: $(READY) ## what the placements of the families rest on: each kind of operator alone in integers
 	@$(VENV)/bin/python -m tests.bench_families $$MODELS
 
+bench-outliers: $(READY) ## INT8 of trained networks whose channels differ by factors of up to 2^6, plain and repaired
+	@$(VENV)/bin/python -m tests.bench_outliers $$MODELS
+
 bench-seeds: $(READY) ## what INT8 costs in accuracy over three seeds, for the small model of every family (an hour)
 	@$(VENV)/bin/python -m tests.bench_seeds $$MODELS
 

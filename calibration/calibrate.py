@@ -35,11 +35,11 @@ def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Image
     Leaves the quantizers observing. Raises BadRequest where fewer than 128 images could be read.
     """
     name = recipe.calibrator
-    held_out, seen = drawn(train, recipe, seed=seed)
-    count = len(held_out)
+    kept, seen = drawn(train, recipe, seed=seed)
+    count = len(kept)
     read = observe(prepared, train, seen)
     if count:
-        batches = list(train.batches(_BATCH, held_out))
+        batches = list(train.batches(_BATCH, kept))
         read += sum(len(images) for images, _ in batches)
     _enough(read, recipe)
     for quantizer in fake_quants(prepared):
@@ -57,20 +57,26 @@ def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Image
         "calibration_images": read,
         "held_out_images": count,
         "ranges": [asdict(each) for each in ranges(prepared, name)],
-        "identity": identity(model, recipe, train, held_out + seen, seed=seed),
+        "identity": identity(model, recipe, train, kept + seen, seed=seed),
     }
     for _, quantizer in named_quantizers(prepared):
         quantizer.forget()
     return report
 
 
+def held_out(train: Images, recipe: Ptq, *, seed: int) -> tuple[list[int], list[int]]:
+    """The training images of a calibration: those that repairs and calibrators are compared on, and the others."""
+    chosen = train.stratified(recipe.samples, seed)
+    count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT))
+    return chosen[:count], chosen[count:]
+
+
 def drawn(train: Images, recipe: Ptq, *, seed: int) -> tuple[list[int], list[int]]:
-    """The training images of a calibration: those held out to compare calibrators, where they are compared, and those
+    """The training images of a calibration: those that the ranges never see, where calibrators are compared, and those
     that the ranges come from.
     """
-    chosen = train.stratified(recipe.samples, seed)
-    count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT)) if recipe.calibrator == AUTO else 0
-    return chosen[:count], chosen[count:]
+    kept, seen = held_out(train, recipe, seed=seed)
+    return (kept, seen) if recipe.calibrator == AUTO else ([], kept + seen)
 
 
 def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
@@ -142,6 +148,8 @@ def identity(model: nn.Module, recipe: Ptq, train: Images, order: list[int], *, 
             "calibrator": recipe.calibrator,
             "samples": recipe.samples,
             "placement": str(recipe.placement),
+            "equalize": recipe.equalize,
+            "bias_correction": recipe.bias_correction,
         },
         "versions": {package: version(package) for package in ("torch", "torchao", "numpy", "pillow")},
     }

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from calibration import program, qat
+from calibration import bias, program, qat, repairs
 from calibration.batches import Batch, Images
 from calibration.budget import Budget
 from calibration.calibrate import calibrate, set_mode
@@ -75,6 +76,7 @@ def quantize(
         case Qat():
             prepared, report = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
             report |= qat.train(prepared, model, recipe, train, val, seed=seed, checkpoint=checkpoint)
+            bias.forget(prepared)
     set_mode(prepared, "frozen")
     if recipe.budget is not None:
         prepared, spent = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))
@@ -105,8 +107,18 @@ def traced(model: nn.Module, size: int) -> GraphModule:
 
 def prepare(model: nn.Module, scheme: Scheme, size: int, placement: Placement = LAYERS) -> GraphModule:
     """The traced `model` with a FakeQuant on every edge that `placement` rounds, by the rules of `scheme`."""
-    prepared: GraphModule = prepare_pt2e(traced(model, size), SchemeQuantizer(scheme, placement))
-    return prepared
+    return _prepared(traced(model, size), scheme, placement)
+
+
+def equalized(
+    model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int
+) -> tuple[GraphModule, dict[str, object]]:
+    """As `prepare`, after the channels were given like ranges where `recipe` wants it; and the report of that."""
+    graph = traced(model, train.preprocess.size)
+    report = repairs.equalize(
+        graph, model, recipe, train, lambda made: _prepared(made, scheme, recipe.placement), seed=seed
+    )
+    return _prepared(graph, scheme, recipe.placement), report
 
 
 def calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
@@ -120,8 +132,16 @@ def _calibrated(
     model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int
 ) -> tuple[GraphModule, dict[str, object]]:
     """The prepared graph of `model` with the ranges that `recipe` finds, and the report of its calibration."""
-    prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
-    return prepared, calibrate(prepared, model, recipe, train, seed=seed)
+    prepared, report = equalized(model, recipe, scheme, train, seed=seed)
+    report |= calibrate(prepared, model, recipe, train, seed=seed)
+    repaired, _ = repairs.correct_biases(prepared, model, recipe, train, seed=seed)
+    report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | repaired
+    return prepared, report
+
+
+def _prepared(graph: GraphModule, scheme: Scheme, placement: Placement) -> GraphModule:
+    prepared: GraphModule = prepare_pt2e(graph, SchemeQuantizer(scheme, placement))
+    return prepared
 
 
 def _within_budget(

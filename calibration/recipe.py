@@ -44,6 +44,8 @@ class Ptq:
     calibrator: str = AUTO  # one of `calibrators.ALL`, or the best of them
     force: bool = False  # calibrate on fewer images than ranges need
     placement: Placement = LAYERS
+    equalize: bool = True  # give channels like ranges first, where that helps; float outputs stay
+    bias_correction: bool = True  # take the mean error of each layer out of its bias, where that helps
     budget: Budget | None = None  # the most sensitive modules stay float until it holds; None: nothing else does
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import ShapeProp
 
+from calibration import bias
 from calibration.batches import Images
 from calibration.budget import Budget
 from calibration.fake_quant import FakeQuant
@@ -126,6 +127,8 @@ def partly(prepared: GraphModule, rounded: Iterable[Operator]) -> GraphModule:
     """A graph on the tensors of `prepared` that rounds the inputs of the operators `rounded` alone:
 
     x -> FakeQuant -> conv      becomes, for the others,      x -> conv
+
+    with the bias that they had before it was corrected for its rounding.
     """
     names = {operator.name for operator in rounded}
     graph = copy.deepcopy(prepared.graph)
@@ -136,6 +139,7 @@ def partly(prepared: GraphModule, rounded: Iterable[Operator]) -> GraphModule:
                 graph.erase_node(rounding)
     found = GraphModule(prepared, graph)
     found.meta.update(prepared.meta)
+    bias.uncorrect(found, [node for node in graph.nodes if node.target in WEIGHTED and node.name not in names])
     return found
 
 

@@ -9,11 +9,13 @@ import numpy as np
 from torch import nn
 
 from calibration.batches import Images
+from calibration.bias import restore
 from calibration.calibrate import choose, drawn, fake_quants, named_quantizers, observe, set_mode
 from calibration.fake_quant import ActivationFakeQuant
 from calibration.metrics import snr_db, top1
-from calibration.quantize import prepare
+from calibration.quantize import equalized
 from calibration.recipe import Ptq
+from calibration.repairs import correct_biases
 from calibration.scheme import Scheme
 from calibration.train import predictions
 
@@ -37,8 +39,10 @@ class Point:
 def sufficiency(
     model: nn.Module, recipe: Ptq, calibrator: str, scheme: Scheme, train: Images, val: Images, *, seed: int
 ) -> list[Point]:
-    """The curve of `calibrator` for `model`, at COUNTS and at all images that its ranges come from, in one pass."""
-    prepared = prepare(model, scheme, train.preprocess.size, recipe.placement)
+    """The curve of `calibrator` for `model`, at COUNTS and at all images that its ranges come from, in one pass. The
+    network is repaired as that of `quantize` is; biases anew for the ranges of each count.
+    """
+    prepared, _ = equalized(model, recipe, scheme, train, seed=seed)
     _, seen = drawn(train, recipe, seed=seed)
     reference, labels = predictions(model, val)
     limits: list[dict[str, float]] = []
@@ -49,10 +53,12 @@ def sufficiency(
         if not start:
             _fix_weights(prepared)
         choose(prepared, calibrator)
+        _, biases = correct_biases(prepared, model, recipe, train, seed=seed)
         set_mode(prepared, "frozen")
         limits.append({name: quantizer.limit() for name, quantizer in named_quantizers(prepared)})
         logits, _ = predictions(prepared, val)
         found.append((end, snr_db(reference, logits), top1(logits, labels)))
+        restore(prepared, biases)
     return [_point(*each, limits[place], limits[-1]) for place, each in enumerate(found)]
 
 

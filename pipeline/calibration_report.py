@@ -39,6 +39,8 @@ def write(run: Run, root: Path) -> dict[str, object]:
     artifact = Store(root).get(step(run))
     table = json.loads((artifact.path / TABLE).read_text())
     log.info("calibrator %s on %d images; %s", table["calibrator"], table["calibration_images"], table["sufficiency"])
+    for name, decibels in table["repairs_db"].items():
+        log.info("  %s: %.1f dB", _REPAIRS[name], decibels)
     for name in (PAGE, TABLE, *CACHES):
         if (artifact.path / name).exists():
             log.info("  %s", artifact.path / name)
@@ -96,7 +98,21 @@ def step(run: Run) -> Step:
     )
 
 
-_TOLD: Final = ("calibrator", "calibrators_db", "calibration_images", "held_out_images", "ranges", "identity")
+_TOLD: Final = (
+    "calibrator",
+    "calibrators_db",
+    "repairs_db",
+    "calibration_images",
+    "held_out_images",
+    "ranges",
+    "identity",
+)
+_REPAIRS: Final = {  # as `calibration.repairs` reports them: the first two with ranges of a trial
+    "none": "channels as trained",
+    "equalized": "channels of like ranges",
+    "calibrated": "with the ranges below",
+    "bias": "biases corrected",
+}
 
 
 def write_caches(graph: Path, out: Path) -> None:
@@ -128,6 +144,7 @@ def render(table: Mapping[str, Any]) -> str:
         rows=[{**row, "bars": _bars(row["counts"]), "mark": _mark(row)} for row in rows],
         most=max(rows, key=lambda row: row["clipped"], default=None),
         curves=[{"title": title, "points": _curve(table["curve"], field, times)} for field, title, times in _CURVES],
+        repairs={_REPAIRS[name]: decibels for name, decibels in table["repairs_db"].items()},
         width=_WIDTH,
         height=_HEIGHT,
         curve_width=_CURVE_WIDTH,

@@ -1,0 +1,114 @@
+"""Give layers back the mean that rounding takes from them.
+
+Rounding moves the mean of what a layer computes, per channel: clipped activations, and weights whose errors add up.
+Layer by layer, in order of execution, the bias takes up the difference to the mean in float (Nagel et al., "Data-Free
+Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2 and appendix D: with images
+instead of BatchNorm statistics). Both networks run side by side, once, so that a layer is corrected for what the
+corrections before it have left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from calibration.fake_quant import FakeQuant
+from calibration.program import WEIGHTED, stored_tensor
+
+_ATEN: Final = torch.ops.aten
+_BEFORE: Final = "biases_before"  # in the meta of a graph: the biases from before the correction, by attribute
+
+
+def correct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
+    """Correct the biases of `prepared`, whose ranges are fixed and frozen, on `images` (N, 3, S, S), in place. Returns
+    the biases as they were, by name of their attribute.
+
+    Layers in float, without a bias, or with one that others add as well, stay as they are.
+    """
+    pair = _Pair(prepared)
+    with torch.no_grad():
+        pair.run(images)
+    prepared.meta[_BEFORE] = pair.before
+    return pair.before
+
+
+def restore(prepared: GraphModule, before: dict[str, Tensor]) -> None:
+    """Undo a correction of `prepared`."""
+    with torch.no_grad():
+        for name, bias in before.items():
+            prepared.get_parameter(name).copy_(bias)
+    forget(prepared)
+
+
+def forget(prepared: GraphModule) -> None:
+    """Take the biases of `prepared` for its own: once they are trained, those before the correction mean nothing."""
+    prepared.meta.pop(_BEFORE, None)
+
+
+def uncorrect(graph: GraphModule, layers: Iterable[Node]) -> None:
+    """Give `layers` of `graph`, a graph on the tensors of a corrected one, the biases from before: they compute in
+    float now. Corrected ones keep theirs.
+    """
+    before: dict[str, Tensor] = graph.meta.get(_BEFORE, {})
+    for layer in layers:
+        bias = layer.args[2] if len(layer.args) > 2 else None
+        if not isinstance(bias, Node) or str(bias.target) not in before:
+            continue
+        name = f"{bias.target}_before".replace(".", "_")
+        graph.register_parameter(name, nn.Parameter(before[str(bias.target)].clone()))
+        with graph.graph.inserting_before(layer):
+            own = graph.graph.get_attr(name)
+        own.meta = dict(bias.meta)
+        layer.replace_input_with(bias, own)
+        graph.graph.erase_node(bias)
+    graph.recompile()
+
+
+class _Pair(Interpreter):
+    """Runs a prepared graph on two sets of values, in float and rounded: every value is a pair."""
+
+    def __init__(self, prepared: GraphModule) -> None:
+        super().__init__(prepared)
+        self.prepared, self.before = prepared, dict[str, Tensor]()
+        self.reads = [str(node.target) for node in prepared.graph.nodes if node.op == "get_attr" for _ in node.users]
+
+    def run_node(self, n: Node) -> Any:
+        if not n.all_input_nodes:  # the images, and what is stored
+            return (super().run_node(n),) * 2
+        rounding = self.rounds(n)
+        pairs = self.env
+        if n.op == "output":
+            return self.alone(n, pairs, 1)
+        floats = pairs[n.all_input_nodes[0]][0] if rounding else self.alone(n, pairs, 0)
+        rounded = self.alone(n, pairs, 1)
+        if n.target in WEIGHTED:
+            rounded = rounded + self.corrected(n, floats, rounded)
+        return floats, rounded
+
+    def alone(self, n: Node, pairs: dict[Node, Any], side: int) -> Any:
+        self.env = {source: pairs[source][side] for source in n.all_input_nodes}
+        found = super().run_node(n)
+        self.env = pairs
+        return found
+
+    def corrected(self, layer: Node, floats: Tensor, rounded: Tensor) -> Tensor | float:
+        """What was added to the bias of `layer`, as it is added to its output."""
+        bias = layer.args[2] if len(layer.args) > 2 else None
+        if not isinstance(bias, Node) or bias.op != "get_attr" or self.reads.count(str(bias.target)) > 1:
+            return 0.0
+        if not self.rounds(cast(Node, layer.args[1])):
+            return 0.0
+        channel = floats.ndim - 1 if layer.target is _ATEN.linear.default else 1
+        axes = [axis for axis in range(floats.ndim) if axis != channel]
+        change = (floats - rounded).mean(axes)
+        stored = stored_tensor(self.prepared, bias)
+        self.before[str(bias.target)] = stored.detach().clone()
+        stored.add_(change)
+        return change.reshape([-1 if axis == channel else 1 for axis in range(floats.ndim)])
+
+    def rounds(self, node: Node) -> bool:
+        return node.op == "call_module" and isinstance(self.prepared.get_submodule(str(node.target)), FakeQuant)
