@@ -9,7 +9,6 @@ corrections before it have left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Final, cast
 
 import torch
@@ -49,12 +48,12 @@ def forget(prepared: GraphModule) -> None:
     prepared.meta.pop(_BEFORE, None)
 
 
-def uncorrect(graph: GraphModule, layers: Iterable[Node]) -> None:
-    """Give `layers` of `graph`, a graph on the tensors of a corrected one, the biases from before: they compute in
-    float now. Corrected ones keep theirs.
+def uncorrect(graph: GraphModule) -> None:
+    """Give `graph`, on the tensors of a corrected one but with another part of it rounded, the biases from before: each
+    correction is for the error of all layers up to it.
     """
-    before: dict[str, Tensor] = graph.meta.get(_BEFORE, {})
-    for layer in layers:
+    before: dict[str, Tensor] = graph.meta.pop(_BEFORE, {})
+    for layer in [node for node in graph.graph.nodes if node.target in WEIGHTED]:
         bias = layer.args[2] if len(layer.args) > 2 else None
         if not isinstance(bias, Node) or str(bias.target) not in before:
             continue

@@ -97,11 +97,21 @@ class Stored:
     groups: int | None = None  # of a layer; None: weight and shift are one element a channel
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Read:
+    """An activation that an operator without weights reads: a side of a product or an addition."""
+
+    node: Node
+    place: int  # among the arguments of `node`
+    labels: Labels  # of the activation for one image
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Channels:
     """What takes factors in a graph, with resolved labels: equal ones must have equal factors."""
 
     stored: tuple[Stored, ...]
+    reads: tuple[Read, ...] = ()
 
     def layers(self) -> Iterator[Stored]:
         """Convolutions and linear layers, whose `inputs` are known, in order of execution."""
@@ -124,7 +134,8 @@ def find_channels(graph: GraphModule, size: int) -> Channels:
     tracer = _Tracer(graph)
     with torch.no_grad():
         tracer.run(torch.zeros(1, 3, size, size))
-    return Channels(stored=tuple(tracer.resolved()))
+    reads = tuple(replace(read, labels=tracer.ties.resolved(read.labels)) for read in tracer.reads)
+    return Channels(stored=tuple(tracer.resolved()), reads=reads)
 
 
 def rescale(graph: GraphModule, channels: Channels, factors: Mapping[int, float]) -> None:
@@ -153,10 +164,10 @@ class _Tracer(Interpreter):
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
         self.graph_module = graph
-        self.ties, self.found = Ties(), list[Stored]()
+        self.ties, self.found, self.reads = Ties(), list[Stored](), list[Read]()
         self.labels: dict[Node, Any] = {}
         # A tensor may have several names: it counts by where it lies.
-        self.reads = Counter(self.place(node) for node in graph.graph.nodes if node.op == "get_attr")
+        self.uses = Counter(self.place(node) for node in graph.graph.nodes if node.op == "get_attr")
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
@@ -182,6 +193,12 @@ class _Tracer(Interpreter):
             for part in labels:
                 self.fix(part)
 
+    def read(self, node: Node) -> None:
+        """Note both sides of a product or an addition, where they are activations."""
+        for place, side in enumerate(node.args[:2]):
+            if isinstance(side, Node) and side.op != "get_attr":
+                self.reads.append(Read(node=node, place=place, labels=self.labels[side]))
+
     def of(self, argument: Any) -> Any:
         """`argument` with labels in place of tensors; sizes are what they are."""
         return map_arg(argument, lambda node: self.labels[node] if self.labels[node] is not None else self.env[node])
@@ -190,7 +207,7 @@ class _Tracer(Interpreter):
         """The name of a stored tensor that nothing else reads."""
         if not isinstance(argument, Node) or argument.op != "get_attr":
             return None
-        if self.reads[self.place(argument)] > 1 or len(argument.users) > 1:
+        if self.uses[self.place(argument)] > 1 or len(argument.users) > 1:
             return None
         return str(argument.target) if stored_tensor(self.graph_module, argument).is_floating_point() else None
 
@@ -231,6 +248,7 @@ def _add(tracer: _Tracer, node: Node, value: Tensor) -> Labels | None:
     if not all(isinstance(side, Node) for side in node.args[:2]):
         return None
     sides = [tracer.of(side) for side in node.args[:2]]
+    tracer.read(node)
     for place, side in enumerate(node.args[:2]):
         if name := tracer.own(side):
             sides[place] = tracer.ties.new(sides[place].shape)
@@ -273,6 +291,7 @@ def _matmul(tracer: _Tracer, node: Node, value: Tensor) -> Labels | None:
     if one.ndim < 2 or other.ndim < 2:
         return None
     ties = tracer.ties
+    tracer.read(node)
     if ties.are_fixed(one):  # probabilities times values
         return ties.tie_along(other, (-2,)).expand(value.shape)
     if ties.are_fixed(other):

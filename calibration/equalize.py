@@ -10,8 +10,8 @@ channel with peaks a of its activations and w of its weights' columns, both rela
 
     f = w ** (1 - strength) / a ** strength        (SmoothQuant's alpha is our strength)
 
-with the mean of its logarithm where several layers read the channel. A depthwise layer has a weight scale for each
-channel, so that only a counts there.
+with the mean of its logarithm where several operators read the channel. A depthwise layer has a weight scale for each
+channel, and products and additions have no weights, so that only a counts there.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from calibration.channels import Channels, Stored, find_channels, rescale
+from calibration.channels import Channels, Read, Stored, find_channels, rescale
 from calibration.labels import Labels
 from calibration.program import stored_tensor
 
@@ -38,46 +38,58 @@ _SMALLEST_PEAK: Final = 2.0**-20  # of a channel, relative to its tensor: below 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peaks:
-    """The largest absolute values of the channels that one layer reads, each (channels,)."""
+    """The largest absolute values of the channels that one operator reads, each (channels,)."""
 
     labels: Labels
     activations: Tensor
-    weights: Tensor  # of the columns, each row relative to its own peak
-    depthwise: bool
+    weights: Tensor | None  # of the columns, each row relative to its own peak; None: they do not count
 
 
-def peaks(graph: GraphModule, channels: Channels, images: Iterable[Tensor]) -> list[Peaks]:
-    """What every layer of `graph` with a free input reads on `images`, batches of (N, 3, S, S)."""
-    watched = {each.node: each for each in channels.layers() if each.inputs is not None and each.inputs.any()}
-    seen = _Watch(graph, watched)
+def peaks(
+    graph: GraphModule, channels: Channels, images: Iterable[Tensor], rounds: Callable[[Node], bool]
+) -> list[Peaks]:
+    """What every operator of `graph` with a free input reads on `images`, batches of (N, 3, S, S). `rounds` says of an
+    operator whether it reads integers; what is in float needs no like ranges.
+    """
+    layers = {each.node: each for each in channels.layers() if _is_free(each.inputs) and rounds(each.node)}
+    reads = [read for read in channels.reads if _is_free(read.labels) and rounds(read.node)]
+    seen = _Watch(graph, layers, reads)
     with torch.no_grad():
         for batch in images:
             seen.run(batch)
-    return [_peaks(graph, each, seen.peaks[node]) for node, each in watched.items() if node in seen.peaks]
+    return [
+        *(_of_layer(graph, each, seen.peaks[node, 0]) for node, each in layers.items() if (node, 0) in seen.peaks),
+        *(_of_read(read, seen.peaks[read.node, read.place]) for read in reads if (read.node, read.place) in seen.peaks),
+    ]
 
 
 def factors(found: Iterable[Peaks], strength: float) -> dict[int, float]:
     """The factors that give channels with the peaks `found` like ranges, by label."""
     wanted: defaultdict[int, list[float]] = defaultdict(list)
-    for layer in found:
-        own = 1.0 if layer.depthwise else strength
-        octaves = (1 - own) * _octaves(layer.weights) - own * _octaves(layer.activations)
-        for label, octave in zip(layer.labels.long().tolist(), octaves.tolist(), strict=True):
+    for each in found:
+        octaves = -_octaves(each.activations)
+        if each.weights is not None:
+            octaves = strength * octaves + (1 - strength) * _octaves(each.weights)
+        for label, octave in zip(each.labels.long().tolist(), octaves.tolist(), strict=True):
             if label:
                 wanted[abs(label)].append(octave if label > 0 else -octave)
-    means = {label: sum(each) / len(each) for label, each in wanted.items()}
+    means = {label: sum(octaves) / len(octaves) for label, octaves in wanted.items()}
     return {label: 2.0 ** min(max(mean, -_LARGEST), _LARGEST) for label, mean in means.items()}
 
 
 def equalize(
-    graph: GraphModule, size: int, images: Iterable[Tensor], error_db: Callable[[GraphModule], float]
+    graph: GraphModule,
+    size: int,
+    images: Iterable[Tensor],
+    error_db: Callable[[GraphModule], float],
+    rounds: Callable[[Node], bool],
 ) -> dict[str, Any]:
     """Give the channels of `graph`, in place, like ranges, where `error_db` says that rounding costs less then: of a
-    copy, decibels of its rounded logits against float. Returns what to report: the decibels before and after, the
-    strength (None: the graph stays as it was) and how many channels of layers' inputs are free.
+    copy, decibels of its rounded logits against float. `rounds`: as for `peaks`. Returns what to report: the decibels
+    before and after, the strength (None: the graph stays as it was) and how many rounded channels are free.
     """
     channels = find_channels(graph, size)
-    found = peaks(graph, channels, images)
+    found = peaks(graph, channels, images, rounds)
     before = error_db(copy.deepcopy(graph))
     tried: dict[float, float] = {}
     for strength in STRENGTHS if found else ():
@@ -91,36 +103,59 @@ def equalize(
         rescale(graph, channels, factors(found, best))
     return {
         "repairs_db": {"none": round(before, 2), "equalized": round(before if best is None else tried[best], 2)},
-        "equalized": {"strength": best, "channels": sum(int(layer.labels.count_nonzero()) for layer in found)},
+        "equalized": {"strength": best, "channels": sum(int(each.labels.count_nonzero()) for each in found)},
     }
 
 
 class _Watch(Interpreter):
-    """Runs a graph and keeps the largest absolute value of each channel that the layers of `watched` read."""
+    """Runs a graph and keeps the largest absolute values that operators read, by operator and place of the argument: of
+    a layer one a channel, of `reads` one an element.
+    """
 
-    def __init__(self, graph: GraphModule, watched: Mapping[Node, Stored]) -> None:
+    def __init__(self, graph: GraphModule, layers: Collection[Node], reads: Iterable[Read]) -> None:
         super().__init__(graph)
-        self.watched, self.peaks = watched, dict[Node, Tensor]()
+        self.layers, self.reads = layers, defaultdict[Node, list[Read]](list)
+        for read in reads:
+            self.reads[read.node].append(read)
+        self.peaks: dict[tuple[Node, int], Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
-        if n in self.watched:
-            x = self.env[n.args[0]]  # type: ignore[index]
+        if n in self.layers:
+            x = self.env[cast(Node, n.args[0])]
             channel = x.ndim - 1 if n.target is torch.ops.aten.linear.default else 1
-            found = x.abs().amax([axis for axis in range(x.ndim) if axis != channel])
-            self.peaks[n] = found if n not in self.peaks else found.maximum(self.peaks[n])
+            self.keep(n, 0, x.abs().amax([axis for axis in range(x.ndim) if axis != channel]))
+        for read in self.reads.get(n, ()):
+            x = self.env[cast(Node, n.args[read.place])]
+            self.keep(n, read.place, x.abs().reshape(-1, *read.labels.shape).amax(0))  # an image may be many rows
         return super().run_node(n)
 
+    def keep(self, node: Node, place: int, found: Tensor) -> None:
+        before = self.peaks.get((node, place))
+        self.peaks[node, place] = found if before is None else found.maximum(before)
 
-def _peaks(graph: GraphModule, layer: Stored, activations: Tensor) -> Peaks:
-    weight = stored_tensor(graph, layer.node.args[1]).detach()  # type: ignore[arg-type]
+
+def _is_free(labels: Labels | None) -> bool:
+    return labels is not None and bool(labels.any())
+
+
+def _of_layer(graph: GraphModule, layer: Stored, activations: Tensor) -> Peaks:
+    weight = stored_tensor(graph, cast(Node, layer.node.args[1])).detach()
+    groups = layer.groups or 1
+    assert layer.inputs is not None
+    if groups > 1 and weight.shape[1] == 1:
+        return Peaks(labels=layer.inputs, activations=activations, weights=None)
     size = weight.abs().flatten(2).amax(2) if weight.ndim > 2 else weight.abs()
     relative = size / size.amax(1, keepdim=True).clamp_min(1e-30)  # rows have a scale of their own
-    groups = layer.groups or 1
     columns = relative.reshape(groups, len(weight) // groups, -1).amax(1).flatten()
-    assert layer.inputs is not None
-    return Peaks(
-        labels=layer.inputs, activations=activations, weights=columns, depthwise=weight.shape[1] == 1 and groups > 1
-    )
+    return Peaks(labels=layer.inputs, activations=activations, weights=columns)
+
+
+def _of_read(read: Read, elements: Tensor) -> Peaks:
+    """One value for each label."""
+    labels = sorted(set(read.labels.flatten().tolist()))
+    places = torch.bucketize(read.labels.flatten(), torch.tensor(labels, dtype=torch.float64))
+    largest = torch.zeros(len(labels)).scatter_reduce(0, places, elements.flatten(), "amax")
+    return Peaks(labels=torch.tensor(labels, dtype=torch.float64), activations=largest, weights=None)
 
 
 def _octaves(values: Tensor) -> Tensor:

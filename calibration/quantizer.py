@@ -62,7 +62,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         rounded = set(regions.rounded_outputs(model, self._may_round)) if self.regions else set()
         for node in model.graph.nodes:
             inputs: dict[Node, QuantizationSpecBase] = {}
-            if kind_of(node) in self.placement.kinds and self._may_round(node):
+            if is_rounded(node, self.placement):
                 value, other = node.args[0], node.args[1]
                 assert isinstance(value, Node) and isinstance(other, Node)
                 inputs = {value: self._read(value, rounded)}
@@ -88,6 +88,11 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: `annotate` marks each edge with the one spec of its kind."""
+
+
+def is_rounded(node: Node, placement: Placement) -> bool:
+    """Whether `placement` rounds the inputs of an operator of a traced graph."""
+    return kind_of(node) in placement.kinds and not placement.keeps_float(module_path(node))
 
 
 def kind_of(node: Node) -> Kind | None:

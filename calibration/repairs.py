@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from calibration import bias, program
 from calibration import equalize as equalizing
@@ -17,6 +17,7 @@ from calibration.batches import Batch, Images
 from calibration.calibrate import choose, fake_quants, held_out, observe, set_mode
 from calibration.fake_quant import ActivationFakeQuant
 from calibration.metrics import IDENTICAL_DB, Logits, snr_db
+from calibration.quantizer import is_rounded
 from calibration.recipe import Ptq
 
 _BATCH: Final = 32
@@ -55,7 +56,10 @@ def equalize(
         choose(prepared, "mse")
         return _rounded_db(prepared, reference, batches)
 
-    return equalizing.equalize(graph, train.preprocess.size, _images(train, trial), error_db)
+    def rounds(node: Node) -> bool:
+        return is_rounded(node, recipe.placement)
+
+    return equalizing.equalize(graph, train.preprocess.size, _images(train, trial), error_db, rounds)
 
 
 def correct_biases(

@@ -128,18 +128,20 @@ def partly(prepared: GraphModule, rounded: Iterable[Operator]) -> GraphModule:
 
     x -> FakeQuant -> conv      becomes, for the others,      x -> conv
 
-    with the bias that they had before it was corrected for its rounding.
+    Where there are others, biases are those from before they were corrected for the rounding of all.
     """
     names = {operator.name for operator in rounded}
     graph = copy.deepcopy(prepared.graph)
-    for node in graph.nodes:
-        for rounding in [] if node.name in names else _roundings(prepared, node):
+    others = [node for node in graph.nodes if node.name not in names and _roundings(prepared, node)]
+    for node in others:
+        for rounding in _roundings(prepared, node):
             node.replace_input_with(rounding, rounding.all_input_nodes[0])
             if not rounding.users:
                 graph.erase_node(rounding)
     found = GraphModule(prepared, graph)
     found.meta.update(prepared.meta)
-    bias.uncorrect(found, [node for node in graph.nodes if node.target in WEIGHTED and node.name not in names])
+    if others:
+        bias.uncorrect(found)
     return found
 
 

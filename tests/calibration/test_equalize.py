@@ -101,7 +101,7 @@ def test_only_what_helps_stays(helps: bool) -> None:
     before = copy.deepcopy(graph.state_dict())
     told = iter((10.0, 11.0, 12.0, 11.5) if helps else (10.0, 9.0, 10.0, -200.0))
     seen = [batch for batch, _ in images("train").batches(32)]
-    report = equalize(graph, SIDE, seen, lambda _: next(told))
+    report = equalize(graph, SIDE, seen, lambda _: next(told), lambda _: True)
     assert report["repairs_db"] == {"none": 10.0, "equalized": 12.0 if helps else 10.0}
     assert report["equalized"]["strength"] == (0.75 if helps else None)
     changed = [name for name, value in graph.state_dict().items() if not torch.equal(value, before[name])]
@@ -120,22 +120,25 @@ def test_a_graph_without_free_channels_is_tried_once() -> None:
 
     tried: list[GraphModule] = []
     graph = traced(seeded(Clipped).eval(), SIDE)
-    report = equalize(graph, SIDE, [torch.randn(2, 3, SIDE, SIDE)], lambda made: tried.append(made) or 1.0)  # type: ignore[func-returns-value]
+
+    def error_db(made: GraphModule) -> float:
+        tried.append(made)
+        return 1.0
+
+    report = equalize(graph, SIDE, [torch.randn(2, 3, SIDE, SIDE)], error_db, lambda _: True)
     assert len(tried) == 1 and report["equalized"] == {"strength": None, "channels": 0}
 
 
-def peaks(activations: list[float], weights: list[float], *, depthwise: bool = False) -> Peaks:
+def peaks(activations: list[float], weights: list[float]) -> Peaks:
     labels = torch.arange(1.0, 1 + len(weights), dtype=torch.float64)
-    return Peaks(
-        labels=labels, activations=torch.tensor(activations), weights=torch.tensor(weights), depthwise=depthwise
-    )
+    return Peaks(labels=labels, activations=torch.tensor(activations), weights=torch.tensor(weights))
 
 
 def test_factors_even_out_activations_and_weights() -> None:
     layer = peaks([1.0, 4.0, 16.0], [0.5, 0.5, 2.0])
     assert factors([layer], 1.0) == pytest.approx({1: 4.0, 2: 1.0, 3: 0.25})
     assert factors([layer], 0.5) == pytest.approx({1: 2.0, 2: 1.0, 3: 1.0})
-    depthwise = replace(layer, depthwise=True)  # a weight scale for each channel: activations alone count
+    depthwise = replace(layer, weights=None)  # a weight scale for each channel: activations alone count
     assert factors([depthwise], 0.5) == factors([layer], 1.0)
 
 
