@@ -34,7 +34,8 @@ from calibration.train import TrainingPlan, fit, predictions
 from tests.tiny import ROOT, surroundings
 from tests.toys import CLASSES, Hybrid, images, seeded
 
-PTQ = Ptq(name="int8_ptq", samples=64, force=True, calibrator="mse")
+# Not repaired, so that there is something to learn.
+PTQ = Ptq(name="int8_ptq", samples=64, force=True, calibrator="mse", equalize=False, bias_correction=False)
 QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=4, learning_rate=1e-4)
 
 State = dict[str, Any]
