@@ -143,8 +143,8 @@ bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line
 	@$(VENV)/bin/python -m tests.bench_prove $${MODELS:-mobilevit_xs}
 
 bench-qat: $(READY) ## what a step of quantization-aware training costs, in float steps; needs no data
-	@$(VENV)/bin/python -m tests.bench_qat $(MODEL)
-	@$(VENV)/bin/python -m tests.bench_qat $(MODEL) 256 10
+	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
+	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
 
 test: $(READY) ## the tests (a few minutes)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
