@@ -36,6 +36,7 @@ OF_TORCH = {
 OF_TORCH |= {
     f"calibration/{name}.py" for name in ("affine", "calibrate", "calibrators", "regions", "sensitivity", "sufficiency")
 }
+OF_TORCH |= {f"calibration/{name}.py" for name in ("checkpoints", "qat", "rounding")}
 # So is the evaluator of Core ML programs.
 OF_TORCH |= {f"targets/_mil/{name}.py" for name in ("arithmetic", "compressed", "evaluator", "layers", "shapes")}
 # So are the networks: every file of models/ but those that are read to list models.
