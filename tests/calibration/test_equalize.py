@@ -92,7 +92,7 @@ def test_rounded_products_get_their_decibels_back_too() -> None:
     rows = torch.cat((query, 1 / query, value))
     with torch.no_grad():
         network.attention.qkv.weight *= rows[:, None]
-        network.attention.qkv.bias *= rows
+        network.attention.qkv.bias.mul_(rows)
         network.attention.proj.weight /= value
     assert rounded_db(network, plain) < even - 6
     assert rounded_db(network, recipe) > even - 1.5
