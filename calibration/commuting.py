@@ -245,6 +245,33 @@ def _matmul(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
     return torch.zeros(value.shape, dtype=torch.float64)
 
 
+def _einsum(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
+    """As `_matmul`, by the letters of two operands."""
+    letters, _, result = cast(str, node.args[0]).replace(" ", "").partition("->")
+    sides = cast("Sequence[Node]", node.args[1])
+    if len(sides) != 2 or not result or any(len(set(each)) < len(each) for each in letters.split(",")):
+        return None
+    first, second = letters.split(",")
+    one, other = (tracer.of(side) for side in sides)
+    if tracer.ties.are_fixed(one):
+        return _summed(tracer.ties, other, second, result).expand(value.shape)
+    if tracer.ties.are_fixed(other):
+        return _summed(tracer.ties, one, first, result).expand(value.shape)
+    common = "".join(letter for letter in first if letter in second)
+    queries, keys = _summed(tracer.ties, one, first, common), _summed(tracer.ties, other, second, common)
+    tracer.ties.tie(queries, -keys)
+    return torch.zeros(value.shape, dtype=torch.float64)
+
+
+def _summed(ties: Ties, labels: Labels, letters: str, result: str) -> Labels:
+    """Labels with the axes `letters`, those that are not in `result` tied, in its order; others have length 1."""
+    kept = [letter for letter in letters if letter in result]
+    tied = ties.tie_along(labels, [axis for axis, letter in enumerate(letters) if letter not in result])
+    flat = tied.reshape([labels.shape[letters.index(letter)] for letter in kept])
+    ordered = flat.permute([kept.index(letter) for letter in result if letter in kept])
+    return ordered[tuple(slice(None) if letter in kept else None for letter in result)]
+
+
 def _layer(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
     weight, bias = (node.args[place] if len(node.args) > place else None for place in (1, 2))
     name, shift = tracer.own(weight), tracer.own(bias)
@@ -292,6 +319,7 @@ _RULES: Final[Mapping[Any, _Rule]] = {
     **dict.fromkeys(_PRODUCTS, _multiply),
     **dict.fromkeys(_MATMULS, _matmul),
     **dict.fromkeys(WEIGHTED, _layer),
+    _ATEN.einsum.default: _einsum,
     _ATEN.pad.default: _pad,
     _ATEN.layer_norm.default: _normalize,
     _ATEN.group_norm.default: _normalize,
