@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from calibration.channels import Channels, Read, Stored, find_channels, rescale
+from calibration.channels import Channels, find_channels, rescale
+from calibration.commuting import Read, Stored
 from calibration.labels import Labels
 from calibration.program import stored_tensor
 

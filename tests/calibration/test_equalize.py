@@ -17,9 +17,11 @@ from calibration.calibrate import fake_quants
 from calibration.data import Part
 from calibration.equalize import Peaks, equalize, factors
 from calibration.metrics import snr_db
+from calibration.placement import parse
 from calibration.quantize import calibrated, equalized, quantize, traced
 from calibration.recipe import Ptq
 from calibration.scheme import AFFINE, SHARED, Scheme
+from models._layers import Attention
 from tests.tiny import SIDE
 from tests.toys import CLASSES, PREPROCESS, Hybrid, Untested, images, seeded
 
@@ -61,6 +63,39 @@ def spread(network: nn.Module) -> None:
             made.weight *= drawn.reshape(-1, *(1,) * (made.weight.ndim - 1))
             made.bias *= drawn  # type: ignore[operator]
             read.weight /= drawn.reshape([-1 if axis == inputs else 1 for axis in range(read.weight.ndim)])
+
+
+class Attending(nn.Module):
+    """Patches as tokens, a norm, attention, mean, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.attention, self.head = Attention(16, 2), nn.Linear(16, CLASSES)
+        with torch.no_grad():
+            self.attention.qkv.weight *= 2  # attention that depends on its inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.first(x).flatten(2).transpose(1, 2))
+        found: Tensor = self.head(self.attention(tokens).mean(1))
+        return found
+
+
+def test_rounded_products_get_their_decibels_back_too() -> None:
+    """Queries with keys, and probabilities with values, which no layer reads."""
+    network = seeded(Attending).eval()
+    assert isinstance(network, Attending)
+    products = parse("attention")
+    plain, recipe = replace(PLAIN, placement=products), replace(PTQ, placement=products, bias_correction=False)
+    even = rounded_db(network, plain)
+    query, value = torch.exp2(8 * torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) - 4)
+    rows = torch.cat((query, 1 / query, value))
+    with torch.no_grad():
+        network.attention.qkv.weight *= rows[:, None]
+        network.attention.qkv.bias.mul_(rows)
+        network.attention.proj.weight /= value
+    assert rounded_db(network, plain) < even - 6
+    assert rounded_db(network, recipe) > even - 1.5
 
 
 def rounded_db(network: nn.Module, recipe: Ptq, scheme: Scheme = SHARED) -> float:
