@@ -19,8 +19,8 @@ from tests.tiny import ROOT, python
 
 CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "seconds"}
 VERBS = (
-    *("models", "targets", "dashboard", "zoo", "multifunction", "engine", "calibrate", "qat", "verify", "profile"),
-    *("explain", "lint-model", "placement"),
+    *("models", "targets", "dashboard", "zoo", "multifunction", "engine", "calibrate", "qat", "sensitivity"),
+    *("tune", "prove", "verify", "profile", "explain", "lint-model", "placement"),
 )
 
 
