@@ -9,6 +9,7 @@ corrections before it have left.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Final, cast
 
 import torch
@@ -73,7 +74,9 @@ class _Pair(Interpreter):
     def __init__(self, prepared: GraphModule) -> None:
         super().__init__(prepared)
         self.prepared, self.before = prepared, dict[str, Tensor]()
-        self.reads = [str(node.target) for node in prepared.graph.nodes if node.op == "get_attr" for _ in node.users]
+        # A tensor may have several names: it counts by where it lies.
+        stored = (node for node in prepared.graph.nodes if node.op == "get_attr")
+        self.reads = Counter(stored_tensor(prepared, node).data_ptr() for node in stored for _ in node.users)
 
     def run_node(self, n: Node) -> Any:
         if not n.all_input_nodes:  # the images, and what is stored
@@ -97,14 +100,14 @@ class _Pair(Interpreter):
     def corrected(self, layer: Node, floats: Tensor, rounded: Tensor) -> Tensor | float:
         """What was added to the bias of `layer`, as it is added to its output."""
         bias = layer.args[2] if len(layer.args) > 2 else None
-        if not isinstance(bias, Node) or bias.op != "get_attr" or self.reads.count(str(bias.target)) > 1:
+        if not isinstance(bias, Node) or bias.op != "get_attr" or not self.rounds(cast(Node, layer.args[1])):
             return 0.0
-        if not self.rounds(cast(Node, layer.args[1])):
+        stored = stored_tensor(self.prepared, bias)
+        if self.reads[stored.data_ptr()] > 1:
             return 0.0
         channel = floats.ndim - 1 if layer.target is _ATEN.linear.default else 1
         axes = [axis for axis in range(floats.ndim) if axis != channel]
         change = (floats - rounded).mean(axes)
-        stored = stored_tensor(self.prepared, bias)
         self.before[str(bias.target)] = stored.detach().clone()
         stored.add_(change)
         return change.reshape([-1 if axis == channel else 1 for axis in range(floats.ndim)])

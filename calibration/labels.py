@@ -37,8 +37,10 @@ class Ties:
         one, other = one + 0 * other.nan_to_num(), other + 0 * one.nan_to_num()  # of the shape of both
         differ = (one != other) & ~one.isnan() & ~other.isnan()
         if differ.any():
-            for pair in set(zip(one[differ].tolist(), other[differ].tolist(), strict=True)):
-                self._join(int(pair[0]), int(pair[1]))
+            span = 2 * len(self._parents)  # a pair as one integer, of which there are few, since channels repeat
+            pairs = _distinct(one[differ].long() * span + other[differ].long() + span // 2)
+            for pair in pairs:
+                self._join((pair - pair % span) // span, pair % span - span // 2)
         return torch.where(one.isnan(), other, one)
 
     def tie_along(self, labels: Labels, axes: Sequence[int]) -> Labels:
@@ -57,12 +59,14 @@ class Ties:
 
     def resolved(self, labels: Labels) -> Labels:
         """The same factors with one label for each set; an element that is always zero has 0."""
-        known: list[float] = labels.nan_to_num(0).flatten().tolist()
-        found = {label: self._find(int(label)) for label in set(known)}
-        return torch.tensor([found[label] for label in known], dtype=torch.float64).reshape(labels.shape)
+        known = labels.nan_to_num(0).long()
+        table = torch.zeros(len(self._parents), dtype=torch.float64)
+        for label in _distinct(known.abs()):
+            table[label] = self._find(label)
+        return table[known.abs()] * known.sign()
 
     def are_fixed(self, labels: Labels) -> bool:
-        return not self.resolved(labels).any()
+        return not any(self._find(label) for label in _distinct(labels.nan_to_num(0).abs().long()))
 
     def _join(self, one: int, other: int) -> None:
         first, second = self._find(one), self._find(other)
@@ -88,3 +92,8 @@ class Ties:
             self._parents[passed], self._signs[passed] = place, total * (1 if label > 0 else -1)
             total *= before
         return sign * place
+
+
+def _distinct(values: Tensor) -> list[int]:
+    """The values, integers, each once."""
+    return list(torch.unique(values).tolist())
