@@ -55,7 +55,7 @@ READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "Variables, with their defaults: MODEL=mobilevit_xs TARGET=cpu RECIPE=int8_qat (fp32 fp16 int8_ptq int8_qat)"
+	@echo "Variables, with their defaults: MODEL=mobilevit_xs TARGET=cpu RECIPE=int8_qat (fp32 fp16 int8_ptq int8_qat int8_lsq)"
 	@echo "  MODEL= (one of make models; or <file>.py:<function>; or timm:<name>)"
 	@echo "  DATA=digits (or a folder of class folders) SIZE= BATCH=1 SEED=0"
 	@echo "  FORM=tokens (or channels: as the Neural Engine computes a MobileViT, CoAtNet or Swin best)"

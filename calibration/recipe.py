@@ -88,6 +88,7 @@ _RECIPES: tuple[Recipe, ...] = (
     Float(name="fp16", precision="fp16"),
     _PTQ,
     Qat(name="int8_qat", warm_start=_PTQ),
+    Qat(name="int8_lsq", warm_start=_PTQ, learned_scales=True),
     # Called as the field calls them: bits of weights and of activations, and Core ML's palettes.
     WeightOnly(name="w8a16", storage="linear", bits=8),
     WeightOnly(name="w4a16", storage="linear", bits=4, block=32),

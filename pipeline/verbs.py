@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import calibration.recipe
 import models
 import targets
+from calibration.recipe import Qat
 from models.errors import CannotRunHere, CheckFailed
 from models.spec import ModelSpec
 from pipeline import contract, stages
@@ -124,7 +125,7 @@ def calibrate(run: Run, root: Path) -> Answer:
 
 def qat(run: Run, root: Path) -> Answer:
     """Stop after quantization-aware training, and say what it bought over post-training quantization."""
-    trained = _as(run, "int8_qat")
+    trained = _as(run, run.recipe.name if isinstance(run.recipe, Qat) else "int8_qat")
     answer = _quantized(trained, root)
     report = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())
     told = {name: report[name] for name in ("qat_bought", "qat_cost", "qat_stopped")}
@@ -365,7 +366,7 @@ def placement(run: Run, root: Path) -> Answer:
 
     _engine_step(run)  # refuses where there is nothing to build it with
     if run.weights is None and not Store(root).has(stages.compiled(run)):
-        recipe = calibration.recipe.ALL["int8_ptq"] if run.recipe.name == "int8_qat" else run.recipe
+        recipe = calibration.recipe.ALL["int8_ptq"] if isinstance(run.recipe, Qat) else run.recipe
         run = replace(run, recipe=recipe, trained=False)
         log.info("no such engine yet: read from one with random weights, RECIPE=%s", recipe.name)
     artifact = _produced(stages.compiled(run), root)

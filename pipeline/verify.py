@@ -39,7 +39,7 @@ _ONNX_DB = {"fp32": 60.0, "fp16": 60.0, "int8": 35.0}
 _ONNX_UNTRAINED_DB = _ONNX_DB | {"int8": 20.0}
 _ENGINE_DB = {"fp32": 50.0, "fp16": 15.0, "int8": 12.0}
 # The recipe to try where one costs too much.
-_GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "w8a16": "fp16", "w4a16": "w8a16"}
+_GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "int8_lsq": "fp16", "w8a16": "fp16", "w4a16": "w8a16"}
 _GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
 _FLIPS = 0.02  # share of the images whose answer a step may change, and one image in any case
 _ONNX_FLIPS = 0.001  # the same of ONNX Runtime on an export with trained weights
