@@ -28,15 +28,13 @@ HEAVY = {
     "torch",
     "torchao",
 }
-# Modules whose whole subject is training or quantization: they are themselves imported where they are used.
+# Modules whose whole subject is training or quantization: they are themselves imported where they are used. Those of
+# calibration/ that are read to name things are not.
+LEAN_CALIBRATION = {"__init__", "budget", "carried", "data", "families", "folder", "metrics", "photos", "placement"}
+LEAN_CALIBRATION |= {"preprocess", "progress", "recipe", "scheme"}
 OF_TORCH = {
-    f"calibration/{name}.py"
-    for name in ("batches", "fake_quant", "float_weights", "fold", "program", "quantize", "quantizer", "train")
+    f"calibration/{path.name}" for path in (ROOT / "calibration").glob("*.py") if path.stem not in LEAN_CALIBRATION
 }
-OF_TORCH |= {
-    f"calibration/{name}.py" for name in ("affine", "calibrate", "calibrators", "regions", "sensitivity", "sufficiency")
-}
-OF_TORCH |= {f"calibration/{name}.py" for name in ("checkpoints", "qat", "rounding")}
 # So is the evaluator of Core ML programs.
 OF_TORCH |= {f"targets/_mil/{name}.py" for name in ("arithmetic", "compressed", "evaluator", "layers", "shapes")}
 # So are the networks: every file of models/ but those that are read to list models.
