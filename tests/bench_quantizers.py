@@ -1,11 +1,12 @@
 """Our INT8 against that of others, each in its own runtime: onnxruntime.quantization and NNCF.
 
-    [NNCF_PYTHON=python] python -m tests.bench_quantizers [MODEL=weights.safetensors ...] [--store build]
+    [NNCF_PYTHON=python] python -m tests.bench_quantizers [MODEL=weights.safetensors ...] [--outliers] [--store build]
 
-Every model is built on the digits at 64 pixels for `cpu` and `onnxruntime`, and quantized by `quantize_static` as
-its documentation recommends for CPUs with VNNI (QDQ, u8s8, per channel, no reduced range; each calibration method).
-NNCF, an environment of its own, does so for OpenVINO. A row
-tells the accuracy on the test part, and how many times faster ours is in one interleaved run, with the 95 % interval.
+Every model, and with --outliers the same network with factors of up to 2**6 on its channels (see bench_outliers.py), is
+built on the digits at 64 pixels for `cpu` and `onnxruntime`, and quantized by `quantize_static` as its documentation
+recommends for CPUs with VNNI (QDQ, u8s8, per channel, no reduced range; each calibration method). NNCF, an environment
+of its own, does so for OpenVINO. A row tells the accuracy on the test part, and how many times faster ours is in one
+interleaved run, with the 95 % interval.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ MODELS = ("mobilenetv2_100", "convmixer_mini", "mobilevit_xs")
 
 _SIDE = 64  # pixels
 _CALIBRATED_ON = 512  # images: as many as int8_ptq is calibrated on
-_ROW = "{:18} {:12} {:28} {:>7} {:>22}"
+_ROW = "{:24} {:12} {:28} {:>7} {:>22}"
 _CONVERT = Path(__file__).with_name("nncf_quantize.py")
 # Presets of NNCF, each for any model and for transformers.
 _NNCF = [(preset, kind) for preset in ("performance", "mixed") for kind in ("none", "transformer")]
@@ -51,6 +52,7 @@ _NNCF = [(preset, kind) for preset in ("performance", "mixed") for kind in ("non
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*")
+    parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--store", type=Path, default=Path("build"))
     request = parser.parse_args()
     surroundings.settle()
@@ -58,12 +60,32 @@ def main() -> int:
         print("NNCF is skipped: NNCF_PYTHON= names no interpreter that has it", flush=True)
     print(_ROW.format("model", "runtime", "INT8 by", "top-1", "ours is faster"), flush=True)
     for asked in request.models or MODELS:
-        name, _, weights = asked.partition("=")
-        _told(name, Path(weights) if weights else None, Store(request.store))
+        name, _, given = asked.partition("=")
+        store, weights = Store(request.store), Path(given) if given else None
+        _told(name, name, weights, store)
+        if request.outliers:
+            with TemporaryDirectory() as folder:
+                _told(f"{name} outliers", name, _rescaled(name, weights, store, Path(folder)), store)
     return 0
 
 
-def _told(name: str, weights: Path | None, store: Store) -> None:
+def _rescaled(name: str, weights: Path | None, store: Store, folder: Path) -> Path:
+    """The checkpoint with outliers, its answers as before."""
+    from safetensors.torch import save_file
+
+    from models import checkpoint
+    from tests.calibration.outliers import spread
+
+    run = _run(name, weights, "cpu", "fp32")
+    source, made = store.get(stages.weights(run)).path / "weights.safetensors", folder / "outliers.safetensors"
+    model = run.model.build(len(run.data.classes))
+    checkpoint.load_into(model, checkpoint.read(source), source)
+    spread(model.eval(), seed=0)
+    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, made)
+    return made
+
+
+def _told(label: str, name: str, weights: Path | None, store: Store) -> None:
     run = _run(name, weights, "onnxruntime", "fp32")
     plain = store.get(stages.exported(run)).path / "model.onnx"
     parts = {part: run.images(part) for part in ("train", "val", "test")}
@@ -73,16 +95,15 @@ def _told(name: str, weights: Path | None, store: Store) -> None:
         for target, others in (("onnxruntime", _static), ("cpu", _nncf)):
             with ExitStack() as opened:
                 sessions: dict[str, Session] = {}
-                for recipe in ("int8_ptq", "fp32"):
+                for recipe, by in (("int8_ptq", "ours"), ("fp32", "fp32")):
                     engine = store.get(stages.compiled(_run(name, weights, target, recipe))).path
-                    label = "ours" if recipe == "int8_ptq" else recipe
-                    sessions[label] = opened.enter_context(targets.ALL[target].open(engine))
+                    sessions[by] = opened.enter_context(targets.ALL[target].open(engine))
                 sessions |= dict(others(plain, seen, Path(scratch)))
                 timed = compare(sessions, seen[:1])
-                for label, session in sessions.items():
-                    faster = "" if label == "ours" else str(timed.speedup("ours", label))
+                for by, session in sessions.items():
+                    faster = "" if by == "ours" else str(timed.speedup("ours", by))
                     accuracy = f"{_accuracy(session, parts['test']):.2f}"
-                    print(_ROW.format(name, target, label, accuracy, faster), flush=True)
+                    print(_ROW.format(label, target, by, accuracy, faster), flush=True)
 
 
 def _run(name: str, weights: Path | None, target: str, recipe: str) -> Run:
