@@ -1,6 +1,6 @@
 """What an OpenVINO model carries: scales and integers, read from its constants along the edges of its graph.
 
-x -> FakeQuantize -> Convert (i8) -> Convert -> [Subtract zero point] -> Multiply scale -> layer
+x -> FakeQuantize -> Convert (i8, u8) -> Convert -> [Subtract zero point] -> Multiply scale -> layer
                             int8 weight -> Convert -> [Subtract zero point] -> Multiply scale -^
 """
 
@@ -17,7 +17,7 @@ from calibration.carried import Activation, Carried, Weight, first_nonzero
 _LAYOUT = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze"})
 # Parts of quantizers themselves, and what looks at shapes alone.
 _NO_READERS = frozenset({"Multiply", "Subtract", "Convert", "FakeQuantize", "Constant", "ShapeOf"})
-_LOWEST = -128  # the integer that FakeQuantize's lower limit becomes
+_STEPS = 255  # from FakeQuantize's lower limit to its upper one
 
 
 def carried(xml: Path) -> list[Carried]:
@@ -78,9 +78,9 @@ def _aliases(operator: Any) -> Iterator[str]:
 
 
 def _activation(source: _Dequantizer) -> Activation:
-    lowest = _constant(_inputs(source.start)[1])
+    lowest, highest = (float(_constant(limit).item()) for limit in _inputs(source.start)[1:3])
     return Activation(
-        scales=np.array([float(lowest.item()) / _LOWEST, float(source.scale.item())], np.float64),
+        scales=np.array([(highest - lowest) / _STEPS, float(source.scale.item())], np.float64),
         zero_point=first_nonzero(source.zero_point),
         place=source.start.get_friendly_name(),
     )

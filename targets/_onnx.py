@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from onnx import ModelProto, NodeProto
 
 
@@ -72,6 +74,56 @@ def with_padding_before_rounding(model: ModelProto) -> ModelProto:
         pads[:] = [0] * len(pads)
     del graph.value_info[:]  # some shapes have grown
     return padded
+
+
+def with_unsigned_activations(model: ModelProto) -> ModelProto:
+    """A copy of `model` in which what is never negative is quantized to uint8 in place of int8, by the same scale:
+
+        Relu -> Q (int8)      becomes      Relu -> Clip(0, 127 * scale) -> Q (uint8)
+
+    The same integers, from 0 to 127. CPUs multiply uint8 by int8; int8 must be shifted, which takes them time. Where a
+    clip ends low enough, such as that of a ReLU6, no other is needed.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    unsigned = type(model)()
+    unsigned.CopyFrom(model)
+    graph = unsigned.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    zero, changed = "unsigned_zero_point", set[str]()
+    for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        source = producers.get(quantize.input[0])
+        highest = _highest(source, constants)
+        zero_point = constants[quantize.input[2]]
+        if source is None or highest is None or zero_point.dtype != np.int8 or zero_point != 0:
+            continue
+        limit = np.float32(127) * constants[quantize.input[1]].astype(np.float32)
+        if highest > limit:
+            clip = f"{quantize.output[0]}_clip"
+            bounds = {f"{clip}_low": np.zeros((), np.float32), f"{clip}_high": limit}
+            graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in bounds.items())
+            made = helper.make_node("Clip", [quantize.input[0], *bounds], [clip], name=clip)
+            graph.node.insert(list(graph.node).index(quantize), made)
+            quantize.input[0] = clip
+        changed.add(quantize.output[0])
+    for node in graph.node:
+        integers = {"QuantizeLinear": node.output, "DequantizeLinear": node.input}.get(node.op_type, [""])[0]
+        if integers in changed:
+            node.input[2] = zero
+    graph.initializer.append(numpy_helper.from_array(np.zeros((), np.uint8), zero))
+    del graph.value_info[:]  # some types have changed
+    return unsigned
+
+
+def _highest(node: NodeProto | None, constants: Mapping[str, npt.NDArray[Any]]) -> float | None:
+    """The largest value that an operator leaves; None where it may leave negative ones."""
+    if node is not None and node.op_type == "Relu":
+        return math.inf
+    if node is None or node.op_type != "Clip" or len(node.input) < 2 or constants.get(node.input[1], -1) < 0:
+        return None
+    return float(constants[node.input[2]]) if len(node.input) > 2 and node.input[2] in constants else math.inf
 
 
 def macs(model: ModelProto) -> dict[str, int]:

@@ -45,12 +45,13 @@ class CpuTarget:
         import onnx
         import openvino
 
-        from targets._onnx import with_own_quantizers, with_padding_before_rounding
+        from targets._onnx import with_own_quantizers, with_padding_before_rounding, with_unsigned_activations
 
         # Two faults of OpenVINO 2026.4: it leaves a convolution in float32 where it shares a zero point with a linear
         # layer (half of the layers of a MobileViT); and where it turns a quantized concatenation into uint8, it pads
         # the convolution behind it with 0 instead of the zero point (MobileViT's fusions: 17 dB instead of 40).
         graph = with_padding_before_rounding(with_own_quantizers(onnx.load(export.onnx)))
+        graph = with_unsigned_activations(graph)
         model = openvino.Core().read_model(graph.SerializeToString())
         model.reshape([export.batch, *list(model.input(0).partial_shape)[1:]])
         openvino.save_model(model, out / "model.xml", compress_to_fp16=False)

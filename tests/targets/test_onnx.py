@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from calibration.metrics import snr_db
 from targets._host import HostSession, padded, threads
-from targets._onnx import to_fp16, with_batch, with_own_quantizers
+from targets._onnx import to_fp16, with_batch, with_own_quantizers, with_unsigned_activations
 from targets.base import Export
 from targets.onnxruntime import reference_logits
 from tests.tiny import SIDE
@@ -90,6 +90,50 @@ def test_no_weight_shares_its_quantizer(int8_export: Export, images: npt.NDArray
     assert len(set(quantizers(separate.graph))) == len(quantizers(separate.graph))
     expected = reference_logits(int8_export.onnx, images)
     assert np.array_equal(expected, reference_logits(separate.SerializeToString(), images))
+
+
+@pytest.mark.parametrize(
+    ("before", "clips"),
+    [(("Relu", []), 1), (("Clip", ["zero_float", "six"]), 1), (("Clip", ["zero_float", "half"]), 0)],
+    ids=["relu", "a clip beyond the range", "a clip within it"],
+)
+def test_what_is_never_negative_is_unsigned_and_the_same_to_the_bit(before: tuple[str, list[str]], clips: int) -> None:
+    model = rounded_after(*before)
+    unsigned = with_unsigned_activations(model)
+    onnx.checker.check_model(unsigned, full_check=True)
+    images = np.random.default_rng(0).normal(scale=6, size=(4, 3, SIDE, SIDE)).astype(np.float32)
+    expected = reference_logits(model.SerializeToString(), images)
+    assert expected.max() == (0.5 if before[1] == ["zero_float", "half"] else 127 * 2.0**-7)  # the largest are clipped
+    assert np.array_equal(expected, reference_logits(unsigned.SerializeToString(), images))
+    assert sum(node.op_type == "Clip" for node in unsigned.graph.node) == clips + (before[0] == "Clip")
+    (quantize,) = (node for node in unsigned.graph.node if node.op_type == "QuantizeLinear")
+    zero_points = {tensor.name: tensor.data_type for tensor in unsigned.graph.initializer}
+    assert zero_points[quantize.input[2]] == onnx.TensorProto.UINT8
+
+
+@pytest.mark.parametrize("before", [("Neg", []), ("Clip", ["minus", "half"])], ids=["negative", "a clip below zero"])
+def test_what_may_be_negative_stays_signed(before: tuple[str, list[str]]) -> None:
+    model = rounded_after(*before)
+    unsigned = with_unsigned_activations(model)
+    assert [list(node.input) for node in unsigned.graph.node] == [list(node.input) for node in model.graph.node]
+
+
+def rounded_after(operator: str, bounds: list[str]) -> onnx.ModelProto:
+    """image -> `operator` -> Q (int8, up to 0.99) -> DQ -> logits."""
+    nodes = [
+        helper.make_node(operator, ["image", *bounds], ["value"]),
+        helper.make_node("QuantizeLinear", ["value", "scale", "zero"], ["integers"]),
+        helper.make_node("DequantizeLinear", ["integers", "scale", "zero"], ["logits"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, 3, SIDE, SIDE])
+        for name in ("image", "logits")
+    ]
+    values = {"scale": 2.0**-7, "zero_float": 0.0, "minus": -1.0, "half": 0.5, "six": 6.0}
+    constants = [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in values.items()]
+    constants.append(numpy_helper.from_array(np.array(0, np.int8), "zero"))
+    graph = helper.make_graph(nodes, "rounded", ends[:1], ends[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 def test_the_reference_rounds_at_every_quantizer(int8_export: Export, images: npt.NDArray[np.float32]) -> None:
