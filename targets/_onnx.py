@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,34 +80,31 @@ def with_padding_before_rounding(model: ModelProto) -> ModelProto:
 def with_unsigned_activations(model: ModelProto) -> ModelProto:
     """A copy of `model` in which what is never negative is quantized to uint8 in place of int8, by the same scale:
 
-        Relu -> Q (int8)      becomes      Relu -> Clip(0, 127 * scale) -> Q (uint8)
+        Relu -> Q (int8)      becomes      Clip(0, 127 * scale) -> Q (uint8)
 
-    The same integers, from 0 to 127. CPUs multiply uint8 by int8; int8 must be shifted, which takes them time. Where a
-    clip ends low enough, such as that of a ReLU6, no other is needed.
+    The same integers, from 0 to 127. CPUs multiply uint8 by int8; int8 must be shifted, which takes them time. What
+    something else reads as well stays as it is: a clip of its own costs more than is gained.
     """
     import numpy as np
-    from onnx import helper, numpy_helper
+    from onnx import numpy_helper
 
     unsigned = type(model)()
     unsigned.CopyFrom(model)
     graph = unsigned.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
+    reads = Counter(name for node in graph.node for name in node.input)
+    reads.update(output.name for output in graph.output)
     zero, changed = "unsigned_zero_point", set[str]()
     for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
-        source = producers.get(quantize.input[0])
-        highest = _highest(source, constants)
-        zero_point = constants[quantize.input[2]]
-        if source is None or highest is None or zero_point.dtype != np.int8 or zero_point != 0:
+        name, scale, zero_point = quantize.input[0], constants[quantize.input[1]], constants[quantize.input[2]]
+        highest = _highest(producers.get(name), constants)
+        if highest is None or reads[name] > 1 or zero_point.dtype != np.int8 or zero_point != 0:
             continue
-        limit = np.float32(127) * constants[quantize.input[1]].astype(np.float32)
-        if highest > limit:
-            clip = f"{quantize.output[0]}_clip"
-            bounds = {f"{clip}_low": np.zeros((), np.float32), f"{clip}_high": limit}
-            graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in bounds.items())
-            made = helper.make_node("Clip", [quantize.input[0], *bounds], [clip], name=clip)
-            graph.node.insert(list(graph.node).index(quantize), made)
-            quantize.input[0] = clip
+        ends = {f"{name}_lowest": 0.0, f"{name}_highest": min(highest, 127 * float(scale))}
+        graph.initializer.extend(numpy_helper.from_array(np.array(end, np.float32), key) for key, end in ends.items())
+        producers[name].op_type = "Clip"
+        producers[name].input[1:] = list(ends)
         changed.add(quantize.output[0])
     for node in graph.node:
         integers = {"QuantizeLinear": node.output, "DequantizeLinear": node.input}.get(node.op_type, [""])[0]

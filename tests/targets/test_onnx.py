@@ -93,29 +93,40 @@ def test_no_weight_shares_its_quantizer(int8_export: Export, images: npt.NDArray
 
 
 @pytest.mark.parametrize(
-    ("before", "clips"),
-    [(("Relu", []), 1), (("Clip", ["zero_float", "six"]), 1), (("Clip", ["zero_float", "half"]), 0)],
+    ("before", "highest"),
+    [
+        (("Relu", []), 127 * 2.0**-7),
+        (("Clip", ["zero_float", "six"]), 127 * 2.0**-7),
+        (("Clip", ["zero_float", "half"]), 0.5),
+    ],
     ids=["relu", "a clip beyond the range", "a clip within it"],
 )
-def test_what_is_never_negative_is_unsigned_and_the_same_to_the_bit(before: tuple[str, list[str]], clips: int) -> None:
+def test_what_is_never_negative_is_unsigned_and_the_same_to_the_bit(
+    before: tuple[str, list[str]], highest: float
+) -> None:
     model = rounded_after(*before)
     unsigned = with_unsigned_activations(model)
     onnx.checker.check_model(unsigned, full_check=True)
     images = np.random.default_rng(0).normal(scale=6, size=(4, 3, SIDE, SIDE)).astype(np.float32)
     expected = reference_logits(model.SerializeToString(), images)
-    assert expected.max() == (0.5 if before[1] == ["zero_float", "half"] else 127 * 2.0**-7)  # the largest are clipped
+    assert expected.max() == highest  # some are clipped
     assert np.array_equal(expected, reference_logits(unsigned.SerializeToString(), images))
-    assert sum(node.op_type == "Clip" for node in unsigned.graph.node) == clips + (before[0] == "Clip")
-    (quantize,) = (node for node in unsigned.graph.node if node.op_type == "QuantizeLinear")
-    zero_points = {tensor.name: tensor.data_type for tensor in unsigned.graph.initializer}
-    assert zero_points[quantize.input[2]] == onnx.TensorProto.UINT8
+    assert [node.op_type for node in unsigned.graph.node] == ["Clip", "QuantizeLinear", "DequantizeLinear"]
+    types = {tensor.name: tensor.data_type for tensor in unsigned.graph.initializer}
+    assert types[unsigned.graph.node[1].input[2]] == onnx.TensorProto.UINT8
 
 
 @pytest.mark.parametrize("before", [("Neg", []), ("Clip", ["minus", "half"])], ids=["negative", "a clip below zero"])
 def test_what_may_be_negative_stays_signed(before: tuple[str, list[str]]) -> None:
     model = rounded_after(*before)
     unsigned = with_unsigned_activations(model)
-    assert [list(node.input) for node in unsigned.graph.node] == [list(node.input) for node in model.graph.node]
+    assert list(unsigned.graph.node) == list(model.graph.node)
+
+
+def test_what_is_read_in_float_too_stays_signed() -> None:
+    model = rounded_after("Relu", [])
+    model.graph.output.append(helper.make_tensor_value_info("value", onnx.TensorProto.FLOAT, [None, 3, SIDE, SIDE]))
+    assert list(with_unsigned_activations(model).graph.node) == list(model.graph.node)
 
 
 def rounded_after(operator: str, bounds: list[str]) -> onnx.ModelProto:
