@@ -27,8 +27,10 @@ import numpy as np
 import calibration.recipe
 import models
 import targets
+from calibration import families
 from calibration.data import Digits
 from calibration.metrics import top1
+from calibration.recipe import with_ptq
 from pipeline import stages, surroundings
 from pipeline.compare import compare
 from pipeline.stages import Run
@@ -110,7 +112,7 @@ def _run(name: str, weights: Path | None, target: str, recipe: str) -> Run:
     model = models.ALL[name]
     return Run(
         model=model,
-        recipe=calibration.recipe.ALL[recipe],
+        recipe=with_ptq(calibration.recipe.ALL[recipe], placement=families.default(model.family, "cpu")),
         target=targets.ALL[target],
         data=Digits(),
         preprocess=replace(Digits().preprocess(model), size=_SIDE),
