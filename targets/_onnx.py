@@ -124,6 +124,36 @@ def _highest(node: NodeProto | None, constants: Mapping[str, npt.NDArray[Any]]) 
     return float(constants[node.input[2]]) if len(node.input) > 2 and node.input[2] in constants else math.inf
 
 
+def with_biases_apart(model: ModelProto) -> ModelProto:
+    """A copy of `model` in which the biases of integer products of rank 3 or more have rank 3:
+
+        DQ, DQ -> MatMul -> Add((n,))      becomes      DQ, DQ -> MatMul -> Add((1, 1, n))
+
+    The same numbers. ONNX Runtime makes a Gemm of a product and a bias of rank 1, before it looks for integers: in
+    float, on weights that are dequantized for every query.
+    """
+    from onnx import numpy_helper, shape_inference
+
+    apart = type(model)()
+    apart.CopyFrom(model)
+    graph = apart.graph
+    inferred = shape_inference.infer_shapes(model).graph.value_info
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in inferred}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        for place, product in ((0, 1), (1, 0)) if node.op_type == "Add" else ():
+            bias, source = constants.get(node.input[place]), producers.get(node.input[product])
+            if bias is None or bias.ndim != 1 or source is None or source.op_type != "MatMul":
+                continue
+            weight = producers.get(source.input[1])
+            if weight is not None and weight.op_type == "DequantizeLinear" and ranks.get(source.output[0], 0) >= 3:
+                name = f"{node.name}_bias"
+                graph.initializer.append(numpy_helper.from_array(bias.reshape(1, 1, -1), name))
+                node.input[place] = name
+    return apart
+
+
 def macs(model: ModelProto) -> dict[str, int]:
     """Multiply-accumulates of each layer and product of `model`, all of whose shapes are known, by its name."""
     from targets._macs import of_convolution, of_product

@@ -43,9 +43,9 @@ class OnnxRuntimeTarget:
     def build(self, export: Export, out: Path) -> None:
         import onnx
 
-        from targets._onnx import to_fp16, with_batch
+        from targets._onnx import to_fp16, with_batch, with_biases_apart
 
-        model = with_batch(onnx.load(export.onnx), export.batch)
+        model = with_biases_apart(with_batch(onnx.load(export.onnx), export.batch))
         # Around INT8 the CPU computes in float32: it has no FP16 arithmetic that would be faster.
         onnx.save(to_fp16(model) if export.precision == "fp16" else model, out / "model.onnx")
 

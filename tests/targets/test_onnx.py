@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -10,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration.metrics import snr_db
 from targets._host import HostSession, padded, threads
-from targets._onnx import to_fp16, with_batch, with_own_quantizers, with_unsigned_activations
+from targets._onnx import to_fp16, with_batch, with_biases_apart, with_own_quantizers, with_unsigned_activations
 from targets.base import Export
-from targets.onnxruntime import reference_logits
+from targets.onnxruntime import _session, reference_logits
 from tests.tiny import SIDE
 from tests.toys import CLASSES
 
@@ -181,3 +184,58 @@ def test_a_host_session_times_each_query_on_its_own() -> None:
 
 def test_there_is_a_thread_for_each_processor_that_may_be_used() -> None:
     assert threads() >= 1
+
+
+def product_with_bias() -> onnx.ModelProto:
+    """image -> Q -> DQ -> MatMul(DQ of int8 weights) -> Add(bias of rank 1) -> logits, over the last axis."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["integers"]),
+        helper.make_node("DequantizeLinear", ["integers", "scale", "zero"], ["rounded"]),
+        helper.make_node("DequantizeLinear", ["weights", "scales", "zeros"], ["weight"], axis=1),
+        helper.make_node("MatMul", ["rounded", "weight"], ["product"], name="product"),
+        helper.make_node("Add", ["product", "bias"], ["logits"], name="sum"),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 3, SIDE, width])
+        for name, width in (("image", SIDE), ("logits", CLASSES))
+    ]
+    values: dict[str, npt.NDArray[Any]] = {
+        "scale": np.array(2.0**-5, np.float32),
+        "zero": np.array(128, np.uint8),
+        "weights": rng.integers(-127, 128, (SIDE, CLASSES), np.int8),
+        "scales": np.full(CLASSES, 2.0**-7, np.float32),
+        "zeros": np.zeros(CLASSES, np.int8),
+        "bias": rng.normal(size=CLASSES).astype(np.float32),
+    }
+    constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    graph = helper.make_graph(nodes, "product", ends[:1], ends[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def executed(model: onnx.ModelProto, folder: Path) -> set[str]:
+    """The operators that ONNX Runtime makes of it."""
+    _session(model.SerializeToString(), fuse_integers=True, optimized=folder / "executed.onnx")
+    return {node.op_type for node in onnx.load(folder / "executed.onnx").graph.node}
+
+
+def test_a_product_with_its_bias_apart_is_computed_in_integers(tmp_path: Path) -> None:
+    model = product_with_bias()
+    apart = with_biases_apart(model)
+    onnx.checker.check_model(apart, full_check=True)
+    images = np.random.default_rng(1).normal(size=(2, 3, SIDE, SIDE)).astype(np.float32)
+    expected = reference_logits(model.SerializeToString(), images)
+    assert np.array_equal(expected, reference_logits(apart.SerializeToString(), images))
+    assert "MatMulIntegerToFloat" in executed(apart, tmp_path)
+
+
+def test_onnxruntime_still_computes_a_product_with_its_bias_in_float(tmp_path: Path) -> None:
+    """When this fails, `with_biases_apart` is not needed any more."""
+    assert "MatMulIntegerToFloat" not in executed(product_with_bias(), tmp_path)
+
+
+def test_a_product_of_rank_2_keeps_its_bias() -> None:
+    model = product_with_bias()
+    for value in (*model.graph.input, *model.graph.output):
+        del value.type.tensor_type.shape.dim[1:3]
+    assert with_biases_apart(model) == model
