@@ -127,7 +127,7 @@ def _highest(node: NodeProto | None, constants: Mapping[str, npt.NDArray[Any]]) 
 def with_biases_apart(model: ModelProto) -> ModelProto:
     """A copy of `model` in which the biases of integer products of rank 3 or more have rank 3:
 
-        DQ, DQ -> MatMul -> Add((n,))      becomes      DQ, DQ -> MatMul -> Add((1, 1, n))
+        DQ, DQ [-> Transpose] -> MatMul -> Add((n,))      becomes      ... -> MatMul -> Add((1, 1, n))
 
     The same numbers. ONNX Runtime makes a Gemm of a product and a bias of rank 1, before it looks for integers: in
     float, on weights that are dequantized for every query.
@@ -147,6 +147,8 @@ def with_biases_apart(model: ModelProto) -> ModelProto:
             if bias is None or bias.ndim != 1 or source is None or source.op_type != "MatMul":
                 continue
             weight = producers.get(source.input[1])
+            if weight is not None and weight.op_type == "Transpose":
+                weight = producers.get(weight.input[0])
             if weight is not None and weight.op_type == "DequantizeLinear" and ranks.get(source.output[0], 0) >= 3:
                 name = f"{node.name}_bias"
                 graph.initializer.append(numpy_helper.from_array(bias.reshape(1, 1, -1), name))

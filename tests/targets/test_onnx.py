@@ -187,12 +187,13 @@ def test_there_is_a_thread_for_each_processor_that_may_be_used() -> None:
 
 
 def product_with_bias() -> onnx.ModelProto:
-    """image -> Q -> DQ -> MatMul(DQ of int8 weights) -> Add(bias of rank 1) -> logits, over the last axis."""
+    """image -> Q -> DQ -> MatMul(DQ of int8 weights, transposed) -> Add(bias of rank 1) -> logits, over the last axis."""
     rng = np.random.default_rng(0)
     nodes = [
         helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["integers"]),
         helper.make_node("DequantizeLinear", ["integers", "scale", "zero"], ["rounded"]),
-        helper.make_node("DequantizeLinear", ["weights", "scales", "zeros"], ["weight"], axis=1),
+        helper.make_node("DequantizeLinear", ["weights", "scales", "zeros"], ["rows"], axis=0),
+        helper.make_node("Transpose", ["rows"], ["weight"], perm=[1, 0]),
         helper.make_node("MatMul", ["rounded", "weight"], ["product"], name="product"),
         helper.make_node("Add", ["product", "bias"], ["logits"], name="sum"),
     ]
@@ -203,7 +204,7 @@ def product_with_bias() -> onnx.ModelProto:
     values: dict[str, npt.NDArray[Any]] = {
         "scale": np.array(2.0**-5, np.float32),
         "zero": np.array(128, np.uint8),
-        "weights": rng.integers(-127, 128, (SIDE, CLASSES), np.int8),
+        "weights": rng.integers(-127, 128, (CLASSES, SIDE), np.int8),
         "scales": np.full(CLASSES, 2.0**-7, np.float32),
         "zeros": np.zeros(CLASSES, np.int8),
         "bias": rng.normal(size=CLASSES).astype(np.float32),
