@@ -187,7 +187,7 @@ def test_there_is_a_thread_for_each_processor_that_may_be_used() -> None:
 
 
 def product_with_bias() -> onnx.ModelProto:
-    """image -> Q -> DQ -> MatMul(DQ of int8 weights, transposed) -> Add(bias of rank 1) -> logits, over the last axis."""
+    """image -> Q -> DQ -> MatMul(DQ of int8 weights, transposed) -> Add(bias) -> logits, over the last axis."""
     rng = np.random.default_rng(0)
     nodes = [
         helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["integers"]),
