@@ -41,8 +41,8 @@ class FamilyRecipe:
 
     accelerator: Placement
     because: str  # of what differs from the rules above; or what they come to
-    # Decibels of the logits against float with one kind alone in integers: the small variant trained on the digits at
-    # 64 pixels, 64 validation images, one seed (`python -m tests.bench_families`).
+    # Decibels of the logits against float with one kind alone in integers, and no repairs: the small variant trained on
+    # the digits at 64 pixels, 64 validation images, one seed (`python -m tests.bench_families`).
     errors_db: Mapping[Kind, float]
     # Percent of all multiply-accumulates of the family's smallest published variant at its published size (MobileViT:
     # xs; MobileNetV2: 1.0) in the kinds that are chosen or not.
