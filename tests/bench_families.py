@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import calibration.recipe
 import models
@@ -24,6 +25,9 @@ from calibration.recipe import Ptq
 from pipeline import stages, surroundings
 from pipeline.stages import Run
 from pipeline.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MODELS = (
     "mobilevit_xs",
@@ -43,10 +47,10 @@ def main() -> None:
         _told(name, Store(request.store), request.weights)
 
 
-def _told(name: str, store: Store, folder: Path | None) -> None:
-    from calibration.quantize import calibrated
-    from calibration.sensitivity import by_kind, errors_db, operators_of, partly
-    from calibration.train import evaluate
+def trained(name: str, store: Store, folder: Path | None) -> tuple[Run, Ptq, nn.Module]:
+    """A run of int8_ptq on the digits, its recipe, and the network with float weights: those in `folder`, or trained
+    where `store` has none.
+    """
     from models import checkpoint
 
     digits, spec, ptq = data.load("digits", 0), models.ALL[name], calibration.recipe.ALL["int8_ptq"]
@@ -62,6 +66,15 @@ def _told(name: str, store: Store, folder: Path | None) -> None:
     model = spec.build(len(digits.classes)).eval()
     source = store.get(stages.weights(run)).path / "weights.safetensors"
     checkpoint.load_into(model, checkpoint.read(source), source)
+    return run, ptq, model
+
+
+def _told(name: str, store: Store, folder: Path | None) -> None:
+    from calibration.quantize import calibrated
+    from calibration.sensitivity import by_kind, errors_db, operators_of, partly
+    from calibration.train import evaluate
+
+    run, ptq, model = trained(name, store, folder)
     val = run.images("val")
     everything = replace(ptq, placement=Placement(kinds=KINDS), equalize=False, bias_correction=False)
     prepared = calibrated(model, everything, run.target.scheme, run.images("train"), seed=run.seed)
@@ -69,7 +82,8 @@ def _told(name: str, store: Store, folder: Path | None) -> None:
     for effect in by_kind(prepared, val):
         print(f"  {effect.path + ' alone':42} {effect.snr_db:6.1f} dB  {100 * effect.macs:5.1f} % of the MACs")
     operators = operators_of(prepared, run.preprocess.size)
-    for placement in (families.default(spec.family), families.default(spec.family, "cpu"), everything.placement):
+    family = run.model.family
+    for placement in (families.default(family), families.default(family, "cpu"), everything.placement):
         chosen = [operator for operator in operators if operator.kind in placement.kinds]
         (decibels,) = errors_db(prepared, val, [chosen])
         share = sum(operator.macs for operator in chosen) / sum(operator.macs for operator in operators)

@@ -16,16 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import calibration.recipe
-import models
-import targets
-from calibration import data
 from calibration.metrics import snr_db, top1
 from calibration.recipe import Ptq
-from pipeline import stages, surroundings
+from pipeline import surroundings
 from pipeline.stages import Run
 from pipeline.store import Store
-from tests.bench_families import MODELS
+from tests.bench_families import MODELS, trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,22 +53,9 @@ def main() -> None:
 
 def _told(name: str, store: Store, folder: Path | None, seed: int) -> tuple[float, float]:
     """Prints two rows; returns what `minmax` and int8_ptq lose with outliers, in points."""
-    from models import checkpoint
     from tests.calibration.outliers import spread
 
-    digits, spec, ptq = data.load("digits", 0), models.ALL[name], calibration.recipe.ALL["int8_ptq"]
-    assert isinstance(ptq, Ptq)
-    run = Run(
-        model=spec,
-        recipe=ptq,
-        target=targets.ALL["cpu"],
-        data=digits,
-        preprocess=digits.preprocess(spec),
-        weights=folder / f"{name}.safetensors" if folder else None,
-    )
-    model = spec.build(len(digits.classes)).eval()
-    source = store.get(stages.weights(run)).path / "weights.safetensors"
-    checkpoint.load_into(model, checkpoint.read(source), source)
+    run, ptq, model = trained(name, store, folder)
     _row(name, "as trained", model, run, ptq)
     probe = next(run.images("val").batches(32))[0]
     before = model(probe).detach().numpy()
