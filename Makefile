@@ -146,7 +146,7 @@ bench-qat: $(READY) ## what a step of quantization-aware training costs, in floa
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
 
-test: $(READY) ## the tests (a few minutes)
+test: $(READY) ## the tests (a quarter of an hour on two cores)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(READY) ## ruff and mypy --strict
