@@ -42,9 +42,7 @@ def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Image
         batches = list(train.batches(_BATCH, kept))
         read += sum(len(images) for images, _ in batches)
     _enough(read, recipe)
-    for quantizer in fake_quants(prepared):
-        if not isinstance(quantizer, ActivationFakeQuant):
-            quantizer.fix_range()  # of weights: their peaks, whatever the calibrator
+    fix_weights(prepared)
     errors: dict[str, float] = {}
     if name == AUTO:
         reference = program.logits(model, batches) if count else None
@@ -88,6 +86,13 @@ def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
             read += len(images)
             progress.update(len(images))
     return read
+
+
+def fix_weights(prepared: GraphModule) -> None:
+    """Set the ranges of all weights: their peaks, whatever the calibrator."""
+    for quantizer in fake_quants(prepared):
+        if not isinstance(quantizer, ActivationFakeQuant):
+            quantizer.fix_range()
 
 
 def choose(prepared: GraphModule, calibrator: str) -> None:

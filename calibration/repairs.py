@@ -14,8 +14,7 @@ from torch.fx import GraphModule, Node
 from calibration import bias, program
 from calibration import equalize as equalizing
 from calibration.batches import Batch, Images
-from calibration.calibrate import choose, fake_quants, held_out, observe, set_mode
-from calibration.fake_quant import ActivationFakeQuant
+from calibration.calibrate import choose, fix_weights, held_out, observe, set_mode
 from calibration.metrics import IDENTICAL_DB, Logits, snr_db
 from calibration.quantizer import is_rounded
 from calibration.recipe import Ptq
@@ -50,9 +49,7 @@ def equalize(
             return -IDENTICAL_DB
         prepared = prepare(made)
         observe(prepared, train, trial)
-        for quantizer in fake_quants(prepared):
-            if not isinstance(quantizer, ActivationFakeQuant):
-                quantizer.fix_range()
+        fix_weights(prepared)
         choose(prepared, "mse")
         return _rounded_db(prepared, reference, batches)
 

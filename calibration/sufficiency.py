@@ -10,8 +10,7 @@ from torch import nn
 
 from calibration.batches import Images
 from calibration.bias import restore
-from calibration.calibrate import choose, drawn, fake_quants, named_quantizers, observe, set_mode
-from calibration.fake_quant import ActivationFakeQuant
+from calibration.calibrate import choose, drawn, fix_weights, named_quantizers, observe, set_mode
 from calibration.metrics import snr_db, top1
 from calibration.quantize import equalized
 from calibration.recipe import Ptq
@@ -51,7 +50,7 @@ def sufficiency(
         set_mode(prepared, "observe")
         observe(prepared, train, seen[start:end])
         if not start:
-            _fix_weights(prepared)
+            fix_weights(prepared)
         choose(prepared, calibrator)
         _, biases = correct_biases(prepared, model, recipe, train, seed=seed)
         set_mode(prepared, "frozen")
@@ -79,12 +78,6 @@ def sentence(points: list[Point]) -> str:
 def _steps(total: int) -> list[tuple[int, int]]:
     ends = [count for count in COUNTS if count < total] + [total]
     return list(zip([0, *ends], ends, strict=False))
-
-
-def _fix_weights(prepared: nn.Module) -> None:
-    for quantizer in fake_quants(prepared):
-        if not isinstance(quantizer, ActivationFakeQuant):
-            quantizer.fix_range()
 
 
 def _point(images: int, decibels: float, accuracy: float, own: dict[str, float], final: dict[str, float]) -> Point:
