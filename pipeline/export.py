@@ -3,6 +3,7 @@
 program.pt2 -> model.pt2     decomposed; Core ML reads this
             -> model.onnx    explicit Q/DQ, simplified, dynamic batch; everyone else reads this
             -> scales.json   every quantizer's scale, by module path
+            -> tensors.json  names of the tensors that both graphs share
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from calibration.metrics import snr_db
 from calibration.progress import bar
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
+from pipeline import parity
+from targets import _forced
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnxruntime import reference_logits
 
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
+    from torch.onnx import ONNXProgram
 
     from calibration.program import LayerScales
     from pipeline.lint import Finding
@@ -35,9 +40,12 @@ if TYPE_CHECKING:
 # The newest opset that TensorRT 10.3 (JetPack 6) reads; Q/DQ in FP16 needs 19.
 OPSET = 20
 
-# Least agreement of ONNX Runtime with torch. Float graphs differ by the order of sums only; in a quantized one such a
-# difference can tip a value from one integer to the next, and every later layer sees that.
-_FLOAT_DB, _QUANTIZED_DB = 60.0, 25.0
+# Least agreement in decibels of ONNX Runtime with torch, end to end, where activations are not rounded: the order of
+# sums is the only difference. (With rounding, such a difference tips values from one integer to the next, and every
+# later layer sees that: two right executions may be as far apart as the rounding itself.)
+_FLOAT_DB = 60.0
+_DECOMPOSED_DB = 90.0  # of the decomposed program with the program before it, in torch
+_COMPARED = 2  # images that all tensors are compared on
 
 # What onnxsim must leave alone: it rewrites a linear layer on tokens as Reshape - Gemm - Reshape, which hides it from
 # the attention and LayerNorm fusions of TensorRT and OpenVINO; and a softmax over one element as a run-time
@@ -62,7 +70,8 @@ def export(
     `description`; `scheme` is what the program was quantized by.
 
     Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
-    the graph computes on `sample` (N, 3, S, S).
+    the graph computes on `sample` (N, 3, S, S): an operator, given the torch program's inputs, that does not match it
+    (it is named), or the whole graph without rounding of activations, below 60 dB.
     """
     import onnx
     import torch
@@ -76,21 +85,31 @@ def export(
             logits = graph(torch.from_numpy(sample)).numpy()
         scales = programs.scales(graph)
         progress.update()
-        programs.save(program.run_decompositions({}), out / "model.pt2")
+        decomposed = program.run_decompositions({})
+        programs.save(decomposed, out / "model.pt2")
         progress.update()
-        plain = _converted(program)
+        converted = _onnx_program(program)
+        plain = _with_dynamic_batch(converted.model_proto)
         progress.update()
         simplified = _simplified(plain)
         progress.update()
+    _check_decomposed(decomposed, logits, sample)
+    assert converted.exported_program is not None
+    names = _shared_names(decomposed, converted.exported_program, simplified, sample)
+    forced = partial(_forced.onnx_tensors, simplified)
+    proven = parity.check(decomposed.module(), sample[:_COMPARED], names, forced, "the ONNX export")
+    log.info("the ONNX conversion: %d operators match torch, integers equal", proven["operators"])
     answers = _answers(simplified, sample)
     _compare("onnxsim", _answers(plain, sample), answers)
     if scales:
-        _compare_quantized(graph, logits, simplified, answers, sample)
+        _compare_without_rounding(graph, simplified, sample)
+        log.info("the ONNX conversion: %.0f dB with rounding, on %d images", snr_db(logits, answers), len(sample))
     else:
         _compare("the ONNX conversion", logits, answers)
     _check_quantizers(simplified, scales, scheme)
 
     onnx.save(simplified, out / "model.onnx")
+    (out / "tensors.json").write_text(json.dumps(names, indent=1) + "\n")
     (out / "scales.json").write_text(json.dumps(scales, indent=1) + "\n")
     (out / "model.json").write_text(json.dumps(dict(description), indent=1) + "\n")
     np.savez(out / "sample.npz", images=sample, logits=logits)
@@ -101,7 +120,7 @@ def check(program: ExportedProgram) -> None:
     from pipeline.lint import lint
 
     _refuse_errors(lint(program))
-    _converted(program)
+    _onnx_program(program)
 
 
 def _lint(program: ExportedProgram, description: Mapping[str, object]) -> None:
@@ -121,7 +140,34 @@ def _refuse_errors(findings: Sequence[Finding]) -> None:
         raise CheckFailed(f"not exported: {' | '.join(str(error) for error in errors[:_SHOWN])}{more}")
 
 
-def _converted(program: ExportedProgram) -> ModelProto:
+def _check_decomposed(decomposed: ExportedProgram, logits: Logits, sample: Images) -> None:
+    """Raises CheckFailed where decomposition changed what the program computes on `sample`."""
+    import torch
+
+    with torch.no_grad():
+        found = snr_db(logits, decomposed.module()(torch.from_numpy(sample)).numpy())
+    if found < _DECOMPOSED_DB:
+        raise CheckFailed(
+            f"not exported: the program decomposed by torch.export is {found:.1f} dB from the program before it on "
+            f"{len(sample)} images, expected at least {_DECOMPOSED_DB:.0f} dB; this is a fault of a decomposition in "
+            "torch: report the model's operators"
+        )
+
+
+def _shared_names(
+    decomposed: ExportedProgram, converted: ExportedProgram, model: ModelProto, sample: Images
+) -> list[str]:
+    """Tensors that `model.pt2` and the ONNX graph name alike, in order of execution.
+
+    The ONNX graph names tensors as the program `converted` that torch.onnx made of ours does, decomposed its own way:
+    names are shared where both programs compute equal tensors by them.
+    """
+    produced = {name for node in model.graph.node for name in node.output}
+    common = parity.common_names(decomposed.module(), converted.module(), sample[:_COMPARED])
+    return [name for name in common if name in produced]
+
+
+def _onnx_program(program: ExportedProgram) -> ONNXProgram:
     """The program in ONNX. Raises CheckFailed where an operator has no counterpart there."""
     import torch
 
@@ -143,12 +189,16 @@ def _converted(program: ExportedProgram) -> ModelProto:
             f"not exported: torch.onnx cannot convert the network: {str(cause).partition(chr(10))[0]}"
         ) from error
     assert made is not None
-    model = made.model_proto
+    return made
+
+
+def _with_dynamic_batch(model: ModelProto) -> ModelProto:
+    """`model` with its first axis called "batch", rather than the tracer's "s77"."""
     (batch,) = {value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == batch:
-                dim.dim_param = "batch"  # rather than the tracer's "s77"
+                dim.dim_param = "batch"
     return model
 
 
@@ -187,23 +237,16 @@ def _compare(what: str, expected: Logits, answers: Logits) -> None:
         )
 
 
-def _compare_quantized(graph: GraphModule, logits: Logits, model: ModelProto, answers: Logits, sample: Images) -> None:
-    """Hold the conversion of a quantized `graph` to what it computes.
+def _compare_without_rounding(graph: GraphModule, model: ModelProto, sample: Images) -> None:
+    """Compare a quantized `graph` with its conversion end to end, both without the rounding of activations.
 
-    Some networks, deep ones with random weights above all, amplify every tipped rounding until nothing is left to
-    compare. There, the two are compared as they are without the rounding of activations: whether that is the same in
-    both is a matter of its scales, which `_check_quantizers` compares.
+    Raises CheckFailed below 60 dB.
     """
     import torch
 
-    found = snr_db(logits, answers)
-    if found >= _QUANTIZED_DB:
-        log.info("the ONNX conversion: %.0f dB on %d images", found, len(sample))
-        return
     with torch.no_grad():
         smooth = _smooth_graph(graph)(torch.from_numpy(sample)).numpy()
-    log.info("the ONNX conversion: %.0f dB on %d images, so compared without rounding:", found, len(sample))
-    _compare("the ONNX conversion", smooth, _answers(_smooth_model(model), sample))
+    _compare("the ONNX conversion, without rounding of activations,", smooth, _answers(_smooth_model(model), sample))
 
 
 def _smooth_graph(graph: GraphModule) -> GraphModule:

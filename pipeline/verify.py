@@ -1,14 +1,24 @@
-"""Hold an artifact against the float model on the whole test part, and every step between them against the one before.
+"""Verification of an artifact: its conversion operator by operator, its accuracy on the whole test part.
 
-    torch float -> torch quantized -> ONNX Runtime on the export -> the engine
+    torch float -> torch quantized -> ONNX Runtime on the export -> engine
+
+Three gates, each of which ends with CheckFailed:
+
+1. Parity: every operator of the converted graph, given the torch program's own inputs, gives the same integers and
+   equal floats (`pipeline.parity`). This proves the conversion and names the operator at fault.
+2. Noise: each step's logits are no further from the step before than two right executions of the same graph are from
+   each other, beyond chance (`calibration.noise`). This finds faults of fusion, which parity cannot see.
+3. Accuracy: the artifact loses at most `run.max_drop` points of top-1 against the float model (`pipeline.accuracy`).
 
 Where the engine cannot be executed, the graph that it was compiled from is, and the report says so.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,84 +29,90 @@ from calibration.metrics import Labels, Logits, agreement, snr_db, top1
 from calibration.progress import bar
 from calibration.recipe import Ptq, Qat
 from models.errors import CheckFailed
-from pipeline.divergence import engine_divergence, export_divergence, graph_divergence
+from pipeline import accuracy, parity
+from pipeline.divergence import engine_divergence, graph_divergence
+from targets import _forced
 from targets._host import in_queries, padded
-from targets.base import Evaluates, HasUnits
+from targets.base import Evaluates, Forces, HasUnits
 from targets.onnxruntime import reference
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from calibration.noise import Yardstick
     from pipeline.stages import Run
-    from targets.base import Executor, Export, Images
+    from targets.base import Executor, Export, FloatType, Images
 
 _ON_EXPORT, _ON_COMPILED = "onnxruntime, on the export", "onnxruntime, on the compiled graph"
 _READ_AT_ONCE = 64  # images
-# Least signal-to-noise ratio in decibels of a step against the one before it, by precision. ONNX Runtime computes what
-# torch computes but for the order of sums, which moves a value across the middle between two integers now and then:
-# some 50 dB in INT8, and much less where weights are random and logits hardly differ. An engine of 16-bit floats is
-# 22 dB (bfloat16) to 60 dB (FP16) away; one of INT8 may fuse, and so move, roundings, and is held by its answers more
-# than by its decibels.
-_ONNX_DB = {"fp32": 60.0, "fp16": 60.0, "int8": 35.0}
-_ONNX_UNTRAINED_DB = _ONNX_DB | {"int8": 20.0}
-_ENGINE_DB = {"fp32": 50.0, "fp16": 15.0, "int8": 12.0}
+_YARDSTICK_BATCH = 32  # images
+_YARDSTICK_IMAGES = 256  # of the test part: enough for the noise's tail, at twice the cost of running them
+# Least signal-to-noise ratio in decibels of a float program after torch.export against the network before it.
+_EXPORTED_DB = 60.0
 # The recipe to try where one costs too much.
 _GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "int8_lsq": "fp16", "w8a16": "fp16", "w4a16": "w8a16"}
 _GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
-_FLIPS = 0.02  # share of the images whose answer a step may change, and one image in any case
-_ONNX_FLIPS = 0.001  # the same of ONNX Runtime on an export with trained weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What one step says of the test part."""
+    """Results of one step on the test part."""
 
     name: str
     top1: float  # percent
     agreement: float  # percent of the images that the step before answers alike
     snr_db: float  # of its logits against those of the step before
+    # Against the step before, beside the noise of two right executions; None for a step that may differ as it will.
+    noise_db: float | None = None
+    changed: int | None = None  # answers that differ beyond the noise
+    ties: int | None = None  # answers that differ within the noise
 
 
 @dataclass(kw_only=True, slots=True)
 class Ladder:
-    """Steps from the float model to the artifact, each held against the one before as it is added."""
+    """Steps from the float model to the artifact, each compared with the step before as it is added."""
 
     labels: Labels
     float_logits: Logits
     logits: Logits  # of the last step
+    yardstick: Callable[[FloatType], Yardstick]
     steps: list[Step] = field(default_factory=list)
 
-    def add(
-        self, name: str, logits: Logits, *, least_db: float, diverging: Callable[[], str], flips: float = _FLIPS
-    ) -> None:
-        """Raises CheckFailed, naming what `diverging` finds, where `logits` are too far from the step before: fewer
-        than `least_db`, or other answers on more than the share `flips` of the images, and on more than one.
+    def add(self, name: str, logits: Logits, *, float_type: FloatType, diverging: Callable[[], str]) -> None:
+        """Add a step that computes the same as the step before, in `float_type`.
+
+        Raises CheckFailed, with the sentence of `diverging`, where it differs from the step before by more than the
+        noise of two right executions, beyond chance.
         """
-        step = self._held(name, logits, least_db=least_db, flips=flips, diverging=diverging)
-        self.steps.append(step)
+        self.steps.append(self._within_noise(name, logits, float_type, diverging))
         self.logits = logits
 
-    def beside(self, name: str, logits: Logits, *, least_db: float) -> dict[str, float]:
-        """What another execution of the last step says of the test part. Raises as `add` does; it adds no step."""
-        step = self._held(
-            name, logits, least_db=least_db, flips=_FLIPS, diverging=lambda: f"{self.steps[-1].name} is right"
-        )
+    def beside(self, name: str, logits: Logits, *, float_type: FloatType) -> dict[str, float]:
+        """Accuracy of another execution of the last step. Raises CheckFailed as `add` does; adds no step."""
+        step = self._within_noise(name, logits, float_type, lambda: f"{self.steps[-1].name} is right")
         found = agreement(self.float_logits, logits)
         return {"top1": round(step.top1, 3), "agreement": round(found, 3), "snr_db": step.snr_db}
 
-    def _held(self, name: str, logits: Logits, *, least_db: float, flips: float, diverging: Callable[[], str]) -> Step:
-        step = self._compared(name, logits)
-        changed, allowed = round((100 - step.agreement) / 100 * len(self.labels)), max(1, int(flips * len(self.labels)))
-        if step.snr_db < least_db or changed > allowed:
-            raise CheckFailed(
-                f"{name} computes something else than {self.steps[-1].name}: {step.snr_db:.1f} dB and {changed} of "
-                f"{len(self.labels)} answers changed, expected at least {least_db:.0f} dB and at most {allowed}; "
-                f"{diverging()}"
-            )
-        return step
-
     def note(self, name: str, logits: Logits) -> None:
-        """Add a step that may differ as it will: what it costs is accuracy, which the budget limits."""
+        """Add a step that may differ from the step before: its cost is accuracy, which the budget limits."""
         self.steps.append(self._compared(name, logits))
         self.logits = logits
+
+    def _within_noise(self, name: str, logits: Logits, float_type: FloatType, diverging: Callable[[], str]) -> Step:
+        distance = self.yardstick(float_type).distance(self.logits, logits)
+        if distance.exceeds:
+            raise CheckFailed(
+                f"{name} does not match {self.steps[-1].name}: {distance.snr_db:.1f} dB, where two right executions in "
+                f"{float_type} are {distance.noise_db:.1f} dB apart, and {distance.changed} of {len(self.labels)} "
+                f"answers changed beyond that noise ({distance.ties} ties not counted), expected at most "
+                f"{distance.allowed}; {diverging()}"
+            )
+        return replace(
+            self._compared(name, logits),
+            noise_db=distance.noise_db,
+            changed=distance.changed,
+            ties=distance.ties,
+        )
 
     def _compared(self, name: str, logits: Logits) -> Step:
         return Step(
@@ -114,14 +130,19 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     """
     inspected = run.target.inspect(export, engine)
     why_not = run.target.not_executed()
+    program = _program(export)
+    proven = {"export": _export_parity(run, export, program)}
+    if isinstance(run.target, Evaluates):
+        inspected["replayed"] = run.target.replay(export, engine, _query(run, export))
+    elif found := _engine_parity(run, export, engine, program):
+        proven[run.target.name] = found
+    inspected["parity"] = proven
 
     def diverging() -> str:
         if isinstance(run.target, Evaluates):  # replayed by then
             return "each of its operators, computed without the rounding of FP16, agrees with torch: try RECIPE=fp32"
         return engine_divergence(run.target, export, engine, _query(run, export))
 
-    if isinstance(run.target, Evaluates):
-        inspected["replayed"] = run.target.replay(export, engine, _query(run, export))
     if why_not is None:
         with run.target.open(engine) as session:
             execute = partial(in_queries, session.infer, session.batch)
@@ -138,28 +159,68 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     return {**_report(run, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
 
 
+def _program(export: Export) -> GraphModule:
+    """The torch program of an export, the reference of every conversion."""
+    from calibration import program
+
+    return program.load(export.program).module()
+
+
+def _export_parity(run: Run, export: Export, program: GraphModule) -> dict[str, object]:
+    """Prove the export operator by operator. Raises CheckFailed naming the operator that differs."""
+    forced = partial(_forced.onnx_tensors, export.onnx)
+    return parity.check(program, _query(run, export), export.tensors(), forced, "the ONNX export")
+
+
+def _engine_parity(run: Run, export: Export, engine: Path, program: GraphModule) -> dict[str, object] | None:
+    """Prove the compiled graph operator by operator; None where the target has no graph of its own to look into.
+
+    Raises CheckFailed naming the operator that differs.
+    """
+    float_type: FloatType = run.target.float_type(export.precision)
+    if isinstance(run.target, Forces):
+        forced, float_type = partial(run.target.forced, engine), "f32"
+    elif graph := run.target.graph(engine):
+        forced = partial(_forced.onnx_tensors, graph)
+    else:
+        return None
+    name = f"{run.target.name}'s graph"
+    return parity.check(program, _query(run, export), export.tensors(), forced, name, float_type=float_type)
+
+
 def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, object]:
-    """What each of the units that the target can be confined to answers: accuracy, and nearness to the ladder's last
-    step, for which the runtime was free to choose. Raises CheckFailed where one answers otherwise.
+    """Accuracy on each of the units that the target can be confined to, and nearness to the ladder's last step, for
+    which the runtime was free to choose. Raises CheckFailed where a unit's answers differ beyond the noise.
     """
     assert isinstance(run.target, HasUnits)
     found = {}
     for unit in run.target.units:
         with run.target.open_on(engine, unit) as session:
             logits = _answers(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
-        found[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, least_db=_ENGINE_DB[export.precision])
+        float_type = run.target.float_type(export.precision)
+        found[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
     return {"units": found}
 
 
 def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> dict[str, object]:
     """The report of a bundle: that of the graph in it, since the engine does not exist yet. Raises as `verify` does."""
-    graph = bundle / "model.onnx"
+    graph, program = bundle / "model.onnx", _program(export)
+    float_type = run.target.float_type(export.precision)
+    forced = partial(_forced.onnx_tensors, graph)
+    query = _query(run, export)
+    proven = {
+        "export": _export_parity(run, export, program),
+        run.target.name: parity.check(
+            program, query, export.tensors(), forced, "the bundle's graph", float_type=float_type
+        ),
+    }
 
     def diverging() -> str:
-        return graph_divergence(export, graph, _query(run, export))
+        return graph_divergence(export, graph, query)
 
     ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)), diverging)
-    return _report(run, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
+    report = _report(run, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
+    return {**report, "inspected": {"parity": proven}}
 
 
 def _climbed(
@@ -169,26 +230,46 @@ def _climbed(
     last: tuple[str, Executor] | None,
     diverging: Callable[[], str],
 ) -> Ladder:
-    """The ladder from torch to ONNX Runtime on the export, and on to the `last` step where there is another one."""
+    """The ladder from torch to ONNX Runtime on the export, and on to the `last` step where there is one."""
     executors = {_ON_EXPORT: reference(export.onnx)} | dict([last] if last else [])
     answers = _answers(run, executors)
     with np.load(before["weights"] / "test.npz") as found:
-        ladder = Ladder(labels=found["labels"], float_logits=found["logits"], logits=found["logits"])
+        labels, logits = found["labels"], found["logits"]
+    ladder = Ladder(labels=labels, float_logits=logits, logits=logits, yardstick=_yardsticks(run, export))
     ladder.note("torch float", ladder.logits)
     with np.load(before["quantized"] / "test.npz") as found:
         ladder.note("torch quantized" if export.precision == "int8" else "torch exported", found["logits"])
+    if export.precision != "int8" and ladder.steps[-1].snr_db < _EXPORTED_DB:
+        raise CheckFailed(
+            f"torch exported does not match torch float: {ladder.steps[-1].snr_db:.1f} dB, expected at least "
+            f"{_EXPORTED_DB:.0f} dB; the network built for export differs from the trained network in something that "
+            "its state_dict does not hold"
+        )
     ladder.add(
         _ON_EXPORT,
         answers[_ON_EXPORT],
-        least_db=(_ONNX_DB if run.trained else _ONNX_UNTRAINED_DB)[export.precision],
-        flips=_ONNX_FLIPS if run.trained else _FLIPS,
-        diverging=lambda: export_divergence(export, _query(run, export)),
+        float_type="f32",
+        diverging=lambda: "each operator alone matches: the graph amplifies float differences more than expected",
     )
     if last and export.storage:
         ladder.note(last[0], answers[last[0]])
     elif last:
-        ladder.add(last[0], answers[last[0]], least_db=_ENGINE_DB[export.precision], diverging=diverging)
+        float_type = run.target.float_type(export.precision)
+        ladder.add(last[0], answers[last[0]], float_type=float_type, diverging=diverging)
     return ladder
+
+
+def _yardsticks(run: Run, export: Export) -> Callable[[FloatType], Yardstick]:
+    """The noise of two right executions of the export's torch program on test images, by float type."""
+    from calibration import noise
+
+    @functools.cache
+    def of_type(float_type: FloatType) -> Yardstick:
+        test = run.images("test")
+        batches = itertools.islice(test.batches(_YARDSTICK_BATCH), _YARDSTICK_IMAGES // _YARDSTICK_BATCH)
+        return noise.yardstick(_program(export), batches, float_type, seed=run.seed)
+
+    return of_type
 
 
 def _answers(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
@@ -210,13 +291,16 @@ def _query(run: Run, export: Export) -> Images:
 
 
 def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | None = None) -> dict[str, object]:
+    """Accuracy of the ladder's last step. Raises CheckFailed where it loses more than the budget allows."""
     found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
-    if not run.max_drop.holds(reference, found, len(ladder.labels)):
-        allowed = run.max_drop.tolerance(reference, len(ladder.labels))
+    loss = accuracy.loss(ladder.float_logits, ladder.logits, ladder.labels)
+    if not run.max_drop.holds(reference, found, loss.images):
+        allowed = run.max_drop.tolerance(reference, loss.images)
         raise CheckFailed(
-            f"the {run.recipe.name} artifact of {run.model.name} has {found:.2f} % top-1 on {len(ladder.labels)} test "
-            f"images, {reference - found:.2f} points below float ({reference:.2f} %), with {allowed:.2f} allowed; try "
-            f"{_remedy(run)}"
+            f"the {run.recipe.name} artifact of {run.model.name} loses {loss} of top-1 against float "
+            f"({reference:.2f} -> {found:.2f} %), with {allowed:.2f} points allowed"
+            f"{'' if loss.interval[0] > allowed else '; the interval holds the budget, so more test images may decide'}"
+            f"; try {_remedy(run)}"
         )
     return {
         "executed": executed,
@@ -224,6 +308,7 @@ def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | N
         "by": ladder.steps[-1].name,
         "top1": round(found, 3),
         "float_top1": round(reference, 3),
+        "lost": asdict(loss),
         "agreement": round(agreement(ladder.float_logits, ladder.logits), 3),
         "snr_db": round(snr_db(ladder.float_logits, ladder.logits), 2),
         "images": len(ladder.labels),
@@ -232,8 +317,14 @@ def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | N
 
 
 def _remedy(run: Run) -> str:
-    """What to type where the accuracy budget does not hold."""
+    """Next commands where the accuracy budget does not hold."""
     gentler = f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
-    if isinstance(run.recipe, Ptq | Qat) and run.recipe.budget is None:
-        return f"{gentler}, or MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds"
-    return gentler
+    if not isinstance(run.recipe, Ptq | Qat):
+        return gentler
+    tried = [gentler]
+    if isinstance(run.recipe, Qat):
+        tried.append(f"more epochs (EPOCHS={2 * run.recipe.epochs})")
+    if run.recipe.budget is None:
+        tried.append(f"MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds")
+    tried.append("another CALIBRATOR=")
+    return f"{', or '.join(tried)}; `make sensitivity` lists the modules that lose most"

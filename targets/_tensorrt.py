@@ -22,7 +22,7 @@ from calibration.recipe import Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from targets import _board
-from targets.base import Export, Session
+from targets.base import Export, FloatType, Session
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -70,6 +70,9 @@ class TensorRtTarget:
     def toolchain(self) -> dict[str, str]:
         version = installed_version(self.package)
         return {} if version is None else {self.package: version}
+
+    def float_type(self, precision: Precision) -> FloatType:
+        return "f32" if precision == "fp32" else "f16"
 
     def build(self, export: Export, out: Path) -> None:
         trt = importlib.import_module(self.package)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # everywhere; the image itself for logits; or the image for the name of its class, with probabilities.
 Interface: TypeAlias = Literal["tensor", "image", "classifier"]
 
+# Floating-point types that engines compute in where they do not compute in INT8.
+FloatType: TypeAlias = Literal["f32", "f16", "bf16"]
+
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 
@@ -37,6 +40,7 @@ class Export:
     - `scales.json`: the scale of every quantizer by module path; empty for float recipes
     - `model.json`: model, recipe, size, class names, preprocessing
     - `sample.npz`: a few preprocessed validation images with the logits of the torch program
+    - `tensors.json`: names of the tensors that `model.pt2` and `model.onnx` share, in order of execution
     """
 
     path: Path
@@ -62,6 +66,11 @@ class Export:
     def description(self) -> dict[str, object]:
         """The contents of `model.json`."""
         found: dict[str, object] = json.loads((self.path / "model.json").read_text())
+        return found
+
+    def tensors(self) -> list[str]:
+        """The contents of `tensors.json`."""
+        found: list[str] = json.loads((self.path / "tensors.json").read_text())
         return found
 
     def scales(self) -> dict[str, object]:
@@ -123,6 +132,10 @@ class Target(Protocol):
 
     def toolchain(self) -> dict[str, str]:
         """Versions that change what `build` produces: they become part of the engine's key."""
+        ...
+
+    def float_type(self, precision: Precision) -> FloatType:
+        """The floating-point type that engines of `precision` compute in where they do not compute in INT8."""
         ...
 
     def build(self, export: Export, out: Path) -> None:
@@ -293,6 +306,19 @@ class Evaluates(Protocol):
     def replay(self, export: Export, engine: Path, images: Images) -> dict[str, object]:
         """Compute each operator of an engine from what the torch program computed before it, for one query, and
         describe what was compared. Raises CheckFailed naming the first operator that differs.
+        """
+        ...
+
+
+@runtime_checkable
+class Forces(Protocol):
+    """A target whose compiled graph is no ONNX file, and can be evaluated with chosen tensors replaced."""
+
+    def forced(
+        self, engine: Path, given: Mapping[str, npt.NDArray[Any]], wanted: Collection[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Evaluate the graph in float32 for one query, every tensor of `given` replaced, for its readers, by the given
+        value. Returns the tensors `wanted` that the graph still names.
         """
         ...
 

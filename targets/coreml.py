@@ -30,7 +30,7 @@ from targets._coreml_fixes import (
 )
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
 from targets._host import in_queries
-from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Interface, Part
+from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, FloatType, Interface, Part
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -78,6 +78,9 @@ class CoreMLTarget:
     ) -> None:
         _coreml_systems.accept(precision, storage, deployment)
         _coreml_interface.accept(interface, batch)
+
+    def float_type(self, precision: Precision) -> FloatType:
+        return "f32" if precision == "fp32" else "f16"
 
     def build(self, export: Export, out: Path) -> None:
         from calibration import program as programs

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.recipe import Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
+from targets import _forced
 from targets._host import HostSession, threads
 from targets._macs import of_convolution, of_product
-from targets.base import INPUT_NAME, Export
+from targets.base import INPUT_NAME, Export, FloatType
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,6 +42,9 @@ class CpuTarget:
 
     def toolchain(self) -> dict[str, str]:
         return {"openvino": importlib.metadata.version("openvino"), "half": half_precision()}
+
+    def float_type(self, precision: Precision) -> FloatType:
+        return "f32" if precision == "fp32" else half_precision()
 
     def build(self, export: Export, out: Path) -> None:
         import onnx
@@ -104,6 +109,12 @@ class CpuTarget:
 
         yield HostSession(batch=int(compiled.input(0).shape[0]), run=run)
 
+    def forced(
+        self, engine: Path, given: Mapping[str, npt.NDArray[Any]], wanted: Collection[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        options = json.loads((engine / _OPTIONS).read_text()) | {"INFERENCE_PRECISION_HINT": "f32"}
+        return _forced.openvino_tensors(_read(engine), options, given, wanted)
+
     def probe(self, engine: Path, names: list[str], images: Images) -> dict[str, npt.NDArray[Any]]:
         """Tensors become outputs, which keeps OpenVINO from fusing across them: the closest look that there is."""
         model = _read(engine)
@@ -115,7 +126,7 @@ class CpuTarget:
         return {name: value.copy() for output, value in results.items() for name in output.get_names() if name in shown}
 
 
-def half_precision() -> str:
+def half_precision() -> FloatType:
     """OpenVINO's name of the 16-bit float that this CPU computes in fastest; `f32` where it has none.
 
     bfloat16 needs AVX512-BF16 or AMX, FP16 needs AVX512-FP16 or Arm: the flags are those of Linux's /proc/cpuinfo.

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.recipe import Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CannotRunHere
-from targets.base import Export, Session
+from targets.base import Export, FloatType, Session
 
 if TYPE_CHECKING:
     from targets.base import Images, Logits
@@ -34,6 +35,9 @@ class NullTarget:
 
     def toolchain(self) -> dict[str, str]:
         return {"null": "1"}
+
+    def float_type(self, precision: Precision) -> FloatType:
+        return "f32"
 
     def build(self, export: Export, out: Path) -> None:
         shutil.copyfile(export.onnx, out / "model.onnx")

@@ -12,9 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from calibration.recipe import Precision
 from calibration.scheme import AFFINE, Scheme
 from targets._host import HostSession, in_queries, threads
-from targets.base import INPUT_NAME, Export
+from targets.base import INPUT_NAME, Export, FloatType
 
 if TYPE_CHECKING:
     from targets.base import Images, Logits
@@ -39,6 +40,9 @@ class OnnxRuntimeTarget:
 
     def toolchain(self) -> dict[str, str]:
         return {"onnxruntime": importlib.metadata.version("onnxruntime")}
+
+    def float_type(self, precision: Precision) -> FloatType:
+        return "f16" if precision == "fp16" else "f32"  # around INT8, float32: it has no FP16 arithmetic
 
     def build(self, export: Export, out: Path) -> None:
         import onnx

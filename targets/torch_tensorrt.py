@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from calibration.recipe import Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CannotRunHere
-from targets.base import Export, Session
+from targets.base import Export, FloatType, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,9 @@ class TorchTensorRtTarget:
 
     def toolchain(self) -> dict[str, str]:
         return {}
+
+    def float_type(self, precision: Precision) -> FloatType:
+        return "f32" if precision == "fp32" else "f16"
 
     def build(self, export: Export, out: Path) -> None:
         raise CannotRunHere(f"cannot build for {self.name}: {self.missing()}")

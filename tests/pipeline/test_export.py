@@ -57,7 +57,7 @@ def sample(export: Export) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.floa
 
 def test_an_export_is_these_files(made: Export) -> None:
     names = {path.name for path in made.path.iterdir()}
-    assert names == {"model.pt2", "model.onnx", "scales.json", "model.json", "sample.npz"}
+    assert names == {"model.pt2", "model.onnx", "scales.json", "model.json", "sample.npz", "tensors.json"}
     assert made.size() == SIDE and made.description()["model"] == "toy"
 
 
@@ -159,7 +159,8 @@ def test_scales_are_fp16_numbers_so_that_a_half_precision_graph_carries_the_same
 
 
 def test_the_simplified_graph_computes_what_the_converted_one_does(float_export: Export) -> None:
-    plain = exporting._converted(programs.export(seeded(Hybrid).eval(), SIDE))
+    converted = exporting._onnx_program(programs.export(seeded(Hybrid).eval(), SIDE))
+    plain = exporting._with_dynamic_batch(converted.model_proto)
     simplified = exporting._simplified(plain)
     images, _ = sample(float_export)
     expected = reference_logits(plain.SerializeToString(), images)
@@ -258,49 +259,53 @@ def test_a_layer_that_lost_its_quantizers_is_found(int8_export: Export, model: M
         checked(int8_export, model)
 
 
-def test_a_conversion_that_changes_the_model_is_not_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float_export: Export
-) -> None:
-    converted = exporting._converted
-
-    def wrong(program: torch.export.ExportedProgram) -> ModelProto:
-        model = converted(program)
-        replaced(model, "head.bias", lambda bias: bias + np.float32(1))
-        return model
-
-    monkeypatch.setattr(exporting, "_converted", wrong)
-    images, _ = sample(float_export)
-    with pytest.raises(CheckFailed, match=r"^the ONNX conversion changed the model: .* dB between the logits"):
-        exporting.export(programs.export(seeded(Hybrid).eval(), SIDE), images, {}, tmp_path)
-    assert not (tmp_path / "model.onnx").exists()
+Conversion = Callable[[ModelProto], None]
 
 
-def chaotic(conversion: Callable[[ModelProto], ModelProto], monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """Export the toy as if every rounding that tips were amplified until its logits have nothing in common."""
-    monkeypatch.setattr(exporting, "_QUANTIZED_DB", 300.0)
-    simplified = exporting._simplified
-    monkeypatch.setattr(exporting, "_simplified", lambda model: conversion(simplified(model)))
-    toy_export(path, "int8")
+def converting(step: str, change: Conversion, monkeypatch: pytest.MonkeyPatch, recipe: str, path: Path) -> None:
+    """Export the toy with a step of the conversion, `_with_dynamic_batch` or `_simplified`, that changes its graph."""
+    right = getattr(exporting, step)
 
-
-def test_where_roundings_drown_the_logits_the_conversion_is_compared_without_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tmp_path.joinpath("whole").mkdir()
-    with caplog.at_level("INFO"):
-        chaotic(lambda model: model, monkeypatch, tmp_path / "whole")
-    assert "so compared without rounding" in caplog.text
-    assert (tmp_path / "whole" / "model.onnx").exists()
-
-
-def test_a_wrong_conversion_is_found_without_the_roundings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(model: ModelProto) -> ModelProto:
-        replaced(model, "head.bias", lambda bias: bias + np.float32(0.1))
-        return model
+        made: ModelProto = right(model)
+        change(made)
+        return made
 
-    # onnxsim is compared first, and would be found out: only what comes after it is to be at fault.
-    compare = exporting._compare
-    monkeypatch.setattr(exporting, "_compare", lambda what, *rest: None if what == "onnxsim" else compare(what, *rest))
-    with pytest.raises(CheckFailed, match=r"^the ONNX conversion changed the model"):
-        chaotic(wrong, monkeypatch, tmp_path)
+    monkeypatch.setattr(exporting, step, wrong)
+    toy_export(path, recipe)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+@pytest.mark.parametrize("step", ["_with_dynamic_batch", "_simplified"])
+def test_a_conversion_that_changes_the_model_is_not_exported_and_its_operator_named(
+    step: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(model: ModelProto) -> None:
+        replaced(model, "head.bias", lambda bias: bias + np.float32(0.01))
+
+    with pytest.raises(CheckFailed, match=r"^operator `logits` of the ONNX export does not match the torch program"):
+        converting(step, change, monkeypatch, recipe, tmp_path)
     assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+def test_a_wrong_graph_is_found_end_to_end_where_no_tensor_has_a_name(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rounding of activations the toy's logits are 50 dB apart, and a bias that is off by 1 % drowns in it."""
+
+    def change(model: ModelProto) -> None:
+        replaced(model, "head.bias", lambda bias: bias + np.float32(0.01))
+
+    monkeypatch.setattr(exporting, "_shared_names", lambda *_: [])
+    with pytest.raises(CheckFailed, match=r"^the ONNX conversion.* changed the model: \d\d\.\d dB between the logits"):
+        converting("_with_dynamic_batch", change, monkeypatch, recipe, tmp_path)
+
+
+def test_onnxsim_is_held_to_the_graph_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(model: ModelProto) -> None:
+        replaced(model, "head.bias", lambda bias: bias + np.float32(0.01))
+
+    monkeypatch.setattr(exporting, "_shared_names", lambda *_: [])
+    with pytest.raises(CheckFailed, match=r"^onnxsim changed the model: "):
+        converting("_simplified", change, monkeypatch, "fp32", tmp_path)

@@ -1,0 +1,382 @@
+"""Operator-by-operator proof of a conversion: every operator receives the reference's own inputs (teacher forcing).
+
+The torch program (`model.pt2`) is the reference. Tensors that the converted graph still names are cut: the operator
+that produces such a tensor is compared, and its readers receive the reference's value instead. No difference adds up
+with another, so a difference belongs to the operator at which it is found, and integers must be equal.
+
+    reference:   image -> conv2d -> relu -> quantize_per_tensor -> ...
+    converted:   image -> conv2d   conv2d' -> relu   relu' -> quantize_per_tensor ...      (' = given by the reference)
+
+Given values are natural ones (test images) except at quantizers: quotients near the middle between two integers move
+an eighth of a step away from it, so that ties cannot hide or cause a difference, and every 13th element exceeds the
+range, so that saturation is exercised at both ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from calibration.metrics import IDENTICAL_DB
+from models.errors import CheckFailed
+from targets.base import INPUT_NAME, OUTPUT_NAME
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import GraphModule, Node
+
+    from targets.base import FloatType, Images
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+# Computes the tensors `wanted` of a converted graph, every cut tensor of it replaced by its value in `given`.
+Forced = Callable[[Tensors, Collection[str]], Tensors]
+
+# Least signal-to-noise ratio in decibels of a single operator, by the type that the graph states. Operators differ by
+# the order of sums and by approximations of exp and erf: 118 dB and more in float32 over all families, 62 dB and more
+# where results are rounded to FP16. A constant rounded to FP16 in a float32 graph is at 70 dB.
+LEAST_DB: Mapping[FloatType, float] = {"f32": 90.0, "f16": 55.0, "bf16": 37.0}
+# Distance of a quotient from the middle between two integers, relative to its size, below which either integer is
+# right: float division against multiplication by the inverse, and the rounding of half-precision inputs.
+_TIE: Mapping[FloatType, float] = {"f32": 2.0**-20, "f16": 2.0**-10, "bf16": 2.0**-7}
+_NUDGE = 1 / 8  # of an integer step: how far given quotients stay away from the middle
+_EVERY = 13  # elements: one of them is moved beyond the quantizer's range
+_BEYOND = 0.25  # of the range
+_SLICE = 16  # elements: fewer in a channel say nothing about its noise
+_QUIET = 1e-2  # of the tensor's mean power: quieter channels are measured against this
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantizer:
+    """Quantization parameters of a `quantize_per_tensor` node and the range of input values that it can represent."""
+
+    source: str  # name of the quantized float tensor
+    scale: float
+    zero_point: int
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Tensors of the torch program by name, in order of execution."""
+
+    computed: Mapping[str, Tensor]  # result of each operator for the inputs in `given`
+    given: Mapping[str, Tensor]  # input of its readers
+    quantizers: Mapping[str, Quantizer]  # by name of the integer tensor
+    clamped: Mapping[str, tuple[float, float]]  # ranges beyond which no reader distinguishes values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One operator's result against the reference."""
+
+    name: str  # of the tensor, in both graphs
+    db: float  # floats: the noisiest channel; integers: 200 where all are equal up to ties
+    wrong: int = 0  # integers that differ, ties excepted
+    ties: int = 0  # integers that differ by one, where the quotient lies in the middle between two
+    count: int = 0  # integers in all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parity:
+    """All compared operators of a converted graph, in order of execution."""
+
+    comparisons: tuple[Comparison, ...]
+    least_db: float  # required of floats
+
+    def diverging(self) -> list[Comparison]:
+        return [found for found in self.comparisons if found.wrong or found.db < self.least_db]
+
+    def check(self, converted: str) -> None:
+        """Raises CheckFailed naming the first operator that does not match the reference."""
+        diverging = self.diverging()
+        if not diverging:
+            return
+        found = diverging[0]
+        came = f"{found.wrong} of {found.count} integers differ" if found.wrong else f"{found.db:.1f} dB"
+        expected = "none, ties excepted" if found.wrong else f"at least {self.least_db:.0f} dB"
+        more = f"; {len(diverging) - 1} later operators differ as well" if len(diverging) > 1 else ""
+        raise CheckFailed(
+            f"operator `{found.name}` of {converted} does not match the torch program on the same inputs: {came}, "
+            f"expected {expected}{more}; this is a fault of the conversion, not of the weights: build again, and "
+            "report it with the model if it stays"
+        )
+
+    def summary(self) -> dict[str, object]:
+        floats = [found.db for found in self.comparisons if not found.count]
+        return {
+            "operators": len(self.comparisons),
+            "least_db": round(min(floats), 1) if floats else None,
+            "integers": sum(found.count for found in self.comparisons),
+            "ties": sum(found.ties for found in self.comparisons),
+        }
+
+
+def check(
+    graph: GraphModule,
+    images: Images,
+    names: Collection[str],
+    forced: Forced,
+    converted: str,
+    *,
+    float_type: FloatType = "f32",
+    least_db: float | None = None,
+) -> dict[str, object]:
+    """Compare every operator of a converted graph with the torch program `graph` and return the summary.
+
+    `images` (N, 3, S, S) are one query. `names` are the tensors that both graphs name. `forced` evaluates the converted
+    graph, `converted` names it in messages, `float_type` is the type that it states for what is not INT8.
+
+    Raises CheckFailed naming the first operator that differs: integers other than ties, floats below `least_db`
+    (default: `LEAST_DB`).
+    """
+    expected = reference(graph, images, names, float_type=float_type)
+    given = {name: tensor.numpy() for name, tensor in expected.given.items()}
+    found = compare(expected, forced(given, expected.computed), float_type=float_type, least_db=least_db)
+    found.check(converted)
+    return found.summary()
+
+
+def reference(
+    graph: GraphModule, images: Images, names: Collection[str], *, float_type: FloatType = "f32"
+) -> Reference:
+    """Run the torch program on `images` (N, 3, S, S), replacing each tensor in `names` by its given value."""
+    import torch
+
+    computed: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    quantizers: dict[str, Quantizer] = {}
+    clamped: dict[str, tuple[float, float]] = {}
+    (last,) = graph.graph.output_node().all_input_nodes
+
+    class Forcing(torch.fx.Interpreter):
+        def run_node(self, node: Node) -> Any:
+            value = super().run_node(node)
+            name = _name(node, last)
+            if node.op == "get_attr" and isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                return _as_typed(value, float_type)  # a graph in half precision holds its weights in it
+            if not isinstance(value, torch.Tensor) or (name not in names and name != INPUT_NAME):
+                return value
+            if node.op == "call_function":
+                computed[name] = value
+                if _is_quantizer(node):
+                    quantizers[name] = _quantizer(node, last)
+            given[name] = _given(node, value, float_type) if value.dtype == torch.float32 else value
+            if bounds := _clamped(node):
+                clamped[name] = bounds
+            return given[name]
+
+    with torch.no_grad():
+        Forcing(graph).run(torch.from_numpy(images))
+    return Reference(computed=computed, given=given, quantizers=quantizers, clamped=clamped)
+
+
+def compare(
+    expected: Reference, found: Tensors, *, float_type: FloatType = "f32", least_db: float | None = None
+) -> Parity:
+    """Compare `found`, the results of a converted graph by name, with the reference."""
+    comparisons = [
+        _comparison(name, tensor.numpy(), found[name], expected, float_type)
+        for name, tensor in expected.computed.items()
+        if name in found
+    ]
+    return Parity(comparisons=tuple(comparisons), least_db=LEAST_DB[float_type] if least_db is None else least_db)
+
+
+def common_names(graph: GraphModule, other: GraphModule, images: Images) -> list[str]:
+    """Names under which two torch programs of one model compute equal tensors from `images` (N, 3, S, S), in order.
+
+    Decomposition may give a name to another tensor, so that equality of names alone pairs nothing.
+    """
+    ours, theirs = recorded(graph, images), recorded(other, images)
+    return [name for name, value in ours.items() if name in theirs and _equal(value, theirs[name])]
+
+
+def recorded(graph: GraphModule, images: Images) -> dict[str, Tensor]:
+    """Every tensor that a torch program computes from `images` (N, 3, S, S), by name, in order of execution."""
+    import torch
+
+    found: dict[str, Tensor] = {}
+    (last,) = graph.graph.output_node().all_input_nodes
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, node: Node) -> Any:
+            value = super().run_node(node)
+            if node.op == "call_function" and isinstance(value, torch.Tensor):
+                found[_name(node, last)] = value
+            return value
+
+    with torch.no_grad():
+        Recorder(graph).run(torch.from_numpy(images))
+    return found
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    return value.shape == other.shape and value.dtype == other.dtype and bool(value.equal(other))
+
+
+def _name(node: Node, last: Node) -> str:
+    """Name of a node's tensor in converted graphs."""
+    if node.op == "placeholder":
+        return INPUT_NAME
+    return OUTPUT_NAME if node is last else node.name
+
+
+def _comparison(name: str, expected: Array, found: Array, reference: Reference, float_type: FloatType) -> Comparison:
+    if found.shape != expected.shape:
+        return Comparison(name=name, db=-IDENTICAL_DB)
+    if expected.dtype.kind not in "iub":
+        if name in reference.clamped:
+            lowest, highest = reference.clamped[name]
+            expected, found = expected.clip(lowest, highest), found.astype(np.float32).clip(lowest, highest)
+        return Comparison(name=name, db=round(noisiest_channel_db(expected, found), 1))
+    apart = np.abs(found.astype(np.int64) - expected.astype(np.int64))
+    ties = np.zeros_like(apart, dtype=bool)
+    if (quantizer := reference.quantizers.get(name)) and quantizer.source in reference.given:
+        quotients = reference.given[quantizer.source].numpy() / quantizer.scale
+        ties = (apart == 1) & _between(quotients, _TIE[float_type])
+    wrong = int(((apart > 0) & ~ties).sum())
+    return Comparison(
+        name=name, db=IDENTICAL_DB if not wrong else 0.0, wrong=wrong, ties=int(ties.sum()), count=expected.size
+    )
+
+
+def _between(quotients: Array, relative: float) -> npt.NDArray[np.bool_]:
+    """Quotients in the middle between two integers, but for an error `relative` to their size."""
+    away = np.abs(quotients - np.floor(quotients) - 0.5)
+    return np.asarray(away <= relative * np.maximum(np.abs(quotients), 1))
+
+
+def noisiest_channel_db(expected: Array, found: Array) -> float:
+    """Signal-to-noise ratio in decibels of the noisiest slice along axis 1 or the last axis, -200 where either is not
+    finite and they differ.
+
+    A single wrong channel of a thousand is 30 dB in its own slice and 60 dB in the whole tensor. Slices quieter than a
+    hundredth of the tensor's mean power are measured against that.
+    """
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        same = ~np.isfinite(expected) & ((expected == found) | (np.isnan(expected) & np.isnan(found)))
+        expected, found = np.where(same, 0, expected), np.where(same, 0, found)
+        if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+            return -IDENTICAL_DB
+        signal, noise = np.square(expected), np.square(expected - found)
+    if not noise.any():
+        return IDENTICAL_DB
+    floor = max(float(signal.mean()) * _QUIET, 1e-300)
+    worst = _ratio_db(float(signal.mean()), float(noise.mean()))
+    for axis in {1, expected.ndim - 1} if expected.ndim > 1 else ():
+        if expected.size // expected.shape[axis] < _SLICE:
+            continue
+        others = tuple(place for place in range(expected.ndim) if place != axis)
+        powers, noises = signal.mean(others), noise.mean(others)
+        noisy = noises > 0
+        if noisy.any():
+            ratio = float((np.maximum(powers[noisy], floor) / noises[noisy]).min())
+            worst = min(worst, _ratio_db(ratio, 1.0))
+    return worst
+
+
+def _ratio_db(signal: float, noise: float) -> float:
+    return float(np.clip(10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300)), -IDENTICAL_DB, IDENTICAL_DB))
+
+
+def _is_quantizer(node: Node) -> bool:
+    import torch
+
+    return node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default
+
+
+def _quantizer(node: Node, last: Node) -> Quantizer:
+    source, scale, zero_point, lowest, highest = cast("tuple[Node, float, int, int, int]", node.args[:5])
+    return Quantizer(
+        source=_name(source, last),
+        scale=float(scale),
+        zero_point=int(zero_point),
+        lowest=(lowest - zero_point) * scale,
+        highest=(highest - zero_point) * scale,
+    )
+
+
+def _readers(node: Node) -> list[Quantizer]:
+    """The quantizers that read a node."""
+    return [_quantizer(user, user) for user in node.users if _is_quantizer(user)]
+
+
+def _is_clipping(node: Node) -> bool:
+    """Whether an operator bounds its own result: runtimes fuse such a bound with the range of a quantizer behind it."""
+    import torch
+
+    aten = torch.ops.aten
+    return node.target in (aten.relu.default, aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default)
+
+
+def _given(node: Node, value: Tensor, float_type: FloatType) -> Tensor:
+    """The value that readers of `node` receive in place of its result `value`."""
+    quantizers = _readers(node)
+    if not quantizers:
+        return _as_typed(_beyond_clipping(node, value), float_type)
+    if _is_clipping(node):
+        value = value.clamp(max=min(quantizer.highest for quantizer in quantizers))
+    else:
+        value = _beyond(value, quantizers)
+    for quantizer in (*quantizers, *quantizers[:-1]):  # what the second one moved may be a tie of the first
+        value = _away_from_ties(_as_typed(value, float_type), quantizer.scale)
+    return _as_typed(value, float_type)
+
+
+def _beyond_clipping(node: Node, value: Tensor) -> Tensor:
+    """Where a clipping operator stands between `node` and a quantizer, exceed the quantizer's range before it."""
+    behind = [quantizer for user in node.users if _is_clipping(user) for quantizer in _readers(user)]
+    return _beyond(value, behind) if behind else value
+
+
+def _beyond(value: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
+    """Move every 13th element out of the widest range among `quantizers`, upward if it is positive, else downward."""
+    lowest, highest = min(each.lowest for each in quantizers), max(each.highest for each in quantizers)
+    margin = _BEYOND * (highest - lowest)
+    moved = value.clone(memory_format=_contiguous()).view(-1)
+    some = moved[::_EVERY]
+    moved[::_EVERY] = some.new_full((), lowest - margin).where(some <= 0, highest + margin)
+    return moved.view(value.shape)
+
+
+def _away_from_ties(value: Tensor, scale: float) -> Tensor:
+    """Move quotients of `scale` that lie near the middle between two integers to `_NUDGE` steps from it."""
+    quotients = value / scale
+    away = quotients - quotients.floor() - 0.5
+    near = away.abs() < _NUDGE
+    direction = away.sign() + (away == 0)
+    return value.where(~near, (quotients.floor() + 0.5 + direction * _NUDGE) * scale)
+
+
+def _as_typed(value: Tensor, float_type: FloatType) -> Tensor:
+    import torch
+
+    types = {"f16": torch.float16, "bf16": torch.bfloat16}
+    return value.to(types[float_type]).float() if float_type in types else value
+
+
+def _clamped(node: Node) -> tuple[float, float] | None:
+    """The range beyond which no reader of `node` distinguishes values: that of its quantizer, if all are equal ones."""
+    found = {(each.lowest, each.highest) for each in _readers(node)}
+    if len(found) != 1 or not all(_is_quantizer(user) for user in node.users):
+        return None
+    return found.pop()
+
+
+def _contiguous() -> Any:
+    import torch
+
+    return torch.contiguous_format
+
+
+def worst(comparisons: Collection[Comparison], count: int) -> Iterator[Comparison]:
+    """The `count` noisiest comparisons."""
+    yield from sorted(comparisons, key=lambda found: (-found.wrong, found.db))[:count]

@@ -1,0 +1,178 @@
+"""Wrong conversions of every kind, planted in ONNX graphs: what `pipeline.parity` must find and name.
+
+Each plant changes a copy of a graph and returns the tensor whose operator is then wrong; None where the graph has no
+place for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from onnx import helper, numpy_helper
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from onnx import GraphProto, ModelProto, NodeProto
+
+    Array = npt.NDArray[Any]
+
+Plant = Callable[["ModelProto"], "str | None"]
+
+
+def scale_off(model: ModelProto) -> str | None:
+    """The scale of an activation's quantizer is off by 1 %; of a convolution's weights in a float graph."""
+    graph = model.graph
+    quantizers = _middle(node for node in graph.node if node.op_type == "QuantizeLinear")
+    for node in quantizers:
+        _own(graph, node, 1, lambda scale: scale * scale.dtype.type(1.01))
+        return node.output[0]
+    for node in _middle(_weighted(graph)):
+        _own(graph, node, 1, lambda weight: weight * weight.dtype.type(1.01))
+        return node.output[0]
+    return None
+
+
+def channel_scales_swapped(model: ModelProto) -> str | None:
+    """Two channels of a quantized weight have each other's scale."""
+    graph, constants = model.graph, _constants(model.graph)
+    for node in _middle(_weight_quantizers(graph)):
+        scales = constants[node.input[1]]
+        if scales.ndim and scales.min() < scales.max():
+            _own(graph, node, 1, _swapped)
+            return node.output[0]
+    return None
+
+
+def axis_wrong(model: ModelProto) -> str | None:
+    """The axis of a weight's scales is the other one of two equally long ones; in a float graph, of the weight."""
+    graph, constants = model.graph, _constants(model.graph)
+    for node in _middle(_weight_quantizers(graph)):
+        shape = constants[node.input[0]].shape
+        axes = [found for found in node.attribute if found.name == "axis"]
+        if len(shape) > 1 and shape[0] == shape[1] and axes:
+            axes[0].i = 1 - axes[0].i
+            return node.output[0]
+    for node in _middle(_weighted(graph)):
+        shape = constants[node.input[1]].shape if node.input[1] in constants else ()
+        if len(shape) > 1 and shape[0] == shape[1]:
+            _own(graph, node, 1, lambda weight: np.ascontiguousarray(weight.swapaxes(0, 1)))
+            return node.output[0]
+    return None
+
+
+def bias_missing(model: ModelProto) -> str | None:
+    """A layer has lost its bias."""
+    graph, constants = model.graph, _constants(model.graph)
+    for node in _middle(node for node in graph.node if node.op_type in ("Conv", "Gemm")):
+        if len(node.input) > 2 and constants.get(node.input[2], np.zeros(1)).any():
+            _own(graph, node, 2, np.zeros_like)
+            return node.output[0]
+    return None
+
+
+def pad_wrong(model: ModelProto) -> str | None:
+    """A convolution pads with half of its input's largest value instead of 0."""
+    graph = model.graph
+    for node in _middle(node for node in graph.node if node.op_type == "Conv"):
+        pads = next((found.ints for found in node.attribute if found.name == "pads"), None)
+        if pads is None or not any(pads):
+            continue
+        half = len(pads) // 2
+        sides = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+        element = _constants(graph).get(node.input[1], np.zeros(1, np.float32)).dtype
+        value = np.array(0.5, element if element.kind == "f" else np.float32)
+        graph.initializer.extend([numpy_helper.from_array(sides, "pad_sides"), numpy_helper.from_array(value, "pad")])
+        padded = helper.make_node("Pad", [node.input[0], "pad_sides", "pad"], ["padded"], name="padded")
+        graph.node.insert(list(graph.node).index(node), padded)
+        node.input[0] = "padded"
+        pads[:] = [0] * len(pads)
+        return node.output[0]
+    return None
+
+
+def saturation_off(model: ModelProto) -> str | None:
+    """A quantizer saturates one integer below its end."""
+    graph, constants = model.graph, _constants(model.graph)
+    for node in _middle(node for node in graph.node if node.op_type == "QuantizeLinear"):
+        scale, zero = constants[node.input[1]], constants[node.input[2]]
+        ends = np.iinfo(zero.dtype)
+        bounds = np.array([ends.min - int(zero), ends.max - 1 - int(zero)], np.float64) * float(scale)
+        names = [f"{node.name}_lowest", f"{node.name}_highest"]
+        graph.initializer.extend(
+            numpy_helper.from_array(np.array(bound, scale.dtype), name)
+            for name, bound in zip(names, bounds, strict=True)
+        )
+        clip = helper.make_node("Clip", [node.input[0], *names], ["saturated"], name="saturated")
+        graph.node.insert(list(graph.node).index(node), clip)
+        node.input[0] = "saturated"
+        return node.output[0]
+    return None
+
+
+def constant_rounded(model: ModelProto) -> str | None:
+    """A bias (or else a weight) was rounded to 8 bits of mantissa fewer than the graph's type has."""
+    graph, constants = model.graph, _constants(model.graph)
+    for place, kinds in ((2, ("Conv", "Gemm", "BatchNormalization", "LayerNormalization")), (1, ("Conv", "Gemm"))):
+        for node in _middle(node for node in graph.node if node.op_type in kinds):
+            value = constants.get(node.input[place]) if len(node.input) > place else None
+            if value is not None and value.dtype.kind == "f" and not (value == _coarse(value)).all():
+                _own(graph, node, place, _coarse)
+                return node.output[0]
+    return None
+
+
+ALL: dict[str, Plant] = {
+    "scale off by 1 %": scale_off,
+    "two channels' scales swapped": channel_scales_swapped,
+    "axis wrong": axis_wrong,
+    "bias missing": bias_missing,
+    "pad value wrong": pad_wrong,
+    "saturation off by one": saturation_off,
+    "constant rounded": constant_rounded,
+}
+
+
+def _coarse(value: Array) -> Array:
+    """`value` with the mantissa of FP16 where it is float32, of 4 bits where it is FP16."""
+    if value.dtype == np.float32:
+        return value.astype(np.float16).astype(np.float32)
+    mantissa, exponent = np.frexp(value.astype(np.float32))
+    return np.asarray(np.ldexp(np.round(mantissa * 16) / 16, exponent).astype(value.dtype))
+
+
+def _swapped(scales: Array) -> Array:
+    swapped = scales.copy()
+    low, high = int(scales.argmin()), int(scales.argmax())
+    swapped[low], swapped[high] = scales[high], scales[low]
+    return swapped
+
+
+def _middle(nodes: Iterator[NodeProto]) -> list[NodeProto]:
+    """The nodes from the middle one on, then those before it."""
+    found = list(nodes)
+    half = len(found) // 2
+    return found[half:] + found[:half]
+
+
+def _constants(graph: GraphProto) -> dict[str, Array]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def _weighted(graph: GraphProto) -> Iterator[NodeProto]:
+    constants = {tensor.name for tensor in graph.initializer}
+    yield from (node for node in graph.node if node.op_type in ("Conv", "Gemm") and node.input[1] in constants)
+
+
+def _weight_quantizers(graph: GraphProto) -> Iterator[NodeProto]:
+    constants = {tensor.name for tensor in graph.initializer}
+    yield from (node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants)
+
+
+def _own(graph: GraphProto, node: NodeProto, place: int, change: Callable[[Array], Array]) -> None:
+    """Give `node` a constant of its own for one input, changed."""
+    value = _constants(graph)[node.input[place]]
+    name = f"{node.name}_planted"
+    graph.initializer.append(numpy_helper.from_array(np.asarray(change(value)).astype(value.dtype), name))
+    node.input[place] = name
