@@ -24,7 +24,7 @@ class Loss:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.points:.2f} points [{low:.2f}, {high:.2f}] on {self.images} test images"
+        return f"{self.points:.2f} points [{low:.2f}, {high:.2f}] of top-1 on {self.images} test images"
 
 
 def loss(float_logits: Logits, logits: Logits, labels: Labels) -> Loss:

@@ -297,9 +297,9 @@ def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | N
     if not run.max_drop.holds(reference, found, loss.images):
         allowed = run.max_drop.tolerance(reference, loss.images)
         raise CheckFailed(
-            f"the {run.recipe.name} artifact of {run.model.name} loses {loss} of top-1 against float "
-            f"({reference:.2f} -> {found:.2f} %), with {allowed:.2f} points allowed"
-            f"{'' if loss.interval[0] > allowed else '; the interval holds the budget, so more test images may decide'}"
+            f"the {run.recipe.name} artifact of {run.model.name} loses {loss}, from {reference:.2f} % in float to "
+            f"{found:.2f} %; {allowed:.2f} points are allowed"
+            f"{'' if loss.interval[0] > allowed else '; the interval holds the budget: more test images may decide'}"
             f"; try {_remedy(run)}"
         )
     return {

@@ -20,7 +20,7 @@ def paired(worse: int, better: int, images: int) -> tuple[np.ndarray, np.ndarray
 def test_the_loss_is_the_difference_of_both_accuracies() -> None:
     found = loss(*paired(30, 10, 500))
     assert (found.points, found.worse, found.better, found.images) == (4.0, 30, 10, 500)
-    assert str(found) == f"4.00 points [{found.interval[0]:.2f}, {found.interval[1]:.2f}] on 500 test images"
+    assert str(found) == f"4.00 points [{found.interval[0]:.2f}, {found.interval[1]:.2f}] of top-1 on 500 test images"
 
 
 def test_the_interval_is_agresti_and_mins() -> None:
