@@ -23,6 +23,7 @@ from calibration.progress import bar
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from pipeline import parity
+from pipeline.attention import with_open_rows
 from targets import _forced
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnxruntime import reference_logits
@@ -79,6 +80,7 @@ def export(
     from calibration import program as programs
 
     _lint(program, {**description, "model": asked} if asked else description)
+    program = with_open_rows(program)
     with bar(total=4, title="export", unit="step") as progress:
         graph = program.module()
         with torch.no_grad():

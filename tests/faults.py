@@ -1,6 +1,6 @@
-"""Wrong conversions of every kind, planted in ONNX graphs: what `pipeline.parity` must find and name.
+"""Wrong conversions of every kind, planted in ONNX graphs and torch programs: what verification must find and name.
 
-Each plant changes a copy of a graph and returns the tensor whose operator is then wrong; None where the graph has no
+Each plant changes a graph in place and returns the tensor whose operator is then wrong; None where the graph has no
 place for it.
 """
 
@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 if TYPE_CHECKING:
     import numpy.typing as npt
     from onnx import GraphProto, ModelProto, NodeProto
+    from torch.export import ExportedProgram
 
     Array = npt.NDArray[Any]
 
@@ -176,3 +177,122 @@ def _own(graph: GraphProto, node: NodeProto, place: int, change: Callable[[Array
     name = f"{node.name}_planted"
     graph.initializer.append(numpy_helper.from_array(np.asarray(change(value)).astype(value.dtype), name))
     node.input[place] = name
+
+
+# --- Torch programs, for targets that convert these -------------------------------------------------------------------
+
+ProgramPlant = Callable[["ExportedProgram"], "str | None"]
+
+
+def program_scale_off(program: ExportedProgram) -> str | None:
+    for node in _middle_calls(program, "quantize_per_tensor"):
+        for each in (node, *node.users):
+            each.update_arg(1, each.args[1] * 1.01)
+        return str(node.name)
+    return None
+
+
+def program_channel_scales_swapped(program: ExportedProgram) -> str | None:
+    for node in _middle_calls(program, "dequantize_per_channel"):
+        scales = _stored(program, node.args[1])
+        if scales.min() < scales.max():
+            low, high = int(scales.argmin()), int(scales.argmax())
+            scales[[low, high]] = scales[[high, low]]
+            return str(node.name)
+    return None
+
+
+def program_axis_wrong(program: ExportedProgram) -> str | None:
+    for node in _middle_calls(program, "dequantize_per_channel"):
+        weight = _stored(program, node.args[0])
+        if weight.ndim > 1 and weight.shape[0] == weight.shape[1]:
+            weight.copy_(weight.transpose(0, 1).clone())
+            return str(node.name)
+    return None
+
+
+def program_bias_missing(program: ExportedProgram) -> str | None:
+    for node in _middle_calls(program, "conv2d", "convolution", "linear"):
+        if len(node.args) > 2 and node.args[2] is not None and _stored(program, node.args[2]).any():
+            _stored(program, node.args[2]).zero_()
+            return str(node.name)
+    return None
+
+
+def program_pad_wrong(program: ExportedProgram) -> str | None:
+    import torch
+
+    for node in _middle_calls(program, "conv2d"):
+        padding = list(node.args[4]) if len(node.args) > 4 else []
+        if not any(padding):
+            continue
+        (rows, columns) = padding * 2 if len(padding) == 1 else padding
+        with program.graph.inserting_before(node):
+            sides = [columns, columns, rows, rows]
+            padded = program.graph.call_function(torch.ops.aten.constant_pad_nd.default, (node.args[0], sides, 0.5))
+        padded.meta = {
+            **node.args[0].meta,
+            "val": torch.ops.aten.constant_pad_nd.default(node.args[0].meta["val"], sides, 0.5),
+        }
+        node.update_arg(0, padded)
+        node.update_arg(4, [0, 0])
+        return str(node.name)
+    return None
+
+
+def program_saturation_off(program: ExportedProgram) -> str | None:
+    import torch
+
+    for node in _middle_calls(program, "quantize_per_tensor"):
+        source, scale = node.args[0], node.args[1]
+        with program.graph.inserting_before(node):
+            clamped = program.graph.call_function(torch.ops.aten.clamp.default, (source, -128 * scale, 126 * scale))
+        clamped.meta = dict(source.meta)
+        node.update_arg(0, clamped)
+        return str(node.name)
+    return None
+
+
+def program_constant_rounded(program: ExportedProgram) -> str | None:
+    for node in _middle_calls(program, "conv2d", "linear"):
+        if len(node.args) > 2 and node.args[2] is not None:
+            bias = _stored(program, node.args[2])
+            if bias.any():
+                mantissa, exponent = bias.frexp()
+                bias.copy_((mantissa * 16).round().div(16).ldexp(exponent))
+                return str(node.name)
+    return None
+
+
+IN_PROGRAMS: dict[str, ProgramPlant] = {
+    "scale off by 1 %": program_scale_off,
+    "two channels' scales swapped": program_channel_scales_swapped,
+    "axis wrong": program_axis_wrong,
+    "bias missing": program_bias_missing,
+    "pad value wrong": program_pad_wrong,
+    "saturation off by one": program_saturation_off,
+    "constant rounded": program_constant_rounded,
+}
+
+
+def _middle_calls(program: ExportedProgram, *kinds: str) -> list[Any]:
+    nodes = [
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and str(getattr(node.target, "__name__", "")).split(".")[0] in kinds
+    ]
+    half = len(nodes) // 2
+    return nodes[half:] + nodes[:half]
+
+
+def _stored(program: ExportedProgram, node: Any) -> Any:
+    """The tensor behind a parameter, buffer or constant of `program`, to be changed in place."""
+    signature = program.graph_signature
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    name = names[node.name]
+    tensor = program.state_dict[name] if name in program.state_dict else program.constants[name]
+    return tensor.detach()
