@@ -1,13 +1,17 @@
-"""Top-1 lost by an artifact against the float model, with its uncertainty."""
+"""Top-1 lost by an artifact against the float model, with its uncertainty, and the modules that lose most."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule, Node
+
     from calibration.metrics import Labels, Logits
+    from targets.base import Images
 
 _Z = 1.959964  # of the normal distribution, two-sided 95 %
 
@@ -44,3 +48,46 @@ def loss(float_logits: Logits, logits: Logits, labels: Labels) -> Loss:
         worse=worse,
         better=better,
     )
+
+
+def most_sensitive(program: GraphModule, images: Images, count: int) -> list[str]:
+    """Paths of the `count` modules of a quantized `program` whose rounded inputs move the logits most, worst first.
+
+    Each module is measured alone on `images` (N, 3, S, S): its inputs are rounded, all other activations are not.
+    """
+    from calibration.metrics import snr_db
+    from calibration.program import module_path
+
+    modules: dict[str, set[Node]] = {}
+    for quantize in (node for node in program.graph.nodes if _is_quantizer(node)):
+        for dequantize in quantize.users:
+            for reader in dequantize.users:
+                modules.setdefault(module_path(reader), set()).add(quantize)
+    smooth = _rounding(program, images, ())
+    noise = {path: snr_db(smooth, _rounding(program, images, own)) for path, own in modules.items()}
+    return sorted(noise, key=noise.__getitem__)[:count]
+
+
+def _rounding(program: GraphModule, images: Images, rounded: Collection[Node]) -> Logits:
+    """Logits of `program` with the quantizers in `rounded` alone; others pass their inputs on."""
+    import torch
+
+    class Partly(torch.fx.Interpreter):
+        def run_node(self, node: Node) -> Any:
+            if _is_quantizer(node) and node not in rounded:
+                return self.fetch_args_kwargs_from_env(node)[0][0]
+            if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
+                (value, *_), _ = self.fetch_args_kwargs_from_env(node)
+                if value.is_floating_point():
+                    return value
+            return super().run_node(node)
+
+    with torch.no_grad():
+        found: Logits = Partly(program).run(torch.from_numpy(images)).numpy()
+    return found
+
+
+def _is_quantizer(node: Node) -> bool:
+    import torch
+
+    return node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default

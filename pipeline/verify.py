@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _ON_EXPORT, _ON_COMPILED = "onnxruntime, on the export", "onnxruntime, on the compiled graph"
 _READ_AT_ONCE = 64  # images
 _YARDSTICK_BATCH = 32  # images
+_SENSITIVITY_IMAGES, _WORST = 8, 3  # modules that a refusal names
 _YARDSTICK_IMAGES = 256  # of the test part: enough for the noise's tail, at twice the cost of running them
 # Least signal-to-noise ratio in decibels of a float program after torch.export against the network before it.
 _EXPORTED_DB = 60.0
@@ -148,15 +149,15 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
             execute = partial(in_queries, session.infer, session.batch)
             ladder = _climbed(run, export, before, (run.target.name, execute), diverging)
         units = _on_units(run, export, engine, ladder) if isinstance(run.target, HasUnits) else {}
-        return {**_report(run, ladder), **units, "inspected": inspected}
+        return {**_report(run, export, ladder), **units, "inspected": inspected}
     if isinstance(run.target, Evaluates):
         last = run.target.evaluator, run.target.evaluate(export, engine)
         ladder = _climbed(run, export, before, last, diverging)
         why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
-        return {**_report(run, ladder, executed=True, why_not=why_not), "inspected": inspected}
+        return {**_report(run, export, ladder, executed=True, why_not=why_not), "inspected": inspected}
     graph = run.target.graph(engine)
     ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)) if graph else None, diverging)
-    return {**_report(run, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
+    return {**_report(run, export, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
 
 
 def _program(export: Export) -> GraphModule:
@@ -219,7 +220,7 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
         return graph_divergence(export, graph, query)
 
     ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)), diverging)
-    report = _report(run, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
+    report = _report(run, export, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
     return {**report, "inspected": {"parity": proven}}
 
 
@@ -290,7 +291,9 @@ def _query(run: Run, export: Export) -> Images:
     return padded(images.numpy(), export.batch)
 
 
-def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | None = None) -> dict[str, object]:
+def _report(
+    run: Run, export: Export, ladder: Ladder, *, executed: bool = True, why_not: str | None = None
+) -> dict[str, object]:
     """Accuracy of the ladder's last step. Raises CheckFailed where it loses more than the budget allows."""
     found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
     loss = accuracy.loss(ladder.float_logits, ladder.logits, ladder.labels)
@@ -300,7 +303,7 @@ def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | N
             f"the {run.recipe.name} artifact of {run.model.name} loses {loss}, from {reference:.2f} % in float to "
             f"{found:.2f} %; {allowed:.2f} points are allowed"
             f"{'' if loss.interval[0] > allowed else '; the interval holds the budget: more test images may decide'}"
-            f"; try {_remedy(run)}"
+            f"; try {_remedy(run, export)}"
         )
     return {
         "executed": executed,
@@ -316,7 +319,7 @@ def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | N
     }
 
 
-def _remedy(run: Run) -> str:
+def _remedy(run: Run, export: Export) -> str:
     """Next commands where the accuracy budget does not hold."""
     gentler = f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
     if not isinstance(run.recipe, Ptq | Qat):
@@ -327,4 +330,8 @@ def _remedy(run: Run) -> str:
     if run.recipe.budget is None:
         tried.append(f"MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds")
     tried.append("another CALIBRATOR=")
-    return f"{', or '.join(tried)}; `make sensitivity` lists the modules that lose most"
+    images, _ = next(run.images("test").batches(_SENSITIVITY_IMAGES))
+    worst = accuracy.most_sensitive(_program(export), images.numpy(), _WORST)
+    return (
+        f"{', or '.join(tried)}; modules whose rounding costs most: {', '.join(worst)} (`make sensitivity` lists all)"
+    )

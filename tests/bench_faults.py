@@ -211,9 +211,8 @@ def alarms(request: argparse.Namespace) -> int:
                     rows.append(done[cell])
                     print(*cell, done[cell]["outcome"], done[cell]["detail"], flush=True)
     counts = {kind: sum(row["outcome"] == kind for row in rows) for kind in ("passed", "budget", "ALARM")}
-    print(
-        f"{len(rows)} engines: {counts['passed']} passed, {counts['budget']} over budget, {counts['ALARM']} false alarms"
-    )
+    passed, budget, alarms = counts.values()
+    print(f"{len(rows)} engines: {passed} passed, {budget} over the accuracy budget, {alarms} false alarms")
     return 1 if counts["ALARM"] else 0
 
 
