@@ -31,7 +31,7 @@ Answer = dict[str, object]
 
 _MEASUREMENTS = "measurements.sqlite"
 _DASHBOARD = "dashboard.html"
-_VERIFIED = ("executed", "why_not", "by", "top1", "float_top1", "agreement", "images", "snr_db")
+_VERIFIED = ("executed", "why_not", "by", "top1", "float_top1", "lost", "agreement", "images", "snr_db")
 
 log = logging.getLogger("edgeline")
 
@@ -424,7 +424,15 @@ def _told(artifact: Artifact, report: dict[str, Any]) -> Answer:
     """Tell how the verification went, and answer with it."""
     for place, step in enumerate(report["steps"]):
         nearness = f"{step['snr_db']:8.1f} dB to the step before" if place else ""
+        if step["noise_db"] is not None:
+            nearness += f" (noise: {step['noise_db']:.1f} dB), answers changed: {step['changed']}, ties: {step['ties']}"
         log.info("  %-36s top-1 %6.2f %%%s", step["name"], step["top1"], nearness)
+    for name, found in report["inspected"].get("parity", {}).items():
+        log.info(
+            "  %-36s %d operators match torch, %d integers", f"parity of {name}", found["operators"], found["integers"]
+        )
+    lost = report["lost"]
+    log.info("  lost: %.2f points [%.2f, %.2f] on %d images", lost["points"], *lost["interval"], lost["images"])
     if report["why_not"]:
         log.info("  %s", report["why_not"])
     return _answer(artifact) | {"files": artifact.files()} | {name: report[name] for name in _VERIFIED}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("null", "cpu", "onnxruntime")
 EVERYWHERE = [name for name, recipe in calibration.recipe.ALL.items() if not isinstance(recipe, WeightOnly)]
-VERIFIED = {"executed", "why_not", "by", "top1", "float_top1", "agreement", "images", "snr_db"}
+VERIFIED = {"executed", "why_not", "by", "top1", "float_top1", "lost", "agreement", "images", "snr_db"}
 TEST_IMAGES = len(Colours().labels("test"))
 
 
@@ -62,7 +62,10 @@ def test_the_report_tells_of_every_step_in_order(shared: Path) -> None:
         "onnxruntime, on the export",
         "cpu",
     ]
-    assert all(step.keys() == {"name", "top1", "agreement", "snr_db"} for step in report["steps"])
+    compared = {"name", "top1", "agreement", "snr_db", "noise_db", "changed", "ties"}
+    assert all(step.keys() == compared for step in report["steps"])
+    assert [step["noise_db"] is None for step in report["steps"]] == [True, True, False, False]
+    assert report["inspected"]["parity"].keys() == {"export", "cpu"}
     assert report["inspected"]["weighted_layers_by_precision"].keys() & {"i8", "u8"}
 
 
