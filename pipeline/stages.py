@@ -45,6 +45,7 @@ class Run:
     data: Data
     preprocess: Preprocess
     weights: Path | None = None  # None: train on `data`
+    weights_key: str = ""  # of the state dict in `weights`, where that file holds several
     trained: bool = True  # False: random weights, to build and time a model but not to use it
     batch: int = 1
     seed: int = 0
@@ -123,6 +124,7 @@ def weights(run: Run) -> Step:
             "preprocess": run.preprocess,
             "seed": run.seed,
             "file": file_digest(run.weights) if run.weights else None if run.trained else "untrained",
+            **({"key": run.weights_key} if run.weights_key else {}),
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },
         code=("calibration.float_weights", run.model.code),
