@@ -38,7 +38,7 @@ OF_TORCH = {
 # So is the evaluator of Core ML programs.
 OF_TORCH |= {f"targets/_mil/{name}.py" for name in ("arithmetic", "compressed", "evaluator", "layers", "shapes")}
 # So are the networks: every file of models/ but those that are read to list models.
-LEAN_MODELS = {"__init__", "catalog", "checkpoint", "errors", "external", "hub", "spec"}
+LEAN_MODELS = {"__init__", "catalog", "checkpoint", "errors", "external", "foreign", "hub", "spec"}
 OF_TORCH |= {f"models/{path.name}" for path in (ROOT / "models").glob("*.py") if path.stem not in LEAN_MODELS}
 
 
