@@ -57,9 +57,10 @@ def export(
     *,
     asked: str | None = None,
     scheme: Scheme = SHARED,
+    target: str | None = None,
 ) -> None:
     """Write the files of a `targets.base.Export` into `out`. `asked` is MODEL, where that is not the name in
-    `description`; `scheme` is what the program was quantized by.
+    `description`; `scheme` is what the program was quantized by; `target`: whose errors of the linter count, None: all.
 
     Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
     the graph computes on `sample` (N, 3, S, S).
@@ -69,7 +70,7 @@ def export(
 
     from calibration import program as programs
 
-    _lint(program, {**description, "model": asked} if asked else description)
+    _lint(program, {**description, "model": asked} if asked else description, target)
     with bar(total=4, title="export", unit="step") as progress:
         graph = program.module()
         with torch.no_grad():
@@ -96,18 +97,18 @@ def export(
     np.savez(out / "sample.npz", images=sample, logits=logits)
 
 
-def check(program: ExportedProgram) -> None:
+def check(program: ExportedProgram, target: str | None = None) -> None:
     """Raises CheckFailed where `export` would refuse `program` without having run it."""
     from pipeline.lint import lint
 
-    _refuse_errors(lint(program))
+    _refuse_errors(lint(program, target))
     _converted(program)
 
 
-def _lint(program: ExportedProgram, description: Mapping[str, object]) -> None:
+def _lint(program: ExportedProgram, description: Mapping[str, object], target: str | None) -> None:
     from pipeline.lint import lint
 
-    findings = lint(program)
+    findings = lint(program, target)
     _refuse_errors(findings)
     if findings:
         given = " ".join(f"{name.upper()}={description[name]}" for name in ("model", "size") if name in description)
@@ -140,7 +141,8 @@ def _converted(program: ExportedProgram) -> ModelProto:
         while cause.__cause__:  # the first one is an essay
             cause = cause.__cause__
         raise CheckFailed(
-            f"not exported: torch.onnx cannot convert the network: {str(cause).partition(chr(10))[0]}"
+            f"not exported: torch.onnx cannot convert the network{_named_place(program, str(cause))}: "
+            f"{str(cause).partition(chr(10))[0]}"
         ) from error
     assert made is not None
     model = made.model_proto
@@ -150,6 +152,18 @@ def _converted(program: ExportedProgram) -> ModelProto:
             if dim.dim_param == batch:
                 dim.dim_param = "batch"  # rather than the tracer's "s77"
     return model
+
+
+def _named_place(program: ExportedProgram, said: str) -> str:
+    """The line of the first operator that an error of torch.onnx names, with a comma; "" where it names none."""
+    from calibration.sources import nearest_line
+
+    for graph in (program.graph, program.run_decompositions({}).graph, program.run_decompositions().graph):
+        for node in graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if schema and f"{schema.name.replace('::', '.')}'" in said:
+                return f", at {nearest_line(node)}"
+    return ""
 
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:
