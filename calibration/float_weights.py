@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,16 +24,27 @@ log = logging.getLogger(__name__)
 
 
 def make(
-    spec: ModelSpec, file: Path | None, train: Images, val: Images, *, seed: int
+    spec: ModelSpec,
+    file: Path | None,
+    train: Images,
+    val: Images,
+    *,
+    seed: int,
+    key: str = "",
+    check: Callable[[nn.Module], None] | None = None,
 ) -> tuple[nn.Module, dict[str, object]]:
-    """The float model in evaluation mode, and a report of its training.
+    """The float model in evaluation mode, and a report of its training. `key`: of the state dict in `file`, where it
+    holds several. `check` is called with the model after loading and before training.
 
     Raises BadRequest where `file` is no checkpoint of the model, CheckFailed where training diverges.
     """
     model = _seeded(spec, train, seed)
     plan: TrainingPlan | None = FROM_SCRATCH
+    loaded: checkpoint.Loaded | None = None
     if file is not None:
-        fresh = checkpoint.load_into(model, checkpoint.read(file), file, formats=spec.formats, head=spec.head())
+        loaded = checkpoint.load(model, file, key, formats=spec.formats, head=spec.head)
+        log.log(logging.WARNING if loaded.others else logging.INFO, "%s", loaded)
+        fresh = loaded.fresh
         plan = NEW_HEAD if fresh else None
         if fresh:
             log.warning(
@@ -41,9 +53,12 @@ def make(
                 " and ".join(fresh),
                 train.data.name,
             )
+    if check:
+        check(model)
     epochs = fit(model, train, val, plan, seed=seed, title=f"{spec.name} float training") if plan else []
     model.eval()
-    return model, {"file": str(file) if file else None, "epochs": [asdict(epoch) for epoch in epochs]}
+    read = {"key": loaded.key, "prefix": loaded.prefix, "tensors": loaded.tensors} if loaded else None
+    return model, {"file": str(file) if file else None, "loaded": read, "epochs": [asdict(epoch) for epoch in epochs]}
 
 
 def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:

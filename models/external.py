@@ -12,18 +12,20 @@ import importlib.metadata
 import importlib.util
 import inspect
 import math
+import numbers
 import os
 import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from models.errors import BadRequest, CannotRunHere
+from models import foreign
+from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec, Preprocess, Sizes
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ _PREFIX = "edgeline_external_"  # of the names of modules: a file may be called 
 _CLASSES = ("classes", "num_classes", "n_classes")  # what a parameter for the number of classes is called
 _LONGEST_NAME = 60  # letters, in the names of folders
 _LONGEST_SAYING = 300  # letters of what an error says
+_LONGEST_VALUE = 60  # letters of a value in a sentence
+_LARGEST_SIDE = 4096  # pixels
 _STRIDE = 32  # of nearly all classifiers
 _ROOT = Path(__file__).parent.parent
 _OURS = tuple(_ROOT / layer for layer in ("pipeline", "targets", "calibration", "models"))
@@ -69,16 +73,36 @@ class External(ModelSpec):
         return self.request
 
     def build(self, classes: int, form: Form = "tokens") -> nn.Module:
-        """The float model with random weights, in training mode. Raises BadRequest where their code does not."""
+        """The float model with random weights, in training mode. Raises BadRequest where their code makes none within
+        `foreign.LIMIT_S`.
+        """
         from torch import nn
 
-        try:
+        with self.guarded(), foreign.kept(f"MODEL={self.request}", "building it"):
             network = self._made(classes)
-        except (Exception, SystemExit) as error:
-            raise self.refusal(self.fault(error)) from error
-        if not isinstance(network, nn.Module):
-            raise self.refusal(f"it returned a value of type {type(network).__name__}, expected a torch.nn.Module")
-        return network.train()
+            if not isinstance(network, nn.Module):
+                raise self.refusal(f"it returned a value of type {type(network).__name__}, expected a torch.nn.Module")
+            if cycle := _cycle(network):
+                raise self.refusal(
+                    f"its modules form a circle: `{cycle[1]}` is `{cycle[0]}` again; keep such a reference in a tuple, "
+                    "which torch does not take for a part"
+                )
+            network.train()
+            _release(network)
+        return network
+
+    @contextmanager
+    def guarded(self, doing: str = "", seconds: float | None = None) -> Iterator[None]:
+        """Their code runs inside: whatever it raises becomes a BadRequest, after the words `doing`; after `seconds`
+        (None: `foreign.LIMIT_S`) it is stopped.
+        """
+        try:
+            with foreign.limited(seconds):
+                yield
+        except (EdgelineError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # of any code at all: SystemExit and the like end no pipeline
+            raise self.refusal(f"{doing}{self.fault(error)}") from error
 
     def refusal(self, why: str) -> BadRequest:
         return BadRequest(f"MODEL={self.request}: {why}")
@@ -110,8 +134,17 @@ class FromFile(External):
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        found: tuple[Format, ...] = getattr(_loaded(self.file, self.request), "FORMATS", ())
-        return found
+        """Raises BadRequest where FORMATS of their file holds something else."""
+        from models.checkpoint import Format
+
+        found = getattr(_loaded(self.file, self.request), "FORMATS", ())
+        if not isinstance(found, tuple | list) or not all(isinstance(item, Format) for item in found):
+            raise self.refusal("its FORMATS is no tuple of models.checkpoint.Format")
+        for item in found:
+            with self.guarded("FORMATS: "):
+                for pattern in (item.signature, item.ignored or "", *(old for old, _ in item.renames)):
+                    re.compile(pattern)
+        return tuple(found)
 
     def _made(self, classes: int) -> object:
         function = getattr(_loaded(self.file, self.request), self.network.partition(":")[2])
@@ -132,7 +165,14 @@ def _of_file(request: str, source: str, name: str) -> ModelSpec:
     module = _loaded(file, request)
     if not callable(getattr(module, name, None)):
         raise BadRequest(f"MODEL={request}: {_which_function(module, source, name)}")
-    spec = next((spec for spec in _specs(module) if spec.network.rpartition(":")[2] == name), None) or ModelSpec(
+    specs = list(_specs(module))
+    for spec in specs:
+        if not isinstance(spec.network, str):
+            raise BadRequest(
+                f"MODEL={request}: a ModelSpec has network={_short(spec.network)}, expected the name of a function, as "
+                f"in network={name!r}"
+            )
+    spec = next((spec for spec in specs if spec.network.rpartition(":")[2] == name), None) or ModelSpec(
         name=file.stem if name == file.stem else f"{file.stem}_{name}",
         network=name,
         preprocess=Preprocess(size=224),
@@ -141,6 +181,7 @@ def _of_file(request: str, source: str, name: str) -> ModelSpec:
     if problem := _problem(spec):
         raise BadRequest(f"MODEL={request}: the ModelSpec of {name} {problem}")
     given = {item.name: getattr(spec, item.name) for item in fields(ModelSpec)}
+    given |= {"preprocess": _plain(spec.preprocess)}
     given |= {"name": _clean(spec.name), "network": f"{file.stem}:{name}", "forms": ("tokens",)}
     return FromFile(**given, request=request, folder=file.parent, file=file)
 
@@ -153,11 +194,14 @@ def _loaded(file: Path, request: str) -> ModuleType:
     assert spec and spec.loader  # there are for every file whose name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and others look it up
+    kept = foreign.kept(f"MODEL={request}", "importing it")
     try:
-        with _importing_from(file.parent):
+        with _importing_from(file.parent), kept, foreign.limited():
             spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
+    except (EdgelineError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # of any code at all
+        sys.modules.pop(name, None)
         raise BadRequest(f"MODEL={request}: {_place(error, file.parent)}{_said(error)}") from error
     return module
 
@@ -172,7 +216,8 @@ def _importing_from(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.dont_write_bytecode = before
-        sys.path.remove(str(folder))
+        with suppress(ValueError):  # taken away by their code
+            sys.path.remove(str(folder))
 
 
 def _called(function: Callable[..., object], classes: int) -> object:
@@ -213,18 +258,94 @@ def _problem(spec: ModelSpec) -> str | None:
     preprocess, sizes = spec.preprocess, spec.sizes
     if not isinstance(preprocess, Preprocess) or not isinstance(sizes, Sizes) or not isinstance(spec.name, str):
         return "wants a `name` that is text, `preprocess=Preprocess(...)` and `sizes=Sizes(...)`"
-    numbers = (preprocess.size, sizes.multiple_of, sizes.minimum, sizes.maximum)
-    if not all(isinstance(number, int) and number > 0 for number in numbers):
+    sides = (preprocess.size, sizes.multiple_of, sizes.minimum, sizes.maximum)
+    if not all(type(side) is int and side > 0 for side in sides):
         return "has sizes that are no positive whole numbers"
+    if preprocess.size > _LARGEST_SIDE:
+        return f"prepares images of {preprocess.size} pixels, expected at most {_LARGEST_SIDE}"
     if sizes.nearest(preprocess.size)[0] not in sizes:
         return f"allows no size: no multiple of {sizes.multiple_of} is from {sizes.minimum} to {sizes.maximum}"
     if preprocess.size not in sizes:
         return f"prepares images of {preprocess.size} pixels, which are not among its own sizes"
-    if not 0 < preprocess.crop <= 1 or preprocess.interpolation not in ("bilinear", "bicubic"):
-        return "wants a crop above 0 and up to 1, and the interpolation `bilinear` or `bicubic`"
-    if len(preprocess.mean) != 3 or len(preprocess.std) != 3 or min(preprocess.std) <= 0:
-        return "wants three means and three positive deviations: red, green, blue"
+    if not _is_number(preprocess.crop) or not 0 < preprocess.crop <= 1:
+        return f"has crop={_short(preprocess.crop)}, expected a crop above 0 and up to 1"
+    if preprocess.interpolation not in ("bilinear", "bicubic"):
+        return f"has interpolation={_short(preprocess.interpolation)}, expected the interpolation bilinear or bicubic"
+    for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
+        numbers_of_colours = isinstance(values, tuple | list) and len(values) == 3 and all(map(_is_number, values))
+        if not numbers_of_colours or (name == "std" and min(values) <= 0):
+            return f"has {name}={_short(values)}, expected three means and three positive deviations: red, green, blue"
+    return _problem_of_figures(spec)
+
+
+def _problem_of_figures(spec: ModelSpec) -> str | None:
+    """What is wrong with the fields of a spec that are read for reports."""
+    for name in ("parameters", "macs", "classes"):
+        value = getattr(spec, name)
+        if type(value) is not int or value < (1 if name == "classes" else 0):
+            return f"has {name}={_short(value)}, expected a whole number"
+    if spec.top1 is not None and not _is_number(spec.top1):
+        return f"has top1={_short(spec.top1)}, expected percent, or None"
+    if not isinstance(spec.source, str) or not isinstance(spec.hub, str | None):
+        return "wants `source` and `hub` to be text"
     return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(preprocess: Preprocess) -> Preprocess:
+    """The same numbers as Python's own: numpy's are no part of a key."""
+    red, green, blue = map(float, preprocess.mean)
+    deviations = tuple(map(float, preprocess.std))
+    crop = float(preprocess.crop)
+    return replace(preprocess, crop=crop, mean=(red, green, blue), std=(deviations[0], deviations[1], deviations[2]))
+
+
+def _short(value: object) -> str:
+    """A value of theirs in a sentence."""
+    try:
+        return _printable(repr(value))[:_LONGEST_VALUE]
+    except Exception:  # of their own class
+        return f"a {type(value).__name__}"
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def _cycle(network: nn.Module) -> tuple[str, str] | None:
+    """The path of a module that holds itself, and the path at which it does; None where none does. (torch recurses
+    without end where one does.)
+    """
+    above: dict[int, str] = {}  # the modules that hold the present one
+    done: set[int] = set()
+    pending: list[tuple[nn.Module, str, bool]] = [(network, "", False)]
+    while pending:
+        module, path, left = pending.pop()
+        if left:
+            del above[id(module)]
+            done.add(id(module))
+        elif id(module) in above:
+            return above[id(module)] or "the network", path
+        elif id(module) not in done:
+            above[id(module)] = path
+            pending.append((module, path, True))
+            children = [(name, child) for name, child in module._modules.items() if child is not None]
+            pending += [(child, f"{path}.{name}" if path else name, False) for name, child in children]
+    return None
+
+
+def _release(network: nn.Module) -> None:
+    """Cut what modules keep beside parameters off the operators that it was computed by, since such tensors cannot be
+    copied: the weight of `torch.nn.utils.weight_norm`, which is computed anew before each use.
+    """
+    import torch
+
+    for module in network.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                vars(module)[name] = value.detach()
 
 
 # --- timm -----------------------------------------------------------------------------------------------------------
@@ -317,9 +438,19 @@ def _place(error: BaseException, folder: Path) -> str:
 
 def _said(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "")[:_LONGEST_SAYING]
+    try:
+        text = (error.msg if isinstance(error, SyntaxError) else None) or str(error)
+    except Exception:  # of their own class
+        text = ""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    first = _printable(first)[:_LONGEST_SAYING]
+    if isinstance(error, foreign.TooLong):
+        return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _is_theirs(file: Path, folder: Path) -> bool:

@@ -124,7 +124,7 @@ class ModelSpec:
         # Not every network of others can be built without numbers.
         with torch.device("meta" if self.ours else "cpu"):
             few, many = self.build(2).state_dict(), self.build(3).state_dict()
-        return frozenset(name for name in few if few[name].shape != many[name].shape)
+        return frozenset(name for name in few if name in many and few[name].shape != many[name].shape)
 
     def _imported(self) -> ModuleType:
         return importlib.import_module(self.module)

@@ -27,7 +27,7 @@ import models
 import targets
 from calibration import budget, families, placement
 from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budgeted, with_ptq
-from models import external, hub
+from models import checkpoint, external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
 from pipeline import surroundings, verbs
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     surroundings.settle()
     answer: Answer = {**dict.fromkeys(("verb", "model", "target", "recipe", "artifact", "key")), "cached": False}
     try:
-        request = _parser().parse_args(arguments)
+        request = _parsed(arguments)
         answer |= {"verb": request.verb}
         if request.verb in _LISTINGS:
             answer |= _LISTINGS[request.verb]()
@@ -128,6 +128,7 @@ def read(request: argparse.Namespace) -> Run:
     deployment = request.deployment or None
     runtime: families.Runtime = "cpu" if target.name in ("cpu", "onnxruntime") else "accelerator"
     recipe = adjusted(with_ptq(recipe, placement=families.default(model.family, runtime)), request)
+    file, key = checkpoint.split(request.weights)
     storage = recipe if isinstance(recipe, WeightOnly) else None
     if isinstance(target, Customizes):
         target.accept(
@@ -145,7 +146,8 @@ def read(request: argparse.Namespace) -> Run:
         target=target,
         data=data,
         preprocess=preprocess,
-        weights=weights_of(model, request.weights) if request.weights else None,
+        weights=weights_of(model, file) if file else None,
+        weights_key=key,
         batch=batch,
         seed=seed,
         form=form_of(model, request.form),
@@ -295,6 +297,16 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")
     return parser
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for. Raises BadRequest where it cannot be read."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for argument in given:
+        if argument.startswith("--") and argument.endswith("=--"):  # argparse takes the value away
+            name = argument.removeprefix("--").removesuffix("=--").upper()
+            raise BadRequest(f"{name}=--: expected a value; `make help` lists what there is")
+    return _parser().parse_args(given)
 
 
 def _denied(error: OSError, store: Path) -> EdgelineError:

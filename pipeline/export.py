@@ -66,9 +66,10 @@ def export(
     *,
     asked: str | None = None,
     scheme: Scheme = SHARED,
+    target: str | None = None,
 ) -> None:
     """Write the files of a `targets.base.Export` into `out`. `asked` is MODEL, where that is not the name in
-    `description`; `scheme` is what the program was quantized by.
+    `description`; `scheme` is what the program was quantized by; `target`: whose errors of the linter count, None: all.
 
     Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
     the graph computes on `sample` (N, 3, S, S): an operator, given the torch program's inputs, that does not match it
@@ -79,7 +80,7 @@ def export(
 
     from calibration import program as programs
 
-    _lint(program, {**description, "model": asked} if asked else description)
+    _lint(program, {**description, "model": asked} if asked else description, target)
     program = with_open_rows(program)
     with bar(total=4, title="export", unit="step") as progress:
         graph = program.module()
@@ -117,18 +118,18 @@ def export(
     np.savez(out / "sample.npz", images=sample, logits=logits)
 
 
-def check(program: ExportedProgram) -> None:
+def check(program: ExportedProgram, target: str | None = None) -> None:
     """Raises CheckFailed where `export` would refuse `program` without having run it."""
     from pipeline.lint import lint
 
-    _refuse_errors(lint(program))
+    _refuse_errors(lint(program, target))
     _onnx_program(program)
 
 
-def _lint(program: ExportedProgram, description: Mapping[str, object]) -> None:
+def _lint(program: ExportedProgram, description: Mapping[str, object], target: str | None) -> None:
     from pipeline.lint import lint
 
-    findings = lint(program)
+    findings = lint(program, target)
     _refuse_errors(findings)
     if findings:
         given = " ".join(f"{name.upper()}={description[name]}" for name in ("model", "size") if name in description)
@@ -188,7 +189,8 @@ def _onnx_program(program: ExportedProgram) -> ONNXProgram:
         while cause.__cause__:  # the first one is an essay
             cause = cause.__cause__
         raise CheckFailed(
-            f"not exported: torch.onnx cannot convert the network: {str(cause).partition(chr(10))[0]}"
+            f"not exported: torch.onnx cannot convert the network{_named_place(program, str(cause))}: "
+            f"{str(cause).partition(chr(10))[0]}"
         ) from error
     assert made is not None
     return made
@@ -202,6 +204,18 @@ def _with_dynamic_batch(model: ModelProto) -> ModelProto:
             if dim.dim_param == batch:
                 dim.dim_param = "batch"
     return model
+
+
+def _named_place(program: ExportedProgram, said: str) -> str:
+    """The line of the first operator that an error of torch.onnx names, with a comma; "" where it names none."""
+    from calibration.sources import nearest_line
+
+    for graph in (program.graph, program.run_decompositions({}).graph, program.run_decompositions().graph):
+        for node in graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if schema and f"{schema.name.replace('::', '.')}'" in said:
+                return f", at {nearest_line(node)}"
+    return ""
 
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:

@@ -12,12 +12,12 @@ operator runs is Apple's secret and changes between devices: those rules are war
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+from calibration.sources import line, operator
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 Level: TypeAlias = Literal["error", "warning"]
 
-_ROOT = Path(__file__).parent.parent
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
-_TORCH = "/site-packages/torch/"
 _SHOWN = 4  # different details of one finding
 
 _LARGEST_RANK = 5
@@ -77,21 +74,23 @@ class Rule:
     find: Callable[[GraphModule], Iterator[Hit]]
     reason: str  # follows the details of the hits and a colon
     remedy: str
+    targets: frozenset[str] = frozenset()  # that an error is one for; for all others it is a warning. None: for all
 
 
-def lint(program: ExportedProgram | GraphModule) -> list[Finding]:
-    """Everything that the rules find, errors first.
+def lint(program: ExportedProgram | GraphModule, target: str | None = None) -> list[Finding]:
+    """Everything that the rules find, errors first. `target`: the one that the program is for; None: for any.
 
     `program`: as `calibration.program.export` makes it, float or quantized; or a graph that is folded already, such as
     those of `calibration.quantize.traced` and `prepare`.
     """
     graph = _folded(program)
     grouped: dict[tuple[str, ...], tuple[Rule, list[Hit]]] = {}
-    for rule in sorted(RULES, key=lambda rule: rule.level):  # "error" comes before "warning"
+    for rule in RULES:
         for node, detail in rule.find(graph):
-            key = (rule.name, _module_class(node), _line(node))
+            key = (rule.name, _module_class(node), line(node))
             grouped.setdefault(key, (rule, []))[1].append((node, detail))
-    return [_finding(rule, hits) for rule, hits in grouped.values()]
+    findings = [_finding(rule, hits, target) for rule, hits in grouped.values()]
+    return sorted(findings, key=lambda finding: finding.level)  # "error" comes before "warning"
 
 
 def _folded(program: ExportedProgram | GraphModule) -> GraphModule:
@@ -103,21 +102,24 @@ def _folded(program: ExportedProgram | GraphModule) -> GraphModule:
     if isinstance(program, GraphModule):
         return program
     graph = program.module()
-    if not any(_operator(node).startswith("dequantize") for node in graph.graph.nodes):
+    if not any(operator(node).startswith("dequantize") for node in graph.graph.nodes):
         fold(graph)  # the program keeps its weights: what is folded is stored anew
     return graph
 
 
-def _finding(rule: Rule, hits: list[Hit]) -> Finding:
+def _finding(rule: Rule, hits: list[Hit], target: str | None) -> Finding:
     from calibration.program import module_path
 
     node = hits[0][0]
+    spared = target is not None and bool(rule.targets) and target not in rule.targets
+    whose = f"TARGET={', '.join(sorted(rule.targets))}" if rule.targets else ""
+    named = f"an error for {whose}: " if spared else f"{whose}: " if whose else ""
     return Finding(
-        level=rule.level,
+        level="warning" if spared else rule.level,
         rule=rule.name,
         module=module_path(node),
-        line=_line(node),
-        reason=f"{_listed(detail for _, detail in hits)}: {rule.reason}",
+        line=line(node),
+        reason=f"{_listed(detail for _, detail in hits)}: {named}{rule.reason}",
         remedy=rule.remedy,
         modules=tuple(dict.fromkeys(module_path(node) for node, _ in hits)),
         count=len(hits),
@@ -138,14 +140,8 @@ def _listed(details: Iterable[str]) -> str:
 def _operators(graph: GraphModule, names: Iterable[str] | None = None) -> Iterator[Node]:
     """The operators of a graph, or those of some names, in order of execution."""
     for node in graph.graph.nodes:
-        if node.op == "call_function" and (names is None or _operator(node) in names):
+        if node.op == "call_function" and (names is None or operator(node) in names):
             yield node
-
-
-def _operator(node: Node) -> str:
-    """The name of a node's operator without library and overload, such as `conv2d`; "" where it has none."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema else ""
 
 
 def _argument(node: Node, name: str) -> Any:
@@ -174,24 +170,12 @@ def _symbols(sides: Iterable[Any]) -> set[Any]:
 def _source(node: Node) -> Node:
     """Where the first input of a node comes from, past rounding and what does nothing at inference."""
     before = cast("Node", node.args[0])
-    passes = _operator(before) in _TRANSPARENT or before.op == "call_module"  # modules of a graph: quantizers
+    passes = operator(before) in _TRANSPARENT or before.op == "call_module"  # modules of a graph: quantizers
     return _source(before) if passes and before.args else before
 
 
 def _module_class(node: Node) -> str:
     return str(list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1][1])
-
-
-def _line(node: Node) -> str:
-    """The innermost line of the network's own source that `node` was traced at."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return "(no line)"
-    file, line = next((frame for frame in reversed(frames) if _TORCH not in frame[0]), frames[-1])
-    path = Path(file)
-    if path.is_relative_to(_ROOT) and "/site-packages/" not in file:
-        return f"{path.relative_to(_ROOT)}:{line}"
-    return f"{file.rpartition('/site-packages/')[2]}:{line}"
 
 
 # --- Rules ----------------------------------------------------------------------------------------------------------
@@ -201,7 +185,7 @@ def _named(*names: str) -> Callable[[GraphModule], Iterator[Hit]]:
     """Finds the operators of these names."""
 
     def find(graph: GraphModule) -> Iterator[Hit]:
-        return ((node, _operator(node)) for node in _operators(graph, names))
+        return ((node, operator(node)) for node in _operators(graph, names))
 
     return find
 
@@ -224,14 +208,14 @@ def _dynamic_shapes(graph: GraphModule) -> Iterator[Hit]:
             if node.op == "placeholder":
                 yield next(iter(node.users), node), f"input of shape ({', '.join(map(str, sides))})"
             else:
-                yield node, f"{_operator(node)} of a shape that depends on values"
+                yield node, f"{operator(node)} of a shape that depends on values"
 
 
 def _shape_arithmetic(graph: GraphModule) -> Iterator[Hit]:
     """The operators on tensors that take a computed number: the computation itself has no line in the sources."""
     for node in _operators(graph):
         if _shape(node) and any(type(entry.meta.get("val")).__name__ == "SymInt" for entry in node.all_input_nodes):
-            yield node, f"{_operator(node)} to a computed size"
+            yield node, f"{operator(node)} to a computed size"
 
 
 def _pools(graph: GraphModule) -> Iterator[Hit]:
@@ -239,7 +223,7 @@ def _pools(graph: GraphModule) -> Iterator[Hit]:
         kernel = _argument(node, "kernel_size")
         stride = _argument(node, "stride") or kernel
         if max(kernel) > _LARGEST_POOL or any(step not in _POOL_STRIDES for step in stride):
-            yield node, f"{_operator(node)} of {max(kernel)} pixels with stride {max(stride)}"
+            yield node, f"{operator(node)} of {max(kernel)} pixels with stride {max(stride)}"
 
 
 def _uneven_pools(graph: GraphModule) -> Iterator[Hit]:
@@ -259,8 +243,8 @@ def _reordered_pools(graph: GraphModule) -> Iterator[Hit]:
 
 def _unquantized(graph: GraphModule) -> Iterator[Hit]:
     for node in _operators(graph, {*_FLOAT_CONVOLUTIONS, "conv2d"}):
-        if _operator(node) != "conv2d":
-            yield node, _operator(node)
+        if operator(node) != "conv2d":
+            yield node, operator(node)
         elif isinstance(node.args[4] if len(node.args) > 4 else None, str):
             yield node, "conv2d with another padding on either side"
 
@@ -268,7 +252,7 @@ def _unquantized(graph: GraphModule) -> Iterator[Hit]:
 def _norms(graph: GraphModule) -> Iterator[Hit]:
     """Those that folding has left."""
     for node in _operators(graph, {"batch_norm", "_native_batch_norm_legit_no_training"}):
-        yield node, f"BatchNorm after {_operator(_source(node)) or 'the input'}"
+        yield node, f"BatchNorm after {operator(_source(node)) or 'the input'}"
 
 
 def _grouped(graph: GraphModule) -> Iterator[Hit]:
@@ -282,11 +266,11 @@ def _channels(graph: GraphModule) -> Iterator[Hit]:
     """Odd numbers of output channels, except of classes. What a depthwise convolution puts out, it has been given."""
     inner: set[Node] = set()  # what another layer follows
     for node in reversed(graph.graph.nodes):
-        if any(user in inner or _operator(user) in ("conv2d", "linear") for user in node.users):
+        if any(user in inner or operator(user) in ("conv2d", "linear") for user in node.users):
             inner.add(node)
     for node in _operators(graph, {"conv2d", "linear"}):
         count = _weight_shape(node)[0]
-        depthwise = _operator(node) == "conv2d" and _argument(node, "groups") > 1 and _weight_shape(node)[1] == 1
+        depthwise = operator(node) == "conv2d" and _argument(node, "groups") > 1 and _weight_shape(node)[1] == 1
         if count % _CHANNELS and node in inner and not depthwise:
             yield node, f"{count} channels"
 
@@ -294,7 +278,7 @@ def _channels(graph: GraphModule) -> Iterator[Hit]:
 def _head_dimensions(graph: GraphModule) -> Iterator[Hit]:
     """Of the values that the softmax of an attention weighs."""
     for node in _operators(graph, {"matmul", "bmm"}):
-        if _operator(_source(node)) == "softmax" and (dimension := _shape(node)[-1]) not in _HEADS:
+        if operator(_source(node)) == "softmax" and (dimension := _shape(node)[-1]) not in _HEADS:
             yield node, f"head dimension {dimension}"
     for node in _operators(graph, {"scaled_dot_product_attention"}):
         if (dimension := _shape(node)[-1]) not in _HEADS:
@@ -328,7 +312,7 @@ def _scales(graph: GraphModule) -> Iterator[tuple[Node, str, list[float]]]:
                 module.statistics.peak if isinstance(module, ActivationFakeQuant) else cast(Any, module).weight.ndim > 1
             )
             scales: list[float] = [] if seen else module.scale.tolist()
-        elif _operator(node).startswith("dequantize_per_"):
+        elif operator(node).startswith("dequantize_per_"):
             scales = _values(graph, node.args[1])
         else:
             continue
@@ -349,6 +333,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="rank",
         level="error",
+        targets=frozenset({"coreml"}),
         find=_high_ranks,
         reason=f"Core ML refuses tensors of more than {_LARGEST_RANK} axes",
         remedy="reshape in two steps, and let an axis that does not take part join the batch: reshape(-1, ...)",
@@ -356,6 +341,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="dynamic-shape",
         level="error",
+        targets=frozenset({"coreml"}),
         find=_dynamic_shapes,
         reason="the Neural Engine runs static shapes alone",
         remedy="let nothing vary but the batch: trace at one size, and let no shape depend on values",
@@ -363,6 +349,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="unfold",
         level="error",
+        targets=frozenset({"coreml"}),
         find=_named(*_UNFOLDS),
         reason="coremltools 9.0 has no converter for Tensor.unfold, and ONNX gathers what im2col copies",
         remedy="cut patches with reshape and transpose, overlapping ones with slices or a convolution of fixed weights",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from calibration.budget import DEFAULT, Budget
 from calibration.data import Data, Part
 from calibration.recipe import Float, Recipe, WeightOnly
-from models.errors import CannotRunHere
+from models.errors import CannotRunHere, CheckFailed
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest, resumable
 from targets.base import Bundles, Export, Interface, Publishes, Target
@@ -45,6 +45,7 @@ class Run:
     data: Data
     preprocess: Preprocess
     weights: Path | None = None  # None: train on `data`
+    weights_key: str = ""  # of the state dict in `weights`, where that file holds several
     trained: bool = True  # False: random weights, to build and time a model but not to use it
     batch: int = 1
     seed: int = 0
@@ -101,17 +102,24 @@ def weights(run: Run) -> Step:
         from calibration import float_weights
         from pipeline import contract
 
-        contract.check(run.model, run.preprocess.size, len(run.data.classes))
         train = run.images("train")
         report: dict[str, object] = {}
-        if run.trained:
-            model, report = float_weights.make(run.model, run.weights, train, run.images("val"), seed=run.seed)
+
+        def check(model: nn.Module | None = None) -> None:
+            state = model.state_dict() if model and run.weights else None
+            contract.check(run.model, run.preprocess.size, len(run.data.classes), pictures=train, state=state, run=run)
+
+        if run.trained:  # keys of a checkpoint first: that takes a moment
+            model, report = float_weights.make(
+                run.model, run.weights, train, run.images("val"), seed=run.seed, key=run.weights_key, check=check
+            )
         else:
+            check()
             model = float_weights.untrained(run.model, train, seed=run.seed)
         # The format knows neither tensors that share memory nor strides.
         state = {name: tensor.clone(memory_format=contiguous_format) for name, tensor in model.state_dict().items()}
         save_file(state, out / "weights.safetensors")
-        _evaluated(run, model, out, report)
+        _evaluated(run, model, out, report, check=True)
 
     return Step(
         stage="weights",
@@ -123,6 +131,7 @@ def weights(run: Run) -> Step:
             "preprocess": run.preprocess,
             "seed": run.seed,
             "file": file_digest(run.weights) if run.weights else None if run.trained else "untrained",
+            **({"key": run.weights_key} if run.weights_key else {}),
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },
         code=("calibration.float_weights", run.model.code),
@@ -191,7 +200,15 @@ def exported(run: Run) -> Step:
             "preprocess": asdict(run.preprocess),
         }
         made = program.load(inputs["quantized"] / "program.pt2")
-        export(made, sample.numpy(), description, out, asked=run.model.asked, scheme=run.target.scheme)
+        export(
+            made,
+            sample.numpy(),
+            description,
+            out,
+            asked=run.model.asked,
+            scheme=run.target.scheme,
+            target=run.target.name,
+        )
 
     return Step(
         stage="exported",
@@ -325,14 +342,22 @@ def _told(run: Run) -> dict[str, object]:
     return {"paper": known.paper, "published": known.published, "weights": known.weights}
 
 
-def _evaluated(run: Run, model: nn.Module, out: Path, report: Mapping[str, object]) -> None:
-    """Leave what `model` says of the test part in `test.npz`, and the report with its accuracy."""
+def _evaluated(run: Run, model: nn.Module, out: Path, report: Mapping[str, object], *, check: bool = False) -> None:
+    """Leave what `model` says of the test part in `test.npz`, and the report with its accuracy. `check`: raises
+    CheckFailed where one of its logits is not finite, naming the picture.
+    """
     import numpy as np
 
     from calibration.metrics import top1
     from calibration.train import predictions
+    from pipeline import contract
 
     logits, labels = predictions(model, run.images("test"))
+    if check and (wrong := contract.unfinite(run.images("test"), logits)):
+        raise CheckFailed(
+            f"the float network of MODEL={run.model.asked} cannot be used: {wrong}; keep its numbers finite (an "
+            "epsilon in divisions, logarithms and roots), or leave the picture out"
+        )
     np.savez_compressed(out / "test.npz", logits=logits, labels=labels)
     _write_json(out / "report.json", {**report, "test_top1": top1(logits, labels), "images": len(labels)})
 

@@ -72,7 +72,10 @@ def engine(run: Run, root: Path) -> Answer:
 
     Raises CannotRunHere with the bundle in its answer where the bundle is all that this machine can make.
     """
-    artifact = _produced(stages.deliverable(run), root)
+    step = stages.deliverable(run)
+    if Store(root).has(stages.weights(run)) and not Store(root).has(stages.exported(run)):
+        contract.check_target(run)  # the weights were checked for another target
+    artifact = _produced(step, root)
     report = json.loads((artifact.path / "report.json").read_text())
     answer = _told(artifact, report)
     if artifact.step.stage == "bundle":
@@ -339,7 +342,7 @@ def lint_model(run: Run, root: Path) -> Answer:
 
     model, size = run.model, run.preprocess.size
     contract.check_trace(model, size)
-    findings = lint(traced(model.build(model.classes, run.form).eval(), size))
+    findings = lint(traced(model.build(model.classes, run.form).eval(), size), run.target.name)
     for finding in findings:
         log.info("%s", finding)
     errors = sum(finding.level == "error" for finding in findings)

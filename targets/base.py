@@ -162,6 +162,17 @@ class Target(Protocol):
 
 
 @runtime_checkable
+class Checks(Protocol):
+    """A target with a converter of its own, which may refuse operators that ONNX has: it is tried before a training."""
+
+    def check(self, export: Export) -> None:
+        """Try `Target.build` and `inspect` on an export of an untrained network in float, without `model.onnx` and
+        `sample.npz`. Raises CheckFailed naming an operator that cannot be converted, and its line in the sources.
+        """
+        ...
+
+
+@runtime_checkable
 class Bundles(Protocol):
     """A target whose engines are built on the device: the host leaves a bundle to carry there."""
 

@@ -29,6 +29,7 @@ from targets._coreml_fixes import (
     transposes_told_apart,
 )
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
+from targets._coreml_refusals import explained
 from targets._host import in_queries
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, FloatType, Interface, Part
 
@@ -86,15 +87,21 @@ class CoreMLTarget:
         from calibration import program as programs
 
         coremltools = import_coremltools()
-        program = _with_batch(programs.load(export.program), export)
+        loaded = programs.load(export.program)
         with tempfile.TemporaryDirectory() as scratch:
-            model = _converted(program, export, Path(scratch) / PACKAGE)
+            with explained():
+                model = _converted(_with_batch(loaded, export), export, Path(scratch) / PACKAGE)
             if export.storage:
                 model = _coreml_weights.compressed(model, read(Path(scratch) / PACKAGE), export.storage)
             spec = model.get_spec()
             _describe(spec.description.metadata, export, self.toolchain())
             # Not `model.save`: it leaves a file of ExecuTorch's in the package that no manifest lists.
             coremltools.utils.save_spec(spec, str(out / PACKAGE), weights_dir=model.weights_dir)
+
+    def check(self, export: Export) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            self.build(export, Path(scratch))
+            self.inspect(export, Path(scratch))
 
     def publish(self, export: Export, engine: Path, facts: Facts) -> None:
         _coreml_card.publish(engine / PACKAGE, Part(engine=export.path, precision=export.precision, facts=facts))

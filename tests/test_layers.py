@@ -30,26 +30,15 @@ HEAVY = {
 }
 # Modules whose whole subject is training or quantization: they are themselves imported where they are used. Those of
 # calibration/ that are read to name things are not.
-LEAN_CALIBRATION = {
-    "__init__",
-    "budget",
-    "carried",
-    "data",
-    "families",
-    "folder",
-    "metrics",
-    "noise",
-    "photos",
-    "placement",
-}
-LEAN_CALIBRATION |= {"preprocess", "progress", "recipe", "scheme"}
+LEAN_CALIBRATION = {"__init__", "budget", "carried", "data", "families", "folder", "metrics", "noise", "photos"}
+LEAN_CALIBRATION |= {"placement", "preprocess", "progress", "recipe", "scheme", "sources"}
 OF_TORCH = {
     f"calibration/{path.name}" for path in (ROOT / "calibration").glob("*.py") if path.stem not in LEAN_CALIBRATION
 }
 # So is the evaluator of Core ML programs.
 OF_TORCH |= {f"targets/_mil/{name}.py" for name in ("arithmetic", "compressed", "evaluator", "layers", "shapes")}
 # So are the networks: every file of models/ but those that are read to list models.
-LEAN_MODELS = {"__init__", "catalog", "checkpoint", "errors", "external", "hub", "spec"}
+LEAN_MODELS = {"__init__", "catalog", "checkpoint", "errors", "external", "foreign", "hub", "spec"}
 OF_TORCH |= {f"models/{path.name}" for path in (ROOT / "models").glob("*.py") if path.stem not in LEAN_MODELS}
 
 

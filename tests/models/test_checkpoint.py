@@ -7,12 +7,13 @@ import builtins
 import io
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save, save_file, save_model
 from torch import Tensor, nn
 
 from models import checkpoint
@@ -74,18 +75,170 @@ def test_what_training_scripts_wrap_around_weights_is_taken_off(tmp_path: Path, 
     assert_same(checkpoint.read(tmp_path / "w.pt"), state)
 
 
-def test_averaged_weights_are_preferred(tmp_path: Path, state: State) -> None:
-    averaged = {name: tensor + 1 for name, tensor in state.items()}
-    torch.save({"state_dict": state, "state_dict_ema": averaged}, tmp_path / "w.pt")
-    assert_same(checkpoint.read(tmp_path / "w.pt"), averaged)
+@pytest.mark.parametrize(
+    "wrapper", ["state_dict", "model", "model_state_dict", "net", "network", "weights", "my_own", "ema", "model_ema"]
+)
+def test_the_key_of_the_weights_is_told(tmp_path: Path, state: State, wrapper: str) -> None:
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(4)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"epoch": 7, wrapper: state, "optimizer": optimizer}, tmp_path / "w.pt")
+    found = checkpoint.stored(tmp_path / "w.pt")
+    assert_same(found.tensors, state)
+    assert (found.key, found.others) == (wrapper, ())
 
 
+def test_weights_two_levels_down_are_found(tmp_path: Path, state: State) -> None:
+    torch.save({"checkpoint": {"epoch": 1, "model": state}}, tmp_path / "w.pt")
+    assert checkpoint.stored(tmp_path / "w.pt").key == "checkpoint.model"
+
+
+AVERAGED = ["state_dict_ema", "model_ema", "ema", "ema_state_dict", "swa_model", "averaged_model", "shadow"]
+
+
+@pytest.mark.parametrize("plain", ["state_dict", "model", "net", "model_state_dict"])
+@pytest.mark.parametrize("averaged", AVERAGED)
+def test_plain_weights_are_loaded_and_averaged_ones_are_named(
+    tmp_path: Path, state: State, plain: str, averaged: str
+) -> None:
+    path, means = tmp_path / "w.pt", {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({averaged: means, plain: state}, path)
+    model = network()
+    loaded = checkpoint.load(model, path)
+    assert_same(model.state_dict(), state)
+    assert str(loaded) == (
+        f"loaded 9 tensors of {path}, under `{plain}`; the file also holds averaged weights under `{averaged}`, which "
+        f"WEIGHTS={path}#{averaged} loads"
+    )
+    loaded = checkpoint.load(model, path, averaged)
+    assert_same(model.state_dict(), means)
+    assert (loaded.key, loaded.others) == (averaged, (plain,))
+
+
+def test_averaged_weights_alone_are_taken(tmp_path: Path, state: State) -> None:
+    torch.save({"epoch": 7, "state_dict_ema": state}, tmp_path / "w.pt")
+    assert checkpoint.stored(tmp_path / "w.pt").key == "state_dict_ema"
+
+
+def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"state_dict": state, "model_ema": state}, path)
+    sentence = "WEIGHTS={path}#ema: the file has no weights under `ema`; it holds `state_dict`, `model_ema`"
+    with pytest.raises(BadRequest, match=exactly(sentence, path)):
+        checkpoint.stored(path, "ema")
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(BadRequest, match=r"#ema: a safetensors file holds one state dict; leave `#ema` out$"):
+        checkpoint.stored(tmp_path / "w.safetensors", "ema")
+
+
+def test_of_several_networks_one_must_be_named(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"first": state, "second": state}, path)
+    sentence = "WEIGHTS={path} holds several state dicts: `first`, `second`; name one, as in WEIGHTS={path}#first"
+    with pytest.raises(BadRequest, match=exactly(sentence, path)):
+        checkpoint.stored(path)
+    assert checkpoint.stored(path, "second").key == "second"
+
+
+def test_a_file_may_have_the_mark_of_keys_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a#b.pt").touch()
+    assert checkpoint.split(f"{tmp_path}/a#b.pt") == (f"{tmp_path}/a#b.pt", "")
+    assert checkpoint.split(f"{tmp_path}/a#b.pt#model") == (f"{tmp_path}/a#b.pt", "model")
+    assert checkpoint.split("w.pt#model.ema") == ("w.pt", "model.ema")
+    for text in ("w.pt", "#key", "w.pt#", "#", "", "timm"):
+        assert checkpoint.split(text) == (text, "")
+
+
+PREFIXES = ["module.", "model.", "_orig_mod.", "net.", "module._orig_mod.", "_orig_mod.module.", "a.b.c.", "0."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_the_prefix_of_data_parallel_training_is_taken_off(tmp_path: Path, state: State, suffix: str) -> None:
-    prefixed = {f"module.{name}": tensor for name, tensor in state.items()}
+def test_a_prefix_of_all_keys_is_taken_off(tmp_path: Path, state: State, suffix: str, prefix: str) -> None:
+    prefixed = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     path = tmp_path / f"w.{suffix}"
-    path.write_bytes(save(prefixed) if suffix == "safetensors" else torch_bytes(prefixed))
-    assert_same(checkpoint.read(path), state)
+    path.write_bytes(save(prefixed) if suffix == "safetensors" else torch_bytes({"state_dict": prefixed}))
+    model = network()
+    loaded = checkpoint.load(model, path)
+    assert_same(model.state_dict(), state)
+    assert loaded.prefix == prefix and f", without their prefix `{prefix}`" in str(loaded)
+
+
+class Inside(nn.Module):
+    """A network with a part of a name that wrappers use."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.add_module(name, network())
+
+
+@pytest.mark.parametrize("name", ["module", "model", "net", "_orig_mod", "state_dict_"])
+@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.module."])
+def test_a_part_that_is_called_like_a_wrapper_keeps_its_name(name: str, wrapped: str) -> None:
+    state = Inside(name).state_dict()
+    model = Inside(name)
+    checkpoint.load_into(model, {f"{wrapped}{key}": tensor for key, tensor in state.items()}, FILE)
+    assert_same(model.state_dict(), state)
+
+
+def test_the_counter_of_stochastic_weight_averaging_is_no_weight(tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(network())
+    torch.save(averaged.state_dict(), tmp_path / "w.pt")
+    model = network()
+    assert checkpoint.load(model, tmp_path / "w.pt").prefix == "module."
+    assert_same(model.state_dict(), averaged.module.state_dict())
+
+
+def test_the_counters_of_a_profiler_are_no_weights(state: State) -> None:
+    counters = {"total_ops": torch.zeros(1), "0.total_params": torch.zeros(1, dtype=torch.float64)}
+    model = network()
+    checkpoint.load_into(model, {**state, **counters}, FILE)
+    assert_same(model.state_dict(), state)
+
+
+def test_what_lies_beside_the_network_of_a_lightning_module_is_passed_over_and_named(
+    tmp_path: Path, state: State
+) -> None:
+    content = {f"model.{name}": tensor for name, tensor in state.items()} | {"criterion.weight": torch.ones(5)}
+    torch.save({"state_dict": content, "pytorch-lightning_version": "2.5.0"}, tmp_path / "w.ckpt")
+    model = network()
+    loaded = checkpoint.load(model, tmp_path / "w.ckpt")
+    assert_same(model.state_dict(), state)
+    assert str(loaded).endswith("; 1 tensors outside `model.` were passed over: `criterion.weight`")
+
+
+def test_what_compilation_inserts_is_taken_out_wherever_it_stands(state: State) -> None:
+    inserted = {re.sub(r"^([03])\.", r"\1._orig_mod.", name): tensor for name, tensor in state.items()}
+    model = network()
+    checkpoint.load_into(model, {f"model.{name}": tensor for name, tensor in inserted.items()}, FILE)
+    assert_same(model.state_dict(), state)
+
+
+class Tied(nn.Module):
+    """Two names for one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+
+def test_a_twin_that_safetensors_leaves_out_is_filled(tmp_path: Path) -> None:
+    source, model = Tied(), Tied()
+    save_model(source, str(tmp_path / "w.safetensors"))
+    assert checkpoint.read(tmp_path / "w.safetensors").keys() == {"first.weight", "first.bias", "second.bias"}
+    checkpoint.load(model, tmp_path / "w.safetensors")
+    assert_same(model.state_dict(), source.state_dict())
+    for left in ("first.weight", "second.weight"):
+        kept = {name: tensor for name, tensor in source.state_dict().items() if name != left}
+        model = Tied()
+        checkpoint.load_into(model, kept, FILE)
+        assert_same(model.state_dict(), source.state_dict())
+
+
+def test_twins_that_differ_are_refused() -> None:
+    state = {name: tensor.clone() for name, tensor in Tied().state_dict().items()}
+    checkpoint.load_into(Tied(), state, FILE)
+    with pytest.raises(BadRequest, match=r"`first\.weight` and `second\.weight` differ, and are one tensor in this"):
+        checkpoint.load_into(Tied(), {**state, "second.weight": torch.zeros(4, 4)}, FILE)
 
 
 def test_half_precision_weights_are_loaded_as_float32(tmp_path: Path, state: State) -> None:
@@ -223,7 +376,8 @@ def test_batch_counters_may_be_missing(state: State) -> None:
 
 
 def test_missing_keys_are_named(state: State) -> None:
-    sentence = "WEIGHTS={path} is not a checkpoint of this model: it lacks 0.weight; check MODEL"
+    sentence = "WEIGHTS={path} is not a checkpoint of this model: it lacks 0.weight; it holds 8 tensors: "
+    sentence += "`0.bias`, `1.weight`, `1.bias` and 5 more; check MODEL"
     del state["0.weight"]
     with pytest.raises(BadRequest, match=exactly(sentence, FILE)):
         checkpoint.load_into(network(), state, FILE)
@@ -231,14 +385,16 @@ def test_missing_keys_are_named(state: State) -> None:
 
 def test_the_first_three_of_many_missing_keys_are_named() -> None:
     sentence = (
-        "WEIGHTS={path} is not a checkpoint of this model: it lacks 0.bias, 0.weight, 1.bias and 5 more; check MODEL"
+        "WEIGHTS={path} is not a checkpoint of this model: it lacks 0.bias, 0.weight, 1.bias and 5 more; it holds 1 "
+        "tensors: `stem?[31m.gamma`; check MODEL"
     )
     with pytest.raises(BadRequest, match=exactly(sentence, FILE)):
-        checkpoint.load_into(network(), {}, FILE)
+        checkpoint.load_into(network(), {"stem\x1b[31m.gamma": torch.zeros(1)}, FILE)
 
 
 def test_unknown_keys_are_named(state: State) -> None:
-    sentence = "WEIGHTS={path} is not a checkpoint of this model: it has unknown 9.weight; check MODEL"
+    sentence = "WEIGHTS={path} is not a checkpoint of this model: it has unknown 9.weight; it holds 10 tensors: "
+    sentence += "`0.weight`, `0.bias`, `1.weight` and 7 more; check MODEL"
     with pytest.raises(BadRequest, match=exactly(sentence, FILE)):
         checkpoint.load_into(network(), {**state, "9.weight": torch.zeros(1)}, FILE)
 
@@ -270,12 +426,12 @@ def test_another_number_of_classes_leaves_the_head_and_nothing_else_to_train(sta
 
 
 @pytest.mark.parametrize("suffix", ["pt", "SAFETENSORS"])
-def test_one_tensor_under_two_names_is_refused(tmp_path: Path, state: State, suffix: str) -> None:
+def test_a_prefix_of_some_keys_is_none(tmp_path: Path, state: State, suffix: str) -> None:
     twice = {**state, "module.0.bias": torch.zeros(4)}
     path = tmp_path / f"w.{suffix}"
     path.write_bytes(save(twice) if suffix == "SAFETENSORS" else torch_bytes(twice))
-    with pytest.raises(BadRequest, match=r"`[\w.]+` and `[\w.]+` are the same tensor under two names; remove one"):
-        checkpoint.read(path)
+    with pytest.raises(BadRequest, match=r"it has unknown module\.0\.bias; it holds 10 tensors"):
+        checkpoint.load(network(), path)
 
 
 FOREIGN = checkpoint.Format(name="somebody", signature=r"first\.weight", renames=((r"^(first|front)\.", "0."),))
@@ -292,7 +448,7 @@ def test_a_key_that_a_foreign_file_lacks_is_said_to_be_named_as_here(state: Stat
     foreign = {re.sub(r"^0\.", "first.", name): tensor for name, tensor in state.items()}
     del foreign["first.bias"]
     with pytest.raises(
-        BadRequest, match=r"\(in the format of somebody\) .* it lacks 0.bias, as named here; check MODEL"
+        BadRequest, match=r"\(in the format of somebody\) .* it lacks 0.bias, as named here; it holds 8 tensors"
     ):
         checkpoint.load_into(network(), foreign, FILE, formats=[FOREIGN])
 
@@ -326,13 +482,18 @@ def test_numbers_of_another_kind_are_refused(tmp_path: Path, state: State, dtype
         torch.eye(4).to_sparse(),
         torch.zeros(4, device="meta"),
         torch.quantize_per_tensor(torch.ones(4), 1, 0, torch.qint8),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        torch.eye(4).to_sparse_csr(),
     ],
-    ids=["sparse", "meta", "quantized"],
+    ids=["sparse", "meta", "quantized", "nested", "jagged", "csr"],
 )
 def test_tensors_that_hold_no_plain_numbers_are_refused(tmp_path: Path, state: State, tensor: Tensor) -> None:
     path = tmp_path / "w.pt"
     torch.save({**state, "0.bias": tensor}, path)
-    with pytest.raises(BadRequest, match=r"`0\.bias` is a meta, sparse or quantized tensor|not a PyTorch checkpoint"):
+    with pytest.raises(
+        BadRequest, match=r"`0\.bias` is a nested, meta, sparse or quantized|not a PyTorch checkpoint|pickled"
+    ):
         checkpoint.read(path)
 
 
@@ -352,3 +513,57 @@ def test_the_options_of_a_training_script_beside_the_weights_are_passed_over(tmp
     path = tmp_path / "w.pth"
     torch.save({"model": state, "args": argparse.Namespace(lr=0.1, model="tiny"), "epoch": 3}, path)
     assert_same(checkpoint.read(path), state)
+
+
+# --- More numbers than the file has ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**6, 10**6),
+        torch.zeros(3, 1).expand(3, 10**10),
+        torch.zeros(8).as_strided((4, 4), (1, 1)),
+        torch.zeros(4).as_strided((4,), (0,)).expand(5, 4),
+    ],
+    ids=["expanded", "one side", "overlapping", "both"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_that_repeats_what_is_stored_is_refused(
+    tmp_path: Path, state: State, tensor: Tensor, zipped: bool
+) -> None:
+    path = tmp_path / "w.pt"
+    path.write_bytes(torch_bytes({**state, "0.bias": tensor}, zipped=zipped))
+    assert path.stat().st_size < 20_000
+    with pytest.raises(
+        BadRequest, match=r"`0\.bias` of shape \(.*\) repeats fewer numbers that are stored; save `tens"
+    ):
+        checkpoint.read(path)
+
+
+def test_many_views_of_few_numbers_are_refused(tmp_path: Path) -> None:
+    shared = torch.zeros(10**6)
+    path = tmp_path / "w.pt"
+    torch.save({f"{index}": shared for index in range(30)}, path)
+    with pytest.raises(BadRequest, match=r"its 30 tensors have 120 MB and share 4 MB that are stored"):
+        checkpoint.read(path)
+    torch.save({f"{index}": shared for index in range(5)}, path)  # tied weights, or views of one buffer
+    assert len(checkpoint.read(path)) == 5
+
+
+def test_a_zip_file_that_inflates_is_refused_unread(tmp_path: Path) -> None:
+    plain, path = torch_bytes({"0.weight": torch.zeros(10**7)}), tmp_path / "w.pt"
+    with zipfile.ZipFile(io.BytesIO(plain)) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert path.stat().st_size < 10**5
+    with pytest.raises(BadRequest, match=r"is a compressed zip file of 0\.0 MB that would become 40 MB; save it with"):
+        checkpoint.read(path)
+
+
+def test_a_safetensors_file_of_numbers_that_torch_does_not_have_is_damaged(tmp_path: Path) -> None:
+    header = b'{"w":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(BadRequest, match="is not a whole safetensors file"):
+        checkpoint.read(path)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from models import external
+from models import external, foreign
 from models.errors import BadRequest, CannotRunHere
 from models.external import External
 from models.spec import Preprocess, Sizes
@@ -167,7 +169,36 @@ def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypat
         (NET + SPEC.replace("size=48", "size=47"), r"prepares images of 47 pixels, which are not among its own sizes$"),
         (NET + SPEC.replace("multiple_of=8", "multiple_of=0"), r"no positive whole numbers$"),
         (NET + SPEC.replace("multiple_of=8", "multiple_of=2000"), r"allows no size: no multiple of 2000 is from 16 to"),
-        (NET + SPEC.replace("crop=1.0", "crop=0"), r"wants a crop above 0 and up to 1, and the interpolation"),
+        (NET + SPEC.replace("crop=1.0", "crop=0"), r"has crop=0, expected a crop above 0 and up to 1$"),
+        (NET + SPEC.replace("crop=1.0", "crop=None"), r"has crop=None, expected a crop above 0 and up to 1$"),
+        (NET + SPEC.replace("crop=1.0", "crop='1'"), r"has crop='1', expected a crop above 0 and up to 1$"),
+        (NET + SPEC.replace("crop=1.0", "crop=float('nan')"), r"has crop=nan, expected a crop above 0 and up to 1$"),
+        (NET + SPEC.replace("crop=1.0", "mean='abc'"), r"has mean='abc', expected three means and three positive"),
+        (NET + SPEC.replace("crop=1.0", "mean=None"), r"has mean=None, expected three means and three positive"),
+        (NET + SPEC.replace("crop=1.0", "mean=0.5"), r"has mean=0\.5, expected three means and three positive"),
+        (NET + SPEC.replace("crop=1.0", "mean=('a', 'b', 'c')"), r"has mean=\('a', 'b', 'c'\), expected three means"),
+        (NET + SPEC.replace("crop=1.0", "std=(1.0, None, 1.0)"), r"has std=\(1\.0, None, 1\.0\), expected three means"),
+        (
+            NET + SPEC.replace("crop=1.0", "interpolation=2"),
+            r"has interpolation=2, expected the interpolation bilinear",
+        ),
+        (NET + SPEC.replace("crop=1.0", "interpolation=[]"), r"has interpolation=\[\], expected the interpolation"),
+        (
+            NET + SPEC.replace('network="net"', "network=None"),
+            r"a ModelSpec has network=None, expected the name of a fu",
+        ),
+        (NET + SPEC.replace('network="net"', "network=net"), r"a ModelSpec has network=<function net .*, expected the"),
+        (NET + SPEC.replace('"my net/2"', "None"), r"wants a `name` that is text"),
+        (NET + SPEC.replace('"my net/2"', "b'net'"), r"wants a `name` that is text"),
+        (NET + SPEC.replace("size=48", "size=True"), r"has sizes that are no positive whole numbers$"),
+        (NET + SPEC.replace("size=48", "size=48.0"), r"has sizes that are no positive whole numbers$"),
+        (
+            NET + SPEC.replace("minimum=16", "minimum=16, maximum=10**9").replace("size=48", "size=10**8"),
+            r"at most 4096",
+        ),
+        (NET + SPEC.replace('network="net"', 'network="net", classes="ten"'), r"has classes='ten', expected a whole"),
+        (NET + SPEC.replace('network="net"', 'network="net", top1="78"'), r"has top1='78', expected percent, or None$"),
+        (NET + SPEC.replace('network="net"', 'network="net", hub=3'), r"wants `source` and `hub` to be text$"),
         (NET + SPEC.replace("crop=1.0", "std=(1.0, 0.0, 1.0)"), r"three positive deviations: red, green, blue$"),
         (NET + SPEC.replace("Sizes(multiple_of=8, minimum=16)", "(8, 16)"), r"wants a `name` that is text, .* `sizes="),
     ],
@@ -175,6 +206,147 @@ def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypat
 )
 def test_what_is_wrong_with_a_file_is_one_sentence_with_its_line(tmp_path: Path, text: str, sentence: str) -> None:
     assert re.search(sentence, refused(f"{written(tmp_path, text)}:net"))
+
+
+@pytest.mark.parametrize("formats", ["None", "3", "('first',)", "{'a': 1}", "Format"])
+def test_formats_of_another_kind_are_refused(tmp_path: Path, formats: str) -> None:
+    text = NET + SPEC.replace('(Format(name="somebody", signature="fc.weight"),)', formats)
+    with pytest.raises(BadRequest, match=r"its FORMATS is no tuple of models\.checkpoint\.Format$"):
+        found(f"{written(tmp_path, text)}:net").formats  # noqa: B018
+
+
+def test_a_format_whose_pattern_is_none_is_refused(tmp_path: Path) -> None:
+    text = NET + SPEC.replace('signature="fc.weight"', 'signature="fc.(weight"')
+    with pytest.raises(BadRequest, match=r"FORMATS: \w*(error|Error): missing \), unterminated subpattern"):
+        found(f"{written(tmp_path, text)}:net").formats  # noqa: B018
+
+
+def test_numbers_of_numpy_become_pythons(tmp_path: Path) -> None:
+    numbers = "import numpy\nONE = numpy.float32(1)\n"
+    text = NET + numbers + SPEC.replace("crop=1.0", "crop=ONE, mean=numpy.zeros(3).tolist(), std=[ONE, ONE, 2]")
+    preprocess = found(f"{written(tmp_path, text)}:net").preprocess
+    assert preprocess == Preprocess(size=48, crop=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 2.0))
+    assert {type(number) for number in (preprocess.crop, *preprocess.mean, *preprocess.std)} == {float}
+
+
+CLASS = """
+from torch import nn
+
+class Odd(BaseException):
+    def __str__(self):
+        raise ValueError("no words")
+
+class net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("raise Odd()", r"^\S*net\.py, line 11: Odd$"),
+        ("raise BaseException('end')", r"^\S*net\.py, line 11: BaseException: end$"),
+        ("import sys; sys.exit(0)", r"^\S*net\.py, line 11: SystemExit: 0$"),
+        ("raise GeneratorExit", r"^\S*net\.py, line 11: GeneratorExit$"),
+        ("raise ValueError('\\x1b[31mred\\x07')", r"^\S*net\.py, line 11: ValueError: \?\[31mred\?$"),
+        ("while True: pass", r"^\S*net\.py, line 11: not finished after 0\.5 s; an endless loop, or too much work"),
+        ("import time; time.sleep(60)", r"^\S*net\.py, line 11: not finished after 0\.5 s"),
+        ("self.again = self", r"^its modules form a circle: `again` is `the network` again; keep such a reference in"),
+        (
+            "self.a = nn.Sequential(nn.ReLU()); self.a.b = nn.Sequential(self.a)",
+            r"^its modules form a circle: `a\.b\.0` is `a` again; keep such a reference in a tuple",
+        ),
+        ("self.train = lambda mode=True: 1 / 0", r"^\S*net\.py, line 11: ZeroDivisionError: division by zero$"),
+    ],
+)
+def test_whatever_building_a_network_does_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, sentence: str
+) -> None:
+    monkeypatch.setattr(foreign, "LIMIT_S", 0.5)
+    said = refused(f"{written(tmp_path, f'{CLASS}        {line}{chr(10)}')}:net")
+    assert re.search(sentence, said), said
+
+
+@pytest.mark.parametrize("line", ["while True: pass", "try:\n    while True: pass\nexcept Exception: pass"])
+def test_a_file_that_never_ends_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.setattr(foreign, "LIMIT_S", 0.5)
+    said = refused(f"{written(tmp_path, f'{line}{chr(10)}')}:net")
+    assert re.search(r"^\S*net\.py, line [12]: not finished after 0\.5 s", said), said
+
+
+def test_a_limit_inside_a_limit_leaves_the_outer_one_running() -> None:
+    with pytest.raises(foreign.TooLong, match=r"after 0\.3 s"), foreign.limited(0.3):
+        with foreign.limited(30):
+            pass
+        time.sleep(10)
+    time.sleep(0.4)  # nothing is left that rings
+
+
+def test_shared_modules_are_no_circle(tmp_path: Path) -> None:
+    line = "part = nn.Linear(2, 2); self.a = part; self.b = nn.Sequential(part, nn.Sequential(part)); self.none = None"
+    found(f"{written(tmp_path, f'{CLASS}        {line}{chr(10)}')}:net").build(10)
+
+
+def test_a_chain_of_many_modules_is_no_circle(tmp_path: Path) -> None:
+    line = "self.parts = nn.Sequential(*(nn.ReLU() for _ in range(3000)))"
+    found(f"{written(tmp_path, f'{CLASS}        {line}{chr(10)}')}:net").build(10)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    ["torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.parametrizations.weight_norm"],
+)
+def test_norms_of_weights_can_be_copied(tmp_path: Path, norm: str) -> None:
+    text = f"import torch\n{NET}".replace("nn.Conv2d(3, 8, 3)", f"{norm}(nn.Conv2d(3, 8, 3))")
+    network = found(f"{written(tmp_path, text)}:net").build(10).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(copy.deepcopy(network)(images), network(images))
+    network.requires_grad_(True).train()(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+SWITCHES = {
+    "gradients (torch.set_grad_enabled)": "torch.set_grad_enabled(False)",
+    "the default dtype (torch.set_default_dtype)": "torch.set_default_dtype(torch.float64)",
+    "the default device (torch.set_default_device)": "torch.set_default_device('meta')",
+    "deterministic algorithms (torch.use_deterministic_algorithms)": "torch.use_deterministic_algorithms(True)",
+    "autocast": "torch.set_autocast_enabled('cpu', True)",
+    "anomaly detection (torch.autograd.set_detect_anomaly)": "torch.autograd.set_detect_anomaly(True)",
+    "the number of threads (torch.set_num_threads)": "torch.set_num_threads(torch.get_num_threads() + 1)",
+    "the precision of products (torch.set_float32_matmul_precision)": "torch.set_float32_matmul_precision('high')",
+    "oneDNN (torch.backends.mkldnn.enabled)": "torch.backends.mkldnn.enabled = False",
+    "floating-point errors (numpy.seterr)": "import numpy; numpy.seterr(all='raise')",
+    "warnings to errors (warnings.filterwarnings)": "import warnings; warnings.filterwarnings('error')",
+    "logging (logging.disable)": "import logging; logging.disable(logging.CRITICAL)",
+    "the working directory (os.chdir)": "import os; os.chdir('/')",
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("place", ["importing it", "building it"])
+def test_what_a_file_switches_is_set_back_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, place: str
+) -> None:
+    before = foreign.settings()
+    layer = "    return nn.Sequential(nn.Conv2d(3, classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    inside = f"    {SWITCHES[name]}\n" if place == "building it" else ""
+    above = f"{SWITCHES[name]}\n" if place == "importing it" else ""
+    request = (
+        f"{written(tmp_path, f'import torch{chr(10)}from torch import nn{chr(10)}def net(classes):{chr(10)}')}:net"
+    )
+    (tmp_path / "net.py").write_text(
+        (tmp_path / "net.py").read_text() + layer.replace("    return", f"{inside}    return")
+    )
+    (tmp_path / "net.py").write_text(f"import torch\n{above}{(tmp_path / 'net.py').read_text()}")
+    found(request).build(10)
+    assert foreign.settings() == before
+    assert f"MODEL={request}: {place} switched {name}; set back" in caplog.messages
+
+
+def test_a_file_that_switches_nothing_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found(f"{written(tmp_path, NET)}:net").build(10)
+    assert not caplog.messages
 
 
 def test_the_line_is_that_of_the_file_that_fails(tmp_path: Path) -> None:

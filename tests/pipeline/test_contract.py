@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from models import external
+import targets
+from calibration.batches import Images
+from calibration.folder import Folder
+from models import external, foreign
 from models.errors import BadRequest, CheckFailed
 from models.external import External
+from models.spec import Preprocess
 from pipeline import contract
-from tests.tiny import SPEC
+from pipeline.stages import Run
+from tests.models.test_external import SWITCHES
+from tests.tiny import SPEC, tiny_run
 
 HEAD = """
 import torch
@@ -36,6 +47,7 @@ def model(folder: Path, forward: str, init: str = "", module: str = "") -> Exter
     """A network whose forward ends in `forward`, from a line `AT + 1` on."""
     text = HEAD.replace("8, classes)\n", f"8, classes)\n        {init}\n") if init else HEAD
     lines = "".join(f"        {line}\n" for line in forward.splitlines())
+    folder.mkdir(exist_ok=True)
     (folder / "net.py").write_text(f"{text}{lines}{module}")
     found = external.find(f"{folder / 'net.py'}:Net")
     assert isinstance(found, External)
@@ -140,8 +152,333 @@ def test_the_linter_speaks_before_the_training(tmp_path: Path) -> None:
 
 def test_an_operator_that_onnx_lacks_is_named_before_the_training(tmp_path: Path) -> None:
     spec = model(tmp_path, "return self.head(f + torch.linalg.svdvals(x[:, 0])[:, :8])")
-    with pytest.raises(CheckFailed, match=r"torch\.onnx cannot convert the network: .*aten\._linalg_svd"):
+    with pytest.raises(CheckFailed, match=rf"the network, at \S*net\.py:{AT + 1}: .*aten\._linalg_svd"):
         contract.check(spec, 32, 10)
+
+
+# --- The same answer, whenever and however often it is asked --------------------------------------------------------
+
+RANDOM = "in evaluation it is random: "
+AGAIN = r"in evaluation it answers the same images differently when asked again \(-?[\d.]+ dB\)"
+REBUILT = r"built again with the same state_dict, it answers differently \(-?[\d.]+ dB\)"
+TRACE = r"its trace by torch\.export answers differently \(-?[\d.]+ dB\)"
+
+
+@pytest.mark.parametrize(
+    ("init", "forward", "sentence"),
+    [
+        # Operators that draw numbers.
+        ("", "f = nn.functional.dropout(f, 0.3)", rf"{RANDOM}`dropout` at \S*net\.py:{AT + 1}; make it depend on"),
+        ("", "f = nn.functional.dropout2d(x, 0.3).mean((2, 3)) @ torch.ones(3, 8)", rf"{RANDOM}`feature_dropout` at"),
+        ("", "f = f + 0.1 * torch.randn_like(f)", rf"{RANDOM}`randn_like` at \S*net\.py:{AT + 1}; "),
+        ("", "f = f * torch.rand(1)", rf"{RANDOM}`rand` at \S*net\.py:{AT + 1}; "),
+        ("", "torch.manual_seed(0)\nf = f + torch.rand(8)", rf"{RANDOM}`rand` at \S*net\.py:{AT + 2}; "),
+        ("", "f = torch.bernoulli(f.sigmoid())", rf"{RANDOM}`bernoulli` at \S*net\.py:{AT + 1}; "),
+        ("", "f = f + torch.zeros(8).uniform_()", rf"{RANDOM}`uniform_` at \S*net\.py:{AT + 1}; "),
+        ("", "f = nn.functional.rrelu(f, training=True)", rf"{RANDOM}`rrelu` at"),
+        (
+            "",
+            "q = f[:, None]\nf = nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)[:, 0]",
+            rf"{RANDOM}`scaled_dot_product_attention` at \S*net\.py:{AT + 2}; ",
+        ),
+        (
+            "self.drop = nn.Dropout(0.5); self.drop.train = lambda mode=True: self.drop; self.drop.training = True",
+            "f = self.drop(f)",
+            rf"{RANDOM}`dropout` at \S*net\.py:{AT + 1} in `drop`; ",
+        ),
+        # Numbers that Python draws or counts.
+        ("", "import random\nf = f * random.random()", rf"{AGAIN}: something in Python is random, or counts"),
+        ("", "import numpy\nf = f + torch.from_numpy(numpy.random.rand(8)).float()", AGAIN),
+        ("", "import time\nf = f * time.perf_counter()", AGAIN),
+        (
+            "self.calls = 0",
+            "self.calls += not self.training\nf = f if self.calls < 6 else -f",
+            rf"{AGAIN}: `calls` changed; an engine keeps nothing between two queries",
+        ),
+        ("self.seen = []", "self.seen.append(1)\nf = f * len(self.seen)", rf"{AGAIN}: `seen\[\d\]`.* changed"),
+        # What is not in the state dict, or taken from the first images.
+        ("self.pattern = torch.randn(8)", "f = f + self.pattern", rf"{REBUILT}: `pattern` differs and is not in the"),
+        ("self.pattern = 0.01 * torch.randn(8)", "f = f + self.pattern", rf"{REBUILT}: `pattern` differs"),
+        ("self.parts = {'a': [torch.randn(8)]}", "f = f + self.parts['a'][0]", rf"{REBUILT}: `parts\['a'\]\[0\]` diff"),
+        (
+            "self.register_buffer('pattern', torch.randn(8), persistent=False)",
+            "f = f + self.pattern",
+            rf"{REBUILT}: `pattern` differs and is not in the state_dict; what is random, or taken from the first",
+        ),
+        (
+            "import numpy; self.pattern = nn.Buffer(torch.from_numpy(numpy.random.rand(8)).float(), persistent=False)",
+            "f = f + self.pattern",
+            rf"{REBUILT}: `pattern` differs",
+        ),
+        (
+            "import numpy; self.noise = numpy.random.rand(8)",
+            "f = f + torch.tensor(self.noise).float()",
+            f"{REBUILT}: `noi",
+        ),
+        ("import random; self.scale = random.random()", "f = f * self.scale", rf"{REBUILT}: `scale` differs"),
+        ("noise = torch.randn(8); self.call = lambda x: x + noise", "f = self.call(f)", rf"{REBUILT}; what is random"),
+        ("import random; self.flip = random.random() < 2", "f = -f if self.flip else f", ""),
+        (
+            "self.mean = None",
+            "self.mean = f.detach().mean(0) if self.mean is None else self.mean\nf = f - self.mean",
+            rf"{REBUILT}|{TRACE}|differently",
+        ),
+        # What depends on the rest of the batch.
+        ("", "f = f - f.mean(0)", r"in evaluation its answer to an image depends on the other images of the batch"),
+        ("", "f = f.softmax(0)", r"in evaluation its answer to an image depends on the other images of the batch"),
+        (
+            "self.norm = nn.BatchNorm1d(8, track_running_stats=False)",
+            "f = self.norm(f)",
+            r"in evaluation its answer to an image depends on|Expected more than 1 value per channel",
+        ),
+        # What changes the images, or a buffer.
+        (
+            "",
+            "x *= 2\nf = self.features(x)",
+            rf"in evaluation it changes its input in place: `mul_` at \S*net\.py:{AT + 1}; write `x = x \* 2`",
+        ),
+        ("", "x.mul_(0.5).add_(0.25)\nf = self.features(x)", rf"its input in place: `mul_` at \S*net\.py:{AT + 1}; "),
+        ("", "nn.functional.relu_(x)\nf = self.features(x)", rf"its input in place: `relu_` at \S*net\.py:{AT + 1}; "),
+        ("self.r = nn.ReLU(inplace=True)", "f = self.features(self.r(x))", r"in place: `relu_` at .* in `r`; "),
+        ("", "x[:, 0] = 0\nf = self.features(x)", rf"its input in place: `\w+` at \S*net\.py:{AT + 1}; "),
+        (
+            "",
+            "x.flatten(2)[:, :, 3].add_(1)\nf = self.features(x)",
+            rf"its input in place: `add_` at \S*net\.py:{AT + 1}",
+        ),
+        ("", "x.clamp_(-20, 20)\nf = self.features(x)", rf"its input in place: `clamp_` at \S*net\.py:{AT + 1}; "),
+        ("", "if not self.training:\n    x.sub_(1)\nf = self.features(x)", r"its input in place: `sub_` at"),
+        (
+            "self.norm = nn.BatchNorm1d(8); self.norm.train = lambda mode=True: self.norm; self.norm.training = True",
+            "f = self.norm(f)",
+            r"in evaluation it changes its buffer `norm\.(running_mean|num_batches_tracked)`",
+        ),
+        ("self.seen = nn.Buffer(torch.zeros(8))", "self.seen = self.seen + 1", r"it changes its buffer `seen`"),
+    ],
+)
+def test_an_answer_that_depends_on_more_than_the_image_is_refused(
+    tmp_path: Path, init: str, forward: str, sentence: str
+) -> None:
+    spec = model(tmp_path, f"{forward}\nreturn self.head(f)", init)
+    if not sentence:
+        contract.check_trace(spec, 32)
+        return
+    said = refused(spec, None)
+    assert re.search(sentence, said), said
+
+
+@pytest.mark.parametrize(
+    ("init", "forward"),
+    [
+        ("self.drop = nn.Dropout(0.5)", "f = self.drop(f)"),
+        ("", "f = nn.functional.dropout(f, 0.3, self.training)"),
+        ("", "f = f + 0.1 * torch.randn_like(f) if self.training else f"),
+        ("", "f = nn.functional.rrelu(f)"),
+        ("", "f = nn.functional.dropout(f, 0.0)"),
+        ("", "q = f[:, None]\nf = nn.functional.scaled_dot_product_attention(q, q, q)[:, 0]"),
+        ("", "unused = torch.rand(3)"),
+        ("", "f = f.relu_().add_(1)"),
+        ("", "x = x.clone()\nx *= 2\nf = self.features(x)"),
+        ("", "x = 2 * x\nnn.functional.relu_(x)\nf = self.features(x)"),
+        ("self.norm = nn.BatchNorm1d(8)", "f = self.norm(f)"),
+        ("self.pattern = torch.arange(8.0)", "f = f + self.pattern"),
+        ("torch.manual_seed(7); self.pattern = torch.randn(8)", "f = f + self.pattern"),
+        ("self.register_buffer('pattern', torch.randn(8))", "f = f + self.pattern"),
+        ("self.grid = None", "self.grid = torch.arange(8.0) if self.grid is None else self.grid\nf = f + self.grid"),
+        ("self.register_parameter('p', None); self.none = None", "f = f"),
+    ],
+)
+def test_what_only_looks_like_it_passes(tmp_path: Path, init: str, forward: str) -> None:
+    contract.check_trace(model(tmp_path, f"{forward}\nreturn self.head(f)", init), 32)
+
+
+def test_a_counter_without_effect_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    contract.check_trace(model(tmp_path, "self.calls += 1\nreturn self.head(f)", "self.calls = 0"), 32)
+    assert any(
+        message.endswith("in evaluation it changes `calls`; an engine keeps nothing between two queries")
+        for message in caplog.messages
+    )
+
+
+# --- Nothing is left switched ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_a_forward_leaves_switched_is_refused(tmp_path: Path, name: str) -> None:
+    before = foreign.settings()
+    said = refused(model(tmp_path, f"{SWITCHES[name]}\nreturn self.head(f)"), None)
+    assert said.startswith(f"in training its forward switches {name} and leaves it so; use a context, such as"), said
+    assert foreign.settings() == before
+
+
+@pytest.mark.parametrize(
+    ("forward", "sentence"),
+    [
+        ("self.train()\nreturn self.head(f)", r"in evaluation its forward switches `the network` to training"),
+        ("self.eval()\nreturn self.head(f)", r"in training its forward switches `the network` to evaluation"),
+        ("self.head.train()\nreturn self.head(f)", r"in evaluation its forward switches `head` to training and leaves"),
+        (
+            "if not self.training:\n    torch.set_grad_enabled(True)\nreturn self.head(f)",
+            r"in evaluation its forward switches gradients \(torch\.set_grad_enabled\)",
+        ),
+    ],
+)
+def test_a_mode_that_a_forward_leaves_switched_is_refused(tmp_path: Path, forward: str, sentence: str) -> None:
+    assert re.search(sentence, refused(model(tmp_path, forward), None))
+
+
+def test_the_generators_go_on_as_if_nothing_had_been_drawn(tmp_path: Path) -> None:
+    spec = model(tmp_path, "return self.head(f)")
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    expected = torch.rand(1).item(), random.random(), np.random.rand()
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    contract.check_trace(spec, 32)
+    assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+
+
+# --- Whatever its code does -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("forward", "sentence"),
+    [
+        (
+            "import sys; sys.exit(0)",
+            r"^it fails in training on images \(2, 3, 32, 32\): \S*, line LINE: SystemExit: 0$",
+        ),
+        ("raise BaseException('end')", r"^it fails in training .*, line LINE: BaseException: end$"),
+        ("class Odd(Exception):\n    __str__ = None\nraise Odd", r"^it fails in training .*, line \d+: Odd$"),
+        ("if not self.training: exit()", r"^it fails in evaluation on images .*, line LINE: SystemExit"),
+        ("while True: f = f", r"^it fails in training .*, line LINE: not finished after 1 s; an endless loop, or too"),
+        ("while not self.training: f = f", r"^it fails in evaluation .*, line LINE: not finished after 1 s"),
+        ("import time; time.sleep(99)", r"^it fails in training .*, line LINE: not finished after 1 s"),
+        ("return self.forward(x)", r"^it fails in training .*, line LINE: RecursionError: maximum recursion depth"),
+        ("import os; os.kill(os.getpid(), 14)", r"not finished after 1 s"),
+        (
+            "f = f.abs_().sigmoid().mul_(2)",
+            r"^its gradients cannot be computed: RuntimeError: one of the variables needed",
+        ),
+    ],
+)
+def test_whatever_its_forward_does_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: str, sentence: str
+) -> None:
+    spec = model(tmp_path, f"{forward}\nreturn self.head(f)")
+    monkeypatch.setattr(foreign, "LIMIT_S", 1.0)
+    said = refused(spec, None)
+    assert re.search(sentence.replace("LINE", str(AT + 1)), said), said
+
+
+def test_what_cannot_be_copied_is_refused(tmp_path: Path) -> None:
+    said = refused(model(tmp_path, "return self.head(f)", "self.file = open(__file__)"), None)
+    assert said.startswith("it cannot be copied (copy.deepcopy): TypeError: cannot pickle")
+
+
+@pytest.mark.parametrize("norm", ["utils.weight_norm", "utils.spectral_norm", "utils.parametrizations.weight_norm"])
+def test_norms_of_weights_pass(tmp_path: Path, norm: str) -> None:
+    contract.check(model(tmp_path, "return self.head(f)", f"self.conv = nn.{norm}(self.conv)"), 32, 10)
+
+
+# --- Pictures -------------------------------------------------------------------------------------------------------
+
+
+def pictures(folder: Path) -> Images:
+    """Black, white and grey ones, in two classes."""
+    for label in ("a", "b"):
+        for index, value in enumerate([128] * 10 + [0, 255]):
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (value,) * 3).save(folder / label / f"{index:02}-{value}.png")
+    data = Folder.scan(folder, 0)
+    return Images(data=data, part="train", preprocess=Preprocess(size=32, crop=1.0, mean=(0, 0, 0), std=(1, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "value"),
+    [("return self.head(f / (x - 128 / 255).abs().amax((2, 3)).max(1, keepdim=True)[0])", "inf|nan")],
+)
+def test_the_picture_whose_answer_is_no_number_is_named(tmp_path: Path, forward: str, value: str) -> None:
+    spec = model(tmp_path / "code", forward)
+    found = pictures(tmp_path / "data")
+    with pytest.raises(BadRequest, match=rf"its logits are not finite: -?({value}) among those of \S*-128\.png; expec"):
+        contract.check(spec, 32, 2, pictures=found)
+
+
+def test_statistics_that_nothing_was_trained_with_are_no_reason(tmp_path: Path) -> None:
+    init = "self.norm = nn.BatchNorm1d(8); self.far = nn.BatchNorm1d(8)"
+    spec = model(tmp_path, "return self.head(self.far(self.norm(f * 1e25) * 1e25))", init)
+    contract.check_trace(spec, 32)
+
+
+def test_the_logits_of_all_pictures_are_looked_at(tmp_path: Path) -> None:
+    found = pictures(tmp_path)
+    logits = np.zeros((len(found), 2), np.float32)
+    assert contract.unfinite(found, logits) is None
+    logits[3, 1], logits[5, 0] = -np.inf, np.nan
+    name = re.escape(contract.picture(found, 3))
+    assert re.fullmatch(
+        rf"the logits of 2 of {len(found)} pictures are not finite; the first: {name}, with -inf",
+        contract.unfinite(found, logits) or "",
+    )
+
+
+# --- Converters -----------------------------------------------------------------------------------------------------
+
+
+def coreml(spec: External) -> Run:
+    return tiny_run("fp32", "coreml", model=spec, preprocess=Preprocess(size=32, crop=1.0))
+
+
+REFUSED = {
+    "y = torch.fmod(y, 0.7)": "fmod",
+    "y = y.clone(); y[:, [1, 3]] = 0.5": r"\w+",
+    "y = y * (y.permute(0, 2, 3, 1) @ torch.ones(8))[:, None]": r"\w+",
+    "y = y + torch.einsum('...ij,...kj->...ik', y, y)": r"\w+",
+    "y = y * y.prod(1, keepdim=True)": "prod",
+    "y = y + y.diagonal(dim1=2, dim2=3)[..., None]": r"diagonal\w*",
+    "y = nn.functional.hardshrink(y)": r"\w+",
+    "y = torch.round(y, decimals=1)": "round",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_an_operator_that_core_ml_refuses_is_named_for_core_ml_alone(tmp_path: Path, line: str) -> None:
+    spec = model(tmp_path, f"y = self.conv(x)\n{line}\nreturn self.head(y.mean((2, 3)))")
+    run = coreml(spec)
+    with pytest.raises(CheckFailed) as raised:
+        contract.check(spec, 32, 4, run=run)
+    said = str(raised.value)
+    name = REFUSED[line]
+    assert re.search(
+        rf"^TARGET=coreml: coremltools [\d.]+ cannot convert `{name}` at \S*net\.py:{AT + 2}: \w+: .*; write it with",
+        said,
+    ), said
+    assert "\n" not in said
+    contract.check(spec, 32, 4, run=replace(run, target=targets.ALL["cpu"]))
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("y = y.unfold(2, 2, 2).mean(-1)", "unfold"),
+        ("y = y.reshape(-1, 2, 4, 4, 4, 2, 8).transpose(3, 4).reshape(-1, 8, 16, 16)", "rank"),
+    ],
+)
+def test_what_core_ml_alone_refuses_is_an_error_for_it_alone(tmp_path: Path, line: str, rule: str) -> None:
+    spec = model(tmp_path, f"y = self.conv(x)\n{line}\nreturn self.head(y.mean((2, 3)))")
+    with pytest.raises(CheckFailed, match=rf"net\.py:{AT + 2}: error: {rule}: .*: TARGET=coreml: "):
+        contract.check(spec, 32, 4, run=coreml(spec))
+    for name in ("cpu", "onnxruntime", "rtx"):
+        contract.check(spec, 32, 4, run=replace(coreml(spec), target=targets.ALL[name]))
+
+
+def test_a_network_that_core_ml_takes_passes(tmp_path: Path) -> None:
+    spec = model(tmp_path, "return self.head(f)")
+    contract.check(spec, 32, 4, run=coreml(spec))
+    contract.check_target(coreml(spec))
 
 
 def test_a_layer_without_a_shape_is_no_layer_yet(tmp_path: Path) -> None:
@@ -166,7 +503,7 @@ def test_a_network_that_counts_its_queries_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_norm_whose_gamma_is_computed_is_converted_as_it_is(tmp_path: Path) -> None:
-    norm = "nn.functional.batch_norm(y, self.m, self.v, y.mean((0, 2, 3)))"
+    norm = "nn.functional.batch_norm(y, self.m, self.v, 1 + 0 * y.mean((0, 2, 3)))"
     forward = f"y = self.conv(x)\nreturn self.head({norm}.mean((2, 3)))"
     spec = model(tmp_path, forward, init="self.m = nn.Buffer(torch.zeros(8)); self.v = nn.Buffer(torch.ones(8))")
     contract.check(spec, 32, 10)
