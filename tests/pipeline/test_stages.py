@@ -84,6 +84,7 @@ def test_an_engine_holds_all_that_its_device_needs(shared: Path) -> None:
         "mean": list(SPEC.preprocess.mean),
         "std": list(SPEC.preprocess.std),
         "interpolation": "bicubic",
+        "background": [255, 255, 255],
     }
 
 
