@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from calibration.classes import ORDERS, Classes, Order, by_name, listed, ordered, read
 from calibration.data import PARTS, Part
+from calibration.history import fingerprint
 from calibration.layout import File, LeftOut, endings, files, layout, subfolders
 from models.errors import BadRequest, printable
 from models.spec import ModelSpec, Preprocess
@@ -120,6 +121,12 @@ class Folder:
             return None
         other = ordered(self.folders, "natural")
         return None if other == self.folders else [other.index(folder) for folder in self.folders]
+
+    def fingerprints(self, part: Part) -> list[bytes]:
+        """Of every picture of a part, from its path below the root and its size in bytes: the same where the folder
+        lies elsewhere, or the seed draws other parts.
+        """
+        return [fingerprint(b"%b\0%d" % (os.fsencode(name), size)) for (name, size, _), _ in self.parts[part]]
 
     def preprocess(self, model: ModelSpec) -> Preprocess:
         return model.preprocess

@@ -31,7 +31,7 @@ HEAVY = {
 # Modules whose whole subject is training or quantization: they are themselves imported where they are used. Those of
 # calibration/ that are read to name things are not.
 LEAN_CALIBRATION = {"__init__", "budget", "carried", "data", "families", "folder", "metrics", "photos", "placement"}
-LEAN_CALIBRATION |= {"preprocess", "progress", "recipe", "scheme", "classes", "layout", "pictures"}
+LEAN_CALIBRATION |= {"preprocess", "progress", "recipe", "scheme", "classes", "history", "layout", "pictures", "sanity"}
 OF_TORCH = {
     f"calibration/{path.name}" for path in (ROOT / "calibration").glob("*.py") if path.stem not in LEAN_CALIBRATION
 }
