@@ -81,8 +81,8 @@ def losing_classes(names: Sequence[str], labels: Labels, reference: Logits, foun
     excess = lost - expected
     worst = [label for label in np.argsort(-excess / np.maximum(images, 1), kind="stable") if images[label]]
     named = [
-        f"class `{names[label]}`: {100 * right[labels == label].mean():.0f} -> {100 * kept[labels == label].mean():.0f} "
-        f"% on {images[label]} images"
+        f"class `{names[label]}`: {100 * right[labels == label].mean():.0f} -> "
+        f"{100 * kept[labels == label].mean():.0f} % on {images[label]} images"
         for label in worst
         if lost[label] >= 2 and excess[label] >= max(0.1 * images[label], chance[label])
     ]

@@ -7,6 +7,7 @@ Where the engine cannot be executed, the graph that it was compiled from is, and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.metrics import Labels, Logits, agreement, snr_db, top1
+from calibration.metrics import Labels, Logits, agreement, by_class, losing_classes, snr_db, top1
 from calibration.progress import bar
 from calibration.recipe import Ptq, Qat
-from models.errors import CheckFailed
+from models.errors import CheckFailed, printable
 from pipeline.divergence import engine_divergence, export_divergence, graph_divergence
 from targets._host import in_queries, padded
 from targets.base import Evaluates, HasUnits
@@ -43,6 +44,8 @@ _GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "int8_lsq": "fp16", "w8a
 _GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
 _FLIPS = 0.02  # share of the images whose answer a step may change, and one image in any case
 _ONNX_FLIPS = 0.001  # the same of ONNX Runtime on an export with trained weights
+
+log = logging.getLogger("edgeline")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +214,9 @@ def _query(run: Run, export: Export) -> Images:
 
 def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | None = None) -> dict[str, object]:
     found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
+    judged = (run.data.classes, ladder.labels, ladder.float_logits, ladder.logits)
+    if run.trained and (sentence := losing_classes(*judged)):
+        log.warning("warning: %s", printable(sentence))
     if not run.max_drop.holds(reference, found, len(ladder.labels)):
         allowed = run.max_drop.tolerance(reference, len(ladder.labels))
         raise CheckFailed(
@@ -228,6 +234,7 @@ def _report(run: Run, ladder: Ladder, *, executed: bool = True, why_not: str | N
         "snr_db": round(snr_db(ladder.float_logits, ladder.logits), 2),
         "images": len(ladder.labels),
         "steps": [asdict(step) for step in ladder.steps],
+        **by_class(*judged),
     }
 
 
