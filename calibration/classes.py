@@ -19,6 +19,8 @@ _LARGEST_FILE = 2**24  # bytes
 _MOST_CLASSES = 100_000
 _NAMED = 5  # folders or classes that a sentence lists
 
+_SEPARATORS = ("\t", ",", " ")
+
 _Row: TypeAlias = tuple[str, str]  # the first field of a line and the rest, empty where there is none
 
 
@@ -86,28 +88,18 @@ _Entry: TypeAlias = tuple[int, str, str]  # output, folder, name
 def _of_lines(text: str, where: str, folders: Collection[str]) -> list[_Entry]:
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-    rows = [_fields(line) for line in lines]
-    whole, first = sum(line in folders for line in lines), sum(row[0] in folders for row in rows)
-    if whole >= first:  # a class name may have blanks
-        last = sum(rest in folders and _is_index(index) for index, rest in rows)
-        if last <= whole:
-            return [(index, line, line) for index, line in enumerate(lines)]
-        rows = [(rest, index) for index, rest in rows]  # the index first
-    return _of_rows(rows, where)
-
-
-def _fields(line: str) -> _Row:
-    """The first field of a line and the rest, at a tab, a comma or a blank."""
-    for separator in ("\t", ",", " "):
-        first, found, rest = line.partition(separator)
-        if found:
-            return first.strip(), rest.strip()
-    return line, ""
+    plain: list[_Row] = [(line, "") for line in lines]  # a class name may have blanks
+    readings = [plain]
+    for separator in _SEPARATORS:
+        rows = [(first.strip(), rest.strip()) for first, _, rest in (line.partition(separator) for line in lines)]
+        turned = [(rest, first) if _is_index(first) else (first, rest) for first, rest in rows]  # the index first
+        readings += [rows, turned]
+    return _of_rows(max(readings, key=lambda rows: sum(row[0] in folders for row in rows)), where)
 
 
 def _of_rows(rows: Sequence[_Row], where: str) -> list[_Entry]:
     numbered = [_is_index(rest) for _, rest in rows]
-    if all(numbered):
+    if rows and all(numbered):
         return [(int(rest), folder, folder) for folder, rest in rows]
     if any(numbered):
         line = numbered.index(not numbered[0])

@@ -201,8 +201,10 @@ def _inner(root: Path) -> Path | None:
     none.
     """
     names = subfolders(root)
-    if len(names) == 1 and len(subfolders(root / names[0])) > 1 and not _holds_pictures(root / names[0]):
-        return root / names[0]
+    if len(names) == 1 and not _holds_pictures(root / names[0]):
+        inner = subfolders(root / names[0])
+        if len(inner) > 1 or any(subfolders(root / names[0] / name) for name in inner):
+            return root / names[0]
     if _holds_pictures(root):
         return None
     around = [name for name in names if name.lower() in _CONTAINERS and _parts(root / name)]
@@ -234,13 +236,15 @@ def _declared(root: Path, found: Mapping[Role, Path]) -> Layout:
             f"{printable(root)} has {printable(only.name)}/ but no {missing}/; add {printable(root / missing)}, or "
             f"name {printable(only)} itself to have it split"
         )
-    if val and test and not subfolders(test) and _holds_pictures(test):
-        notes.append(f"{printable(test)} holds pictures without class folders and is left out: no label is known")
-        test = None
     if test is None:  # as of ImageNet, whose test part has no labels
         val, test = None, val
     assert test is not None
     others = [name for name in subfolders(root) if root / name not in found.values()]
+    for name in [name for name in others if _role(name)]:
+        notes.append(
+            f"{printable(root / name)} holds pictures without class folders and is left out: no label is known"
+        )
+        others.remove(name)
     if others:
         notes.append(f"folders of {printable(root)} that are no parts of the data set are left out: {listed(others)}")
     return Layout(train=_within(train), val=_within(val) if val else None, test=_within(test), notes=tuple(notes))
