@@ -251,7 +251,12 @@ def test_folders_deeper_than_a_stack_are_read(tmp_path: Path) -> None:
     for _ in range(1200):
         deep = deep / "x"
         deep.mkdir()
-    assert sum(counts(Folder.scan(root, seed=0))) == 6
+    try:
+        assert sum(counts(Folder.scan(root, seed=0))) == 6
+    finally:  # shutil.rmtree, with which pytest tidies up, recurses
+        while deep != root / "a":
+            deep.rmdir()
+            deep = deep.parent
 
 
 @pytest.fixture
