@@ -93,7 +93,7 @@ class Folder:
         for part, folder in (("val", found.val), ("test", found.test)):
             if folder:
                 declared[part] = _listed_like(folder, found.train, folders, listing)  # type: ignore[index]
-        parts = _drawn(declared, found.train, seed)
+        parts = _drawn(declared, found.train, seed, left_out)
         pictures = sum(len(examples) for examples in parts.values())
         notes = [*found.notes, *_without_folder(classes), *filter(None, [left_out.sentence(pictures)])]
         return cls(
@@ -220,7 +220,7 @@ def _listed_like(
 
 
 def _drawn(
-    declared: Mapping[Part, Mapping[str, Sequence[Example]]], train: Path, seed: int
+    declared: Mapping[Part, Mapping[str, Sequence[Example]]], train: Path, seed: int, left_out: LeftOut
 ) -> dict[Part, tuple[Example, ...]]:
     """The parts, those that are not declared drawn from the train part. Raises BadRequest where a class has too few."""
     rng = random.Random(seed)  # noqa: S311 - a split, not a secret
@@ -230,8 +230,8 @@ def _drawn(
         examples = list(listed_examples)
         if len(examples) < least:
             raise BadRequest(
-                f"{printable(train / name)} holds {len(examples)} images ({endings()}); expected at least {least}, so "
-                "that each part gets one"
+                f"{printable(train / name)} holds {len(examples)} images ({endings()}){left_out.beside(name)}; "
+                f"expected at least {least}, so that each part gets one"
             )
         rng.shuffle(examples)
         share = {

@@ -70,6 +70,11 @@ class LeftOut:
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind or ending, class)
 
+    def beside(self, name: str) -> str:
+        """What is left out of one class, for a sentence; nothing where nothing is."""
+        kinds = {kind: count for (kind, other), count in self.counts.items() if other == name}
+        return f" and {', '.join(f'{count} {kind}' for kind, count in kinds.items())} left out" if kinds else ""
+
     def sentence(self, pictures: int) -> str | None:
         """How many files of how many are left out, and which; None where there are none."""
         if not self.counts:
@@ -254,20 +259,18 @@ def _refuse_equal(root: Path) -> None:
     """Raises BadRequest where two class folders hold folders of the same names and no pictures themselves: they are
     parts of a data set under names that nobody knows, and the folders in them its classes.
     """
-    inner: dict[str, str] = {}  # folder of a folder -> folder, of the first
-    shared: Counter[tuple[str, str]] = Counter()
+    holders: dict[str, str] = {}  # folder of a class folder -> the first class folder that has it
     for name in subfolders(root):
-        found = subfolders(root / name)
-        if found and not _holds_pictures(root / name):
-            for each in found:
-                if each in inner:
-                    shared[inner[each], name] += 1
-                inner.setdefault(each, name)
-    for (one, other), count in shared.items():
-        if count > 1:
-            both = sorted(set(subfolders(root / one)) & set(subfolders(root / other)))
+        if _holds_pictures(root / name):
+            continue
+        for each in subfolders(root / name):
+            if each.lower() in _CONTAINERS and _holds_pictures(root / name / each):
+                continue  # as of Tiny ImageNet: n01443537/images/
+            if (first := holders.setdefault(each, name)) == name:
+                continue
+            both = sorted(set(subfolders(root / first)) & set(subfolders(root / name)))
             raise BadRequest(
-                f"{printable(root)}: {printable(one)}/ and {printable(other)}/ would be classes, but both hold the "
+                f"{printable(root)}: {printable(first)}/ and {printable(name)}/ would be classes, but both hold the "
                 f"folders {listed(both)}; name the parts of the data set train/ and val/ or test/, give one of these "
                 "folders alone, or list the class folders in a file, LABELS=<file>"
             )

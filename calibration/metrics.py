@@ -58,7 +58,7 @@ def by_class(names: Sequence[str], labels: Labels, reference: Logits, found: Log
             "float_top1": round(100 * int(tables[0][label, label]) / int(images[label]), 3),
             "top1": round(100 * int(tables[1][label, label]) / int(images[label]), 3),
         }
-        for label in np.flatnonzero(images)
+        for label in np.flatnonzero(images).tolist()
     ]
     report: dict[str, object] = {"per_class": rows}
     if len(names) <= _CONFUSION_CLASSES:

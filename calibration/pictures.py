@@ -55,9 +55,11 @@ class Range:
         import numpy as np
 
         if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-            return self.levels(np.arange(2**16, dtype=np.float64))[values]
+            found: npt.NDArray[np.uint8] = self.levels(np.arange(2**16, dtype=np.float64))[values]
+            return found
         scaled = (np.nan_to_num(values, nan=self.low).astype(np.float64) - self.low) * 255 / (self.high - self.low)
-        return scaled.clip(0, 255).astype(np.uint8)
+        levels: npt.NDArray[np.uint8] = scaled.clip(0, 255).astype(np.uint8)
+        return levels
 
 
 def range_of(samples: Iterable[npt.NDArray[Any]]) -> Range:

@@ -194,6 +194,14 @@ def test_what_is_no_picture_is_counted_by_class_and_ending(tmp_path: Path) -> No
     ) or note.startswith("8 of 16 files left out: 6 .heic (3 in disc, 3 in square); 1 without an ending")
 
 
+def test_a_class_of_files_that_are_not_read_is_refused_with_their_number(tmp_path: Path) -> None:
+    root = pictures(tmp_path, {"disc": 4, "square": 0})
+    for index in range(7):
+        (root / "square" / f"{index}.heic").touch()
+    with pytest.raises(BadRequest, match=r"/square holds 0 images \(.*\) and 7 \.heic left out; expected at least 3"):
+        Folder.scan(root, seed=0)
+
+
 def fifo(path: Path) -> None:
     os.mkfifo(path)
 

@@ -116,7 +116,7 @@ def test_radiometric_pictures_keep_their_contrast(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_integers_and_floats_of_32_bits_are_read(tmp_path: Path, kind: type) -> None:
-    ramp = np.linspace(-100, 300, 64).reshape(8, 8).astype(kind)
+    ramp: npt.NDArray[Any] = np.linspace(-100, 300, 64).reshape(8, 8).astype(kind)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for index in range(3):
@@ -188,9 +188,8 @@ def test_formats_and_modes(tmp_path: Path, name: str, mode: str) -> None:
 def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 255, 0), (0, 0, 255))]
     for name in ("x.gif", "x.png", "x.webp", "x.tif"):
-        frames[0].save(
-            tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if "webp" in name else {})
-        )
+        options: dict[str, Any] = {"lossless": True} if "webp" in name else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
         assert (seen(tmp_path / name) == RED).all(), name
 
 
