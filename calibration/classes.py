@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,4 +179,5 @@ def _checked(entries: Sequence[_Entry], where: str, folders: Collection[str]) ->
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     """Printable names, made different by their output where two are the same (ImageNet has two cranes)."""
     shown = [printable(name) for name in names]
-    return tuple(f"{name} ({index})" if shown.count(name) > 1 else name for index, name in enumerate(shown))
+    counts = Counter(shown)
+    return tuple(f"{name} ({index})" if counts[name] > 1 else name for index, name in enumerate(shown))

@@ -118,6 +118,11 @@ def test_names_that_come_twice_are_told_apart(tmp_path: Path) -> None:
     assert found.names == ("crane (0)", "crane (1)", "newt")
 
 
+def test_the_last_of_many_outputs_takes_no_time(tmp_path: Path) -> None:
+    found = read(labels(tmp_path, "cat 0\ndog 99999\n"), ("cat", "dog"))
+    assert len(found.names) == 100_000 and found.names[-1] == "dog"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
