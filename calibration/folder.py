@@ -65,7 +65,7 @@ class Folder:
 
     @property
     def name(self) -> str:
-        return self.root.name
+        return printable(self.root.name)
 
     @classmethod
     def scan(cls, root: Path, seed: int, labels: str = "") -> Folder:
@@ -189,7 +189,9 @@ class Folder:
         for part in PARTS:
             for (name, size, mtime_ns), label in self.parts[part]:  # a name need not be text
                 digest.update(b"%b\0%d %d %d %b\n" % (os.fsencode(name), label, size, mtime_ns, part.encode()))
-        return {"name": self.name, "classes": list(self.classes), "files": digest.hexdigest()}
+        # Weights are only checked against the other order where nobody has asked for this one.
+        order = {"order": "to be checked"} if self.other_order() else {}
+        return {"name": self.name, "classes": list(self.classes), "files": digest.hexdigest(), **order}
 
     def _skip(self, name: str, error: Exception) -> None:
         self.unreadable.add(name)

@@ -139,6 +139,28 @@ def test_a_changed_file_is_another_dataset(tmp_path: Path) -> None:
     assert Folder.scan(tmp_path, seed=0).identity() != before
 
 
+def test_what_a_label_file_holds_is_part_of_the_dataset_and_its_name_is_not(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data", {"a": 3, "b": 3})
+
+    def identity(text: str, name: str = "labels.txt") -> dict[str, object]:
+        (tmp_path / name).write_text(text)
+        return Folder.scan(root, 0, str(tmp_path / name)).identity()
+
+    first = identity("a cat\nb dog\n")
+    assert identity("a,cat\n# the other one\nb,dog\n", "other.csv") == first
+    assert identity("a cat\nb wolf\n") != first  # another name
+    assert identity("b dog\na cat\n") != first  # another order
+    assert identity("a\nb\n") == Folder.scan(root, 0).identity()
+
+
+def test_classes_without_a_folder_are_counted(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data", {"a": 3, "c": 3})
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\n")
+    folder = Folder.scan(root, 0, str(tmp_path / "labels.txt"))
+    assert folder.classes == ("a", "b", "c", "d") and sorted(set(folder.labels("train"))) == [0, 2]
+    assert folder.notes == ("2 of 4 classes in LABELS have no folder: b, d",)
+
+
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
