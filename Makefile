@@ -25,17 +25,26 @@ PLACEMENT  ?=
 MAX_DROP   ?=
 FORCE      ?=
 VERDICT    ?= yes
+LABELS  ?=
+MEAN    ?=
+STD     ?=
+CROP    ?=
+INTERPOLATION ?=
+BACKGROUND    ?=
 PYTHON  ?= python3.11
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
-          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT
+          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT \
+          LABELS MEAN STD CROP INTERPOLATION BACKGROUND
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
       --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
       --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" \
-      --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT"
+      --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT" \
+      --labels="$$LABELS" --mean="$$MEAN" --std="$$STD" --crop="$$CROP" --interpolation="$$INTERPOLATION" \
+      --background="$$BACKGROUND"
 
 # Caches of libraries stay in the checkout, too.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
@@ -58,6 +67,8 @@ help: ## this list
 	@echo "Variables, with their defaults: MODEL=mobilevit_xs TARGET=cpu RECIPE=int8_qat (fp32 fp16 int8_ptq int8_qat int8_lsq)"
 	@echo "  MODEL= (one of make models; or <file>.py:<function>; or timm:<name>)"
 	@echo "  DATA=digits (or a folder of class folders) SIZE= BATCH=1 SEED=0"
+	@echo "  LABELS= (of a folder's classes: text or natural, the order of the folders; or a file with a class a line, see README)"
+	@echo "  MEAN= STD= (three numbers each, of pixels from 0 to 1) CROP= INTERPOLATION= (bilinear bicubic) BACKGROUND= (a colour, under alpha)"
 	@echo "  FORM=tokens (or channels: as the Neural Engine computes a MobileViT, CoAtNet or Swin best)"
 	@echo "  Core ML only: RECIPE= (w8a16 w4a16 palette6 palette4) INTERFACE=tensor (image classifier) DEPLOYMENT= (iOS16 and later)"
 	@echo "  INT8: CALIBRATOR=auto (minmax moving_average percentile entropy mse) FORCE= (1: calibrate on fewer than 128 images)"

@@ -8,9 +8,9 @@ import functools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
-from models.errors import BadRequest
+from models.errors import BadRequest, printable
 from models.spec import ModelSpec, Preprocess
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Data(Protocol):
         ...
 
     def image(self, part: Part, index: int) -> Image.Image | None:
-        """One picture, decoded, of its own size; None where it cannot be read and few enough others are like it.
+        """One picture, decoded, of its own size, which may be transparent; None where it cannot be read and few enough
+        others are like it.
 
         Raises BadRequest where too many images are unreadable.
         """
@@ -58,22 +59,43 @@ class Data(Protocol):
         ...
 
 
-def load(request: str, seed: int) -> Data:
-    """The dataset that DATA names: `digits`, or a folder of class folders (with or without train/ and val/).
+@runtime_checkable
+class Described(Protocol):
+    """Data that differ from one user to the next, and are told of: a folder."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what is left out."""
+        ...
+
+    def summary(self) -> str:
+        """The classes and how many pictures each part has, in one line."""
+        ...
+
+    def decoding(self) -> dict[str, object]:
+        """What a device needs to know beyond `Preprocess` to read such pictures itself."""
+        ...
+
+
+def load(request: str, seed: int, labels: str = "") -> Data:
+    """The dataset that DATA names: `digits`, or a folder of class folders, alone or in folders for its parts; with the
+    classes in the order that LABELS asks for. Nothing but names, sizes and times of files is read.
 
     Raises BadRequest where the name is neither, or the folder cannot serve.
     """
     from calibration.folder import Folder
 
     if request == "digits":
+        if labels:
+            raise BadRequest(f"LABELS={printable(labels)}: DATA=digits has its own ten classes; leave LABELS out")
         return Digits()
-    folder = Path(os.path.expanduser(request))  # noqa: PTH111 - the method raises where `~name` is nobody
-    if not folder.is_dir():
+    folder = os.path.expanduser(request)  # noqa: PTH111 - the method raises where `~name` is nobody
+    if not os.path.isdir(folder):  # noqa: PTH112 - the method raises where the name is too long
         raise BadRequest(
-            f"DATA={request}: there is no such folder; give `digits`, or a folder that holds one folder of images per "
-            "class, or train/ and val/ that do"
+            f"DATA={printable(request)}: there is no such folder; give `digits`, or a folder that holds one folder of "
+            "images per class, or train/ and val/ that do"
         )
-    return Folder.scan(folder.resolve(), seed)
+    return Folder.scan(Path(folder).resolve(), seed, labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,138 +6,251 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from calibration.classes import ORDERS, Classes, Order, by_name, listed, ordered, read
 from calibration.data import PARTS, Part
-from models.errors import BadRequest
+from calibration.history import fingerprint
+from calibration.layout import File, LeftOut, endings, files, layout, subfolders
+from models.errors import BadRequest, printable
 from models.spec import ModelSpec, Preprocess
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+    from calibration.pictures import Range
+
 _UNREADABLE_SHARE = 0.01  # of all files: what is skipped by name; above it the folder is refused
 _VAL_SHARE, _TEST_SHARE = 0.1, 0.2  # where the folder does not say what is what
+_RANGE_PICTURES, _RANGE_TRIES = 200, 1000  # of the train part, that fix the range of pictures above 8 bits
+_NAMES_SHOWN = 10  # of classes, in one line
 
 log = logging.getLogger(__name__)
 
-Example = tuple[Path, int]  # file, class index
+
+class Example(NamedTuple):
+    """One file of a part and its class."""
+
+    file: File
+    label: int  # index of the model's output
+
+
+@dataclass(slots=True)
+class _Deep:
+    """The range of pictures above 8 bits, found when the first one is read."""
+
+    found: Range | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Folder:
-    """Class folders under `root`. With train/ and val/, val/ is the test part and a tenth of train/, drawn by class
-    and seed, chooses epochs; one folder alone is split 70 : 10 : 20 the same way.
+    """Class folders under `root`, whose parts have folders of their own, or are drawn by class and seed: 70 : 10 : 20
+    where there is no test part, and a tenth of the train part for val where there is none.
     """
 
     root: Path
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names, in the order of the model's outputs
     parts: dict[Part, tuple[Example, ...]]
+    folders: tuple[str, ...]  # of the classes that have pictures, in text order
+    order: Order | None  # of the folders' names, that no LABELS asked for; None: it was asked for
+    notes: tuple[str, ...] = ()  # sentences about what is left out
     mirrors: bool = True
-    unreadable: set[Path] = field(default_factory=set, compare=False)  # grows as files are read
+    unreadable: set[str] = field(default_factory=set, compare=False)  # grows as files are read
+    _deep: _Deep = field(default_factory=_Deep, compare=False)
 
     @property
     def name(self) -> str:
-        return self.root.name
+        return printable(self.root.name)
 
     @classmethod
-    def scan(cls, root: Path, seed: int) -> Folder:
-        """List the images under `root` without opening them. Raises BadRequest where they cannot make a dataset."""
-        declared = [root / name for name in ("train", "val") if (root / name).is_dir()]
-        if len(declared) == 1:
-            missing = "val" if declared[0].name == "train" else "train"
+    def scan(cls, root: Path, seed: int, labels: str = "") -> Folder:
+        """List the images under `root` without opening them. `labels`: `text` or `natural`, the order of the folders'
+        names, or a file that `calibration.classes.read` reads. Raises BadRequest where they cannot make a dataset.
+        """
+        file = Path(os.path.expanduser(labels)) if labels and labels not in ORDERS else None  # noqa: PTH111
+        found = layout(root, named=file is not None)
+        folders = tuple(subfolders(found.train))
+        if len(folders) < 2:
             raise BadRequest(
-                f"{root} has {declared[0].name}/ but no {missing}/; add {root / missing}, or name {declared[0]} itself "
-                "to have it split"
+                f"{printable(found.train)} holds {len(folders)} class folders; expected two or more, one for each class"
             )
-        train_root, test_root = declared if declared else (root, None)
-        classes = tuple(sorted(path.name for path in train_root.iterdir() if path.is_dir() and path.name[0] != "."))
-        if len(classes) < 2:
-            raise BadRequest(
-                f"{train_root} holds {len(classes)} class folders; expected two or more, one for each class"
-            )
-        rng = random.Random(seed)  # noqa: S311 - a split, not a secret
-        parts: dict[Part, list[Example]] = {part: [] for part in PARTS}
-        for index, name in enumerate(classes):
-            examples = [(path, index) for path in _images(train_root / name)]
-            if len(examples) < 3:
-                raise BadRequest(
-                    f"{train_root / name} holds {len(examples)} images ({', '.join(sorted(_SUFFIXES))}); expected at "
-                    "least 3, so that each part gets one"
-                )
-            rng.shuffle(examples)
-            val_images = max(1, round(_VAL_SHARE * len(examples)))
-            test = [] if test_root else examples[: max(1, round(_TEST_SHARE * len(examples)))]
-            examples = examples[len(test) :]
-            parts["val"] += examples[:val_images]
-            parts["train"] += examples[val_images:]
-            parts["test"] += [(path, index) for path in _images(test_root / name)] if test_root else test
-        if test_root:
-            extra = {path.name for path in test_root.iterdir() if path.is_dir()} - set(classes)
-            if extra:
-                raise BadRequest(f"{test_root} has class folders that {train_root} lacks: {', '.join(sorted(extra))}")
-            if not parts["test"]:
-                raise BadRequest(f"{test_root} holds no images ({', '.join(sorted(_SUFFIXES))}) in the class folders")
-        return cls(root=root, classes=classes, parts={part: tuple(parts[part]) for part in PARTS})
+        order = next((order for order in ORDERS if order == labels), None)
+        classes = read(file, folders) if file else by_name(folders, order or "text")
+        left_out = LeftOut()
+
+        def listing(part: Path, name: str) -> list[Example]:
+            inside = os.path.relpath(part / name, root)
+            return [Example(file, classes.outputs[name]) for file in files(root, inside, name, left_out)]
+
+        declared: dict[Part, dict[str, list[Example]]] = {
+            "train": {name: listing(found.train, name) for name in folders}
+        }
+        for part, folder in (("val", found.val), ("test", found.test)):
+            if folder:
+                declared[part] = _listed_like(folder, found.train, folders, listing)  # type: ignore[index]
+        parts = _drawn(declared, found.train, seed, left_out)
+        pictures = sum(len(examples) for examples in parts.values())
+        notes = [*found.notes, *_without_folder(classes), *filter(None, [left_out.sentence(pictures)])]
+        return cls(
+            root=root,
+            classes=classes.names,
+            parts=parts,
+            folders=folders,
+            order=None if labels else "text",
+            notes=tuple(notes),
+        )
+
+    def summary(self) -> str:
+        """The classes and the pictures of each part, in one line."""
+        names = self.classes
+        if len(names) > _NAMES_SHOWN:
+            names = (*names[: _NAMES_SHOWN - 2], "...", names[-1])
+        counts = "/".join(str(len(self.parts[part])) for part in PARTS)
+        return f"{len(self.classes)} classes: {', '.join(names)}; {counts} pictures (train/val/test)"
+
+    def other_order(self) -> list[int] | None:
+        """For each class its place in the natural order of the folders' names (1, 2, 10), where that differs from the
+        text order (1, 10, 2) which was taken without being asked for; None otherwise.
+        """
+        if self.order is None:
+            return None
+        other = ordered(self.folders, "natural")
+        return None if other == self.folders else [other.index(folder) for folder in self.folders]
+
+    def fingerprints(self, part: Part) -> list[bytes]:
+        """Of every picture of a part, from its path below the root and its size in bytes: the same where the folder
+        lies elsewhere, or the seed draws other parts.
+        """
+        return [fingerprint(b"%b\0%d" % (os.fsencode(name), size)) for (name, size, _), _ in self.parts[part]]
 
     def preprocess(self, model: ModelSpec) -> Preprocess:
         return model.preprocess
 
     def labels(self, part: Part) -> list[int]:
-        return [label for _, label in self.parts[part]]
+        return [example.label for example in self.parts[part]]
 
     def image(self, part: Part, index: int) -> Image.Image | None:
-        """As stored: an EXIF orientation is not applied, as torchvision and timm do not apply it, whose accuracies we
-        quote.
+        """As stored, RGB or RGBA: an EXIF orientation is not applied, as torchvision and timm do not apply it, whose
+        accuracies we quote. Pictures above 8 bits have the range of the train part.
         """
-        import numpy as np
-        from PIL import Image
+        from calibration.pictures import Unusable, decode
 
-        path, _ = self.parts[part][index]
-        if path in self.unreadable:
+        name = self.parts[part][index].file.name
+        if name in self.unreadable:
             return None
         try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255, to white
-                    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-                return image.convert("RGB")
-        # Pillow raises more kinds than it documents on damaged files (SyntaxError for a broken PNG, for one).
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self._skip(path, error)
+            return decode(self.root / name, self.deep_range)
+        except Unusable as error:
+            self._skip(name, error)
             return None
+
+    def deep_range(self) -> Range:
+        """The values that become 0 and 255 in pictures of more than 8 bits a channel: see `pictures.range_of`. Up to
+        200 pictures of the train part, evenly drawn, give it.
+        """
+        with self._deep.lock:
+            if self._deep.found is None:
+                self._deep.found = self._ranged()
+            return self._deep.found
+
+    def _ranged(self) -> Range:
+        from calibration.pictures import Unusable, range_of, sample
+
+        train, samples = self.parts["train"], []
+        for place in range(0, len(train), max(1, len(train) // _RANGE_TRIES)):
+            try:
+                values = sample(self.root / train[place].file.name)
+            except Unusable:
+                continue
+            if values is not None:
+                samples.append(values)
+            if len(samples) == _RANGE_PICTURES:
+                break
+        found = range_of(samples)
+        log.info(
+            "pictures above 8 bits: values from %g to %g become 0 to 255 (from %d pictures of the train part)",
+            *(found.low, found.high, len(samples)),
+        )
+        return found
+
+    def decoding(self) -> dict[str, object]:
+        """What a device needs to know beyond `Preprocess` to read such pictures itself."""
+        found = self._deep.found
+        return {"range": [found.low, found.high]} if found else {}
 
     def identity(self) -> dict[str, object]:
         """Names, sizes and times of all files, digested: reading 150 GB to answer "nothing changed" helps nobody."""
         digest = hashlib.sha256()
         for part in PARTS:
-            for path, label in self.parts[part]:
-                # A link that leads nowhere is an image that cannot be read.
-                stat = path.stat() if path.exists() else path.lstat()
-                name = os.fsencode(path.relative_to(self.root))  # a name need not be text
-                digest.update(b"%b\0%d %d %d %b\n" % (name, label, stat.st_size, stat.st_mtime_ns, part.encode()))
-        return {"name": self.name, "classes": list(self.classes), "files": digest.hexdigest()}
+            for (name, size, mtime_ns), label in self.parts[part]:  # a name need not be text
+                digest.update(b"%b\0%d %d %d %b\n" % (os.fsencode(name), label, size, mtime_ns, part.encode()))
+        # Weights are only checked against the other order where nobody has asked for this one.
+        order = {"order": "to be checked"} if self.other_order() else {}
+        return {"name": self.name, "classes": list(self.classes), "files": digest.hexdigest(), **order}
 
-    def _skip(self, path: Path, error: Exception) -> None:
-        self.unreadable.add(path)
+    def _skip(self, name: str, error: Exception) -> None:
+        self.unreadable.add(name)
         total = sum(len(examples) for examples in self.parts.values())
-        log.warning("%s cannot be read and is skipped (%s); %d of %d so far", path, error, len(self.unreadable), total)
+        log.warning(
+            "%s cannot be read and is skipped (%s); %d of %d so far",
+            *(printable(self.root / name), printable(error), len(self.unreadable), total),
+        )
         if len(self.unreadable) > _UNREADABLE_SHARE * total:
-            named = ", ".join(str(bad.relative_to(self.root)) for bad in sorted(self.unreadable)[:5])
+            named = ", ".join(printable(bad) for bad in sorted(self.unreadable)[:5])
             raise BadRequest(
-                f"{self.root}: {len(self.unreadable)} of {total} images cannot be read, more than "
+                f"{printable(self.root)}: {len(self.unreadable)} of {total} images cannot be read, more than "
                 f"{_UNREADABLE_SHARE:.0%}; mend or remove them, beginning with {named}"
             ) from error
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.rglob("*")):
-        # Hidden files are no pictures: macOS leaves a ._name.png beside each name.png, Jupyter its checkpoints.
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        if path.suffix.lower() in _SUFFIXES and not path.is_dir():
-            yield path
+def _listed_like(
+    part: Path, train: Path, folders: Sequence[str], listing: Callable[[Path, str], list[Example]]
+) -> dict[str, list[Example]]:
+    """The images of a part by class folder. Raises BadRequest where it has other classes than `train`, or none."""
+    present = subfolders(part)
+    if extra := set(present) - set(folders):
+        raise BadRequest(f"{printable(part)} has class folders that {printable(train)} lacks: {listed(sorted(extra))}")
+    found = {name: listing(part, name) for name in folders if name in present}
+    if not any(found.values()):
+        raise BadRequest(f"{printable(part)} holds no images ({endings()}) in the class folders")
+    return found
+
+
+def _drawn(
+    declared: Mapping[Part, Mapping[str, Sequence[Example]]], train: Path, seed: int, left_out: LeftOut
+) -> dict[Part, tuple[Example, ...]]:
+    """The parts, those that are not declared drawn from the train part. Raises BadRequest where a class has too few."""
+    rng = random.Random(seed)  # noqa: S311 - a split, not a secret
+    parts: dict[Part, list[Example]] = {part: [] for part in PARTS}
+    least = 1 + sum(part not in declared for part in PARTS)
+    for name, listed_examples in declared["train"].items():
+        examples = list(listed_examples)
+        if len(examples) < least:
+            raise BadRequest(
+                f"{printable(train / name)} holds {len(examples)} images ({endings()}){left_out.beside(name)}; "
+                f"expected at least {least}, so that each part gets one"
+            )
+        rng.shuffle(examples)
+        share = {
+            part: max(1, round(size * len(examples))) for part, size in (("test", _TEST_SHARE), ("val", _VAL_SHARE))
+        }
+        for part in ("test", "val"):
+            if part in declared:
+                parts[part] += declared[part].get(name, ())
+            else:
+                parts[part] += examples[: share[part]]
+                del examples[: share[part]]
+        parts["train"] += examples
+    return {part: tuple(examples) for part, examples in parts.items()}
+
+
+def _without_folder(classes: Classes) -> Iterator[str]:
+    present = set(classes.outputs.values())
+    empty = [name for index, name in enumerate(classes.names) if index not in present]
+    if empty:
+        yield f"{len(empty)} of {len(classes.names)} classes in LABELS have no folder: {listed(empty)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 
 Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)
 Labels: TypeAlias = npt.NDArray[np.int64]  # (N,)
+
+_CONFUSION_CLASSES = 50  # whose table a report holds: 2,500 numbers
 
 IDENTICAL_DB = 200.0  # what `snr_db` says of equal arrays, since infinity is not JSON
 
@@ -32,3 +35,58 @@ def top1(logits: Logits, labels: Labels) -> float:
 def agreement(reference: Logits, other: Logits) -> float:
     """Share of images for which both prefer the same class, in percent."""
     return float((reference.argmax(1) == other.argmax(1)).mean() * 100)
+
+
+def confusion(logits: Logits, labels: Labels, classes: int) -> npt.NDArray[np.int64]:
+    """How many images of each class (rows) are answered with each class (columns): (classes, classes)."""
+    found = np.zeros((classes, classes), np.int64)
+    np.add.at(found, (labels, logits.argmax(1)), 1)
+    return found
+
+
+def by_class(names: Sequence[str], labels: Labels, reference: Logits, found: Logits) -> dict[str, object]:
+    """The part of a report that top-1 over all images hides: `per_class`, for each class with images its name, number
+    of images and top-1 in percent of the float model (`reference`) and of the artifact (`found`); and, up to 50
+    classes, `confusion` of both: rows are classes, columns answers.
+    """
+    tables = [confusion(logits, labels, len(names)) for logits in (reference, found)]
+    images = tables[0].sum(1)
+    rows = [
+        {
+            "name": names[label],
+            "images": int(images[label]),
+            "float_top1": round(100 * int(tables[0][label, label]) / int(images[label]), 3),
+            "top1": round(100 * int(tables[1][label, label]) / int(images[label]), 3),
+        }
+        for label in np.flatnonzero(images).tolist()
+    ]
+    report: dict[str, object] = {"per_class": rows}
+    if len(names) <= _CONFUSION_CLASSES:
+        report["confusion"] = {"float": tables[0].tolist(), "artifact": tables[1].tolist()}
+    return report
+
+
+def losing_classes(names: Sequence[str], labels: Labels, reference: Logits, found: Logits) -> str | None:
+    """The sentence that names up to three classes which lost much more top-1 than the average; None where none did.
+
+    Much more: at least 10 points beyond the loss over all images, two images or more, and beyond chance: twice the
+    deviation of the number of images that this class would lose at the rate of all.
+    """
+    right, kept = reference.argmax(1) == labels, found.argmax(1) == labels
+    images = np.bincount(labels, minlength=len(names))
+    lost = np.bincount(labels[right], minlength=len(names)) - np.bincount(labels[kept], minlength=len(names))
+    rate = max(0.0, float(lost.sum()) / len(labels))
+    expected = rate * images
+    chance = 2 * np.sqrt(np.maximum(expected * (1 - rate), 0))
+    excess = lost - expected
+    worst = [label for label in np.argsort(-excess / np.maximum(images, 1), kind="stable") if images[label]]
+    named = [
+        f"class `{names[label]}`: {100 * right[labels == label].mean():.0f} -> "
+        f"{100 * kept[labels == label].mean():.0f} % on {images[label]} images"
+        for label in worst
+        if lost[label] >= 2 and excess[label] >= max(0.1 * images[label], chance[label])
+    ]
+    if not named:
+        return None
+    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    return f"{'; '.join(named[:3])}{more} (all: {100 * right.mean():.0f} -> {100 * kept.mean():.0f} %)"

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
     from models.spec import Preprocess
 
+# Up to here the whole picture is resized, as torchvision and timm do it: of a centre square alone, Pillow may compute
+# rows and columns in the other order, and round otherwise. Beyond, a strip of 20000 x 1 pixels would take gigabytes.
+_RESIZED_PIXELS = 2**24
+
 
 def pixels(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
     """Resize the short side to size / crop, cut the centre square, and return it as (3, size, size), RGB."""
@@ -20,14 +24,32 @@ def pixels(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
     from PIL import Image
 
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    image = image.convert("RGB")
-    short = short_side(preprocess.size, preprocess.crop)
+    image = opaque(image, preprocess.background)
+    size, short, method = (
+        preprocess.size,
+        short_side(preprocess.size, preprocess.crop),
+        filters[preprocess.interpolation],
+    )
     scale = short / min(image.size)
     width, height = (max(short, round(side * scale)) for side in image.size)
-    resized = image.resize((width, height), filters[preprocess.interpolation])
-    left, top = (width - preprocess.size) // 2, (height - preprocess.size) // 2
-    square = resized.crop((left, top, left + preprocess.size, top + preprocess.size))
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height <= _RESIZED_PIXELS:
+        square = image.resize((width, height), method).crop((left, top, left + size, top + size))
+    else:
+        wide, high = image.width / width, image.height / height
+        box = (left * wide, top * high, min(image.width, (left + size) * wide), min(image.height, (top + size) * high))
+        square = image.resize((size, size), method, box=box)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """`image` in RGB, composed over `background` where it is transparent."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
 
 
 def short_side(size: int, crop: float) -> int:

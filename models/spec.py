@@ -25,9 +25,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocess:
-    """How an image becomes an input: resize so that the centre crop of share `crop` is `size` pixels wide, scale
-    to [0, 1], subtract `mean`, divide by `std` (both RGB). One value serves training, calibration, verification
-    and the device.
+    """How an image becomes an input: compose what is transparent over `background`, resize so that the centre crop of
+    share `crop` is `size` pixels wide, scale to [0, 1], subtract `mean`, divide by `std` (both RGB). One value serves
+    training, calibration, verification and the device.
     """
 
     size: int  # side of the square input, in pixels
@@ -35,6 +35,7 @@ class Preprocess:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB, 0..255
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,18 +19,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import calibration.data
 import calibration.recipe
 import models
 import targets
 from calibration import budget, families, placement
+from calibration.data import Described
 from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budgeted, with_ptq
 from models import checkpoint, external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
-from pipeline import surroundings, verbs
+from pipeline import preprocessing, surroundings, verbs
 from pipeline.stages import Run
 from targets.base import Customizes, Interface
 
@@ -84,12 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif request.verb == "multifunction":
             answer |= {"model": request.model, "target": request.target, "recipe": request.recipes or request.recipe}
             runs = read_several(request)
+            tell(runs[0])
             answer |= {"target": runs[0].target.name}
             answer |= verbs.multifunction(runs, request.store)
         else:
             answer |= {"model": request.model, "target": request.target, "recipe": request.recipe}
             carry_out = pick("verb", request.verb, _ON_RUNS, also=(*_LISTINGS, *_REPORTS, *_ON_SEVERAL))
             run = read(request)
+            tell(run)
             answer |= {"target": run.target.name}
             answer |= carry_out(run, request.store)
     except EdgelineError as error:
@@ -116,11 +119,12 @@ def read(request: argparse.Namespace) -> Run:
     named = "coreml" if request.verb == "placement" else request.target  # no other target has a Neural Engine
     target = pick("target", named, targets.ALL | aliases)
     seed = number("SEED", request.seed, 0, _LARGEST_SEED)
-    data = calibration.data.load(request.data, seed)
+    data = calibration.data.load(request.data, seed, request.labels)
     # What is wrong with a network is asked of the size that it was made for: the digits' is small, for their sake.
     preprocess = model.preprocess if request.verb == "lint-model" else data.preprocess(model)
     if request.size:
         preprocess = replace(preprocess, size=size_for(model, request.size))
+    preprocess = preprocessing.asked(preprocess, {name: getattr(request, name) for name in preprocessing.VARIABLES})
     if request.device != "local":
         raise BadRequest(f"DEVICE={request.device}: no such device; this version knows `local` alone")
     batch = number("BATCH", request.batch, 1, _LARGEST_BATCH)
@@ -156,6 +160,14 @@ def read(request: argparse.Namespace) -> Run:
         max_drop=budget.parse(request.max_drop) if request.max_drop else budget.DEFAULT,
         verdict=pick("verdict", request.verdict, _SWITCH),
     )
+
+
+def tell(run: Run) -> None:
+    """Log the classes and pictures of a folder, and what of it is left out."""
+    if isinstance(run.data, Described):
+        log.info("%s", run.data.summary())
+        for note in run.data.notes:
+            log.warning("%s", note)
 
 
 def adjusted(recipe: Recipe, request: argparse.Namespace) -> Recipe:
@@ -264,6 +276,11 @@ def _or_default(text: str, *, default: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and arg_strings == ["--"]:
+            return self._get_value(action, "--")  # which argparse would drop, and then miss
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         raise BadRequest(f"{message}; `make help` lists what there is")
 
@@ -293,6 +310,8 @@ def _parser() -> argparse.ArgumentParser:
         ("max_drop", ""),
         ("force", ""),
         ("verdict", "yes"),
+        ("labels", ""),
+        *((name, "") for name in preprocessing.VARIABLES),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")

@@ -7,6 +7,7 @@ weights -> quantized -> exported -> compiled -> engine
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.budget import DEFAULT, Budget
-from calibration.data import Data, Part
+from calibration.data import Data, Described, Part
 from calibration.recipe import Float, Recipe, WeightOnly
 from models.errors import CannotRunHere, CheckFailed
 from models.spec import Form, ModelSpec, Preprocess
@@ -99,27 +100,34 @@ def weights(run: Run) -> Step:
         from safetensors.torch import save_file
         from torch import contiguous_format
 
-        from calibration import float_weights
+        from calibration import float_weights, history, sanity
         from pipeline import contract
 
-        train = run.images("train")
+        train, val = run.images("train"), run.images("val")
         report: dict[str, object] = {}
+        warnings: list[str] = []
+        past = history.read(run.weights) if run.weights else None
 
         def check(model: nn.Module | None = None) -> None:
             state = model.state_dict() if model and run.weights else None
             contract.check(run.model, run.preprocess.size, len(run.data.classes), pictures=train, state=state, run=run)
 
         if run.trained:  # keys of a checkpoint first: that takes a moment
+            seen = (sanity.look(images) for images in (train, run.images("test")))
+            warnings += sanity.told(*history.warnings(past, run.data, run.weights or out), *itertools.chain(*seen))
             model, report = float_weights.make(
-                run.model, run.weights, train, run.images("val"), seed=run.seed, key=run.weights_key, check=check
+                run.model, run.weights, train, val, seed=run.seed, key=run.weights_key, check=check
             )
+            if run.weights and not report["epochs"] and (sentence := sanity.check_order(model, val)):
+                warnings += sanity.told(sentence)
         else:
             check()
             model = float_weights.untrained(run.model, train, seed=run.seed)
+        past = history.merged(past, history.of_training(run.data, run.seed) if report.get("epochs") else None)
         # The format knows neither tensors that share memory nor strides.
         state = {name: tensor.clone(memory_format=contiguous_format) for name, tensor in model.state_dict().items()}
-        save_file(state, out / "weights.safetensors")
-        _evaluated(run, model, out, report, check=True)
+        save_file(state, out / "weights.safetensors", dict(history.metadata(past) or {}) or None)
+        _evaluated(run, model, out, report, warnings if run.trained else None, check=True)
 
     return Step(
         stage="weights",
@@ -134,7 +142,7 @@ def weights(run: Run) -> Step:
             **({"key": run.weights_key} if run.weights_key else {}),
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },
-        code=("calibration.float_weights", run.model.code),
+        code=("calibration.float_weights", "calibration.history", "calibration.sanity", run.model.code),
         build=build,
     )
 
@@ -198,6 +206,7 @@ def exported(run: Run) -> Step:
             "size": run.preprocess.size,
             "classes": list(run.data.classes),
             "preprocess": asdict(run.preprocess),
+            **(run.data.decoding() if isinstance(run.data, Described) else {}),
         }
         made = program.load(inputs["quantized"] / "program.pt2")
         export(
@@ -342,12 +351,23 @@ def _told(run: Run) -> dict[str, object]:
     return {"paper": known.paper, "published": known.published, "weights": known.weights}
 
 
-def _evaluated(run: Run, model: nn.Module, out: Path, report: Mapping[str, object], *, check: bool = False) -> None:
-    """Leave what `model` says of the test part in `test.npz`, and the report with its accuracy. `check`: raises
-    CheckFailed where one of its logits is not finite, naming the picture.
+def _evaluated(
+    run: Run,
+    model: nn.Module,
+    out: Path,
+    report: Mapping[str, object],
+    warnings: list[str] | None = None,
+    *,
+    check: bool = False,
+) -> None:
+    """Write the logits of `model` on the test part to `test.npz`, and the report with its accuracy.
+
+    A float model is judged, and `warnings` so far go into the report. `check`: raises CheckFailed where a logit is not
+    finite, naming the picture.
     """
     import numpy as np
 
+    from calibration import sanity
     from calibration.metrics import top1
     from calibration.train import predictions
     from pipeline import contract
@@ -359,6 +379,9 @@ def _evaluated(run: Run, model: nn.Module, out: Path, report: Mapping[str, objec
             "epsilon in divisions, logarithms and roots), or leave the picture out"
         )
     np.savez_compressed(out / "test.npz", logits=logits, labels=labels)
+    if warnings is not None:
+        judged = sanity.judge(run.data.classes, logits, labels, "test", given=run.weights is not None)
+        report = {**report, "warnings": warnings + sanity.told(*judged)}
     _write_json(out / "report.json", {**report, "test_top1": top1(logits, labels), "images": len(labels)})
 
 

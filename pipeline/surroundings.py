@@ -7,7 +7,16 @@ import os
 import sys
 import warnings
 
+from models.errors import escaped
+
 _CHATTY = ("torch", "torchao", "onnxscript", "onnx_ir", "coremltools", "openvino", "sqlalchemy", "httpx2")
+
+
+class _Escaping(logging.Formatter):
+    """Log lines without terminal escapes: names of files and classes are the user's, and may hold any byte."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record), keep="\n\t")
 
 
 def settle() -> None:
@@ -17,7 +26,9 @@ def settle() -> None:
 
 def _be_quiet() -> None:
     """Let only this project speak, on stderr: libraries announce optional parts that nobody asked for."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Escaping("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     if not sys.warnoptions:

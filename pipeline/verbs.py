@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import calibration.recipe
 import models
 import targets
+from calibration import sanity
 from calibration.recipe import Qat
 from models.errors import CannotRunHere, CheckFailed
 from models.spec import ModelSpec
@@ -416,6 +417,9 @@ def _produced(step: Step, root: Path) -> Artifact:
     for needed in step.chain():
         if store.has(needed):
             log.info("%-10s hit    %s", needed.stage, store.path(needed))
+            if needed.stage == "weights":
+                report = json.loads((store.path(needed) / "report.json").read_text())
+                sanity.told(*report.get("warnings", ()))
     return store.get(step)
 
 

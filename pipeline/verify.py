@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,10 +26,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.metrics import Labels, Logits, agreement, snr_db, top1
+from calibration.metrics import Labels, Logits, agreement, by_class, losing_classes, snr_db, top1
 from calibration.progress import bar
 from calibration.recipe import Ptq, Qat
-from models.errors import CheckFailed
+from models.errors import CheckFailed, printable
 from pipeline import accuracy, parity
 from pipeline.divergence import engine_divergence, graph_divergence
 from targets import _forced
@@ -53,6 +54,8 @@ _EXPORTED_DB = 60.0
 # The recipe to try where one costs too much.
 _GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "int8_lsq": "fp16", "w8a16": "fp16", "w4a16": "w8a16"}
 _GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
+
+log = logging.getLogger("edgeline")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,6 +300,9 @@ def _report(
     """Accuracy of the ladder's last step. Raises CheckFailed where it loses more than the budget allows."""
     found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
     loss = accuracy.loss(ladder.float_logits, ladder.logits, ladder.labels)
+    judged = (run.data.classes, ladder.labels, ladder.float_logits, ladder.logits)
+    if run.trained and (sentence := losing_classes(*judged)):
+        log.warning("warning: %s", printable(sentence))
     if not run.max_drop.holds(reference, found, loss.images):
         allowed = run.max_drop.tolerance(reference, loss.images)
         raise CheckFailed(
@@ -316,6 +322,7 @@ def _report(
         "snr_db": round(snr_db(ladder.float_logits, ladder.logits), 2),
         "images": len(ladder.labels),
         "steps": [asdict(step) for step in ladder.steps],
+        **by_class(*judged),
     }
 
 

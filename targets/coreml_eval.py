@@ -79,7 +79,7 @@ def _input(package: Package, image: Path) -> tuple[str, npt.NDArray[np.float32]]
     """The name of the package's one input, and what it takes for a picture: (1, 3, H, W)."""
     import numpy as np
 
-    from calibration.preprocess import normalize, pixels
+    from calibration.preprocess import normalize, opaque, pixels
     from targets._coreml import read_facts
 
     described = package.inputs
@@ -103,7 +103,7 @@ def _input(package: Package, image: Path) -> tuple[str, npt.NDArray[np.float32]]
         bytes_ = pixels(_opened(image), preprocess)[None]
     else:
         preprocess = Preprocess(size=size[0], mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        bytes_ = np.asarray(_opened(image).resize(size)).transpose(2, 0, 1)[None]
+        bytes_ = np.asarray(opaque(_opened(image), preprocess.background).resize(size)).transpose(2, 0, 1)[None]
     return value.name, bytes_.astype(np.float32) if kind == "imageType" else normalize(bytes_, preprocess)
 
 
@@ -112,7 +112,7 @@ def _opened(path: Path) -> Image.Image:
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise BadRequest(
             f"{path} is no picture that Pillow can read: {error}; give a JPEG, PNG or WebP file"

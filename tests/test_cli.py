@@ -68,6 +68,20 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         (["engine", "--device", "board7"], r"^DEVICE=board7: no such device"),
         (["engine", "--data", "no/such folder"], r"^DATA=no/such folder: there is no such folder; give `digits`, or"),
         (["engine", "--data", "~nobody-of-this-name/x"], r"^DATA=~nobody-of-this-name/x: there is no such folder"),
+        (["engine", "--data", "x" * 300], r"^DATA=x+: there is no such folder"),
+        (["engine", "--data=--"], r"^DATA=--: there is no such folder; give `digits`, or"),
+        (["engine", "--weights=--"], r"^WEIGHTS=--: there is no such file; give a \.safetensors"),
+        (["engine", "--model=--"], r"^MODEL=--: no such model; Known: "),
+        (["engine", "--data", "a\x1b[31m\nb"], r"^DATA=a\\x1b\[31m\\nb: there is no such folder"),
+        (["engine", "--labels", "natural"], r"^LABELS=natural: DATA=digits has its own ten classes; leave LABELS out$"),
+        (
+            ["engine", "--mean", "123 116 103"],
+            r"^MEAN=123 116 103: expected three numbers from 0 to 1.*; divide by 255$",
+        ),
+        (["engine", "--std", "1"], r"^STD=1: expected three numbers from 0\.001 to 10"),
+        (["engine", "--crop", "2"], r"^CROP=2: expected a number from 0\.1 to 1"),
+        (["engine", "--interpolation", "area"], r"^INTERPOLATION=area: expected bilinear or bicubic$"),
+        (["engine", "--background", "#12"], r"^BACKGROUND=#12: expected a colour such as white"),
         (["engine", "--weights", "missing.pt"], r"^WEIGHTS=missing\.pt: there is no such file; give a \.safetensors"),
         (
             ["engine", "--weights", "~nobody-of-this-name/x"],
@@ -144,6 +158,62 @@ def too_few(root: Path) -> None:
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path, make: Callable[[Path], None], sentence: str) -> None:
     make(tmp_path / "my 'pictures'")
     assert sentence in refused(tmp_path, 2, "engine", "--data", str(tmp_path / "my 'pictures'"))
+
+
+def test_the_classes_and_what_is_left_out_are_told_in_letters_that_are_safe_to_print(tmp_path: Path) -> None:
+    from PIL import Image
+
+    root = tmp_path / "my\x1b[2J data"
+    for name in ("disc", "square\x1b]0;owned\x07\nfake line"):
+        (root / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("L", (8, 8), index).save(root / name / f"{index}.png")
+    (root / "disc" / "x\x1b[31m.heic\x1b[0m").touch()
+    os.mkfifo(root / "disc" / "fifo.png")
+    code, _, story = call(tmp_path, "explain", "--data", str(root))
+    assert code == 0
+    assert story[0] == "2 classes: disc, square\\x1b]0;owned\\x07\\nfake line; 4/2/2 pictures (train/val/test)"
+    assert story[1].startswith("2 of 10 files left out: ")
+    assert "1 FIFO (1 in disc)" in story[1] and "1 .heic\\x1b[0m (1 in disc)" in story[1]
+    assert all(line.isprintable() for line in story)
+
+
+def test_labels_are_read_from_a_file(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("1", "2", "10"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("L", (8, 8), index).save(tmp_path / "data" / name / f"{index}.png")
+    told = {}
+    (tmp_path / "labels.txt").write_text("1 one\n2 two\n10 ten\n")
+    for labels in ("", "text", "natural", str(tmp_path / "labels.txt")):
+        code, answer, story = call(tmp_path, "explain", "--data", str(tmp_path / "data"), "--labels", labels)
+        assert code == 0
+        told[labels] = story[0].partition(";")[0], answer["stages"][0]["key"]
+    names = [name for name, _ in told.values()]
+    assert names == ["3 classes: 1, 10, 2", "3 classes: 1, 10, 2", "3 classes: 1, 2, 10", "3 classes: one, two, ten"]
+    assert len({key for _, key in told.values()}) == 4  # text order that was asked for is not scored against the other
+    (tmp_path / "labels.txt").write_text("1 one\n")
+    sentence = refused(
+        tmp_path, 2, "explain", "--data", str(tmp_path / "data"), "--labels", str(tmp_path / "labels.txt")
+    )
+    assert sentence.endswith("labels.txt has no class for 2 of 3 folders: 10, 2; it begins with 1")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--mean", "0.5 0.5 0.5"],
+        ["--std", "0.5 0.5 0.5"],
+        ["--crop", "0.8"],
+        ["--interpolation", "bilinear"],
+        ["--background", "black"],
+    ],
+)
+def test_every_choice_of_preprocessing_is_another_key(tmp_path: Path, changes: list[str]) -> None:
+    keys = [call(tmp_path, "explain", *more)[1]["stages"][0]["key"] for more in ([], changes)]
+    assert keys[0] != keys[1]
 
 
 class Runs:

@@ -32,6 +32,7 @@ HEAVY = {
 # calibration/ that are read to name things are not.
 LEAN_CALIBRATION = {"__init__", "budget", "carried", "data", "families", "folder", "metrics", "noise", "photos"}
 LEAN_CALIBRATION |= {"placement", "preprocess", "progress", "recipe", "scheme", "sources"}
+LEAN_CALIBRATION |= {"classes", "history", "layout", "pictures", "sanity"}
 OF_TORCH = {
     f"calibration/{path.name}" for path in (ROOT / "calibration").glob("*.py") if path.stem not in LEAN_CALIBRATION
 }

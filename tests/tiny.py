@@ -40,6 +40,12 @@ VARIABLES = (
     "MAX_DROP",
     "FORCE",
     "VERDICT",
+    "LABELS",
+    "MEAN",
+    "STD",
+    "CROP",
+    "INTERPOLATION",
+    "BACKGROUND",
 )  # of the Makefile
 SIDE = 16
 _COUNTS: dict[Part, int] = {"train": 128, "val": 32, "test": 48}

@@ -17,11 +17,13 @@ import models
 from calibration.batches import Images
 from calibration.data import PARTS, Part, load
 from calibration.folder import Folder
+from calibration.preprocess import pixels
 from models.errors import BadRequest
 from models.spec import Preprocess
 
 RED, BLUE = (200, 20, 30), (10, 40, 210)
 TINY = Preprocess(size=8, crop=1.0)
+ENDINGS = ".bmp, .dib, .gif, .jfif, .jpe, .jpeg, .jpg, .pbm, .pgm, .png, .pnm, .ppm, .tif, .tiff, .webp"
 UNSCALED = Preprocess(size=8, crop=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 
 
@@ -39,7 +41,11 @@ def class_folders(root: Path, counts: dict[str, int], suffix: str = "png") -> Pa
 
 
 def files(folder: Folder, part: Part) -> list[str]:
-    return [str(path.relative_to(folder.root)) for path, _ in folder.parts[part]]
+    return [example.file.name for example in folder.parts[part]]
+
+
+def path_of(folder: Folder, part: Part, index: int) -> Path:
+    return folder.root / folder.parts[part][index].file.name
 
 
 def sentence(text: str) -> str:
@@ -133,6 +139,28 @@ def test_a_changed_file_is_another_dataset(tmp_path: Path) -> None:
     assert Folder.scan(tmp_path, seed=0).identity() != before
 
 
+def test_what_a_label_file_holds_is_part_of_the_dataset_and_its_name_is_not(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data", {"a": 3, "b": 3})
+
+    def identity(text: str, name: str = "labels.txt") -> dict[str, object]:
+        (tmp_path / name).write_text(text)
+        return Folder.scan(root, 0, str(tmp_path / name)).identity()
+
+    first = identity("a cat\nb dog\n")
+    assert identity("a,cat\n# the other one\nb,dog\n", "other.csv") == first
+    assert identity("a cat\nb wolf\n") != first  # another name
+    assert identity("b dog\na cat\n") != first  # another order
+    assert identity("a\nb\n") == Folder.scan(root, 0).identity()
+
+
+def test_classes_without_a_folder_are_counted(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data", {"a": 3, "c": 3})
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\n")
+    folder = Folder.scan(root, 0, str(tmp_path / "labels.txt"))
+    assert folder.classes == ("a", "b", "c", "d") and sorted(set(folder.labels("train"))) == [0, 2]
+    assert folder.notes == ("2 of 4 classes in LABELS have no folder: b, d",)
+
+
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
@@ -142,11 +170,11 @@ def test_a_changed_file_is_another_dataset(tmp_path: Path) -> None:
         ({"a": 3}, "{root} holds 1 class folders; expected two or more, one for each class"),
         (
             {"a": 3, "b": 2},
-            "{root}/b holds 2 images (.jpeg, .jpg, .png, .webp); expected at least 3, so that each part gets one",
+            f"{{root}}/b holds 2 images ({ENDINGS}); expected at least 3, so that each part gets one",
         ),
         (
             {"a": 3, "b": 0},
-            "{root}/b holds 0 images (.jpeg, .jpg, .png, .webp); expected at least 3, so that each part gets one",
+            f"{{root}}/b holds 0 images ({ENDINGS}); expected at least 3, so that each part gets one",
         ),
         (
             {"train/a": 3, "train/b": 3, "val/a": 1, "val/zebra": 1},
@@ -154,7 +182,7 @@ def test_a_changed_file_is_another_dataset(tmp_path: Path) -> None:
         ),
         (
             {"train/a": 3, "train/b": 3, "val/a": 0},
-            "{root}/val holds no images (.jpeg, .jpg, .png, .webp) in the class folders",
+            f"{{root}}/val holds no images ({ENDINGS}) in the class folders",
         ),
     ],
 )
@@ -197,8 +225,8 @@ def test_every_format_is_decoded(tmp_path: Path, name: str, tolerance: int) -> N
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "P"])
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     found = stored(tmp_path, "x.png", Image.new("RGB", (6, 6), (255, 255, 255)).convert(mode))
-    assert found.mode == "RGB"
-    assert found.getpixel((2, 2)) == (255, 255, 255)
+    assert found.mode == ("RGBA" if "A" in mode else "RGB")
+    assert pixels(found, UNSCALED).tolist() == np.full((3, 8, 8), 255).tolist()
 
 
 def test_sixteen_bits_of_grey_keep_their_range(tmp_path: Path) -> None:
@@ -249,7 +277,7 @@ def test_one_in_a_hundred_may_be_unreadable_and_is_named(
     tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     class_folders(tmp_path, {"a": 60, "b": 60})
-    bad = Folder.scan(tmp_path, seed=0).parts["train"][5][0]
+    bad = path_of(Folder.scan(tmp_path, seed=0), "train", 5)
     damage(bad)
     folder = Folder.scan(tmp_path, seed=0)
     found = Images(data=folder, part="train", preprocess=TINY)
@@ -274,7 +302,7 @@ def test_labels_stay_with_their_images_where_one_is_skipped(tmp_path: Path) -> N
 def test_more_than_one_in_a_hundred_stops_the_run(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 60, "b": 60})
     folder = Folder.scan(tmp_path, seed=0)
-    bad = [folder.parts["train"][index][0] for index in (3, 50)]
+    bad = [path_of(folder, "train", index) for index in (3, 50)]
     for path in bad:
         path.write_bytes(b"")
     expected = (
@@ -289,7 +317,7 @@ def test_unreadable_images_are_counted_over_all_parts(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 60, "b": 60})
     folder = Folder.scan(tmp_path, seed=0)
     for part in PARTS[:2]:
-        folder.parts[part][0][0].write_bytes(b"")
+        path_of(folder, part, 0).write_bytes(b"")
     list(Images(data=folder, part="train", preprocess=TINY).batches(16))
     with pytest.raises(BadRequest, match="2 of 120 images cannot be read"):
         list(Images(data=folder, part="val", preprocess=TINY).batches(16))

@@ -55,7 +55,14 @@ def test_one_call_makes_a_verified_engine(shared: Path, recipe: str, target: str
 def test_the_report_tells_of_every_step_in_order(shared: Path) -> None:
     path = Store(shared).get(stages.engine(tiny_run("int8_ptq", "cpu"))).path
     report = json.loads((path / "report.json").read_text())
-    assert report.keys() == {*VERIFIED, "steps", "inspected"}
+    assert report.keys() == {*VERIFIED, "steps", "inspected", "per_class", "confusion"}
+    assert [(row["name"], row["images"]) for row in report["per_class"]] == [
+        (name, 12) for name in ("red", "green", "blue", "grey")
+    ]
+    for name, table in (("float_top1", "float"), ("top1", "artifact")):
+        right = [row[place] for place, row in enumerate(report["confusion"][table])]
+        assert [row[name] for row in report["per_class"]] == [round(100 * count / 12, 3) for count in right]
+        assert 100 * sum(right) / report["images"] == pytest.approx(report[name], abs=1e-3)
     assert [step["name"] for step in report["steps"]] == [
         "torch float",
         "torch quantized",
@@ -87,6 +94,7 @@ def test_an_engine_holds_all_that_its_device_needs(shared: Path) -> None:
         "mean": list(SPEC.preprocess.mean),
         "std": list(SPEC.preprocess.std),
         "interpolation": "bicubic",
+        "background": [255, 255, 255],
     }
 
 

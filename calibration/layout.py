@@ -1,0 +1,282 @@
+"""How a folder of pictures is laid out: which of its folders are parts of the data set, and which are classes."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+from calibration.classes import listed
+from calibration.pictures import SUFFIXES
+from models.errors import BadRequest, printable
+
+Role: TypeAlias = Literal["train", "val", "test", "eval"]  # `eval`: val beside a test folder, test otherwise
+
+_ROLES: Mapping[str, Role] = {
+    "train": "train",
+    "training": "train",
+    "trn": "train",
+    "trainval": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+    "tst": "test",
+    "holdout": "test",
+    "eval": "eval",
+    "evaluation": "eval",
+}
+# What else the name of a part may hold: `Training Set`, `test-images`, `seg_train`, `val2017`.
+_ROLE = re.compile(
+    rf"(?:seg|img|images?)?({'|'.join(_ROLES)})(?:set|data|dataset|images?|imgs?|split|seg)?(?:\d{{4}})?"
+)
+# Folders around the classes of a part, or around all parts.
+_CONTAINERS = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "data", "dataset", "jpegimages"})
+# Left by systems and tools: no classes.
+_FOREIGN = frozenset({"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "system volume information"})
+_DEEPEST = 3  # folders that may lie around the classes
+
+_KINDS = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+
+
+class File(NamedTuple):
+    """A file with the ending of a picture: its path below the data set's root, its size in bytes and time."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the class folders of each part are. Without `test`, all parts are drawn from `train`."""
+
+    train: Path
+    val: Path | None = None
+    test: Path | None = None
+    notes: tuple[str, ...] = ()  # sentences about what is left out
+
+
+@dataclass(kw_only=True, slots=True)
+class LeftOut:
+    """Files in class folders that are no pictures read here: how many, by class and kind."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind or ending, class)
+
+    def beside(self, name: str) -> str:
+        """What is left out of one class, for a sentence; nothing where nothing is."""
+        kinds = {kind: count for (kind, other), count in self.counts.items() if other == name}
+        return f" and {', '.join(f'{count} {kind}' for kind, count in kinds.items())} left out" if kinds else ""
+
+    def sentence(self, pictures: int) -> str | None:
+        """How many files of how many are left out, and which; None where there are none."""
+        if not self.counts:
+            return None
+        total, kinds = sum(self.counts.values()), Counter[str]()
+        for (kind, _), count in self.counts.items():
+            kinds[kind] += count
+        told = []
+        for kind, count in kinds.most_common(5):
+            classes = {name: found for (other, name), found in self.counts.items() if other == kind}
+            told.append(f"{count} {kind} ({_counted(classes)})")
+        more = f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else ""
+        return f"{total} of {total + pictures} files left out: {'; '.join(told)}{more}; pictures end in {endings()}"
+
+
+def endings() -> str:
+    return ", ".join(sorted(SUFFIXES))
+
+
+def layout(root: Path, *, named: bool = False) -> Layout:
+    """Where the parts and classes of the data set in `root` are. `named`: a LABELS file names its class folders.
+
+    Raises BadRequest where parts are incomplete, and where folders that would be classes look like parts.
+    """
+    for _ in range(_DEEPEST):
+        found = _parts(root)
+        if found or (inner := _inner(root)) is None:
+            break
+        root = inner
+    made = _declared(root, found) if found else Layout(train=root)
+    if not named:
+        _refuse_equal(made.train)
+    return made
+
+
+def subfolders(folder: Path) -> list[str]:
+    """The names of the visible folders in `folder`, sorted as text. Raises BadRequest where it cannot be read."""
+    return sorted(entry.name for entry in _entries(folder) if _is_visible(entry.name) and _is_folder(entry))
+
+
+def files(root: Path, folder: str, label: str, left_out: LeftOut) -> Iterator[File]:
+    """The files with the endings of pictures at any depth below `folder` of `root`, in the order of their paths. No
+    file is opened. Others are counted in `left_out` under `label`. Raises BadRequest where a folder cannot be read.
+    """
+    pending: list[tuple[str, os.DirEntry[str] | None]] = [(folder, None)]
+    while pending:
+        name, entry = pending.pop()
+        if entry is None or entry.is_dir(follow_symlinks=False):
+            # Hidden files are no pictures: macOS leaves a ._name.png beside each name.png, Jupyter its checkpoints.
+            inner = [entry for entry in _entries(root / name) if _is_visible(entry.name)]
+            inner.sort(key=lambda entry: entry.name, reverse=True)  # the last one is taken first
+            pending += [(f"{name}/{entry.name}", entry) for entry in inner]
+        elif (file := _picture(entry, name, label, left_out)) is not None:
+            yield file
+
+
+def _picture(entry: os.DirEntry[str], name: str, label: str, left_out: LeftOut) -> File | None:
+    ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - a Path for each of 100,000 files takes seconds
+    try:
+        status = entry.stat()
+    except OSError:  # a link that leads nowhere, or in a circle: counted when it is to be read
+        status = entry.stat(follow_symlinks=False)
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        left_out.counts["link to a folder", label] += 1
+    elif kind in _KINDS:
+        left_out.counts[_KINDS[kind], label] += 1
+    elif ending not in SUFFIXES:
+        left_out.counts[printable(ending) if 0 < len(ending) <= 12 else "without an ending", label] += 1
+    else:
+        return File(name, status.st_size, status.st_mtime_ns)
+    return None
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except OSError as error:
+        raise BadRequest(
+            f"{printable(folder)} cannot be read: {error.strerror}; grant access to it (chmod u+rx), or remove it"
+        ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in _FOREIGN
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether pictures lie in `folder` itself."""
+    return any(
+        os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.name.startswith(".")  # noqa: PTH122
+        for entry in _entries(folder)
+    )
+
+
+def _role(name: str) -> Role | None:
+    found = _ROLE.fullmatch(re.sub(r"[\W_]+", "", name.lower()))
+    return _ROLES[found[1]] if found else None
+
+
+def _parts(root: Path) -> dict[Role, Path]:
+    """The folders of `root` that are parts by their names and hold folders; a class may be called train, too, and then
+    holds pictures. Raises BadRequest where two have the same name.
+    """
+    found: dict[Role, Path] = {}
+    for name in subfolders(root):
+        role = _role(name)
+        if role is None or not (subfolders(root / name) or not _holds_pictures(root / name)):
+            continue
+        if role in found:
+            raise BadRequest(
+                f"{printable(root)} has {printable(found[role].name)}/ and {printable(name)}/, which are both the "
+                f"{role} part by their names; rename or remove one of them"
+            )
+        found[role] = root / name
+    return found
+
+
+def _inner(root: Path) -> Path | None:
+    """The one folder in `root` that holds everything, such as images/ around train/ and val/; None where there is
+    none.
+    """
+    names = subfolders(root)
+    if len(names) == 1 and not _holds_pictures(root / names[0]):
+        inner = subfolders(root / names[0])
+        if len(inner) > 1 or any(subfolders(root / names[0] / name) for name in inner):
+            return root / names[0]
+    if _holds_pictures(root):
+        return None
+    around = [name for name in names if name.lower() in _CONTAINERS and _parts(root / name)]
+    return root / around[0] if len(around) == 1 else None
+
+
+def _within(part: Path) -> Path:
+    """The folder of a part that holds its class folders: itself, or the only folder in it (`train/images/`)."""
+    names = subfolders(part)
+    if len(names) == 1 and len(subfolders(part / names[0])) > 1 and not _holds_pictures(part / names[0]):
+        return part / names[0]
+    return part
+
+
+def _declared(root: Path, found: Mapping[Role, Path]) -> Layout:
+    """The layout of a data set with folders for its parts."""
+    val, test = found.get("val"), found.get("test")
+    if "eval" in found:
+        if val is not None and test is not None:
+            raise BadRequest(
+                f"{printable(root)} has {val.name}/, {test.name}/ and {found['eval'].name}/; rename or remove one"
+            )
+        val, test = (found["eval"], test) if test else (val, found["eval"])
+    train, notes = found.get("train"), []
+    if train is None or not (val or test):
+        only = next(iter(found.values()))
+        missing = "val" if train else "train"
+        raise BadRequest(
+            f"{printable(root)} has {printable(only.name)}/ but no {missing}/; add {printable(root / missing)}, or "
+            f"name {printable(only)} itself to have it split"
+        )
+    if test is None:  # as of ImageNet, whose test part has no labels
+        val, test = None, val
+    assert test is not None
+    others = [name for name in subfolders(root) if root / name not in found.values()]
+    for name in [name for name in others if _role(name)]:
+        notes.append(
+            f"{printable(root / name)} holds pictures without class folders and is left out: no label is known"
+        )
+        others.remove(name)
+    if others:
+        notes.append(f"folders of {printable(root)} that are no parts of the data set are left out: {listed(others)}")
+    return Layout(train=_within(train), val=_within(val) if val else None, test=_within(test), notes=tuple(notes))
+
+
+def _refuse_equal(root: Path) -> None:
+    """Raises BadRequest where two class folders hold folders of the same names and no pictures themselves: they are
+    parts of a data set under names that nobody knows, and the folders in them its classes.
+    """
+    holders: dict[str, str] = {}  # folder of a class folder -> the first class folder that has it
+    for name in subfolders(root):
+        if _holds_pictures(root / name):
+            continue
+        for each in subfolders(root / name):
+            if each.lower() in _CONTAINERS and _holds_pictures(root / name / each):
+                continue  # as of Tiny ImageNet: n01443537/images/
+            if (first := holders.setdefault(each, name)) == name:
+                continue
+            both = sorted(set(subfolders(root / first)) & set(subfolders(root / name)))
+            raise BadRequest(
+                f"{printable(root)}: {printable(first)}/ and {printable(name)}/ would be classes, but both hold the "
+                f"folders {listed(both)}; name the parts of the data set train/ and val/ or test/, give one of these "
+                "folders alone, or list the class folders in a file, LABELS=<file>"
+            )
+
+
+def _counted(classes: Mapping[str, int]) -> str:
+    names = sorted(classes, key=lambda name: -classes[name])
+    more = f" and {len(names) - 5} more classes" if len(names) > 5 else ""
+    return ", ".join(f"{classes[name]} in {printable(name)}" for name in names[:5]) + more

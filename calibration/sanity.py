@@ -1,0 +1,170 @@
+"""Whether pictures and float model are worth the time: judged before anything is calibrated or trained on them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from calibration.classes import listed
+from calibration.data import Part
+from models.errors import BadRequest, printable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from calibration.batches import Batch, Images
+    from calibration.metrics import Labels, Logits
+
+_SAMPLED = 64  # pictures of a part that are looked at
+_FLAT_LEVELS = 1.0  # of 255: the deviation of pixels below which a picture shows nothing
+_FAINT_LEVELS = 4.0  # the same of half the pictures; photographs have 30 to 80
+_ALIKE_LEVELS = 0.5  # by which pictures differ from each other, pixel by pixel
+_FLAT_SHARE = 0.1  # of the pictures
+
+_ORDER_IMAGES = 256  # of the validation part, that decide between two orders of the classes
+_SIGMAS = 2.0  # by which a share must be above another to be taken for higher
+_MOVED_SHARE, _MOVED_IMAGES = 0.5, 3  # of a class that is answered with one other class
+
+log = logging.getLogger("edgeline")
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """Data whose classes could come in two orders."""
+
+    def other_order(self) -> list[int] | None:
+        """For each class its place in the other order; None where there is only one."""
+        ...
+
+
+def look(images: Images) -> list[str]:
+    """Warnings where up to 64 pictures of a part, evenly drawn by class, hardly vary."""
+    import numpy as np
+
+    preprocess, part = images.preprocess, images.part
+    std = np.asarray(preprocess.std, np.float32).reshape(3, 1, 1) * 255
+    sample = [batch.numpy() * std for batch, _ in images.batches(_SAMPLED, images.stratified(_SAMPLED, seed=0))]
+    if not sample:
+        return []
+    levels = np.concatenate(sample)  # up to the mean
+    within = levels.reshape(len(levels), 3, -1).std(2).max(1)
+    between = float(levels.std(0).mean())
+    flat = int((within < _FLAT_LEVELS).sum())
+    remedy = (
+        "what they show may lie in their alpha channel (BACKGROUND=<colour> goes under it; now "
+        f"{preprocess.background}), or in more bits than 8"
+    )
+    if flat >= max(1.0, _FLAT_SHARE * len(levels)):
+        return [f"{flat} of {len(levels)} sampled {part} pictures are of a single colour: {remedy}"]
+    if len(levels) > 1 and between < _ALIKE_LEVELS:
+        return [f"{len(levels)} sampled {part} pictures are all alike: they differ by {between:.2f} of 255 levels"]
+    if float(np.median(within)) < _FAINT_LEVELS:
+        return [
+            f"the pixels of the {part} pictures hardly vary, by {float(np.median(within)):.1f} of 255 levels within a "
+            f"picture: {remedy}"
+        ]
+    return []
+
+
+def judge(classes: Sequence[str], logits: Logits, labels: Labels, part: Part, *, given: bool) -> list[str]:
+    """Warnings where a float model answers no better than chance, or its outputs seem to be in another order than the
+    classes. `logits` (N, classes), `labels` (N,). `given`: its weights come from WEIGHTS.
+    """
+    import numpy as np
+
+    count = len(labels)
+    if not count:
+        return []
+    answers, found = logits.argmax(1), []
+    if moved := _moved(answers, labels, len(classes)):
+        told = listed(f"`{classes[answer]}` for `{classes[label]}`" for label, answer in moved.items())
+        right = float(
+            np.mean(
+                [moved.get(int(label), int(label)) == answer for label, answer in zip(labels, answers, strict=True)]
+            )
+        )
+        found.append(
+            f"the float model answers {told}: its outputs seem to be in another order than the classes, with which "
+            f"{right:.1%} of {count} {part} pictures would be right; give the order of its outputs, LABELS=<file>"
+        )
+    per_class = np.bincount(labels, minlength=len(classes))
+    frequent = int(per_class.argmax())
+    baseline = max(1 / len(classes), per_class[frequent] / count)
+    share = float((answers == labels).mean())
+    if share <= min(baseline + _SIGMAS * _deviation(baseline, count), (1 + baseline) / 2) and not found:
+        remedy = (
+            "check WEIGHTS, LABELS, MEAN and STD, and the pictures"
+            if given
+            else "it has learned nothing here; check the pictures and their classes, or bring trained WEIGHTS=<file>"
+        )
+        found.append(
+            f"float top-1 is {share:.2%} on {count} {part} pictures, hardly better than the answer "
+            f"`{classes[frequent]}` for every picture ({baseline:.2%}): {remedy}, before time goes into INT8"
+        )
+    return found
+
+
+def check_order(model: nn.Module, val: Images) -> str | None:
+    """The sentence that names the better order of the classes, where text and natural order of their folders differ
+    and nobody has asked for one; None where they are the same. Both are scored on validation pictures.
+
+    Raises BadRequest where the order that was not taken is the better one.
+    """
+    if not isinstance(val.data, Ordered) or (places := val.data.other_order()) is None:
+        return None
+    import numpy as np
+
+    from calibration.program import logits as answered
+
+    labels: list[int] = []
+
+    def noted() -> Iterator[Batch]:
+        for batch in val.batches(32, val.stratified(_ORDER_IMAGES, seed=0)):
+            labels.extend(batch[1].tolist())
+            yield batch
+
+    answers = answered(model, noted()).argmax(1)
+    taken = float((answers == np.asarray(labels)).mean())
+    other = float((answers == np.asarray(places)[labels]).mean())
+    scores = (
+        f"in text order ({listed(val.data.classes)}) WEIGHTS is right on {taken:.1%} of {len(labels)} validation "
+        f"pictures, in natural order ({listed(_by_place(val.data.classes, places))}) on {other:.1%}"
+    )
+    if other > taken + _SIGMAS * max(_deviation(taken, len(labels)), _deviation(other, len(labels))):
+        raise BadRequest(f"{scores}: add LABELS=natural (or LABELS=text, to keep the text order)")
+    return f"{scores}: the text order is kept; LABELS=natural takes the other one"
+
+
+def told(*sentences: str) -> list[str]:
+    """Log `sentences`, and return them for the report."""
+    for sentence in sentences:
+        log.warning("warning: %s", printable(sentence))
+    return list(sentences)
+
+
+def _moved(answers: Labels, labels: Labels, classes: int) -> dict[int, int]:
+    """Classes most of whose pictures are answered with one other class, each with a different one, and that class."""
+    import numpy as np
+
+    matrix = np.zeros((classes, classes), np.int64)
+    np.add.at(matrix, (labels, answers), 1)
+    counts, favourites = matrix.sum(1), matrix.argmax(1)
+    share = matrix.max(1) / np.maximum(counts, 1)
+    clear = (counts >= _MOVED_IMAGES) & (share > _MOVED_SHARE)
+    distinct = np.bincount(favourites[clear], minlength=classes) == 1
+    return {
+        int(label): int(favourites[label])
+        for label in np.flatnonzero(clear & (favourites != np.arange(classes)))
+        if distinct[favourites[label]]
+    }
+
+
+def _by_place(classes: Sequence[str], places: Sequence[int]) -> list[str]:
+    return [name for _, name in sorted(zip(places, classes, strict=True))]
+
+
+def _deviation(share: float, count: int) -> float:
+    """The standard deviation of a share of `count` pictures."""
+    return math.sqrt(share * (1 - share) / max(1, count))

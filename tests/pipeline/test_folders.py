@@ -1,0 +1,151 @@
+"""Folders as users have them, from their files to an artifact: what was wrong and silent is right, or refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from calibration.folder import Folder
+from models.errors import BadRequest
+from pipeline import stages, verbs
+from pipeline.stages import Run
+from pipeline.store import Store
+from tests.tiny import SIDE, tiny_run
+
+COLOURS = [(red, green, blue) for red in (30, 130, 230) for green in (30, 130, 230) for blue in (60, 200)]
+
+
+def numbered(root: Path) -> Path:
+    """Twelve folders, 1 to 12, of one noisy colour each."""
+    rng = np.random.default_rng(0)
+    for number in range(1, 13):
+        (root / str(number)).mkdir(parents=True)
+        for index in range(25):
+            noise = rng.normal(COLOURS[number - 1], 8, (SIDE, SIDE, 3))
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(root / str(number) / f"{index:02}.png")
+    return root
+
+
+def icons(root: Path, colour: int) -> Path:
+    """Shapes that are in the alpha channel alone."""
+    rng = np.random.default_rng(0)
+    for name in ("disc", "square", "stripe"):
+        (root / name).mkdir(parents=True)
+        for index in range(40):
+            alpha = Image.new("L", (SIDE, SIDE), 0)
+            draw, (x, y) = ImageDraw.Draw(alpha), rng.integers(-2, 3, 2)
+            if name == "disc":
+                draw.ellipse((4 + x, 4 + y, 11 + x, 11 + y), fill=255)
+            elif name == "square":
+                draw.rectangle((1 + x, 1 + y, 14 + x, 14 + y), fill=255)
+            else:
+                draw.rectangle((0, 7 + y, SIDE, 8 + y), fill=255)
+            image = Image.new("RGBA", (SIDE, SIDE), (colour, colour, colour, 0))
+            image.putalpha(alpha)
+            image.save(root / name / f"{index:02}.png")
+    return root
+
+
+def made(run: Run, store: Path) -> dict[str, Any]:
+    """The report of the float weights."""
+    report: dict[str, Any] = json.loads((Store(store).get(stages.weights(run)).path / "report.json").read_text())
+    return report
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of 1 to 12, and the checkpoint of a network that was trained on it in natural order."""
+    root = numbered(tmp_path_factory.mktemp("twelve") / "numbers")
+    run = tiny_run("fp16", "coreml", data=Folder.scan(root, 0, "natural"))
+    return root, Store(root.parent / "store").get(stages.weights(run)).path / "weights.safetensors"
+
+
+def test_a_checkpoint_in_natural_order_stops_before_anything_is_made_of_it(
+    twelve: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tiny_run("fp32", "null", data=Folder.scan(twelve[0], 0), weights=twelve[1])
+    with pytest.raises(
+        BadRequest, match=r"on 8\.3% of 24 validation pictures, in natural order .* on 100\.0%: add LAB"
+    ):
+        verbs.engine(run, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".lock")] == []
+
+
+def test_a_classifier_calls_picture_2_by_its_name(twelve: tuple[Path, Path], tmp_path: Path) -> None:
+    from targets.coreml import PACKAGE
+    from targets.coreml_eval import evaluate
+
+    data = Folder.scan(twelve[0], 0, "natural")
+    run = tiny_run("fp16", "coreml", data=data, weights=twelve[1], interface="classifier")
+    package = Store(tmp_path).get(stages.compiled(run)).path / PACKAGE
+    for name in ("2", "10", "12"):
+        found = evaluate(package, twelve[0] / name / "00.png")
+        answers = [value for value in found["outputs"].values() if len(value) == 12]  # type: ignore[attr-defined]
+        assert answers
+        assert {found["classes"][int(np.argmax(value))] for value in answers} == {name}  # type: ignore[index]
+
+
+def test_labels_of_a_file_do_the_same_as_the_order_and_name_the_classes(
+    twelve: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "labels.txt").write_text("".join(f"{number} colour {number}\n" for number in range(1, 13)))
+    data = Folder.scan(twelve[0], 0, str(tmp_path / "labels.txt"))
+    report = made(tiny_run(data=data, weights=twelve[1]), tmp_path / "store")
+    assert report["test_top1"] == 100.0 and report["warnings"] == []
+    assert data.classes[1] == "colour 2"
+
+
+def test_labels_in_a_wrong_order_are_said(twelve: tuple[Path, Path], tmp_path: Path) -> None:
+    report = made(tiny_run(data=Folder.scan(twelve[0], 0, "text"), weights=twelve[1]), tmp_path)
+    assert report["test_top1"] == pytest.approx(100 / 12)
+    (warning,) = report["warnings"]
+    assert "its outputs seem to be in another order than the classes, with which 100.0% of 60 test pictures" in warning
+
+
+def test_another_seed_than_that_of_the_weights_is_said(twelve: tuple[Path, Path], tmp_path: Path) -> None:
+    data = Folder.scan(twelve[0], 1, "natural")
+    (warning,) = made(tiny_run(data=data, weights=twelve[1], seed=1), tmp_path)["warnings"]
+    assert "of the 60 test pictures, so that accuracy on them is worth little" in warning
+    again = Store(tmp_path).get(stages.weights(tiny_run(data=data, weights=twelve[1], seed=1))).path
+    (warning,) = made(tiny_run(data=data, weights=again / "weights.safetensors", seed=1), tmp_path)["warnings"]
+    assert "with SEED=0" in warning  # weights that were only passed on keep their history
+
+
+def test_shapes_in_the_alpha_channel_are_learned(tmp_path: Path) -> None:
+    report = made(tiny_run(data=Folder.scan(icons(tmp_path / "icons", 0), 0)), tmp_path)
+    assert report["test_top1"] > 90 and report["warnings"] == []
+
+
+def test_what_cannot_be_seen_is_said_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """White shapes on a white background."""
+    run = tiny_run("fp32", "null", data=Folder.scan(icons(tmp_path / "icons", 255), 0))
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "edgeline"):
+            verbs.engine(run, tmp_path / "store")
+        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert [line for line in said if "64 of 64 sampled train pictures are of a single colour" in line]
+        assert [line for line in said if "float top-1 is 33.33% on 24 test pictures, hardly better than the an" in line]
+    seen = tiny_run(data=run.data, preprocess=replace(run.preprocess, background=(0, 0, 0)))
+    assert made(seen, tmp_path / "store")["test_top1"] > 90
+
+
+def test_a_network_for_photographs_above_8_bits_learns_them_and_its_description_has_their_range(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, low in (("cold", 29388), ("warm", 29450)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(40):
+            values = rng.integers(low, low + 70, (SIDE, SIDE)).astype(np.uint16)
+            Image.fromarray(values).save(tmp_path / "data" / name / f"{index}.png")
+    run = tiny_run("fp32", "null", data=Folder.scan(tmp_path / "data", 0))
+    engine = Store(tmp_path / "store").get(stages.engine(run)).path
+    assert json.loads((engine / "report.json").read_text())["float_top1"] > 90
+    low, high = json.loads((engine / "model.json").read_text())["range"]
+    assert 29388 <= low < 29400 < 29510 < high < 29520
