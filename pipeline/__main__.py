@@ -30,7 +30,7 @@ from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budget
 from models import external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
-from pipeline import surroundings, verbs
+from pipeline import integrity, surroundings, verbs
 from pipeline.stages import Run
 from targets.base import Customizes, Interface
 
@@ -205,6 +205,8 @@ def weights_of(model: ModelSpec, text: str) -> Path:
         raise BadRequest(
             f"WEIGHTS={text}: there is no such file; give a .safetensors, .pt or .pth checkpoint, or `timm`"
         )
+    if damage := integrity.damage_of(file):
+        raise BadRequest(f"WEIGHTS={text}: its artifact is damaged: {damage}; repeat the command that built it")
     return file
 
 

@@ -112,7 +112,10 @@ def weights(run: Run) -> Step:
         state = {name: tensor.clone(memory_format=contiguous_format) for name, tensor in model.state_dict().items()}
         save_file(state, out / "weights.safetensors")
         _evaluated(run, model, out, report)
+        if run.weights and file_digest(run.weights) != digest:
+            raise CannotRunHere(f"WEIGHTS={run.weights} changed while it was read; run the command again")
 
+    digest = file_digest(run.weights) if run.weights else None
     return Step(
         stage="weights",
         label=run.label(),
@@ -122,7 +125,7 @@ def weights(run: Run) -> Step:
             "data": run.data.identity(),
             "preprocess": run.preprocess,
             "seed": run.seed,
-            "file": file_digest(run.weights) if run.weights else None if run.trained else "untrained",
+            "file": digest or (None if run.trained else "untrained"),
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },
         code=("calibration.float_weights", run.model.code),

@@ -408,10 +408,10 @@ def _engine_step(run: Run) -> Step:
 
 
 def _produced(step: Step, root: Path) -> Artifact:
-    """The artifact of `step`, telling of each stage whether it was there."""
+    """The artifact of `step`, telling of each stage whether it was there. Damaged ones are built again on the way."""
     store = Store(root)
     for needed in step.chain():
-        if store.has(needed):
+        if store.restored(needed):
             log.info("%-10s hit    %s", needed.stage, store.path(needed))
     return store.get(step)
 
