@@ -529,9 +529,8 @@ def test_damage_is_said_kept_apart_and_mended(tmp_path: Path, caplog: pytest.Log
     flipped_in_secret(path / "folder" / "half")
     bad = (path / "folder" / "half").read_bytes()
     digests = [hashlib.sha256(content).hexdigest() for content in (good[path / "folder" / "half"], bad)]
-    assert store.explain(toy())[0].startswith(
-        f"damaged: folder/half: expected {digests[0]}, found {digests[1]} (5 bytes); "
-    )
+    why = f"folder/half: expected {digests[0]}, found {digests[1]} (5 bytes); "
+    assert store.explain(toy())[0].startswith(f"damaged: {why}")
 
     with caplog.at_level("INFO"):
         assert not store.get(toy()).cached
