@@ -21,7 +21,8 @@ from typing import Final
 from pipeline import stages, surroundings
 from pipeline.__main__ import _parser, read
 from pipeline.store import Store
-from tests.tiny import ROOT, surroundings as environment
+from tests.tiny import ROOT
+from tests.tiny import surroundings as environment
 
 _MODELS: Final = (("convmixer_mini", "16"), ("mobilenetv2_100", "64"))
 _REPEATS: Final = 200
@@ -63,8 +64,9 @@ def _report(model: str, size: str, root: Path, rounds: int) -> None:
 
 
 def _weights(model: str, root: Path) -> Path:
-    import models
     from safetensors.torch import save_file
+
+    import models
 
     root.mkdir()
     save_file(models.ALL[model].build(10).state_dict(), root / "weights.safetensors")
