@@ -26,6 +26,7 @@ MAX_DROP   ?=
 FORCE      ?=
 VERDICT    ?= yes
 PYTHON  ?= python3.11
+LOCK    ?=
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
@@ -37,14 +38,26 @@ RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" 
       --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" \
       --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT"
 
+# Resolves for systems that this one is not; nothing of it is installed in .venv.
+UV := uv==0.13.9
+
 # Caches of libraries stay in the checkout, too.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 VENV     := .venv
 PIPELINE := $(VENV)/bin/python -m pipeline
-# The name of the stamp holds a checksum of the lock file: another lock, another environment.
-READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
+# Resolved for this system, or for NVIDIA GPUs: `make setup LOCK=requirements-cuda.lock`, once.
+override LOCK := $(value LOCK)
+LOCKS := $(sort $(wildcard requirements*.lock))
+ifneq ($(filter-out $(LOCKS),$(LOCK)),)
+$(error LOCK=$(LOCK): no such lock file; there are $(LOCKS))
+endif
+WANTED := $(or $(LOCK),$(if $(filter Darwin,$(shell uname -s)),requirements-macos.lock,requirements.lock))
+# The name of the stamp holds a checksum of the lock file: another lock, another environment. One that was set up from
+# another of the lock files is as good, until somebody asks for this one.
+stamp = $(VENV)/.ready-$(shell cksum < $(1) | cut -d' ' -f1)
+READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call stamp,$(lock)))) $(call stamp,$(WANTED)))
 
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
@@ -158,17 +171,13 @@ setup: $(READY) ## create .venv from requirements.lock (the other rules do this 
 
 $(READY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH; on Debian and Ubuntu: apt install python3.11 python3.11-venv" >&2; exit 3; }
-	@echo "setting up .venv from requirements.lock; this takes a few minutes, once" >&2
-	@rm -rf $(VENV)
-	@$(PYTHON) -m venv $(VENV) >&2 || { rm -rf $(VENV); echo "$(PYTHON) cannot create environments; on Debian and Ubuntu: apt install python3.11-venv" >&2; exit 3; }
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --requirement requirements.lock >&2
-	@touch $@
+	@$(PYTHON) -P pipeline/environment.py $@ $(WANTED)
 
-lock: ## resolve requirements.in into requirements.lock, in an environment of its own
-	@rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
-	@.cache/lock/bin/python -m pip install --disable-pip-version-check --no-cache-dir --requirement requirements.in >&2
-	@.cache/lock/bin/python -m pip freeze --exclude pip | sed -E 's/\+cpu$$//; s/^(tensorrt.*)$$/\1 ; sys_platform == "linux" and platform_machine == "x86_64"/' > requirements.lock
-	@rm -rf .cache/lock
+lock: ## resolve requirements.in into the lock files of all systems, with hashes, by uv in an environment of its own
+	@mkdir -p .cache && folder=$$(mktemp -d .cache/lock.XXXXXX) && trap 'rm -rf "$$folder"' EXIT && \
+	 $(PYTHON) -m venv "$$folder" && \
+	 "$$folder/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --quiet $(UV) >&2 && \
+	 "$$folder/bin/python" -P pipeline/locks.py "$$folder/bin/uv"
 
 system-packages: ## Debian packages that some tests need (without them those tests skip)
 	@if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \

@@ -99,6 +99,7 @@ def weights(run: Run) -> Step:
         from torch import contiguous_format
 
         from calibration import float_weights
+        from models import hub
         from pipeline import contract
 
         contract.check(run.model, run.preprocess.size, len(run.data.classes))
@@ -111,7 +112,8 @@ def weights(run: Run) -> Step:
         # The format knows neither tensors that share memory nor strides.
         state = {name: tensor.clone(memory_format=contiguous_format) for name, tensor in model.state_dict().items()}
         save_file(state, out / "weights.safetensors")
-        _evaluated(run, model, out, report)
+        published = hub.origin(run.weights)
+        _evaluated(run, model, out, {**report, "hub": published._asdict() if published else None})
         if run.weights and file_digest(run.weights) != digest:
             raise CannotRunHere(f"WEIGHTS={run.weights} changed while it was read; run the command again")
 

@@ -5,28 +5,39 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from models.errors import CannotRunHere
+from models.errors import CannotRunHere, EdgelineError
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# How Rust (safetensors), C++ and C libraries, zlib and SQLite report what Python calls OSError.
-_WORDS: Final = re.compile(
+# How Rust (safetensors), C++ (coremltools) and SQLite report what Python raises as OSError.
+_FULL_WORDS: Final = re.compile(
     r"no space left on device|os error (?:28|122|27)\b|StorageFull|disk quota exceeded|file too large"
     r"|database or disk is full",
     re.IGNORECASE,
 )
-_LEAST: Final = 1 << 16  # bytes: with less room than that, a library's unexplained failure to write is explained
-_WRITING: Final = re.compile(r"\b(?:writ|sav|serializ|unexpected pos|open|stream)", re.IGNORECASE)
+# How a C++ stream (OpenVINO), a copy by std::filesystem (coremltools) and torch's archives report any failed write.
+_FAILED_WORDS: Final = re.compile(r"iostream error|input/output error|unexpected pos|cannot copy", re.IGNORECASE)
+_LITTLE: Final = 64 << 20  # bytes: with less room, a write that failed for no stated reason failed for lack of it
+_NONE: Final = 64 << 10  # bytes: with less room, so did a library that states nothing about writing
+# Of programs, not of disks.
+_FAULTS: Final = (AssertionError, AttributeError, ImportError, IndexError, KeyError, NameError, TypeError)
 
 
 def refusal(error: BaseException, path: Path) -> CannotRunHere | None:
-    """What to report where `error` means that there is no room to write `path`; None where it means something else."""
-    if not is_full(error) and not (_room(path) < _LEAST and _WRITING.search(str(error))):
+    """What to report where `error` means that there is no room to write `path`, or for the temporary files of a
+    library; None where it means something else.
+    """
+    if isinstance(error, EdgelineError) and not is_full(error):
         return None
-    file = next((found.filename for found in _chain(error) if isinstance(found, OSError) and found.filename), path)
+    folder = min((path, Path(tempfile.gettempdir())), key=_room)
+    if not is_full(error) and not _is_for_lack_of(_room(folder), error):
+        return None
+    named = (found.filename for found in _chain(error) if isinstance(found, OSError) and found.errno in _FULL)
+    file = next(filter(None, named), path if _room(path) < _LITTLE else folder)
     return CannotRunHere(
         f"{file} cannot be written: no space left on the device ({_told(error)}); make room and run the same command "
         "again, which goes on from what is finished"
@@ -36,9 +47,15 @@ def refusal(error: BaseException, path: Path) -> CannotRunHere | None:
 def is_full(error: BaseException) -> bool:
     """Whether `error`, or what caused it, reports a full disk, a used-up quota or a limit of file sizes."""
     return any(
-        found.errno in _FULL if isinstance(found, OSError) and found.errno else bool(_WORDS.search(str(found)))
+        found.errno in _FULL if isinstance(found, OSError) and found.errno else bool(_FULL_WORDS.search(str(found)))
         for found in _chain(error)
     )
+
+
+def _is_for_lack_of(room: int, error: BaseException) -> bool:
+    if isinstance(error, _FAULTS):
+        return False
+    return room < _NONE or (room < _LITTLE and bool(_FAILED_WORDS.search(str(error))))
 
 
 def _told(error: BaseException) -> str:
@@ -63,4 +80,4 @@ def _room(path: Path) -> int:
         except OSError:
             continue
         return found.f_bavail * found.f_frsize
-    return _LEAST
+    return _LITTLE

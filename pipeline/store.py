@@ -138,11 +138,13 @@ class Store:
         and where its inputs change on disk while it is built.
         """
         path = self.path(step)
-        in_use.hold(path)
-        if self.has(step):
-            return Artifact(step=step, path=path, cached=True)
+        if os.path.lexists(path):
+            in_use.hold(path)
+            if self.has(step):
+                return Artifact(step=step, path=path, cached=True)
         for _ in range(_ATTEMPTS):
             inputs = {name: self.get(needed).path for name, needed in step.inputs.items()}
+            in_use.hold(path)
             with self._alone(step):
                 before = self._quarantined(step)
                 if self.has(step):  # another process built it while this one waited
