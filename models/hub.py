@@ -84,7 +84,7 @@ def _fetched(repository: str, url: str) -> Path:
     """Download `url` into the cache. Raises ValueError where the answer, or what came, is not what it should be."""
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._headers import build_hf_headers
 
     # Asked first and once, because a download is tried again for half a minute. The weights are public: no token that
     # may lie on this machine has to travel.

@@ -52,12 +52,13 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
     "lint-model": verbs.lint_model,
     "placement": verbs.placement,
 }
-_ON_SEVERAL = ("zoo", "multifunction")
+_ON_SEVERAL = ("zoo", "multifunction", "gc")
 _INTERFACES: Mapping[str, Interface] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
 _SWITCH: Mapping[str, bool] = {"yes": True, "1": True, "no": False, "0": False}
 _FORMS: Mapping[str, Form] = {"tokens": "tokens", "channels": "channels"}
 _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
+_MOST_DAYS = 36_500
 _LONGEST_NUMBER = 12  # digits
 
 # What the system says of files that cannot be written, or read; any other OSError shows its traceback.
@@ -108,6 +109,9 @@ def _carry_out(request: argparse.Namespace, answer: Answer) -> None:
         names = request.models.replace(",", " ").split()
         chosen = [pick("model", name, models.ALL, variable="MODELS") for name in names]
         answer |= verbs.zoo(chosen, request.store)
+    elif request.verb == "gc":
+        days = number("DAYS", request.days, 0, _MOST_DAYS) if request.days else None
+        answer |= verbs.gc(request.store, days, pick("apply", request.apply, _SWITCH))
     elif request.verb == "multifunction":
         answer |= {"model": request.model, "target": request.target, "recipe": request.recipes or request.recipe}
         runs = read_several(request)
@@ -306,6 +310,8 @@ def _parser() -> argparse.ArgumentParser:
         ("max_drop", ""),
         ("force", ""),
         ("verdict", "yes"),
+        ("days", ""),
+        ("apply", "no"),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")

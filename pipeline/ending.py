@@ -64,7 +64,7 @@ def open_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - open until the process ends
     elif not isinstance(sys.stderr, _Unread):
-        sys.stderr = _Unread(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = _Unread(sys.stderr)
 
 
 def answered(line: str) -> bool:

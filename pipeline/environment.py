@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 LINK: Final = Path(".venv")
 ENVIRONMENTS: Final = Path(".cache/venvs")
+CUDA: Final = Path("requirements-cuda.lock")
 _NO_VENV: Final = "cannot create environments; on Debian and Ubuntu: apt install python3.11-venv"
 
 
@@ -80,10 +81,19 @@ def _install(made: Path, lock: Path, held: int) -> int:
         part = made / f"requirements-{number}.txt"
         part.write_text(arguments.text)
         command = [*pip, *arguments.options, "--requirement", str(part)]
+        if not arguments.options and CUDA.exists():
+            versions = made / "constraints.txt"
+            versions.write_text(pins(CUDA.read_text()))
+            command += ["--constraint", str(versions)]
         if subprocess.call(command, stdout=2, pass_fds=[held]):
             _tell(f"{lock} was not installed, for the reason above; nothing is left of it, and {LINK} is as it was")
             return 3
     return 0
+
+
+def pins(lock: str) -> str:
+    """The versions of a lock file without its hashes, for what a build of torch may need that the CPU lock has not."""
+    return "".join(f"{found}\n" for found in re.findall(r"^([\w.-]+==[^\s;]+)", lock, re.MULTILINE))
 
 
 class Step(NamedTuple):

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
@@ -20,7 +20,13 @@ _held: dict[Path, IO[str]] = {}
 
 
 def lock_file(artifact: Path) -> Path:
+    """The file whose shared lock its users hold."""
     return artifact.with_name(f".lock-{artifact.name}.used")
+
+
+def build_lock(artifact: Path) -> Path:
+    """The file whose exclusive lock its builder holds."""
+    return artifact.with_name(f".lock-{artifact.name}")
 
 
 def hold(artifact: Path) -> None:
@@ -31,28 +37,11 @@ def hold(artifact: Path) -> None:
     file = lock_file(artifact).absolute()
     with contextlib.suppress(OSError):
         if file not in _held or not file.exists():
-            _held[file] = _shared(file)
+            _held[file] = locked(file, exclusive=False)
         if time.time() - file.stat().st_mtime > _NOTED_S:
             os.utime(file)
     while len(_held) > _MOST:
         _held.pop(next(iter(_held))).close()
-
-
-@contextlib.contextmanager
-def none_uses(artifact: Path) -> Iterator[bool]:
-    """Whether no process holds `artifact`; if so, none can begin to in this context."""
-    try:
-        file = lock_file(artifact).open("a")
-    except OSError:
-        yield False
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def last_use(artifact: Path) -> float | None:
@@ -63,12 +52,21 @@ def last_use(artifact: Path) -> float | None:
         return None
 
 
-def _shared(file: Path) -> IO[str]:
-    """Open and lock `file`; again, where it was deleted between the two."""
+def locked(file: Path, *, exclusive: bool, waits: Callable[[], None] | None = None) -> IO[str]:
+    """Open and lock `file`, once more where it was deleted between the two. `waits` is called before waiting.
+
+    Closing the file, or the end of the process, releases the lock.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
     while True:
         lock = file.open("a")
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waits is not None:
+                waits()
+            fcntl.flock(lock, kind)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
                 return lock

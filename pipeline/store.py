@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import fcntl
 import functools
 import glob
 import hashlib
@@ -23,7 +22,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -31,11 +30,24 @@ from models.errors import CannotRunHere
 from pipeline import in_use, integrity, storage
 from pipeline.integrity import MANIFEST, Damage, file_digest
 
-__all__ = ["MANIFEST", "Artifact", "Step", "Store", "file_digest", "plain", "resumable"]
+__all__ = [
+    "BUILDING",
+    "KEY_LETTERS",
+    "MANIFEST",
+    "QUARANTINE",
+    "RESUME",
+    "Artifact",
+    "Step",
+    "Store",
+    "file_digest",
+    "plain",
+    "resumable",
+]
 
 QUARANTINE: Final = "quarantine"
-_BUILDING = ".building-"
-_KEY_LETTERS = 12  # of the key, in the name of an artifact's folder
+BUILDING: Final = ".building-"
+RESUME: Final = ".resume-"
+KEY_LETTERS: Final = 12  # of the key, in the name of an artifact's folder
 _ATTEMPTS = 3  # at a build whose inputs are damaged while it runs
 _ROOT = Path(__file__).parent.parent
 _LAYERS = ("pipeline", "targets", "calibration", "models")
@@ -105,7 +117,7 @@ class Store:
         self.root = root
 
     def path(self, step: Step) -> Path:
-        return self.root / step.stage / f"{step.label}-{step.key[:_KEY_LETTERS]}"
+        return self.root / step.stage / f"{step.label}-{step.key[:KEY_LETTERS]}"
 
     def record(self, step: Step) -> Path:
         """The file with the metadata of the artifact's last full check; see `pipeline.integrity`."""
@@ -163,7 +175,7 @@ class Store:
             return [f"damaged: {damage}; it will be moved to {self.root / QUARANTINE} and built again"]
         if self.has(step):
             return ["nothing that it depends on has changed"]
-        found = (self.root / step.stage).glob(f"{glob.escape(step.label)}-{'?' * _KEY_LETTERS}/{MANIFEST}")
+        found = (self.root / step.stage).glob(f"{glob.escape(step.label)}-{'?' * KEY_LETTERS}/{MANIFEST}")
         for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
             if manifest := integrity.manifest_of(path.parent):
                 return list(_differences(manifest["ingredients"], step.ingredients))
@@ -199,7 +211,7 @@ class Store:
 
     def _build(self, step: Step, inputs: Mapping[str, Path], path: Path) -> bool:
         """Build and publish the artifact; False, and nothing published, where an input changed meanwhile."""
-        scratch = path.with_name(f"{_BUILDING}{path.name}")
+        scratch = path.with_name(f"{BUILDING}{path.name}")
         # Left by a process that was killed while building: whoever holds the lock is alone.
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -246,12 +258,8 @@ class Store:
         """Hold this artifact's lock; the kernel lets go of it however the process ends."""
         path = self.path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".lock-{path.name}").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%-10s wait   another process is building %s", step.stage, path)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        waits = partial(log.info, "%-10s wait   another process is building %s", step.stage, path)
+        with in_use.locked(in_use.build_lock(path), exclusive=True, waits=waits):
             yield
 
 
@@ -259,7 +267,7 @@ def resumable(scratch: Path) -> Path:
     """The folder for what a build can go on from when it is killed: `scratch`, the folder that it fills, is begun anew.
     Whoever builds holds the artifact's lock, and so is alone there, too. It is removed when the artifact is published.
     """
-    return scratch.with_name(scratch.name.replace(_BUILDING, ".resume-", 1))
+    return scratch.with_name(scratch.name.replace(BUILDING, RESUME, 1))
 
 
 def plain(value: object) -> object:

@@ -311,6 +311,13 @@ def dashboard(root: Path) -> Answer:
     return {"path": str(path), "rows": len(rows)}
 
 
+def gc(root: Path, days: int | None, apply: bool) -> Answer:
+    """List what can be deleted from the store, and delete it where `apply`."""
+    from pipeline.collect import collect
+
+    return collect(root, days=days, apply=apply)
+
+
 def zoo(chosen: Sequence[ModelSpec], root: Path) -> Answer:
     """Build `chosen`, or every published model up to the zoo's limit, at full size with random weights.
 

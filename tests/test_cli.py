@@ -22,7 +22,7 @@ from tests.tiny import ROOT, python
 
 CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "seconds"}
 VERBS = (
-    *("models", "targets", "dashboard", "zoo", "multifunction", "engine", "calibrate", "qat", "sensitivity"),
+    *("models", "targets", "dashboard", "zoo", "multifunction", "gc", "engine", "calibrate", "qat", "sensitivity"),
     *("tune", "prove", "verify", "profile", "explain", "lint-model", "placement"),
 )
 

@@ -118,7 +118,7 @@ def resealed(artifact: Path) -> None:
 
 def surroundings() -> dict[str, str]:
     """The environment without what a `make test` that runs these tests has put there for its own commands."""
-    inner = ("MAKE", "MFLAGS", *VARIABLES)
+    inner = ("MAKE", "MFLAGS", "DAYS", "APPLY", "LOCK", *VARIABLES)
     return {name: value for name, value in os.environ.items() if not name.startswith(inner)}
 
 

@@ -34,8 +34,8 @@ WITHOUT = "mobilenetv2_035"  # which timm never trained
 UMASK = os.umask(0)
 os.umask(UMASK)
 TOLD = """
-import logging, sys
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+from pipeline import surroundings
+surroundings.settle()
 """
 FETCH = """
 import sys
