@@ -31,11 +31,14 @@ STD     ?=
 CROP    ?=
 INTERPOLATION ?=
 BACKGROUND    ?=
+DAYS    ?=
+APPLY   ?= no
 PYTHON  ?= python3.11
+LOCK    ?=
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
-          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT \
+          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT DAYS APPLY \
           LABELS MEAN STD CROP INTERPOLATION BACKGROUND
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
@@ -46,20 +49,32 @@ RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" 
       --labels="$$LABELS" --mean="$$MEAN" --std="$$STD" --crop="$$CROP" --interpolation="$$INTERPOLATION" \
       --background="$$BACKGROUND"
 
+# Resolves for systems that this one is not; nothing of it is installed in .venv.
+UV := uv==0.13.9
+
 # Caches of libraries stay in the checkout, too.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 VENV     := .venv
 PIPELINE := $(VENV)/bin/python -m pipeline
-# The name of the stamp holds a checksum of the lock file: another lock, another environment.
-READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
+# Resolved for this system, or for NVIDIA GPUs: `make setup LOCK=requirements-cuda.lock`, once.
+override LOCK := $(value LOCK)
+LOCKS := $(sort $(wildcard requirements*.lock))
+ifneq ($(filter-out $(LOCKS),$(LOCK)),)
+$(error LOCK=$(LOCK): no such lock file; there are $(LOCKS))
+endif
+WANTED := $(or $(LOCK),$(if $(filter Darwin,$(shell uname -s)),requirements-macos.lock,requirements.lock))
+# The name of the stamp holds a checksum of the lock file: another lock, another environment. One that was set up from
+# another of the lock files is as good, until somebody asks for this one.
+stamp = $(VENV)/.ready-$(shell cksum < $(1) | cut -d' ' -f1)
+READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call stamp,$(lock)))) $(call stamp,$(WANTED)))
 
 .DEFAULT_GOAL := help
-.PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
+.PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain gc lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat test lint setup lock \
-        system-packages clean
+        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-store test lint setup lock \
+        licenses system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +89,7 @@ help: ## this list
 	@echo "  INT8: CALIBRATOR=auto (minmax moving_average percentile entropy mse) FORCE= (1: calibrate on fewer than 128 images)"
 	@echo "    PLACEMENT= (what computes in integers, such as conv+linear-stages.0; or layers, or all; or the family's own)"
 	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
+	@echo "  DAYS= (gc: artifacts not used for so long, too) APPLY=no (yes: gc deletes) LOCK= (setup: requirements-cuda.lock)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
@@ -108,6 +124,9 @@ dashboard: $(READY) ## draw all measurements on one page: build/dashboard.html
 
 explain: $(READY) ## which stages would be reused, and what changed for the others
 	@$(PIPELINE) explain $(RUN)
+
+gc: $(READY) ## list what build/ can lose: scratch, replaced and damaged artifacts; APPLY=yes deletes it, measurements stay
+	@$(PIPELINE) gc --days="$$DAYS" --apply="$$APPLY"
 
 lint-model: $(READY) ## what accelerators refuse in MODEL, or run slowly: module, line, reason, remedy
 	@$(PIPELINE) lint-model $(RUN)
@@ -157,6 +176,9 @@ bench-qat: $(READY) ## what a step of quantization-aware training costs, in floa
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
 
+bench-store: $(READY) ## what it costs to check the digests of artifacts, in percent of a cached make engine
+	@$(VENV)/bin/python -m tests.bench_store
+
 test: $(READY) ## the tests (a quarter of an hour on two cores)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
@@ -169,17 +191,16 @@ setup: $(READY) ## create .venv from requirements.lock (the other rules do this 
 
 $(READY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH; on Debian and Ubuntu: apt install python3.11 python3.11-venv" >&2; exit 3; }
-	@echo "setting up .venv from requirements.lock; this takes a few minutes, once" >&2
-	@rm -rf $(VENV)
-	@$(PYTHON) -m venv $(VENV) >&2 || { rm -rf $(VENV); echo "$(PYTHON) cannot create environments; on Debian and Ubuntu: apt install python3.11-venv" >&2; exit 3; }
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --requirement requirements.lock >&2
-	@touch $@
+	@$(PYTHON) -P pipeline/environment.py $@ $(WANTED)
 
-lock: ## resolve requirements.in into requirements.lock, in an environment of its own
-	@rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
-	@.cache/lock/bin/python -m pip install --disable-pip-version-check --no-cache-dir --requirement requirements.in >&2
-	@.cache/lock/bin/python -m pip freeze --exclude pip | sed -E 's/\+cpu$$//; s/^(tensorrt.*)$$/\1 ; sys_platform == "linux" and platform_machine == "x86_64"/' > requirements.lock
-	@rm -rf .cache/lock
+lock: ## resolve requirements.in into the lock files of all systems, with hashes, by uv in an environment of its own
+	@mkdir -p .cache && folder=$$(mktemp -d .cache/lock.XXXXXX) && trap 'rm -rf "$$folder"' EXIT && \
+	 $(PYTHON) -m venv "$$folder" && \
+	 "$$folder/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --quiet $(UV) >&2 && \
+	 "$$folder/bin/python" -P pipeline/locks.py "$$folder/bin/uv"
+
+licenses: $(READY) ## what is installed in .venv, with the licence of each package
+	@$(VENV)/bin/python -m pipeline.licenses
 
 system-packages: ## Debian packages that some tests need (without them those tests skip)
 	@if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +28,9 @@ _LARGEST_BATCH = 1024  # images a query; only the batch is dynamic: windows, pat
 # Operators with a weight as their second argument, whose output channels are the weight's first axis.
 WEIGHTED = frozenset({torch.ops.aten.conv2d.default, torch.ops.aten.linear.default})
 
+_IDENTITY = ".data/serialization_id"  # of an archive: torch computes it from the content, and writes it at the end
+_GRAPH_ID = re.compile(rb'(\\*"graph_id\\*": )(\d+)')  # in JSON, and in JSON within a string of JSON
+
 
 class LayerScales(TypedDict):
     """The scales that one layer computes with."""
@@ -40,7 +46,44 @@ def export(model: nn.Module, size: int) -> ExportedProgram:
 
 
 def save(program: ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
+    """Write `program` as a `.pt2` archive: the same bytes for the same program, in every process.
+
+    Raises OSError where the file cannot be written. (Written by torch itself, a full disk would end the process: its
+    archive writer throws from a destructor. So the archive is made in memory first.)
+    """
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(_reproducible(content.getbuffer()))
+
+
+def _reproducible(archive: memoryview) -> memoryview:
+    """The `archive` with the graphs that its nodes come from numbered from 0, in the order that they are named in.
+
+    torch identifies them by `id(graph)`, an address, in the provenance of each node (`torch.fx.traceback.NodeSource`).
+    Nothing else differs between two archives of one program: their entries have fixed times and a fixed order.
+    """
+    made = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(made)
+    with zipfile.ZipFile(io.BytesIO(archive)) as source:
+        for entry in source.namelist():
+            name = entry.partition("/")[2]  # behind the name of the archive, which the writer puts there again
+            if name == _IDENTITY:
+                continue
+            content = source.read(entry)
+            if name.startswith("models/"):
+                content = _numbered(content)
+            writer.write_record(name, content, len(content))
+    writer.write_end_of_file()
+    return made.getbuffer()
+
+
+def _numbered(graph: bytes) -> bytes:
+    numbers: dict[bytes, int] = {}
+
+    def number(found: re.Match[bytes]) -> bytes:
+        return b"%s%d" % (found[1], numbers.setdefault(found[2], len(numbers)))
+
+    return _GRAPH_ID.sub(number, graph)
 
 
 def load(path: Path) -> ExportedProgram:

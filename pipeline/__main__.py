@@ -31,7 +31,7 @@ from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budget
 from models import checkpoint, external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
-from pipeline import preprocessing, surroundings, verbs
+from pipeline import ending, integrity, preprocessing, storage, surroundings, verbs
 from pipeline.stages import Run
 from targets.base import Customizes, Interface
 
@@ -53,62 +53,79 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
     "lint-model": verbs.lint_model,
     "placement": verbs.placement,
 }
-_ON_SEVERAL = ("zoo", "multifunction")
+_ON_SEVERAL = ("zoo", "multifunction", "gc")
 _INTERFACES: Mapping[str, Interface] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
 _SWITCH: Mapping[str, bool] = {"yes": True, "1": True, "no": False, "0": False}
 _FORMS: Mapping[str, Form] = {"tokens": "tokens", "channels": "channels"}
 _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
+_MOST_DAYS = 36_500
 _LONGEST_NUMBER = 12  # digits
 
 # What the system says of files that cannot be written, or read; any other OSError shows its traceback.
-_DENIED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+_DENIED = frozenset(
+    {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EIO, errno.ESTALE}
+    | {errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO, errno.ENODEV}
+)
 
 log = logging.getLogger("edgeline")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
+    ending.open_streams()
     surroundings.settle()
     answer: Answer = {**dict.fromkeys(("verb", "model", "target", "recipe", "artifact", "key")), "cached": False}
+    code, store = 0, Path("build")
     try:
-        request = _parsed(arguments)
-        answer |= {"verb": request.verb}
-        if request.verb in _LISTINGS:
-            answer |= _LISTINGS[request.verb]()
-        elif request.verb in _REPORTS:
-            answer |= _REPORTS[request.verb](request.store)
-        elif request.verb == "zoo":
-            names = request.models.replace(",", " ").split()
-            chosen = [pick("model", name, models.ALL, variable="MODELS") for name in names]
-            answer |= verbs.zoo(chosen, request.store)
-        elif request.verb == "multifunction":
-            answer |= {"model": request.model, "target": request.target, "recipe": request.recipes or request.recipe}
-            runs = read_several(request)
-            tell(runs[0])
-            answer |= {"target": runs[0].target.name}
-            answer |= verbs.multifunction(runs, request.store)
-        else:
-            answer |= {"model": request.model, "target": request.target, "recipe": request.recipe}
-            carry_out = pick("verb", request.verb, _ON_RUNS, also=(*_LISTINGS, *_REPORTS, *_ON_SEVERAL))
-            run = read(request)
-            tell(run)
-            answer |= {"target": run.target.name}
-            answer |= carry_out(run, request.store)
-    except EdgelineError as error:
-        answer |= {"error": str(error), **error.answer}
-        log.error("%s", error)
-        return _finish(answer, started, error.exit_code)
-    except OSError as error:
-        if error.errno not in _DENIED:
+        with ending.by_exception():
+            request = _parsed(arguments)
+            store = request.store
+            _carry_out(request, answer)
+    except Exception as error:
+        refusal = _refusal(error, store)
+        if refusal is None:
             raise
-        refusal = _denied(error, request.store)
         log.error("%s", refusal)
-        return _finish(answer | {"error": str(refusal)}, started, refusal.exit_code)
-    except KeyboardInterrupt:
-        log.error("interrupted; what was finished is kept, the same command goes on from there")
-        return _finish(answer | {"error": "interrupted"}, started, 130)
-    return _finish(answer, started, 0)
+        answer |= {"error": str(refusal), **refusal.answer}
+        code = refusal.exit_code
+    except KeyboardInterrupt as error:
+        how = str(error) or "interrupted"
+        log.error("%s; what was finished is kept, the same command goes on from there", how)
+        answer |= {"error": how}
+        code = error.exit_code if isinstance(error, ending.Ended) else 130
+    return _finish(answer, started, code)
+
+
+def _carry_out(request: argparse.Namespace, answer: Answer) -> None:
+    """Do what the command line asks for, and add to `answer` what is known by then."""
+    answer |= {"verb": request.verb}
+    if request.verb not in _LISTINGS:
+        _check_store(request.store)
+    if request.verb in _LISTINGS:
+        answer |= _LISTINGS[request.verb]()
+    elif request.verb in _REPORTS:
+        answer |= _REPORTS[request.verb](request.store)
+    elif request.verb == "zoo":
+        names = request.models.replace(",", " ").split()
+        chosen = [pick("model", name, models.ALL, variable="MODELS") for name in names]
+        answer |= verbs.zoo(chosen, request.store)
+    elif request.verb == "gc":
+        days = number("DAYS", request.days, 0, _MOST_DAYS) if request.days else None
+        answer |= verbs.gc(request.store, days, pick("apply", request.apply, _SWITCH))
+    elif request.verb == "multifunction":
+        answer |= {"model": request.model, "target": request.target, "recipe": request.recipes or request.recipe}
+        runs = read_several(request)
+        tell(runs[0])
+        answer |= {"target": runs[0].target.name}
+        answer |= verbs.multifunction(runs, request.store)
+    else:
+        answer |= {"model": request.model, "target": request.target, "recipe": request.recipe}
+        carry_out = pick("verb", request.verb, _ON_RUNS, also=(*_LISTINGS, *_REPORTS, *_ON_SEVERAL))
+        run = read(request)
+        tell(run)
+        answer |= {"target": run.target.name}
+        answer |= carry_out(run, request.store)
 
 
 def read(request: argparse.Namespace) -> Run:
@@ -219,6 +236,8 @@ def weights_of(model: ModelSpec, text: str) -> Path:
         raise BadRequest(
             f"WEIGHTS={text}: there is no such file; give a .safetensors, .pt or .pth checkpoint, or `timm`"
         )
+    if damage := integrity.damage_of(file):
+        raise BadRequest(f"WEIGHTS={text}: its artifact is damaged: {damage}; repeat the command that built it")
     return file
 
 
@@ -312,6 +331,8 @@ def _parser() -> argparse.ArgumentParser:
         ("verdict", "yes"),
         ("labels", ""),
         *((name, "") for name in preprocessing.VARIABLES),
+        ("days", ""),
+        ("apply", "no"),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")
@@ -328,17 +349,41 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return _parser().parse_args(given)
 
 
+def _refusal(error: Exception, store: Path) -> EdgelineError | None:
+    """What to say of `error` in one sentence; None where it is a fault of the program, which shows its traceback."""
+    if isinstance(error, EdgelineError):
+        return error
+    if refusal := storage.refusal(error, store):
+        return refusal
+    return _denied(error, store) if isinstance(error, OSError) and error.errno in _DENIED else None
+
+
 def _denied(error: OSError, store: Path) -> EdgelineError:
     """What to say of a file that the system does not let us write, if it is one of ours, or read."""
     file = error.filename or store
-    if Path(file).resolve().is_relative_to(store.resolve()):
+    if Path(file).absolute().is_relative_to(store.absolute()) or error.errno == errno.EROFS:
         return CannotRunHere(f"{file} cannot be written: {error.strerror}; make room in the folder of artifacts")
     return BadRequest(f"{file} cannot be read: {error.strerror}")
 
 
+def _check_store(store: Path) -> None:
+    """Raises CannotRunHere where the folder of artifacts is a link to nowhere: no folder can be made in its place."""
+    for folder in (store, *store.parents):
+        if folder.is_symlink() and not os.path.exists(folder):  # noqa: PTH110 - the method raises on a loop
+            there = os.readlink(folder)  # noqa: PTH115
+            raise CannotRunHere(f"{folder} is a link to {there}, which is not there; create it, or remove the link")
+
+
 def _finish(answer: Answer, started: float, code: int) -> int:
-    print(json.dumps(answer | {"seconds": round(time.monotonic() - started, 3)}), flush=True)
-    return code
+    """Print the answer, and return the exit code: another one where nobody reads the answer."""
+    line = json.dumps(answer | {"seconds": round(time.monotonic() - started, 3)})
+    try:
+        read = ending.answered(line)
+    except OSError as error:  # stdout is a file
+        log.error("the answer cannot be written: %s", error.strerror)
+        ending.discard_stdout()
+        return CannotRunHere.exit_code
+    return code if read else code or ending.UNREAD
 
 
 if __name__ == "__main__":

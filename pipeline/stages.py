@@ -101,6 +101,7 @@ def weights(run: Run) -> Step:
         from torch import contiguous_format
 
         from calibration import float_weights, history, sanity
+        from models import hub
         from pipeline import contract
 
         train, val = run.images("train"), run.images("val")
@@ -127,8 +128,13 @@ def weights(run: Run) -> Step:
         # The format knows neither tensors that share memory nor strides.
         state = {name: tensor.clone(memory_format=contiguous_format) for name, tensor in model.state_dict().items()}
         save_file(state, out / "weights.safetensors", dict(history.metadata(past) or {}) or None)
+        published = hub.origin(run.weights)
+        report = {**report, "hub": published._asdict() if published else None}
         _evaluated(run, model, out, report, warnings if run.trained else None, check=True)
+        if run.weights and file_digest(run.weights) != digest:
+            raise CannotRunHere(f"WEIGHTS={run.weights} changed while it was read; run the command again")
 
+    digest = file_digest(run.weights) if run.weights else None
     return Step(
         stage="weights",
         label=run.label(),
@@ -138,7 +144,7 @@ def weights(run: Run) -> Step:
             "data": run.data.identity(),
             "preprocess": run.preprocess,
             "seed": run.seed,
-            "file": file_digest(run.weights) if run.weights else None if run.trained else "untrained",
+            "file": digest or (None if run.trained else "untrained"),
             **({"key": run.weights_key} if run.weights_key else {}),
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },

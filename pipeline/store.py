@@ -1,14 +1,14 @@
 """Build things once. An artifact's key is the digest of everything that went into it.
 
 A `Step` says what would be built and from what; its key is known without building anything. The `Store` builds what is
-missing, each artifact once however many processes ask for it, and publishes it whole or not at all.
+missing, each artifact once however many processes ask for it, and publishes it whole or not at all. An artifact whose
+files are no longer those that were published is moved to `quarantine` and built again.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import fcntl
 import functools
 import glob
 import hashlib
@@ -17,16 +17,38 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property
+from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-MANIFEST = "artifact.json"
-_BUILDING = ".building-"
-_KEY_LETTERS = 12  # of the key, in the name of an artifact's folder
+from models.errors import CannotRunHere
+from pipeline import in_use, integrity, storage
+from pipeline.integrity import MANIFEST, Damage, file_digest
+
+__all__ = [
+    "BUILDING",
+    "KEY_LETTERS",
+    "MANIFEST",
+    "QUARANTINE",
+    "RESUME",
+    "Artifact",
+    "Step",
+    "Store",
+    "file_digest",
+    "plain",
+    "resumable",
+]
+
+QUARANTINE: Final = "quarantine"
+BUILDING: Final = ".building-"
+RESUME: Final = ".resume-"
+KEY_LETTERS: Final = 12  # of the key, in the name of an artifact's folder
+_ATTEMPTS = 3  # at a build whose inputs are damaged while it runs
 _ROOT = Path(__file__).parent.parent
 _LAYERS = ("pipeline", "targets", "calibration", "models")
 
@@ -95,67 +117,149 @@ class Store:
         self.root = root
 
     def path(self, step: Step) -> Path:
-        return self.root / step.stage / f"{step.label}-{step.key[:_KEY_LETTERS]}"
+        return self.root / step.stage / f"{step.label}-{step.key[:KEY_LETTERS]}"
+
+    def record(self, step: Step) -> Path:
+        """The file with the metadata of the artifact's last full check; see `pipeline.integrity`."""
+        path = self.path(step)
+        return path.with_name(f".checked-{path.name}")
+
+    def damage(self, step: Step) -> Damage | None:
+        """The first damage in the artifact of `step`; None where it is whole, or was never built."""
+        path = self.path(step)
+        return integrity.damage(path, step.key, self.record(step)) if os.path.lexists(path) else None
 
     def has(self, step: Step) -> bool:
-        return (self.path(step) / MANIFEST).exists()
+        """Whether the artifact of `step` is there, and whole."""
+        return os.path.lexists(self.path(step)) and self.damage(step) is None
+
+    def restored(self, step: Step) -> bool:
+        """Whether the artifact of `step` is there. A damaged one is built again at once, needed or not."""
+        if not os.path.lexists(self.path(step)):
+            return False
+        if self.damage(step) is None:
+            return True
+        self.get(step)
+        return False
 
     def get(self, step: Step) -> Artifact:
-        """The artifact of `step`, built now if nobody has; its inputs are only looked at if it must be built."""
+        """The artifact of `step`, whole: built now if nobody has, or if its files are not those that were published.
+        Its inputs are only looked at if it must be built.
+
+        The artifact is safe from `make gc` until this process ends. Raises CannotRunHere where there is no room for it,
+        and where its inputs change on disk while it is built.
+        """
         path = self.path(step)
-        if self.has(step):
-            return Artifact(step=step, path=path, cached=True)
-        inputs = {name: self.get(needed).path for name, needed in step.inputs.items()}
-        with self._alone(step):
-            if self.has(step):  # another process built it while this one waited
+        if os.path.lexists(path):
+            in_use.hold(path)
+            if self.has(step):
                 return Artifact(step=step, path=path, cached=True)
-            self._build(step, inputs, path)
-        return Artifact(step=step, path=path, cached=False)
+        for _ in range(_ATTEMPTS):
+            inputs = {name: self.get(needed).path for name, needed in step.inputs.items()}
+            in_use.hold(path)
+            with self._alone(step):
+                before = self._quarantined(step)
+                if self.has(step):  # another process built it while this one waited
+                    return Artifact(step=step, path=path, cached=True)
+                if self._build(step, inputs, path):
+                    self._compare(step, before)
+                    return Artifact(step=step, path=path, cached=False)
+        raise CannotRunHere(
+            f"the inputs of {path} changed on disk {_ATTEMPTS} times while it was built; another program writes to "
+            f"{self.root}, or the disk is failing"
+        )
 
     def explain(self, step: Step) -> list[str]:
         """Why the artifact of `step` will be reused, or what makes it differ from the latest of the same label."""
+        if damage := self.damage(step):
+            return [f"damaged: {damage}; it will be moved to {self.root / QUARANTINE} and built again"]
         if self.has(step):
             return ["nothing that it depends on has changed"]
-        manifests = (self.root / step.stage).glob(f"{glob.escape(step.label)}-{'?' * _KEY_LETTERS}/{MANIFEST}")
-        latest = max(manifests, key=lambda path: path.stat().st_mtime, default=None)
-        if latest is None:
-            return ["it was never built"]
-        return list(_differences(json.loads(latest.read_text())["ingredients"], step.ingredients))
+        found = (self.root / step.stage).glob(f"{glob.escape(step.label)}-{'?' * KEY_LETTERS}/{MANIFEST}")
+        for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+            if manifest := integrity.manifest_of(path.parent):
+                return list(_differences(manifest["ingredients"], step.ingredients))
+        return ["it was never built"]
 
-    def _build(self, step: Step, inputs: Mapping[str, Path], path: Path) -> None:
-        scratch = path.with_name(f"{_BUILDING}{path.name}")
-        # Left by a process that was killed, while building or while deleting: whoever holds the lock is alone.
-        for left in (scratch, path):
-            shutil.rmtree(left, ignore_errors=True)
+    def _quarantined(self, step: Step) -> dict[str, str] | None:
+        """Move the artifact away if it is damaged. Returns the digests that its files had when it was published, where
+        its manifest still has them. Whoever calls this holds the artifact's lock.
+        """
+        damage, path = self.damage(step), self.path(step)
+        if damage is None:
+            return None
+        manifest = integrity.manifest_of(path)
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        kept = self.root / QUARANTINE / step.stage / f"{path.name}-{stamp}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(kept)
+        self.record(step).unlink(missing_ok=True)
+        log.warning("%-10s damaged %s: %s; moved to %s", step.stage, path, damage, kept)
+        return manifest["files"] if manifest and manifest["key"] == step.key else None
+
+    def _compare(self, step: Step, before: Mapping[str, str] | None) -> None:
+        """Say whether an artifact that was built again has the bits that it had before it was damaged."""
+        manifest = integrity.manifest_of(self.path(step))
+        if before is None or manifest is None:
+            return
+        after: dict[str, str] = manifest["files"]
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        if changed:
+            log.info("%-10s differs from what was published before in %s", step.stage, ", ".join(changed))
+        else:
+            log.info("%-10s restored: every file is as it was published before", step.stage)
+
+    def _build(self, step: Step, inputs: Mapping[str, Path], path: Path) -> bool:
+        """Build and publish the artifact; False, and nothing published, where an input changed meanwhile."""
+        scratch = path.with_name(f"{BUILDING}{path.name}")
+        # Left by a process that was killed while building: whoever holds the lock is alone.
+        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
             started = time.monotonic()
-            step.build(inputs, scratch)
-            manifest = {
-                "key": step.key,
-                "ingredients": step.ingredients,
-                "seconds": round(time.monotonic() - started, 3),
-                "files": {str(file.relative_to(scratch)): file_digest(file) for file in _files(scratch)},
-            }
-            _write_durably(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            # The manifest is written last and the rename publishes all at once: a reader sees everything or nothing.
-            scratch.rename(path)
+            try:
+                step.build(inputs, scratch)
+                if self._inputs_changed(step):
+                    return False
+                seconds = round(time.monotonic() - started, 3)
+                self._publish(step, scratch, path, seconds)
+            except Exception as error:
+                if self._inputs_changed(step):
+                    return False
+                if refusal := storage.refusal(error, scratch):
+                    raise refusal from error
+                raise
             shutil.rmtree(resumable(scratch), ignore_errors=True)
-            log.info("%-10s built  %s in %.1f s", step.stage, path, manifest["seconds"])
+            log.info("%-10s built  %s in %.1f s", step.stage, path, seconds)
+            return True
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _inputs_changed(self, step: Step) -> bool:
+        """Whether an input is no longer what the build was given: then what was built is not what its key says."""
+        for needed in step.inputs.values():
+            if not self.has(needed):
+                why = self.damage(needed) or "it is gone"
+                log.warning("%-10s again: its input %s changed meanwhile: %s", step.stage, self.path(needed), why)
+                return True
+        return False
+
+    def _publish(self, step: Step, scratch: Path, path: Path, seconds: float) -> None:
+        """The manifest is written last and the rename publishes all at once: a reader sees everything or nothing."""
+        _set_modes(scratch)
+        integrity.seal(scratch, key=step.key, ingredients=step.ingredients, seconds=seconds)
+        integrity.settle(scratch)
+        metadata = integrity.metadata(scratch)
+        scratch.rename(path)
+        integrity.write_record(self.record(step), step.key, metadata)
 
     @contextlib.contextmanager
     def _alone(self, step: Step) -> Iterator[None]:
         """Hold this artifact's lock; the kernel lets go of it however the process ends."""
         path = self.path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".lock-{path.name}").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%-10s wait   another process is building %s", step.stage, path)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        waits = partial(log.info, "%-10s wait   another process is building %s", step.stage, path)
+        with in_use.locked(in_use.build_lock(path), exclusive=True, waits=waits):
             yield
 
 
@@ -163,7 +267,7 @@ def resumable(scratch: Path) -> Path:
     """The folder for what a build can go on from when it is killed: `scratch`, the folder that it fills, is begun anew.
     Whoever builds holds the artifact's lock, and so is alone there, too. It is removed when the artifact is published.
     """
-    return scratch.with_name(scratch.name.replace(_BUILDING, ".resume-", 1))
+    return scratch.with_name(scratch.name.replace(BUILDING, RESUME, 1))
 
 
 def plain(value: object) -> object:
@@ -178,11 +282,6 @@ def plain(value: object) -> object:
         identity = {item.name: plain(getattr(value, item.name)) for item in fields(value) if item.compare}
         return {"type": type(value).__name__, **identity}
     raise TypeError(f"{value!r} cannot be part of an artifact key; use numbers, strings, tuples or dataclasses of them")
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Module(NamedTuple):
@@ -314,11 +413,19 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _set_modes(folder: Path) -> None:
+    """Give every file and folder the mode that the umask leaves: some libraries write files that others cannot read.
+
+    A mode that is right already is not set: files may be shared with another artifact, whose ctime would change.
+    """
+    allowed = stat.S_IMODE(folder.stat().st_mode) & 0o777  # of a folder made just now: 0777 & ~umask
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            continue
+        mode = stat.S_IMODE(path.stat().st_mode)
+        wanted = allowed if path.is_dir() else allowed & (0o777 if mode & 0o100 else 0o666)
+        if mode != wanted:
+            path.chmod(wanted)
 
 
 def _differences(before: object, after: object, where: str = "") -> Iterator[str]:

@@ -315,6 +315,13 @@ def dashboard(root: Path) -> Answer:
     return {"path": str(path), "rows": len(rows)}
 
 
+def gc(root: Path, days: int | None, apply: bool) -> Answer:
+    """List what can be deleted from the store, and delete it where `apply`."""
+    from pipeline.collect import collect
+
+    return collect(root, days=days, apply=apply)
+
+
 def zoo(chosen: Sequence[ModelSpec], root: Path) -> Answer:
     """Build `chosen`, or every published model up to the zoo's limit, at full size with random weights.
 
@@ -412,10 +419,10 @@ def _engine_step(run: Run) -> Step:
 
 
 def _produced(step: Step, root: Path) -> Artifact:
-    """The artifact of `step`, telling of each stage whether it was there."""
+    """The artifact of `step`, telling of each stage whether it was there. Damaged ones are built again on the way."""
     store = Store(root)
     for needed in step.chain():
-        if store.has(needed):
+        if store.restored(needed):
             log.info("%-10s hit    %s", needed.stage, store.path(needed))
             if needed.stage == "weights":
                 report = json.loads((store.path(needed) / "report.json").read_text())

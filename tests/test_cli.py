@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from typing import Any
 import pytest
 
 import targets
+from pipeline import ending
 from tests.tiny import ROOT, python
 
 CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "seconds"}
 VERBS = (
-    *("models", "targets", "dashboard", "zoo", "multifunction", "engine", "calibrate", "qat", "sensitivity"),
+    *("models", "targets", "dashboard", "zoo", "multifunction", "gc", "engine", "calibrate", "qat", "sensitivity"),
     *("tune", "prove", "verify", "profile", "explain", "lint-model", "placement"),
 )
 
@@ -376,3 +379,117 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert re.search(
         r"store/weights cannot be written: Not a directory; make room in the folder of artifacts$", story[0]
     )
+
+
+# --- Endings --------------------------------------------------------------------------------------------------------
+
+# An engine whose build waits: a model of the user's that sleeps when it is made.
+SLEEPS = """
+import time
+from pathlib import Path
+from torch import nn
+
+def net():
+    Path("asleep").touch()
+    time.sleep(60)
+    return nn.Linear(1, 1)
+"""
+
+
+def shell(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line of bash at the root of the project, with PIPELINE and STORE set."""
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"PIPELINE": f"{sys.executable} -m pipeline", "STORE": str(tmp_path / "store")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, 143, "ended by SIGTERM"),
+        (signal.SIGHUP, 129, "ended by SIGHUP"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
+)
+def test_a_signal_leaves_an_answer(tmp_path: Path, number: signal.Signals, code: int, said: str) -> None:
+    (tmp_path / "model.py").write_text(SLEEPS)
+    request = ["engine", "--model", f"{tmp_path / 'model.py'}:net", "--target", "null", "--store", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *request],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "asleep").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, story = process.communicate(timeout=30)
+    assert process.returncode == code
+    answer = json.loads(out.splitlines()[-1])
+    assert answer.keys() >= CONTRACT and answer["error"] == said
+    assert story.splitlines()[-1] == f"{said}; what was finished is kept, the same command goes on from there"
+    assert "Traceback" not in story
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending.by_exception():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(ending.Ended, match="ended by SIGTERM"):
+                signal.raise_signal(signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process at once
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("$PIPELINE models | true; exit ${PIPESTATUS[0]}", 141),
+        ("$PIPELINE models >&-", 141),
+        ("$PIPELINE models >/dev/full", 3),
+        ("$PIPELINE engine --batch 0 | true; exit ${PIPESTATUS[0]}", 2),
+        ("$PIPELINE engine --batch 0 2>&- >&-", 2),
+        ("$PIPELINE models <&- >&- 2>&-", 141),
+        ("$PIPELINE --help | true; exit ${PIPESTATUS[0]}", 0),
+    ],
+)
+def test_a_stdout_that_nobody_reads_is_no_fault_of_the_program(tmp_path: Path, script: str, code: int) -> None:
+    result = shell(tmp_path, script)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2> >(true)", "2>/dev/full"])
+def test_a_stderr_that_nobody_reads_leaves_the_answer(tmp_path: Path, stderr: str) -> None:
+    request = "$PIPELINE engine --model convmixer_mini --target onnxruntime --recipe fp32 --batch 0 --store $STORE"
+    result = shell(tmp_path, f"{request} {stderr}")
+    assert result.returncode == 2
+    assert json.loads(result.stdout.splitlines()[-1])["error"] == "BATCH=0: expected a whole number from 1 to 256"
+    assert shell(tmp_path, f"$PIPELINE models {stderr}").returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["engine", "explain", "dashboard", "calibrate"])
+def test_a_store_that_is_a_link_to_nowhere_is_named(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "store").symlink_to("nowhere")
+    found, answer, story = call(tmp_path, verb, "--target", "null")
+    assert found == 3
+    assert story == [answer["error"]]
+    assert story[0] == f"{tmp_path / 'store'} is a link to nowhere, which is not there; create it, or remove the link"
+
+
+def test_a_store_that_is_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "store").symlink_to("store")
+    assert call(tmp_path, "engine", "--target", "null")[0] == 3

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +31,12 @@ PATH = f"/{models.ALL[MODEL].hub}/resolve/main/model.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECRET = "hf_a_token_that_must_stay_here"  # noqa: S105
 WITHOUT = "mobilenetv2_035"  # which timm never trained
+UMASK = os.umask(0)
+os.umask(UMASK)
+TOLD = """
+from pipeline import surroundings
+surroundings.settle()
+"""
 FETCH = """
 import sys
 import models
@@ -50,6 +57,9 @@ class Hub:
     status: int = 200
     lost: int = 0  # bytes that it promises and does not send
     is_one: bool = True  # rather than something in between that answers for it
+    etag: str | None = None  # in place of the digest of the content
+    commit: str = COMMIT
+    redirects: bool = False  # as the Hub does: to where it keeps large files, with the digest of what is linked
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # paths and headers
     url: str = ""
 
@@ -61,11 +71,22 @@ def served() -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             found.requests.append((self.path, {name.lower(): it for name, it in self.headers.items()}))
-            status = found.status if self.path == PATH else 404
+            status = found.status if self.path in (PATH, "/large") else 404
+            digest = hashlib.sha256(found.content).hexdigest() if found.etag is None else found.etag
+            if status == 200 and found.redirects and self.path == PATH:
+                self.send_response(302)
+                self.send_header("Location", f"{found.url}/large")
+                self.send_header("X-Linked-ETag", f'"{digest}"')
+                self.send_header("X-Linked-Size", str(len(found.content)))
+                self.send_header("X-Repo-Commit", found.commit)
+                self.send_header("ETag", '"of-the-redirection"')
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self.send_response(status)
             if status == 200 and found.is_one:
-                self.send_header("ETag", f'"{hashlib.sha256(found.content).hexdigest()}"')
-                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", f'"{digest}"')
+                self.send_header("X-Repo-Commit", found.commit)
                 self.send_header("Content-Length", str(len(found.content)))
             elif status != 200:
                 self.send_header("X-Error-Code", "EntryNotFound" if status == 404 else "RepoNotFound")
@@ -176,6 +197,90 @@ def test_the_command_line_takes_them_as_it_takes_the_same_file(tmp_path: Path, s
     assert by_name == key(str(copy))
     copy.write_bytes(save({"head.fc.weight": torch.zeros(2, 3)}))
     assert by_name != key(str(copy))
+
+
+def test_weights_are_kept_as_the_library_keeps_them(tmp_path: Path, served: Hub) -> None:
+    """Under the digest of their content, with a link by the commit that they are of; readable as the umask says."""
+    file = fetched(tmp_path, served.url)
+    blob = file.resolve()
+    assert (blob.name, blob.parent.name) == (hashlib.sha256(served.content).hexdigest(), "blobs")
+    assert blob.stat().st_mode & 0o777 == 0o666 & ~UMASK
+    assert (file.parent.parent.parent / "refs" / "main").read_text() == COMMIT
+    assert hub.origin(file) == hub.Origin(str(models.ALL[MODEL].hub), COMMIT, blob.name)
+    assert hub.origin(blob) is None and hub.origin(None) is None
+    found = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(found) == 3  # and nothing half-made
+
+
+def test_the_hub_keeps_large_files_elsewhere(tmp_path: Path, served: Hub) -> None:
+    served.redirects = True
+    file = fetched(tmp_path, served.url)
+    assert file.read_bytes() == served.content and file.parent.name == COMMIT
+    assert {path for path, _ in served.requests} == {PATH, "/large"}
+
+
+# --- Weights that are not what they should be -----------------------------------------------------------------------
+
+OUTWARDS = ("../../../../elsewhere/x", "/elsewhere/x", "..", "a/b", "x" * 64, "0" * 63, "0" * 64 + "\\", "\x7f")
+
+
+@pytest.mark.parametrize("redirects", [False, True])
+@pytest.mark.parametrize("name", OUTWARDS)
+def test_no_name_is_taken_from_an_answer(tmp_path: Path, served: Hub, name: str, redirects: bool) -> None:
+    before = {path for path in tmp_path.rglob("*")}
+    served.redirects = redirects
+    served.etag = name
+    assert "its commit and SHA-256 are stated as " in refused(tmp_path, served.url)
+    served.etag, served.commit = None, name
+    assert "its commit and SHA-256 are stated as " in refused(tmp_path, served.url)
+    assert {path for path in tmp_path.rglob("*")} - before <= {tmp_path / "home", tmp_path / "cache"}
+
+
+def test_content_of_the_right_size_that_is_not_what_the_hub_states_is_not_kept(tmp_path: Path, served: Hub) -> None:
+    right = served.content
+    served.etag = hashlib.sha256(right).hexdigest()
+    served.content = right[:-1] + bytes([right[-1] ^ 1])
+    came = hashlib.sha256(served.content).hexdigest()
+    said = refused(tmp_path, served.url)
+    assert f"the Hub states content of sha256 {served.etag}, and sha256 {came} came; it is not kept" in said
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    served.content = right
+    assert fetched(tmp_path, served.url).read_bytes() == right
+
+
+def test_a_file_of_the_cache_that_was_damaged_is_downloaded_again(tmp_path: Path, served: Hub) -> None:
+    file = fetched(tmp_path, served.url)
+    damaged = served.content[:-1] + bytes([served.content[-1] ^ 1])
+    file.resolve().write_bytes(damaged)
+    result = call(tmp_path, served.url, "-c", TOLD + FETCH, MODEL)
+    assert result.returncode == 0
+    digests = [hashlib.sha256(content).hexdigest() for content in (served.content, damaged)]
+    assert result.stderr.splitlines() == [
+        f"{file} is damaged: expected sha256 {digests[0]}, found {digests[1]}; removed from the cache"
+    ]
+    assert file.read_bytes() == served.content
+
+
+def test_a_damaged_file_is_not_used_where_the_hub_is_away(tmp_path: Path, served: Hub) -> None:
+    file = fetched(tmp_path, served.url)
+    file.resolve().write_bytes(b"")
+    result = call(tmp_path, nowhere(), "-c", FETCH, MODEL)
+    assert result.returncode == 1 and "could not be downloaded" in result.stderr
+    assert not file.exists() and not file.is_symlink()
+    assert fetched(tmp_path, served.url).read_bytes() == served.content
+
+
+def test_what_is_no_checkpoint_is_not_kept(tmp_path: Path, served: Hub) -> None:
+    right = served.content
+    served.content = b"<html>Please log in</html>"
+    assert "it is not a whole safetensors file (" in refused(tmp_path, served.url)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    served.content = right
+    file = fetched(tmp_path, served.url)
+    # The library itself keeps what it cannot check: a file that is no link, or under another name than its digest.
+    file.unlink()
+    file.write_bytes(b"<html>Please log in</html>")
+    assert fetched(tmp_path, served.url).read_bytes() == right
 
 
 # --- Weights that are not -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pipeline.prove import checked, made, proof, prove, typed
 from pipeline.store import Store
 from targets import _carried_coreml, _carried_onnx
 from targets._coreml import SPECIFICATION
-from tests.tiny import tiny_run
+from tests.tiny import resealed, tiny_run
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -269,6 +269,7 @@ def test_an_artifact_that_was_changed_after_its_proof_is_found(shared: Path, tmp
     stored = integers_of(_carried_onnx.carried(graph)[0])
     content[content.index(stored.tobytes())] ^= 1
     graph.write_bytes(content)
+    resealed(graph.parent)
     with pytest.raises(CheckFailed, match=r"0 in tensorrt .*int8 weights: .*; delete .* and run this again") as failed:
         prove(RUN, tmp_path)
     assert {"identical", "rounded", "folded", "different", "modules"} <= failed.value.answer.keys()
@@ -280,6 +281,7 @@ def test_a_proof_that_fails_leaves_nothing(shared: Path, tmp_path: Path) -> None
         shutil.copytree(Store(shared).get(needed).path, Store(tmp_path).path(needed))
     file = Store(tmp_path).path(made(RUN)["exported"]) / "scales.json"
     file.write_text(json.dumps({"nothing": {"activation": 1.0, "weight": [1.0]}}))
+    resealed(file.parent)
     with pytest.raises(CheckFailed, match=r"0 in scales.json \(no operator\): quantized operator: is missing"):
         prove(RUN, tmp_path)
     assert not Store(tmp_path).has(step)

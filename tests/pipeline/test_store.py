@@ -17,13 +17,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.budget import Budget
 from calibration.recipe import Float, Ptq, budgeted
-from pipeline import stages
+from models.errors import CannotRunHere
+from pipeline import integrity, stages
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Step, Store, plain, resumable
 from targets.onnxruntime import OnnxRuntimeTarget
@@ -62,8 +64,9 @@ def changed(before: Run, after: Run) -> list[str]:
 
 
 def left(root: Path) -> list[str]:
-    """What lies in a store, its empty lock files apart."""
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.name.startswith(".lock-"))
+    """What lies in a store, apart from its locks and the records of its checks."""
+    found = (path for path in root.rglob("*") if not path.name.startswith((".lock-", ".checked-")))
+    return sorted(str(path.relative_to(root)) for path in found)
 
 
 # --- What is part of a key ------------------------------------------------------------------------------------------
@@ -182,7 +185,8 @@ PRINT_KEYS = """
 import json
 import calibration.recipe, models, targets
 from calibration.data import Digits
-from pipeline import stages
+from models.errors import CannotRunHere
+from pipeline import integrity, stages
 run = stages.Run(model=models.ALL["mobilevit_xs"], recipe=calibration.recipe.ALL["int8_qat"],
                  target=targets.ALL["cpu"], data=Digits(), preprocess=models.ALL["mobilevit_xs"].preprocess)
 print(json.dumps({step.stage: step.key for step in stages.engine(run).chain()}))
@@ -419,6 +423,254 @@ def test_a_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:
     assert not store.has(toy())
     assert not store.get(toy()).cached
     assert store.has(toy())
+
+
+# --- Damage ---------------------------------------------------------------------------------------------------------
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def flipped_in_secret(file: Path) -> None:
+    """With the size and the mtime that it had."""
+    before = file.stat()
+    flipped(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replaced(file: Path) -> None:
+    """By another file of the same size and mtime."""
+    before, other = file.stat(), file.with_name("other")
+    other.write_bytes(file.read_bytes())
+    flipped(other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(file)
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def linked(file: Path) -> None:
+    copy = file.parent.parent.parent / "copy"
+    file.replace(copy)
+    file.symlink_to(copy)
+
+
+def made_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = (flipped, flipped_in_secret, replaced, truncated, emptied, Path.unlink, linked, made_a_folder)
+
+
+@pytest.mark.parametrize("damaged", DAMAGES)
+def test_no_damage_to_a_file_of_a_run_is_silent(shared: Path, tmp_path: Path, damaged: Callable[[Path], None]) -> None:
+    """Every file of every stage: some 20, in as many ways as there are parameters."""
+    step = stages.engine(tiny_run())
+    Store(shared).get(step)
+    seen = 0
+    for needed in step.chain():
+        source, store = Store(shared).path(needed), Store(tmp_path)
+        path = store.path(needed)
+        for file in [path / found.relative_to(source) for found in source.rglob("*") if found.is_file()]:
+            shutil.copytree(source, path)
+            assert store.has(needed)  # and its metadata is recorded
+            damaged(file)
+            found = store.damage(needed)
+            assert found is not None and not store.has(needed)
+            assert found.file == str(file.relative_to(path))
+            assert found.expected != found.found
+            shutil.rmtree(path)
+            seen += 1
+    assert seen >= 20
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.get(toy()).path
+    for file in (path / MANIFEST, path / "whole", path / "folder" / "half"):
+        content = file.read_bytes()
+        for bit in range(0, 8 * len(content), 61):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(changed)
+            assert not store.has(toy()), (file.name, bit)
+        file.write_bytes(content)
+        assert store.has(toy())
+
+
+def test_a_file_that_is_not_the_artifacts_is_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.get(toy()).path
+    (path / "folder" / "more").write_text("12345")
+    assert str(store.damage(toy())) == "folder/more: expected no such file, found one of 5 bytes"
+
+
+def test_the_manifest_of_another_key_is_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one, other = toy(seed=1), toy(seed=2)
+    shutil.copytree(store.get(one).path, store.path(other))
+    assert str(store.damage(other)) == f"{MANIFEST}: expected key {other.key}, found key {one.key}"
+
+
+def test_damage_is_said_kept_apart_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path)
+    path = store.get(toy()).path
+    good = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != MANIFEST}
+    flipped_in_secret(path / "folder" / "half")
+    bad = (path / "folder" / "half").read_bytes()
+    digests = [hashlib.sha256(content).hexdigest() for content in (good[path / "folder" / "half"], bad)]
+    why = f"folder/half: expected {digests[0]}, found {digests[1]} (5 bytes); "
+    assert store.explain(toy())[0].startswith(f"damaged: {why}")
+
+    with caplog.at_level("INFO"):
+        assert not store.get(toy()).cached
+    (kept,) = (tmp_path / "quarantine" / "toys").iterdir()
+    assert (kept / "folder" / "half").read_bytes() == bad
+    assert {file: file.read_bytes() for file in good} == good
+    said = caplog.messages
+    assert said[0] == (f"toys       damaged {path}: {why}moved to {kept}")
+    assert said[-1] == "toys       restored: every file is as it was published before"
+    assert store.get(toy()).cached
+
+
+def test_an_artifact_that_comes_back_otherwise_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def build(inputs: Mapping[str, Path], out: Path) -> None:
+        (out / "same").touch()
+        (out / "now").write_text(str(time.monotonic_ns()))
+
+    store = Store(tmp_path)
+    flipped(store.get(toy(build)).path / "now")
+    with caplog.at_level("INFO"):
+        store.get(toy(build))
+    assert caplog.messages[-1] == "toys       differs from what was published before in now"
+
+
+def test_a_damaged_input_is_mended_before_it_is_used(tmp_path: Path) -> None:
+    source = toy(label="source")
+
+    def copy(inputs: Mapping[str, Path], out: Path) -> None:
+        (out / "copy").write_bytes((inputs["source"] / "folder" / "half").read_bytes())
+
+    store = Store(tmp_path)
+    flipped_in_secret(store.get(source).path / "folder" / "half")
+    assert (store.get(toy(copy, inputs={"source": source})).path / "copy").read_bytes() == b"first"
+    assert store.has(source)
+
+
+def test_an_input_that_changes_while_it_is_used_is_mended_and_used_again(tmp_path: Path) -> None:
+    source, store, seen = toy(label="source", inputs={"a": toy(label="first")}), Store(tmp_path), list[str]()
+
+    def build(inputs: Mapping[str, Path], out: Path) -> None:
+        if not seen:
+            flipped_in_secret(inputs["source"] / "whole")
+        seen.append((inputs["source"] / "whole").read_text())
+        (out / "copy").write_text(seen[-1])
+
+    last = toy(build, label="last", inputs={"source": source})
+    assert (store.get(last).path / "copy").read_text() == "a"
+    assert len(seen) == 2 and seen[0] != "a"
+
+
+def test_a_disk_that_keeps_changing_inputs_is_given_up(tmp_path: Path) -> None:
+    source = toy(label="source", inputs={"a": toy(label="first")})
+
+    def build(inputs: Mapping[str, Path], out: Path) -> None:
+        flipped_in_secret(inputs["source"] / "whole")
+        raise RuntimeError("what a library says of a damaged file")
+
+    last = toy(build, label="last", inputs={"source": source})
+    with pytest.raises(CannotRunHere, match=r"the inputs of .*last-.* changed on disk 3 times while it was built; "):
+        Store(tmp_path).get(last)
+    assert not Store(tmp_path).has(last)
+
+
+def test_what_is_whole_is_read_once_and_then_by_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = Store(tmp_path), list[str]()
+    store.get(toy())
+    digest = integrity.file_digest
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(integrity, "file_digest", noted)
+    assert store.has(toy()) and read == []  # the publication has recorded it
+    os.utime(store.path(toy()) / "whole")
+    assert store.has(toy()) and sorted(read) == ["half", "whole"]
+    assert store.has(toy()) and len(read) == 2
+    record = json.loads(store.record(toy()).read_text())
+    store.record(toy()).write_text(json.dumps(record | {"boot": "an earlier one"}))  # the machine was started again
+    assert store.has(toy()) and len(read) == 4
+    store.record(toy()).write_text("{")
+    assert store.has(toy()) and len(read) == 6
+    assert store.has(toy()) and len(read) == 6
+
+
+def test_a_step_whose_files_are_shared_leaves_the_other_whole(shared: Path) -> None:
+    """An engine's files are hard links to those that were compiled: a new link changes the ctime of both."""
+    store, step = Store(shared), stages.engine(tiny_run())
+    store.get(step)
+    assert all(store.has(needed) for needed in step.chain())
+
+
+def test_a_damaged_input_does_not_spread_into_another_recipe(shared: Path, tmp_path: Path) -> None:
+    before, after = (stages.quantized(tiny_run(recipe)) for recipe in ("fp32", "int8_ptq"))
+    good = Store(shared).get(after)
+    for step in before.chain():
+        shutil.copytree(Store(shared).get(step).path, Store(tmp_path).path(step))
+    source = before.inputs["weights"]
+    flipped_in_secret(Store(tmp_path).path(source) / "weights.safetensors")
+    found = Store(tmp_path).get(after)
+    assert found.key == good.key
+    assert np.array_equal(*(np.load(artifact.path / "test.npz")["logits"] for artifact in (good, found)))
+    assert (Store(tmp_path).path(source) / "weights.safetensors").read_bytes() == (
+        Store(shared).path(source) / "weights.safetensors"
+    ).read_bytes()
+
+
+def test_processes_that_find_the_same_damage_mend_it_once(processes: Processes) -> None:
+    out, _ = processes.start().communicate(timeout=30)
+    path = processes.store / "toys" / out.split()[1]
+    flipped_in_secret(path / "whole")
+    running = [processes.start() for _ in range(4)]
+    answers = [process.communicate(timeout=30) for process in running]
+    assert sorted(out.split()[0] for out, _ in answers) == ["False", "True", "True", "True"]
+    assert sum(said.count("damaged") for _, said in answers) == 1
+    assert len(list((processes.store / "quarantine" / "toys").iterdir())) == 1
+    assert processes.builds() == 2
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_modes_are_those_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    def build(inputs: Mapping[str, Path], out: Path) -> None:
+        (out / "folder").mkdir(mode=0o700)
+        for name, mode in {"private": 0o600, "folder/open": 0o666, "folder/program": 0o700}.items():
+            (out / name).touch()
+            (out / name).chmod(mode)
+
+    before = os.umask(umask)
+    try:
+        path = Store(tmp_path).get(toy(build)).path
+    finally:
+        os.umask(before)
+    modes = {str(file.relative_to(path)): file.stat().st_mode & 0o777 for file in path.rglob("*")}
+    assert modes == {
+        "folder": 0o777 & ~umask,
+        "private": 0o666 & ~umask,
+        "folder/open": 0o666 & ~umask,
+        "folder/program": 0o777 & ~umask,
+        MANIFEST: 0o666 & ~umask,
+    }
 
 
 # --- Explanations ---------------------------------------------------------------------------------------------------
