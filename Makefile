@@ -17,6 +17,7 @@ SEED    ?= 0
 FORM    ?= tokens
 INTERFACE  ?= tensor
 DEPLOYMENT ?=
+HALF       ?= auto
 MODELS  ?=
 SIZES   ?=
 RECIPES ?=
@@ -29,12 +30,12 @@ PYTHON  ?= python3.11
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
-          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT
+          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT HALF
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
       --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
-      --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" \
+      --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" --half="$$HALF" \
       --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT"
 
 # Caches of libraries stay in the checkout, too.
@@ -49,7 +50,7 @@ READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat test lint setup lock \
+        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-half test lint setup lock \
         system-packages clean
 
 help: ## this list
@@ -63,6 +64,7 @@ help: ## this list
 	@echo "  INT8: CALIBRATOR=auto (minmax moving_average percentile entropy mse) FORCE= (1: calibrate on fewer than 128 images)"
 	@echo "    PLACEMENT= (what computes in integers, such as conv+linear-stages.0; or layers, or all; or the family's own)"
 	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
+	@echo "  HALF=auto (operators that FP16 cannot hold stay in float32; or strict: they are refused)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
@@ -145,6 +147,9 @@ bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line
 bench-qat: $(READY) ## what a step of quantization-aware training costs, in float steps; needs no data
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
+
+bench-half: $(READY) ## FP16 of the small model of every family, each operator rounded, against float32; no training
+	@$(VENV)/bin/python -m tests.bench_half $$MODELS
 
 test: $(READY) ## the tests (a quarter of an hour on two cores)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

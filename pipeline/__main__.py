@@ -32,7 +32,7 @@ from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
 from pipeline import surroundings, verbs
 from pipeline.stages import Run
-from targets.base import Customizes, Interface
+from targets.base import Customizes, Half, Interface
 
 T = TypeVar("T")
 Answer = dict[str, object]
@@ -54,6 +54,7 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
 }
 _ON_SEVERAL = ("zoo", "multifunction")
 _INTERFACES: Mapping[str, Interface] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
+_HALVES: Mapping[str, Half] = {"auto": "auto", "strict": "strict"}
 _SWITCH: Mapping[str, bool] = {"yes": True, "1": True, "no": False, "0": False}
 _FORMS: Mapping[str, Form] = {"tokens": "tokens", "channels": "channels"}
 _LARGEST_BATCH = 256
@@ -151,6 +152,7 @@ def read(request: argparse.Namespace) -> Run:
         form=form_of(model, request.form),
         interface=interface,
         deployment=deployment,
+        half=pick("half", request.half, _HALVES),
         max_drop=budget.parse(request.max_drop) if request.max_drop else budget.DEFAULT,
         verdict=pick("verdict", request.verdict, _SWITCH),
     )
@@ -283,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         ("form", "tokens"),
         ("interface", "tensor"),
         ("deployment", ""),
+        ("half", "auto"),
         ("models", ""),
         ("sizes", ""),
         ("recipes", ""),

@@ -3,6 +3,7 @@
 program.pt2 -> model.pt2     decomposed; Core ML reads this
             -> model.onnx    explicit Q/DQ, simplified, dynamic batch; everyone else reads this
             -> scales.json   every quantizer's scale, by module path
+            -> ranges.json   the range of every tensor of model.onnx on real images, by which FP16 graphs are typed
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from calibration.metrics import snr_db
 from calibration.progress import bar
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
+from targets._half_onnx import measured
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnxruntime import reference_logits
 
@@ -57,9 +61,11 @@ def export(
     *,
     asked: str | None = None,
     scheme: Scheme = SHARED,
+    pictures: Iterable[Images] = (),
 ) -> None:
     """Write the files of a `targets.base.Export` into `out`. `asked` is MODEL, where that is not the name in
-    `description`; `scheme` is what the program was quantized by.
+    `description`; `scheme` is what the program was quantized by. The ranges of tensors are measured on `pictures`,
+    batches of (N, 3, S, S), beside `sample`.
 
     Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
     the graph computes on `sample` (N, 3, S, S).
@@ -90,10 +96,21 @@ def export(
         _compare("the ONNX conversion", logits, answers)
     _check_quantizers(simplified, scales, scheme)
 
+    ranges = measured(simplified, chain([sample], pictures), _lines(graph))
     onnx.save(simplified, out / "model.onnx")
+    (out / "ranges.json").write_text(json.dumps(asdict(ranges)) + "\n")
     (out / "scales.json").write_text(json.dumps(scales, indent=1) + "\n")
     (out / "model.json").write_text(json.dumps(dict(description), indent=1) + "\n")
     np.savez(out / "sample.npz", images=sample, logits=logits)
+
+
+def _lines(graph: GraphModule) -> dict[str, str]:
+    """The line of the network's source that each operator comes from, by the name that its result has in ONNX too."""
+    from pipeline.lint import line
+
+    operators = [node for node in graph.graph.nodes if node.op == "call_function"]
+    last = graph.graph.output_node().all_input_nodes[0]
+    return {OUTPUT_NAME if node is last else node.name: line(node) for node in operators}
 
 
 def check(program: ExportedProgram) -> None:

@@ -89,7 +89,7 @@ def lint(program: ExportedProgram | GraphModule) -> list[Finding]:
     grouped: dict[tuple[str, ...], tuple[Rule, list[Hit]]] = {}
     for rule in sorted(RULES, key=lambda rule: rule.level):  # "error" comes before "warning"
         for node, detail in rule.find(graph):
-            key = (rule.name, _module_class(node), _line(node))
+            key = (rule.name, _module_class(node), line(node))
             grouped.setdefault(key, (rule, []))[1].append((node, detail))
     return [_finding(rule, hits) for rule, hits in grouped.values()]
 
@@ -116,7 +116,7 @@ def _finding(rule: Rule, hits: list[Hit]) -> Finding:
         level=rule.level,
         rule=rule.name,
         module=module_path(node),
-        line=_line(node),
+        line=line(node),
         reason=f"{_listed(detail for _, detail in hits)}: {rule.reason}",
         remedy=rule.remedy,
         modules=tuple(dict.fromkeys(module_path(node) for node, _ in hits)),
@@ -182,7 +182,7 @@ def _module_class(node: Node) -> str:
     return str(list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1][1])
 
 
-def _line(node: Node) -> str:
+def line(node: Node) -> str:
     """The innermost line of the network's own source that `node` was traced at."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:

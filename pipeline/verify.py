@@ -20,6 +20,7 @@ from calibration.progress import bar
 from calibration.recipe import Ptq, Qat
 from models.errors import CheckFailed
 from pipeline.divergence import engine_divergence, export_divergence, graph_divergence
+from targets._half_reference import executor
 from targets._host import in_queries, padded
 from targets.base import Evaluates, HasUnits
 from targets.onnxruntime import reference
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.stages import Run
     from targets.base import Executor, Export, Images
 
-_ON_EXPORT, _ON_COMPILED = "onnxruntime, on the export", "onnxruntime, on the compiled graph"
+_ON_EXPORT = "onnxruntime, on the export"
 _READ_AT_ONCE = 64  # images
 # Least signal-to-noise ratio in decibels of a step against the one before it, by precision. ONNX Runtime computes what
 # torch computes but for the order of sums, which moves a value across the middle between two integers now and then:
@@ -134,7 +135,7 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
         why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
         return {**_report(run, ladder, executed=True, why_not=why_not), "inspected": inspected}
     graph = run.target.graph(engine)
-    ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)) if graph else None, diverging)
+    ladder = _climbed(run, export, before, executor(graph) if graph else None, diverging)
     return {**_report(run, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
 
 
@@ -158,7 +159,7 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
     def diverging() -> str:
         return graph_divergence(export, graph, _query(run, export))
 
-    ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)), diverging)
+    ladder = _climbed(run, export, before, executor(graph), diverging)
     return _report(run, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # everywhere; the image itself for logits; or the image for the name of its class, with probabilities.
 Interface: TypeAlias = Literal["tensor", "image", "classifier"]
 
+# What happens to operators that FP16 cannot hold: they stay in float32, or the recipe is refused.
+Half: TypeAlias = Literal["auto", "strict"]
+
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 
@@ -36,6 +39,7 @@ class Export:
     - `model.onnx`: the same graph, float32 around explicit Q/DQ, dynamic batch, input `image`, output `logits`
     - `scales.json`: the scale of every quantizer by module path; empty for float recipes
     - `model.json`: model, recipe, size, class names, preprocessing
+    - `ranges.json`: the range of every tensor on real images, see `targets._half.Ranges`
     - `sample.npz`: a few preprocessed validation images with the logits of the torch program
     """
 
@@ -46,6 +50,7 @@ class Export:
     storage: WeightOnly | None = None  # weights in fewer bits than they are computed in
     interface: Interface = "tensor"
     deployment: str | None = None  # the oldest system that must run the engine, such as "iOS17"; None: the recipe's
+    half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
 
     @property
     def onnx(self) -> Path:
