@@ -11,10 +11,13 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,15 +146,16 @@ def _converted(program: ExportedProgram) -> ModelProto:
     import torch
 
     try:
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
-            verbose=False,
-        )
+        with _small_constants_kept():
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__:  # the first one is an essay
@@ -167,6 +171,23 @@ def _converted(program: ExportedProgram) -> ModelProto:
             if dim.dim_param == batch:
                 dim.dim_param = "batch"  # rather than the tracer's "s77"
     return model
+
+
+@contextmanager
+def _small_constants_kept() -> Iterator[None]:
+    """Graphs that are exported inside keep the sum of a value and a constant of up to 1e-8: `log(x + 1e-8)`.
+
+    onnxscript 0.7 drops additions of 0, and takes every number within 1e-8 of it for 0.
+    """
+    from onnxscript.rewriter import _matcher
+
+    original = _matcher.math
+    kept = SimpleNamespace(isclose=lambda a, b, *, rel_tol, abs_tol: math.isclose(a, b, rel_tol=rel_tol))
+    _matcher.math = kept
+    try:
+        yield
+    finally:
+        _matcher.math = original
 
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:

@@ -34,7 +34,7 @@ SMALLEST_PEAK = 2.0**-16  # 8 bits are left there, of 11
 LEAST_NONZERO = 2.0**-20  # of what a root, a logarithm or a division reads: 4 bits are left there
 LARGEST_ANGLE = 32.0  # radians; beyond it neighbouring numbers are 2^-5 apart
 _LARGEST_ERROR = 1 / 16  # of a rounded constant, relative to the largest value in it
-SENTINEL = 40000.0  # stands for infinity in FP16: -65504 and an attention score of -16 are minus infinity again
+SENTINEL = 30000.0  # stands for infinity: below the end of FP16 by more than any attention score
 _SHOWN = 3  # operators in one message
 
 # How an operator uses its inputs, by the names that ONNX and MIL give it.
@@ -50,6 +50,7 @@ _CARRIERS |= {"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd",
 _CARRIERS |= {"add", "sub", "mul", "maximum", "minimum", "clip", "select", "identity", "cast", "abs", "tile", "reshape"}
 _CARRIERS |= {"transpose", "squeeze", "expand_dims", "concat", "slice_by_index", "slice_by_size", "gather", "split"}
 _CARRIERS |= {"reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"}
+_BIAS = 2  # the place of what a layer adds
 _JOINS = frozenset({"Add", "Sub", "Concat", "add", "sub", "concat"})
 _LONGEST_WAY = 8  # operators from an epsilon to the division that it guards
 # Where a constant is added, compared or chosen: one that FP16 flushes to 0 matters only as an epsilon.
@@ -118,8 +119,7 @@ class Unsafe:
 
 def unsafe(operators: Sequence[Operator], ranges: Ranges) -> dict[str, Unsafe]:
     """The operators that must stay in float32, by name, in order of execution."""
-    wide = dict(_wide_values(operators, ranges))
-    wide = dict(_carried(operators)) | wide
+    wide = dict(_wide_values(operators, ranges)) | dict(_carried(operators))
     found: dict[str, Unsafe] = {}
     for operator in operators:
         reason = _reason(operator, ranges, wide)
@@ -220,7 +220,7 @@ def _reason(operator: Operator, ranges: Ranges, wide: Mapping[str, str]) -> str 
         finite = np.abs(constant[np.isfinite(constant)])
         if finite.size and finite.max() > LARGEST:
             return f"constant {finite.max():.3g} overflows FP16"
-        lost = _flushed(constant) if operator.kind not in _ADDS else None
+        lost = _flushed(constant) if operator.kind not in _ADDS and place != _BIAS else None
         if place == 1 and operator.kind in _DIVISIONS and lost is None:
             gone = finite[(finite > 0) & (finite.astype(np.float16) == 0)]
             lost = float(gone.max()) if gone.size else None
