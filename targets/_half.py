@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from targets.base import Export
 
 LARGEST = 65504.0
-MARGIN = 2.0  # other pictures than the measured ones may reach farther
+MARGIN = 1.5  # other pictures than the measured ones may reach farther
 SMALLEST_PEAK = 2.0**-16  # 8 bits are left there, of 11
 LEAST_NONZERO = 2.0**-20  # of what a root, a logarithm or a division reads: 4 bits are left there
 LARGEST_ANGLE = 32.0  # radians; beyond it neighbouring numbers are 2^-5 apart
 _LARGEST_ERROR = 1 / 16  # of a rounded constant, relative to the largest value in it
-SENTINEL = 30000.0  # stands for infinity: below the end of FP16 by more than any attention score
+SENTINEL = 40000.0  # stands for infinity; -65504 and an attention score of -16 are minus infinity again
 _SHOWN = 3  # operators in one message
 
 # How an operator uses its inputs, by the names that ONNX and MIL give it.

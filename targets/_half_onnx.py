@@ -225,7 +225,7 @@ def float_tensors(model: ModelProto) -> set[str]:
 
 def sentinels(model: ModelProto, images: Images) -> list[str]:
     """The constants beyond FP16 that stand for infinity, such as the -1e9 of a mask: where they are added or chosen, and
-    the graph answers alike for `images` with 30000 in their place.
+    the graph answers alike for `images` with 40000 in their place.
     """
     from targets.onnxruntime import reference_logits
 
@@ -256,7 +256,7 @@ def _beyond(model: ModelProto) -> set[str]:
 
 
 def limited(model: ModelProto, names: Iterable[str]) -> ModelProto:
-    """A copy of `model` in which the sentinels of these names are at most 30000, where they are added or chosen."""
+    """A copy of `model` in which the sentinels of these names are at most 40000, where they are added or chosen."""
     from onnx import numpy_helper
 
     copied = type(model)()

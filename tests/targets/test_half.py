@@ -76,7 +76,7 @@ def test_the_typed_graph_of_a_generalised_mean_is_right_in_fp16(tmp_path: Path, 
     assert float32_operators(typed) == ["node_mean", "node_pow_1", "node_pow_2"]
     types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
     assert {types[name] for name in ("pow_1", "mean")} == {onnx.TensorProto.FLOAT}
-    assert types["mul_4"] == onnx.TensorProto.FLOAT16
+    assert types["conv2d"] == onnx.TensorProto.FLOAT16
 
 
 def test_strict_refuses_with_operator_and_line(tmp_path: Path) -> None:
