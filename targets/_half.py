@@ -119,10 +119,13 @@ class Unsafe:
 
 def unsafe(operators: Sequence[Operator], ranges: Ranges) -> dict[str, Unsafe]:
     """The operators that must stay in float32, by name, in order of execution."""
-    wide = dict(_wide_values(operators, ranges)) | dict(_carried(operators))
+    guarding = list(epsilons(operators))
+    wide = dict(_wide_values(operators, ranges))
+    wide |= {name: _in_half(constant) for _, constant, values in guarding for name in values}
+    own = {operator.name: _in_half(constant) for operator, constant, values in guarding if not values}
     found: dict[str, Unsafe] = {}
     for operator in operators:
-        reason = _reason(operator, ranges, wide)
+        reason = _reason(operator, ranges, wide) or own.get(operator.name)
         if reason is not None:
             line = _line(operator, operators, ranges)
             found[operator.name] = Unsafe(name=operator.name, kind=operator.kind, reason=reason, line=line)
@@ -172,8 +175,10 @@ def _wide_values(operators: Sequence[Operator], ranges: Ranges) -> Iterator[tupl
             yield operator.inputs[0], f"is an angle too coarse in FP16 (peak {ranges.peaks[operator.inputs[0]]:.3g})"
 
 
-def _carried(operators: Sequence[Operator]) -> Iterator[tuple[str, str]]:
-    """The values between a constant that FP16 flushes to 0 and the operator that it guards."""
+def epsilons(operators: Sequence[Operator]) -> Iterator[tuple[Operator, float, set[str]]]:
+    """The operators with a constant that FP16 flushes to 0 and that keeps a division, a logarithm or a negative power
+    away from 0; that constant; and the values from the operator to what it guards, none where that is itself.
+    """
     readers: dict[str, list[Operator]] = {}
     for operator in operators:
         for name in operator.inputs:
@@ -192,13 +197,17 @@ def _carried(operators: Sequence[Operator]) -> Iterator[tuple[str, str]]:
         return on_way
 
     for operator in operators:
-        if operator.kind not in _ADDS:
-            continue
-        for constant in operator.constants.values():
-            if constant.size == 1 and (eps := _flushed(constant)) is not None:
-                for output in operator.outputs:
-                    for name in path(output, _LONGEST_WAY):
-                        yield name, f"constant {eps:g} is {float(np.float16(eps)):.2g} in FP16"
+        if operator.epsilon is not None and (lost := _flushed(np.array(operator.epsilon))) is not None:
+            yield operator, lost, set()
+        for constant in operator.constants.values() if operator.kind in _ADDS else ():
+            if constant.size == 1 and (lost := _flushed(constant)) is not None:
+                values = {name for output in operator.outputs for name in path(output, _LONGEST_WAY)}
+                if values:
+                    yield operator, lost, values
+
+
+def _in_half(constant: float) -> str:
+    return f"constant {constant:g} is {float(np.float16(constant)):.2g} in FP16"
 
 
 def _carries(operator: Operator) -> bool:
@@ -214,8 +223,6 @@ def _reason(operator: Operator, ranges: Ranges, wide: Mapping[str, str]) -> str 
     for name in operator.outputs:
         if ranges.sums.get(name, 0) > LARGEST:
             return f"overflows FP16 inside (sums up to {ranges.sums[name]:.3g}, FP16 ends at {LARGEST:.0f})"
-    if operator.epsilon is not None and _flushed(np.array(operator.epsilon)) is not None:
-        return f"epsilon {operator.epsilon:g} is {float(np.float16(operator.epsilon)):.2g} in FP16"
     for place, constant in operator.constants.items():
         finite = np.abs(constant[np.isfinite(constant)])
         if finite.size and finite.max() > LARGEST:
@@ -225,7 +232,7 @@ def _reason(operator: Operator, ranges: Ranges, wide: Mapping[str, str]) -> str 
             gone = finite[(finite > 0) & (finite.astype(np.float16) == 0)]
             lost = float(gone.max()) if gone.size else None
         if lost is not None:
-            return f"constant {lost:g} is {float(np.float16(lost)):.2g} in FP16"
+            return _in_half(lost)
     return None
 
 

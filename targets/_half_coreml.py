@@ -52,7 +52,7 @@ class Selection:
         refuse_if_strict(self._export, self.found)
         if self.found:
             log.warning(
-                "%d operators stay in float32, which FP16 cannot hold, off the Neural Engine: %s",
+                "FP16 cannot hold %d operators, which stay in float32, off the Neural Engine: %s",
                 len(self.found),
                 sentence(self.found),
             )
@@ -96,6 +96,8 @@ def _measure(operations: Sequence[Any], read: Sequence[Operator], export: Export
 
     results = [operations[-1].outputs[0].name]
     evaluator = Evaluator(operations, results, rounding="exact")
+    if not (export.path / "sample.npz").exists():
+        return
     with np.load(export.path / "sample.npz") as sample:
         images = sample["images"]
     for start in range(0, len(images), export.batch):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from targets._half import LARGEST, SENTINEL, Operator, Ranges, refuse_if_strict, sentence, unsafe
+from targets._half import LARGEST, SENTINEL, Operator, Ranges, Unsafe, refuse_if_strict, sentence, unsafe
 from targets.base import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -39,14 +39,30 @@ log = logging.getLogger(__name__)
 
 
 def ranges_of(export: Export) -> Ranges:
-    """What was measured when the model was exported; of an export without `ranges.json`, its sample images instead."""
-    file = export.path / "ranges.json"
+    """What was measured when the model was exported. Of an export without `ranges.json`, its sample images are measured
+    now; without these, nothing is known and constants alone are judged.
+    """
+    file, sample = export.path / "ranges.json", export.path / "sample.npz"
     if file.exists():
         return Ranges(**json.loads(file.read_text()))
+    if not sample.exists() or not export.onnx.exists():
+        return Ranges()
     import onnx
 
-    with np.load(export.path / "sample.npz") as sample:
-        return measured(onnx.load(export.onnx), [sample["images"]])
+    with np.load(sample) as found:
+        return measured(onnx.load(export.onnx), [found["images"]])
+
+
+def kept_in_float32(model: ModelProto, export: Export) -> dict[str, Unsafe]:
+    """The operators of `model`, the export's graph or one of the same tensors, that FP16 cannot hold, by name.
+
+    Raises CheckFailed where HALF=strict and there are some.
+    """
+    found = unsafe(operators(model), ranges_of(export))
+    refuse_if_strict(export, found)
+    if found:
+        log.warning("FP16 cannot hold %d operators, which stay in float32: %s", len(found), sentence(found))
+    return found
 
 
 def typed(model: ModelProto, export: Export) -> ModelProto:
@@ -56,13 +72,8 @@ def typed(model: ModelProto, export: Export) -> ModelProto:
     """
     from targets._onnx import to_fp16
 
-    ranges = ranges_of(export)
-    model = limited(model, ranges.sentinels)
-    found = unsafe(operators(model), ranges)
-    refuse_if_strict(export, found)
-    if found:
-        log.warning("%d operators stay in float32, which FP16 cannot hold: %s", len(found), sentence(found))
-    return to_fp16(model, found.keys())
+    model = limited(model, ranges_of(export).sentinels)
+    return to_fp16(model, kept_in_float32(model, export).keys())
 
 
 def operators(model: ModelProto) -> list[Operator]:
