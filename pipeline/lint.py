@@ -306,13 +306,13 @@ def _scalar(graph: GraphModule, argument: Any) -> float | None:
     """The number that an operator is given, in the graph or as a stored tensor of one element; None for others."""
     if isinstance(argument, float):
         return argument
-    if _operator_of(argument) in ("lift_fresh_copy", "clone", "detach"):
+    if _operator_of(argument) in ("lift_fresh_copy", "clone", "detach", "detach_"):
         return _scalar(graph, argument.args[0])
     if getattr(argument, "op", "") != "get_attr":
         return None
     owner, _, name = str(argument.target).rpartition(".")
     stored = getattr(graph.get_submodule(owner), name)
-    return float(stored) if stored.numel() == 1 and stored.is_floating_point() else None
+    return stored.item() if stored.numel() == 1 and stored.is_floating_point() else None
 
 
 def _operator_of(argument: Any) -> str:

@@ -1,4 +1,4 @@
-"""Operators of a Core ML program that FP16 cannot hold: found while coremltools converts it, before types are chosen."""
+"""Operators of a Core ML program that FP16 cannot hold, found while coremltools chooses the type of each."""
 
 from __future__ import annotations
 

@@ -80,21 +80,18 @@ def operators(model: ModelProto) -> list[Operator]:
     """The operators of a graph as `targets._half` reads them."""
     from onnx import TensorProto, numpy_helper
 
+    floats = (TensorProto.FLOAT, TensorProto.DOUBLE)
     constants = {
-        tensor.name: numpy_helper.to_array(tensor).astype(np.float64)
-        for tensor in model.graph.initializer
-        if tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE)
+        tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.data_type in floats
     }
     stored = {tensor.name for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
         if node.op_type == "Constant":
             stored.update(node.output)
-            constants |= {
-                node.output[0]: numpy_helper.to_array(given.t).astype(np.float64)
-                for given in node.attribute
-                if given.name == "value" and given.t.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE)
-            }
+            for given in node.attribute:
+                if given.name == "value" and given.t.data_type in floats:
+                    constants[node.output[0]] = numpy_helper.to_array(given.t)
             continue
         quantizer = node.op_type in ("QuantizeLinear", "DequantizeLinear")  # scales are FP16 numbers by construction
         found.append(
@@ -207,13 +204,15 @@ class _Probes:
         from onnx import numpy_helper
 
         for constant, value in (("zero", 0.0), ("infinity", np.inf)):
-            self._graph.graph.initializer.append(numpy_helper.from_array(np.float32(value), f"{name}__{constant}"))
+            self._graph.graph.initializer.append(
+                numpy_helper.from_array(np.array(value, np.float32), f"{name}__{constant}")
+            )
         magnitude = self._add("Abs", [name], f"{name}__magnitude")
         is_zero = self._add("Equal", [magnitude, f"{name}__zero"], f"{name}__is_zero")
         nonzero = self._add("Where", [is_zero, f"{name}__infinity", magnitude], f"{name}__nonzero")
         self._extreme("least", name, "ReduceMin", nonzero)
 
-    def _add(self, kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         from onnx import helper
 
         self._graph.graph.node.append(helper.make_node(kind, inputs, [output], **attributes))
@@ -235,8 +234,8 @@ def float_tensors(model: ModelProto) -> set[str]:
 
 
 def sentinels(model: ModelProto, images: Images) -> list[str]:
-    """The constants beyond FP16 that stand for infinity, such as the -1e9 of a mask: where they are added or chosen, and
-    the graph answers alike for `images` with 40000 in their place.
+    """The constants beyond FP16 that stand for infinity, such as the -1e9 of a mask: they are added or chosen, and the
+    graph answers alike for `images` with 40000 in their place.
     """
     from targets.onnxruntime import reference_logits
 

@@ -116,7 +116,9 @@ class Typing:
     def _cast(self, name: str, output: str, *, half: bool) -> None:
         from onnx import helper
 
-        self._nodes.append(helper.make_node("Cast", [name], [output], name=f"{output}_cast", to=_FLOAT16 if half else _FLOAT))
+        self._nodes.append(
+            helper.make_node("Cast", [name], [output], name=f"{output}_cast", to=_FLOAT16 if half else _FLOAT)
+        )
 
 
 def _floats(graph: GraphProto) -> set[str]:
@@ -132,7 +134,9 @@ def _type_attributes(node: NodeProto) -> None:
     for given in node.attribute:
         if given.type == given.TENSOR and given.t.data_type == _FLOAT:
             with np.errstate(over="ignore", under="ignore"):
-                given.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(given.t).astype(np.float16), given.t.name))
+                given.t.CopyFrom(
+                    numpy_helper.from_array(numpy_helper.to_array(given.t).astype(np.float16), given.t.name)
+                )
         elif given.name == _TYPED_BY_ATTRIBUTE.get(node.op_type) and given.i == _FLOAT:
             given.i = _FLOAT16
     if node.op_type == "ConstantOfShape" and not node.attribute:

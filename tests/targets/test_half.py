@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-from torch import nn
 from onnx import parser
 from onnx.reference import ReferenceEvaluator
+from torch import nn
 
 from calibration.metrics import snr_db
 from calibration.recipe import Precision
