@@ -181,13 +181,13 @@ def _small_constants_kept() -> Iterator[None]:
     """
     from onnxscript.rewriter import _matcher
 
-    original = _matcher.math
-    kept = SimpleNamespace(isclose=lambda a, b, *, rel_tol, abs_tol: math.isclose(a, b, rel_tol=rel_tol))
-    _matcher.math = kept
+    matcher: Any = _matcher
+    original = matcher.math
+    matcher.math = SimpleNamespace(isclose=lambda a, b, *, rel_tol, abs_tol: math.isclose(a, b, rel_tol=rel_tol))
     try:
         yield
     finally:
-        _matcher.math = original
+        matcher.math = original
 
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:

@@ -288,8 +288,8 @@ def _half_operator(graph: GraphModule, node: Node) -> HalfOperator:
     for place, argument in enumerate(node.args):
         if (constant := _scalar(graph, argument)) is not None:
             constants[place] = np.array(constant)
-        elif hasattr(argument, "name"):
-            inputs[place] = argument.name
+        elif argument in node.all_input_nodes:
+            inputs[place] = str(argument)
     named = _operator(node)
     epsilon = _argument(node, "eps") if named in _WITH_EPSILON else None
     return Operator(

@@ -34,7 +34,7 @@ class Typing:
         self._producers = {name: node for node in graph.node for name in node.output}
         self._outputs = {value.name for value in graph.output}
         # By value and whether it is FP16: its name in the new graph. Both may exist.
-        self._names = {(value.name, False): value.name for value in graph.input}
+        self._names: dict[tuple[str, bool], str] = {(value.name, False): value.name for value in graph.input}
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
 

@@ -216,7 +216,7 @@ def weak_onnx(export: Export) -> ModelProto:
 
 
 def _safe_in_half(model: ModelProto, export: Export) -> ModelProto:
-    """`model` with the constants of its masks within FP16. Raises CheckFailed where FP16 cannot hold it nevertheless."""
+    """`model` with the constants of its masks within FP16. Raises CheckFailed where FP16 cannot hold it even so."""
     from targets._half import sentence, unsafe
     from targets._half_onnx import limited, operators, ranges_of
 

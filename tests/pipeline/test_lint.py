@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -310,7 +311,7 @@ def test_a_fault_is_found_at_its_line(inner: type[nn.Module], rule: str, detail:
     assert str(finding).startswith(f"{finding.line}: {finding.level}: {rule}: middle")
 
 
-EPSILONS = {
+EPSILONS: dict[str, Callable[[Tensor], Tensor]] = {
     "log": lambda x: (x.sigmoid() + 1e-8).log(),
     "rsqrt": lambda x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-12),
     "sum, root and division": lambda x: x / (x.var(1, keepdim=True) + 1e-10).sqrt(),
@@ -328,8 +329,7 @@ EPSILONS = {
 def test_an_epsilon_that_fp16_does_not_have_is_found(name: str) -> None:
     class Inner(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = EPSILONS[name](x)
-            return found
+            return EPSILONS[name](x)
 
     found = [finding.rule for finding in linted(Inner)]
     assert found == ["vanishing-constant"]

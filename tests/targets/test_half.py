@@ -34,7 +34,7 @@ def sample(export: Export) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.floa
 
 def evaluated(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     """The ONNX project's own evaluation of a graph of batch 1, in the types that it states."""
-    evaluator = ReferenceEvaluator(model)
+    evaluator: Any = ReferenceEvaluator(model)
     with np.errstate(all="ignore"):
         found = [evaluator.run(None, {"image": image[None]})[0] for image in images]
     return np.concatenate(found)
@@ -118,7 +118,8 @@ def test_the_executor_overflows_and_flushes() -> None:
     typed = to_fp16(model)
     images = np.array([[1, 65, 65.6, -66], [1 / 3, 1e-3, 1e-5, 1e-8]], np.float32)
     with np.errstate(over="ignore"):
-        expected = ReferenceEvaluator(typed).run(None, {"image": images})[0]
+        evaluator: Any = ReferenceEvaluator(typed)
+        expected = evaluator.run(None, {"image": images})[0]
     found = half_reference(typed)(images)
     assert np.isinf(found[0, 2:]).all() and np.isfinite(found[0, :2]).all()
     np.testing.assert_array_equal(found, expected)
