@@ -17,6 +17,7 @@ SEED    ?= 0
 FORM    ?= tokens
 INTERFACE  ?= tensor
 DEPLOYMENT ?=
+HALF       ?= auto
 MODELS  ?=
 SIZES   ?=
 RECIPES ?=
@@ -39,12 +40,12 @@ LOCK    ?=
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
           CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT DAYS APPLY \
-          LABELS MEAN STD CROP INTERPOLATION BACKGROUND
+          LABELS MEAN STD CROP INTERPOLATION BACKGROUND HALF
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
       --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
-      --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" \
+      --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" --half="$$HALF" \
       --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT" \
       --labels="$$LABELS" --mean="$$MEAN" --std="$$STD" --crop="$$CROP" --interpolation="$$INTERPOLATION" \
       --background="$$BACKGROUND"
@@ -73,8 +74,8 @@ READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call sta
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain gc lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-store test lint setup lock \
-        licenses system-packages clean
+        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-store bench-half \
+        test lint setup lock licenses system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -90,6 +91,7 @@ help: ## this list
 	@echo "    PLACEMENT= (what computes in integers, such as conv+linear-stages.0; or layers, or all; or the family's own)"
 	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
 	@echo "  DAYS= (gc: artifacts not used for so long, too) APPLY=no (yes: gc deletes) LOCK= (setup: requirements-cuda.lock)"
+	@echo "  HALF=auto (operators that FP16 cannot hold stay in float32; or strict: they are refused)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
@@ -178,6 +180,9 @@ bench-qat: $(READY) ## what a step of quantization-aware training costs, in floa
 
 bench-store: $(READY) ## what it costs to check the digests of artifacts, in percent of a cached make engine
 	@$(VENV)/bin/python -m tests.bench_store
+
+bench-half: $(READY) ## FP16 of the small model of every family, each operator rounded, against float32; no training
+	@$(VENV)/bin/python -m tests.bench_half $$MODELS
 
 test: $(READY) ## the tests (a quarter of an hour on two cores)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

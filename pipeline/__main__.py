@@ -33,7 +33,7 @@ from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
 from pipeline import ending, integrity, preprocessing, storage, surroundings, verbs
 from pipeline.stages import Run
-from targets.base import Customizes, Interface
+from targets.base import Customizes, Half, Interface
 
 T = TypeVar("T")
 Answer = dict[str, object]
@@ -55,6 +55,7 @@ _ON_RUNS: Mapping[str, Callable[[Run, Path], Answer]] = {
 }
 _ON_SEVERAL = ("zoo", "multifunction", "gc")
 _INTERFACES: Mapping[str, Interface] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
+_HALVES: Mapping[str, Half] = {"auto": "auto", "strict": "strict"}
 _SWITCH: Mapping[str, bool] = {"yes": True, "1": True, "no": False, "0": False}
 _FORMS: Mapping[str, Form] = {"tokens": "tokens", "channels": "channels"}
 _LARGEST_BATCH = 256
@@ -174,6 +175,7 @@ def read(request: argparse.Namespace) -> Run:
         form=form_of(model, request.form),
         interface=interface,
         deployment=deployment,
+        half=pick("half", request.half, _HALVES),
         max_drop=budget.parse(request.max_drop) if request.max_drop else budget.DEFAULT,
         verdict=pick("verdict", request.verdict, _SWITCH),
     )
@@ -321,6 +323,7 @@ def _parser() -> argparse.ArgumentParser:
         ("form", "tokens"),
         ("interface", "tensor"),
         ("deployment", ""),
+        ("half", "auto"),
         ("models", ""),
         ("sizes", ""),
         ("recipes", ""),

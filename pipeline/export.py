@@ -4,6 +4,7 @@ program.pt2 -> model.pt2     decomposed; Core ML reads this
             -> model.onnx    explicit Q/DQ, simplified, dynamic batch; everyone else reads this
             -> scales.json   every quantizer's scale, by module path
             -> tensors.json  names of the tensors that both graphs share
+            -> ranges.json   the range of every tensor of model.onnx on real images, by which FP16 graphs are typed
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +31,7 @@ from models.errors import CheckFailed
 from pipeline import parity
 from pipeline.attention import with_open_rows
 from targets import _forced
+from targets._half_onnx import measured
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnxruntime import reference_logits
 
@@ -67,9 +74,11 @@ def export(
     asked: str | None = None,
     scheme: Scheme = SHARED,
     target: str | None = None,
+    pictures: Iterable[Images] = (),
 ) -> None:
     """Write the files of a `targets.base.Export` into `out`. `asked` is MODEL, where that is not the name in
     `description`; `scheme` is what the program was quantized by; `target`: whose errors of the linter count, None: all.
+    The ranges of tensors are measured on `pictures`, batches of (N, 3, S, S), beside `sample`.
 
     Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
     the graph computes on `sample` (N, 3, S, S): an operator, given the torch program's inputs, that does not match it
@@ -111,11 +120,22 @@ def export(
         _compare("the ONNX conversion", logits, answers)
     _check_quantizers(simplified, scales, scheme)
 
+    ranges = measured(simplified, chain([sample], pictures), _lines(graph))
     onnx.save(simplified, out / "model.onnx")
     (out / "tensors.json").write_text(json.dumps(names, indent=1) + "\n")
+    (out / "ranges.json").write_text(json.dumps(asdict(ranges)) + "\n")
     (out / "scales.json").write_text(json.dumps(scales, indent=1) + "\n")
     (out / "model.json").write_text(json.dumps(dict(description), indent=1) + "\n")
     np.savez(out / "sample.npz", images=sample, logits=logits)
+
+
+def _lines(graph: GraphModule) -> dict[str, str]:
+    """The line of the network's source that each operator comes from, by the name that its result has in ONNX too."""
+    from calibration.sources import line
+
+    operators = [node for node in graph.graph.nodes if node.op == "call_function"]
+    last = graph.graph.output_node().all_input_nodes[0]
+    return {OUTPUT_NAME if node is last else node.name: line(node) for node in operators}
 
 
 def check(program: ExportedProgram, target: str | None = None) -> None:
@@ -175,15 +195,16 @@ def _onnx_program(program: ExportedProgram) -> ONNXProgram:
     import torch
 
     try:
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
-            verbose=False,
-        )
+        with _small_constants_kept():
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__:  # the first one is an essay
@@ -216,6 +237,23 @@ def _named_place(program: ExportedProgram, said: str) -> str:
             if schema and f"{schema.name.replace('::', '.')}'" in said:
                 return f", at {nearest_line(node)}"
     return ""
+
+
+@contextmanager
+def _small_constants_kept() -> Iterator[None]:
+    """Graphs that are exported inside keep the sum of a value and a constant of up to 1e-8: `log(x + 1e-8)`.
+
+    onnxscript 0.7 drops additions of 0, and takes every number within 1e-8 of it for 0.
+    """
+    from onnxscript.rewriter import _matcher
+
+    matcher: Any = _matcher
+    original = matcher.math
+    matcher.math = SimpleNamespace(isclose=lambda a, b, *, rel_tol, abs_tol: math.isclose(a, b, rel_tol=rel_tol))
+    try:
+        yield
+    finally:
+        matcher.math = original
 
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule, Node
 
+    from targets._half import Operator as HalfOperator
+
 Level: TypeAlias = Literal["error", "warning"]
 
 _SHOWN = 4  # different details of one finding
@@ -43,6 +45,16 @@ _OFF_ENGINE = frozenset(
     | {"lstm", "gru", "rnn_tanh", "rnn_relu", "conv3d", "conv_transpose3d", "prod"}
 )
 _FLOAT_CONVOLUTIONS = frozenset({"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+# What operators do to a constant that is added or compared, in the words of `targets._half`.
+_HALF_KINDS = {
+    **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "clone", "flatten"), "Reshape"),
+    **dict.fromkeys(("expand", "expand_as", "repeat"), "Expand"),
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), "Clip"),
+    **{"maximum": "Max", "minimum": "Min", "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "pow": "Pow"},
+    **{"square": "Mul", "abs": "Abs", "sqrt": "Sqrt", "rsqrt": "rsqrt", "log": "Log", "log2": "Log", "log10": "Log"},
+    **{"reciprocal": "Reciprocal", "where": "Where", "sum": "ReduceSum", "mean": "ReduceMean", "neg": "Neg"},
+}
+_WITH_EPSILON = frozenset({"layer_norm", "group_norm", "rms_norm", "instance_norm", "batch_norm", "cosine_similarity"})
 _TRANSPARENT = frozenset({"dropout", "clone", "contiguous", "quantize_per_tensor", "dequantize_per_tensor"})
 
 
@@ -241,6 +253,56 @@ def _reordered_pools(graph: GraphModule) -> Iterator[Hit]:
             yield node, "adaptive_avg_pool2d over a permuted map"
 
 
+def _vanishing(graph: GraphModule) -> Iterator[Hit]:
+    from targets._half import epsilons
+
+    nodes = {node.name: node for node in _operators(graph)}
+    for found, constant, _ in epsilons([_half_operator(graph, node) for node in nodes.values()]):
+        yield nodes[found.name], f"{operator(nodes[found.name])} with {constant:g}"
+
+
+def _half_operator(graph: GraphModule, node: Node) -> HalfOperator:
+    """A node as `targets._half` reads it."""
+    import numpy as np
+
+    from targets._half import Operator
+
+    inputs: dict[int, str] = {}
+    constants: dict[int, Any] = {}
+    for place, argument in enumerate(node.args):
+        if (constant := _scalar(graph, argument)) is not None:
+            constants[place] = np.array(constant)
+        elif argument in node.all_input_nodes:
+            inputs[place] = str(argument)
+    named = operator(node)
+    epsilon = _argument(node, "eps") if named in _WITH_EPSILON else None
+    return Operator(
+        name=node.name,
+        kind=_HALF_KINDS.get(named, named),
+        inputs=tuple(inputs.get(place, "") for place in range(max([1, *inputs]) + 1)),
+        outputs=(node.name,),
+        constants=constants,
+        epsilon=float(epsilon) if epsilon else None,
+    )
+
+
+def _scalar(graph: GraphModule, argument: Any) -> float | None:
+    """The number that an operator is given, in the graph or as a stored tensor of one element; None for others."""
+    if isinstance(argument, float):
+        return argument
+    if _operator_of(argument) in ("lift_fresh_copy", "clone", "detach", "detach_"):
+        return _scalar(graph, argument.args[0])
+    if getattr(argument, "op", "") != "get_attr":
+        return None
+    owner, _, name = str(argument.target).rpartition(".")
+    stored = getattr(graph.get_submodule(owner), name)
+    return stored.item() if stored.numel() == 1 and stored.is_floating_point() else None
+
+
+def _operator_of(argument: Any) -> str:
+    return operator(argument) if hasattr(argument, "target") else ""
+
+
 def _unquantized(graph: GraphModule) -> Iterator[Hit]:
     for node in _operators(graph, {*_FLOAT_CONVOLUTIONS, "conv2d"}):
         if operator(node) != "conv2d":
@@ -409,6 +471,14 @@ RULES: tuple[Rule, ...] = (
         find=_reordered_pools,
         reason="torch.onnx writes the order of its axes in memory into the graph, as a Gather over computed indices",
         remedy="x.mean((2, 3), keepdim=True)",
+    ),
+    Rule(
+        name="vanishing-constant",
+        level="warning",
+        find=_vanishing,
+        reason="FP16 flushes it to 0 and divides 0 by 0 behind it, so these operators compute in float32, which the "
+        "Neural Engine has not",
+        remedy="an eps of 1e-6 or more: F.normalize(x, eps=1e-6), log(x + 1e-6), clamp(min=1e-6)",
     ),
     Rule(
         name="not-quantized",

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from calibration.recipe import Float, Recipe, WeightOnly
 from models.errors import CannotRunHere, CheckFailed
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest, resumable
-from targets.base import Bundles, Export, Interface, Publishes, Target
+from targets.base import Bundles, Export, Half, Interface, Publishes, Target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 Inputs = Mapping[str, Path]
 
 _SAMPLE_IMAGES = 16  # that travel with an export, from the validation part
+_MEASURED_AT_ONCE, _MEASURED_BATCHES = 8, 16  # validation images whose tensors are measured: 128 at most
 _DATA_LETTERS = 40  # of a dataset's name, in the names of folders: file systems end at 255 bytes
 
 
@@ -53,6 +55,7 @@ class Run:
     form: Form = "tokens"  # that the network is laid out in, from the quantized stage on; weights are the same in all
     interface: Interface = "tensor"
     deployment: str | None = None  # the oldest system that must run the engine; None: what the recipe needs
+    half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
     max_drop: Budget = DEFAULT  # what the artifact may lose against the float model
     verdict: bool = False  # build float engines beside one of INT8, and say which is worth shipping
 
@@ -82,7 +85,12 @@ class Run:
     @property
     def _choices(self) -> dict[str, object]:
         """What the target alone is asked for, beyond precision and batch: part of the keys of what it builds."""
-        return {"storage": self.storage, "interface": self.interface, "deployment": self.deployment}
+        return {
+            "storage": self.storage,
+            "interface": self.interface,
+            "deployment": self.deployment,
+            "half": self.half,
+        }
 
     @property
     def _built_label(self) -> str:
@@ -204,7 +212,8 @@ def exported(run: Run) -> Step:
         from calibration import program
         from pipeline.export import export
 
-        sample, _ = next(run.images("val").batches(_SAMPLE_IMAGES))
+        images = run.images("val")
+        sample, _ = next(images.batches(_SAMPLE_IMAGES))
         description = {
             "model": run.model.name,
             "form": run.form,
@@ -223,6 +232,7 @@ def exported(run: Run) -> Step:
             asked=run.model.asked,
             scheme=run.target.scheme,
             target=run.target.name,
+            pictures=(batch.numpy() for batch, _ in islice(images.batches(_MEASURED_AT_ONCE), _MEASURED_BATCHES)),
         )
 
     return Step(
@@ -315,6 +325,7 @@ def export_of(run: Run, path: Path) -> Export:
         storage=run.storage,
         interface=run.interface,
         deployment=run.deployment,
+        half=run.half,
     )
 
 

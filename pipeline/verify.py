@@ -33,6 +33,7 @@ from models.errors import CheckFailed, printable
 from pipeline import accuracy, parity
 from pipeline.divergence import engine_divergence, graph_divergence
 from targets import _forced
+from targets._half_reference import executor
 from targets._host import in_queries, padded
 from targets.base import Evaluates, Forces, HasUnits
 from targets.onnxruntime import reference
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from pipeline.stages import Run
     from targets.base import Executor, Export, FloatType, Images
 
-_ON_EXPORT, _ON_COMPILED = "onnxruntime, on the export", "onnxruntime, on the compiled graph"
+_ON_EXPORT = "onnxruntime, on the export"
 _READ_AT_ONCE = 64  # images
 _YARDSTICK_BATCH = 32  # images
 _SENSITIVITY_IMAGES, _WORST = 8, 3  # modules that a refusal names
@@ -159,7 +160,7 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
         why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
         return {**_report(run, export, ladder, executed=True, why_not=why_not), "inspected": inspected}
     graph = run.target.graph(engine)
-    ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)) if graph else None, diverging)
+    ladder = _climbed(run, export, before, executor(graph) if graph else None, diverging)
     return {**_report(run, export, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
 
 
@@ -222,7 +223,7 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
     def diverging() -> str:
         return graph_divergence(export, graph, query)
 
-    ladder = _climbed(run, export, before, (_ON_COMPILED, reference(graph)), diverging)
+    ladder = _climbed(run, export, before, executor(graph), diverging)
     report = _report(run, export, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
     return {**report, "inspected": {"parity": proven}}
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _HALF = "_cast_fp16"  # what coremltools appends to the names of values that it turned to FP16
 _LEAST_DB = 50.0  # of one operator: its constants are rounded to FP16 in the package, nothing else is
+_OTHER: dict[Precision, str] = {"fp32": "fp16", "fp16": "fp32", "int8": "fp16"}  # to try where one is refused
 # A rounding is a tie where the quotient is this close to the middle between two integers, relative to its size: torch
 # multiplies by the inverse of the scale, MIL divides by it.
 _TIE = 2.0**-20
@@ -61,7 +62,7 @@ class Replay:
             raise CheckFailed(
                 f"{found.operator} of the Core ML package ({found.kind}), given what torch computed before it, is not "
                 f"torch's {found.node}: {came}, expected {'ties at most' if found.wrong else f'{_LEAST_DB:.0f} dB'}; "
-                "a fault of the conversion: build the engine again, or try RECIPE=fp16"
+                f"a fault of the conversion: build the engine again, or try RECIPE={_OTHER[precision]}"
             )
         # As a whole, only float32 can be held to that: how far FP16 weights, or one tipped rounding, carry is a matter
         # of the network.

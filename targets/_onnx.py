@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from onnx import ModelProto, NodeProto
+
+_FLOAT32_OPERATORS = "float32_operators"  # the entry of the metadata of an FP16 graph
 
 
 def with_batch(model: ModelProto, batch: int) -> ModelProto:
@@ -234,20 +237,35 @@ def _origin(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def to_fp16(model: ModelProto) -> ModelProto:
-    """`model` with every float tensor typed FP16, input and output excepted: strongly typed TensorRT (10 on request,
-    11 and RTX always) computes in the types that the graph states.
+def to_fp16(model: ModelProto, float32: Collection[str] = ()) -> ModelProto:
+    """A copy of `model` with every float tensor typed FP16, input and output excepted: strongly typed TensorRT (10 on
+    request, 11 and RTX always) computes in the types that the graph states.
 
         image (float32) -> Cast -> [everything, and the scales of Q/DQ, in FP16] -> Cast -> logits (float32)
 
     FP16 scales need opset 19 or later; they are FP16 values already (`Scheme.fp16_scales`), so nothing is rounded.
-    """
-    import onnx_ir
-    from onnx_ir.passes.common import TopologicalSortPass
-    from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    # The default block list keeps operators in float32 that lack FP16 kernels in ONNX Runtime: of no concern here.
-    typed = convert_float_to_float16(model, keep_io_types=True, op_block_list=[])
-    # The converter appends its casts at the end, which the ONNX specification forbids.
-    ordered: ModelProto = onnx_ir.to_proto(TopologicalSortPass()(onnx_ir.from_proto(typed)).model)
-    return ordered
+    Operators whose names are in `float32` keep that type, between casts; the metadata of the graph lists them.
+    Raises CheckFailed where the graph has control flow.
+    """
+    from onnx import shape_inference
+
+    from targets._half_typing import Typing
+
+    typed = type(model)()
+    typed.CopyFrom(model)
+    typing = Typing(model, frozenset(float32))
+    nodes, constants = typing.nodes(), typing.constants()
+    del typed.graph.node[:], typed.graph.initializer[:], typed.graph.value_info[:]
+    typed.graph.node.extend(nodes)
+    typed.graph.initializer.extend(constants)
+    if float32:
+        typed.metadata_props.add(key=_FLOAT32_OPERATORS, value=json.dumps(sorted(float32)))
+    return shape_inference.infer_shapes(typed, data_prop=True)
+
+
+def float32_operators(model: ModelProto) -> list[str]:
+    """The operators that `to_fp16` left in float32 on request, by name."""
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    found: list[str] = json.loads(entries.get(_FLOAT32_OPERATORS, "[]"))
+    return found

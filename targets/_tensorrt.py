@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,14 +166,16 @@ def _say(severity: str, message: str) -> None:
 def typed_onnx(export: Export) -> ModelProto:
     """The graph for strongly typed TensorRT: every tensor has the type it is computed in, the batch is fixed.
 
-    fp32: as exported. fp16 and int8: FP16 throughout, the scales of Q/DQ included, between casts from and to float32.
+    fp32: as exported. fp16 and int8: FP16, the scales of Q/DQ included, between casts from and to float32; operators
+    that FP16 cannot hold stay in float32. Raises CheckFailed where HALF=strict and there are some.
     """
     import onnx
 
-    from targets._onnx import to_fp16, with_batch
+    from targets._half_onnx import typed
+    from targets._onnx import with_batch
 
     fixed = with_batch(onnx.load(export.onnx), export.batch)
-    return fixed if export.precision == "fp32" else to_fp16(fixed)
+    return fixed if export.precision == "fp32" else typed(fixed, export)
 
 
 def weak_onnx(export: Export) -> ModelProto:
@@ -185,13 +187,16 @@ def weak_onnx(export: Export) -> ModelProto:
 
     These importers read the scales of Q/DQ as float32 whatever their type is, so the FP16 graph is not for them.
     8.5 has no LayerNormalization: models with attention need 8.6 (source: onnx-tensorrt release/8.5-GA and 8.6-GA).
-    Raises CheckFailed where the model has an operator that opset 17 cannot say.
+    Raises CheckFailed where the model has an operator that opset 17 cannot say, or that FP16 cannot hold: the builder's
+    flags apply to all operators alike.
     """
     import onnx
 
     from targets._onnx import with_batch
 
     model = with_batch(onnx.load(export.onnx), export.batch)
+    if export.precision != "fp32":
+        model = _safe_in_half(model, export)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "ReduceMean":
@@ -210,6 +215,21 @@ def weak_onnx(export: Export) -> ModelProto:
             f"{export.onnx} cannot be written in opset {_WEAK_OPSET}, the newest that TensorRT 8.x reads: "
             f"{' '.join(str(e).split())}"
         ) from e
+    return model
+
+
+def _safe_in_half(model: ModelProto, export: Export) -> ModelProto:
+    """`model` with the constants of its masks within FP16. Raises CheckFailed where FP16 cannot hold it even so."""
+    from targets._half import sentence, unsafe
+    from targets._half_onnx import limited, operators, ranges_of
+
+    ranges = ranges_of(export)
+    model = limited(model, ranges.sentinels)
+    if found := unsafe(operators(model), ranges):
+        raise CheckFailed(
+            f"FP16 cannot hold {len(found)} operators, and TensorRT 8.x takes no type for a single one: "
+            f"{sentence(found)}; use RECIPE=fp32 there, or TensorRT 10 or later"
+        )
     return model
 
 
@@ -271,6 +291,8 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     import onnx
     from onnx import TensorProto
 
+    from targets._onnx import float32_operators
+
     model = onnx.load(file)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     if batch != export.batch:
@@ -281,14 +303,27 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     weak = any(entry.key == "typing" and entry.value == _WEAK for entry in model.metadata_props)
     half = export.precision != "fp32" and not weak
     unwanted = TensorProto.FLOAT if half else TensorProto.FLOAT16
-    strays = [tensor.name for tensor in _constants(model) if tensor.data_type == unwanted]
+    kept = float32_operators(model)
+    allowed = {name for node in model.graph.node if _is_float32(node, kept) for name in (*node.input, *node.output)}
+    found = (tensor for tensor in _constants(model) if tensor.data_type == unwanted)
+    strays = [tensor.name for tensor in found if tensor.name not in allowed]
     if strays:
         raise CheckFailed(
             f"{file} has {len(strays)} constants of type {TensorProto.DataType.Name(unwanted)} ({strays[0]}, ...); "
             f"recipe precision {export.precision} expects {'FLOAT16' if half else 'FLOAT'}"
         )
     types = collections.Counter(TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer)
-    return {"quantized_layers": layers, "operators": len(model.graph.node), "constants": dict(sorted(types.items()))}
+    return {
+        "quantized_layers": layers,
+        "operators": len(model.graph.node),
+        "float32_operators": len(kept),
+        "constants": dict(sorted(types.items())),
+    }
+
+
+def _is_float32(node: NodeProto, kept: Sequence[str]) -> bool:
+    """Whether an operator of an FP16 graph was left in float32: one of `kept`, or what dequantizes for it."""
+    return (node.name or node.output[0]) in kept or node.name.removesuffix("_float32") != node.name
 
 
 def quantized_layers(model: ModelProto) -> int:

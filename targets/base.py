@@ -27,6 +27,9 @@ Interface: TypeAlias = Literal["tensor", "image", "classifier"]
 # Floating-point types that engines compute in where they do not compute in INT8.
 FloatType: TypeAlias = Literal["f32", "f16", "bf16"]
 
+# What happens to operators that FP16 cannot hold: they stay in float32, or the recipe is refused.
+Half: TypeAlias = Literal["auto", "strict"]
+
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
 
@@ -39,6 +42,7 @@ class Export:
     - `model.onnx`: the same graph, float32 around explicit Q/DQ, dynamic batch, input `image`, output `logits`
     - `scales.json`: the scale of every quantizer by module path; empty for float recipes
     - `model.json`: model, recipe, size, class names, preprocessing
+    - `ranges.json`: the range of every tensor on real images, see `targets._half.Ranges`
     - `sample.npz`: a few preprocessed validation images with the logits of the torch program
     - `tensors.json`: names of the tensors that `model.pt2` and `model.onnx` share, in order of execution
     """
@@ -50,6 +54,7 @@ class Export:
     storage: WeightOnly | None = None  # weights in fewer bits than they are computed in
     interface: Interface = "tensor"
     deployment: str | None = None  # the oldest system that must run the engine, such as "iOS17"; None: the recipe's
+    half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
 
     @property
     def onnx(self) -> Path:

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from calibration.recipe import Precision, WeightOnly
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets import _coreml_card, _coreml_functions, _coreml_interface, _coreml_systems, _coreml_weights
-from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read, write_facts
+from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read, read_facts, write_facts
 from targets._coreml_eligibility import eligibility
 from targets._coreml_fixes import (
     decomposed,
@@ -30,6 +30,7 @@ from targets._coreml_fixes import (
 )
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
 from targets._coreml_refusals import explained
+from targets._half_coreml import Selection
 from targets._host import in_queries
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, FloatType, Interface, Part
 
@@ -47,6 +48,7 @@ _WITH_FLOAT32 = (
     *("upsample_", "elu", "leaky_relu", "prelu", "thresholded_relu", "clamped_relu", "linear_activation"),
     *("scaled_tanh", "sigmoid_hard", "softplus_parametric", "inverse", "log", "rsqrt"),
 )
+_FLOAT32_OPERATORS = "float32_operators"  # the entry of the metadata: operators that FP16 cannot hold
 _STORAGE = "constexpr_"  # operators that make a weight of what is stored for it: palettes have two axes more than it
 
 
@@ -87,14 +89,16 @@ class CoreMLTarget:
         from calibration import program as programs
 
         coremltools = import_coremltools()
-        loaded = programs.load(export.program)
+        program = _with_batch(programs.load(export.program), export)
+        selection = Selection(export)
         with tempfile.TemporaryDirectory() as scratch:
             with explained():
-                model = _converted(_with_batch(loaded, export), export, Path(scratch) / PACKAGE)
+                model = _converted(program, export, selection, Path(scratch) / PACKAGE)
+            selection.check()
             if export.storage:
                 model = _coreml_weights.compressed(model, read(Path(scratch) / PACKAGE), export.storage)
             spec = model.get_spec()
-            _describe(spec.description.metadata, export, self.toolchain())
+            _describe(spec.description.metadata, export, self.toolchain(), sorted(selection.found))
             # Not `model.save`: it leaves a file of ExecuTorch's in the package that no manifest lists.
             coremltools.utils.save_spec(spec, str(out / PACKAGE), weights_dir=model.weights_dir)
 
@@ -134,6 +138,7 @@ class CoreMLTarget:
             "system": _coreml_systems.system_of(export).name,
             "specification": package.spec.specificationVersion,
             "operators": dict(operators.most_common()),
+            "float32_operators": len(_float32_operators(package)),
             "layers": len(found),
             "quantized_layers": sum(layer.activation_scale is not None for layer in found),
             "weight_bytes": package.weight_bytes,
@@ -195,8 +200,9 @@ def _with_batch(program: ExportedProgram, export: Export) -> ExportedProgram:
     return decomposed(torch.export.export(network, (example,)))
 
 
-def _converted(program: ExportedProgram, export: Export, package: Path) -> Any:
-    """The MLModel of `program`, written to `package` and not loaded into Core ML.
+def _converted(program: ExportedProgram, export: Export, selection: Selection, package: Path) -> Any:
+    """The MLModel of `program`, written to `package` and not loaded into Core ML. In FP16, `selection` chooses the
+    operators.
 
     Its input and output have the type it computes in. For FP16 the numbers are the same as with a float32 input, whose
     first operator would be a cast to FP16; but that cast cannot run on the Neural Engine, which has no float32. An
@@ -213,16 +219,20 @@ def _converted(program: ExportedProgram, export: Export, package: Path) -> Any:
             program,
             convert_to="mlprogram",
             minimum_deployment_target=coremltools.target[_coreml_systems.system_of(export).name],
-            compute_precision=coremltools.precision.FLOAT32 if full else coremltools.precision.FLOAT16,
+            compute_precision=(
+                coremltools.precision.FLOAT32 if full else coremltools.transform.FP16ComputePrecision(selection)
+            ),
             **interface,
             skip_model_load=True,
             package_dir=str(package),
         )
 
 
-def _describe(metadata: Any, export: Export, toolchain: dict[str, str]) -> None:
+def _describe(metadata: Any, export: Export, toolchain: dict[str, str], float32_operators: Sequence[str]) -> None:
     """Write into the package what Xcode shows and an app needs."""
     facts = {**export.description(), "precision": export.precision, "toolchain": toolchain}
+    if float32_operators:
+        facts[_FLOAT32_OPERATORS] = list(float32_operators)
     metadata.shortDescription = f"{facts['model']}, {export.precision}, {export.size()} pixels"
     write_facts(metadata, facts)
 
@@ -250,9 +260,10 @@ def _check_types(package: Package, export: Export) -> None:
     from coremltools.converters.mil.mil import types
 
     wanted, other = (types.fp32, types.fp16) if export.precision == "fp32" else (types.fp16, types.fp32)
+    kept = _float32_operators(package)
     for operation in _coreml_interface.inside(package.operations):
         for value in operation.outputs:
-            if value.dtype == other and not _is_constant_of(operation, _WITH_FLOAT32):
+            if value.dtype == other and not _is_constant_of(operation, _WITH_FLOAT32) and not _is_kept(operation, kept):
                 raise CheckFailed(
                     f"{operation.name} of the Core ML package ({operation.op_type}) is "
                     f"{types.builtin_to_string(other)}, expected {types.builtin_to_string(wanted)}: Core ML would "
@@ -263,6 +274,19 @@ def _check_types(package: Package, export: Export) -> None:
                     f"{operation.name} of the Core ML package ({operation.op_type}) has rank {value.rank}, expected at "
                     f"most {_MAX_RANK}: reshape in steps of lower rank"
                 )
+
+
+def _float32_operators(package: Package) -> frozenset[str]:
+    """The operators of an FP16 program that compute in float32, since FP16 cannot hold their numbers."""
+    return frozenset(read_facts(package.spec.description.metadata).get(_FLOAT32_OPERATORS, ()))
+
+
+def _is_kept(operation: Any, kept: frozenset[str]) -> bool:
+    """Whether an operator is one of `kept`, or a cast or constant for these alone."""
+    if operation.op_type not in ("cast", "const"):
+        return operation.name in kept
+    readers = [reader for value in operation.outputs for reader in value.child_ops]
+    return bool(kept) and bool(readers) and all(reader.name in kept for reader in readers)
 
 
 def _is_constant_of(operation: Any, prefix: str | tuple[str, ...]) -> bool:

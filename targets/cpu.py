@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _OPTIONS = "engine.json"
 _CPUINFO = Path("/proc/cpuinfo")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class CpuTarget:
         import onnx
         import openvino
 
+        from targets._half_onnx import kept_in_float32
         from targets._onnx import with_own_quantizers, with_padding_before_rounding, with_unsigned_activations
 
         # Two faults of OpenVINO 2026.4: it leaves a convolution in float32 where it shares a zero point with a linear
@@ -62,6 +66,11 @@ class CpuTarget:
         openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
         # Always explicit: left to itself, OpenVINO runs float32 models in bfloat16 where the CPU has it.
         hint = "f32" if export.precision == "fp32" else half_precision()  # of what is not INT8
+        # The hint holds for all operators alike. bfloat16 has the range of float32.
+        kept = len(kept_in_float32(onnx.load(export.onnx), export)) if hint == "f16" else 0
+        if kept:
+            log.warning("OpenVINO takes no type for a single operator: what is not INT8 is computed in float32")
+            hint = "f32"
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         (out / _OPTIONS).write_text(json.dumps(options, indent=1) + "\n")
 

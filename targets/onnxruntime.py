@@ -47,18 +47,22 @@ class OnnxRuntimeTarget:
     def build(self, export: Export, out: Path) -> None:
         import onnx
 
-        from targets._onnx import to_fp16, with_batch, with_biases_apart
+        from targets._half_onnx import typed
+        from targets._onnx import with_batch, with_biases_apart
 
         model = with_biases_apart(with_batch(onnx.load(export.onnx), export.batch))
         # Around INT8 the CPU computes in float32: it has no FP16 arithmetic that would be faster.
-        onnx.save(to_fp16(model) if export.precision == "fp16" else model, out / "model.onnx")
+        onnx.save(typed(model, export) if export.precision == "fp16" else model, out / "model.onnx")
 
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         import onnx
 
+        from targets._onnx import float32_operators
+
         model = onnx.load(engine / "model.onnx")
         onnx.checker.check_model(model, full_check=True)
-        return {"threads": threads(), "operators": len(model.graph.node)}
+        kept = float32_operators(model)
+        return {"threads": threads(), "operators": len(model.graph.node), "float32_operators": len(kept)}
 
     def half(self) -> bool:
         return False
@@ -107,6 +111,11 @@ def reference(model: Path | bytes) -> Callable[[Images], Logits]:
 def reference_logits(model: Path | bytes, images: Images) -> Logits:
     """What the reference executor answers, once."""
     return reference(model)(images)
+
+
+def plain_session(model: Path | bytes) -> Any:
+    """An onnxruntime.InferenceSession of a graph that computes its operators as `reference` does."""
+    return _session(model, fuse_integers=False)
 
 
 def _session(model: Path | bytes, *, fuse_integers: bool, optimized: Path | None = None) -> Any:

@@ -48,6 +48,7 @@ VARIABLES = (
     "CROP",
     "INTERPOLATION",
     "BACKGROUND",
+    "HALF",
 )  # of the Makefile
 SIDE = 16
 _COUNTS: dict[Part, int] = {"train": 128, "val": 32, "test": 48}

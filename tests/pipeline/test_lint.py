@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,18 @@ class LargeHeads(nn.Module):
         return (scores @ tokens).transpose(2, 3).reshape(-1, CHANNELS, 8, 8)
 
 
+class Normalized(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.normalize(x)  # vanishing-constant
+
+
+class SafelyNormalized(nn.Module):
+    """And a small number that guards nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.normalize(x, eps=1e-6) + 1e-12
+
+
 SOURCE = Path(__file__).read_text().splitlines()
 CASES = [
     (SixAxes, "rank", "rank 6"),
@@ -267,11 +280,12 @@ CASES = [
     (LateNorm, "batch-norm", "BatchNorm after relu"),
     (Grouped, "grouped-conv", "4 groups of 8 channels"),
     (TwelveChannels, "channels", "12 channels"),
+    (Normalized, "vanishing-constant", "clamp_min with 1e-12"),
     (SmallHeads, "head-dimension", "head dimension 8"),
 ]
 NEAR_MISSES = [
     FiveAxes, Patches, PaddedToken, Table, Largest, NarrowStride, Even, PermutedMean, NamedPadding,
-    Norms, Depthwise, LargeHeads,
+    Norms, Depthwise, LargeHeads, SafelyNormalized,
 ]  # fmt: skip
 ERRORS = {"rank", "dynamic-shape", "unfold", "uncalibrated", "scale"}
 
@@ -295,6 +309,30 @@ def test_a_fault_is_found_at_its_line(inner: type[nn.Module], rule: str, detail:
     assert finding.line == marked("im2col" if inner is Im2col else rule)
     assert finding.module.split(".")[0] == "middle"
     assert str(finding).startswith(f"{finding.line}: {finding.level}: {rule}: middle")
+
+
+EPSILONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "log": lambda x: (x.sigmoid() + 1e-8).log(),
+    "rsqrt": lambda x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-12),
+    "sum, root and division": lambda x: x / (x.var(1, keepdim=True) + 1e-10).sqrt(),
+    "division": lambda x: x / (x.abs().sum(1, keepdim=True) + 1e-9),
+    "clamp": lambda x: x / x.abs().sum(1, keepdim=True).clamp(min=1e-8),
+    "maximum": lambda x: x / torch.maximum(x.norm(dim=1, keepdim=True), torch.tensor(1e-12)),
+    "power": lambda x: x * (x.square().mean(1, keepdim=True) + 1e-12).pow(-0.5),
+    "layer norm": lambda x: functional.layer_norm(x, (8,), eps=1e-12),
+    "group norm": lambda x: functional.group_norm(x, 4, eps=1e-8),
+    "cosine": lambda x: x * functional.cosine_similarity(x, x.relu(), dim=1)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", EPSILONS)
+def test_an_epsilon_that_fp16_does_not_have_is_found(name: str) -> None:
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return EPSILONS[name](x)
+
+    found = [finding.rule for finding in linted(Inner)]
+    assert found == ["vanishing-constant"]
 
 
 @pytest.mark.parametrize("inner", NEAR_MISSES, ids=lambda inner: inner.__name__)
