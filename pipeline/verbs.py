@@ -87,10 +87,14 @@ def engine(run: Run, root: Path) -> Answer:
 
 
 def _verdict(run: Run, root: Path, artifact: Artifact) -> Answer:
-    """Whether an engine that was built just now is worth shipping, where that is asked and can be timed here."""
-    from pipeline.verdict import can_judge, verdict
+    """Whether an engine is worth shipping, where that is asked and can be timed here: one that was built just now, or
+    whose last verdict was undecided.
+    """
+    if not run.verdict or run.recipe.precision != "int8":
+        return {}
+    from pipeline.verdict import can_judge, is_pending, verdict
 
-    if not run.verdict or artifact.cached or not can_judge(run):
+    if (artifact.cached and not is_pending(root, artifact)) or not can_judge(run):
         return {}
     return {"verdict": verdict(run, root, artifact)}
 
