@@ -93,7 +93,7 @@ class Log:
 
 def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object]:
     """The placement of the run's model that is fastest on its target within the accuracy budget, or none where that is
-    a float engine or where doubtful conditions left it undecided. Raises CannotRunHere where the target cannot be timed,
+    a float engine, or undecided where conditions were doubtful. Raises CannotRunHere where the target cannot be timed,
     BadRequest where the recipe has no placement.
     """
     search = Search(run=run, root=root, plan=plan)

@@ -153,7 +153,7 @@ def test_a_second_opening_finds_the_rows(results: Results, database: Path) -> No
 
 def test_there_is_no_way_to_change_or_delete() -> None:
     methods = {name for name, _ in inspect.getmembers(Results, inspect.isfunction) if not name.startswith("_")}
-    assert methods == {"append", "rows", "close"}
+    assert methods == {"append", "rows", "overview", "close"}
 
 
 @pytest.mark.parametrize(
@@ -274,6 +274,12 @@ def test_other_databases_get_the_columns_by_the_same_statement(dialect: Any) -> 
         "ALTER TABLE measurements ADD COLUMN load_ms FLOAT",
         "ALTER TABLE measurements ADD COLUMN first_ms FLOAT",
         f"ALTER TABLE measurements ADD COLUMN plan {binary}",
+        "ALTER TABLE measurements ADD COLUMN network TEXT",
+        "ALTER TABLE measurements ADD COLUMN data TEXT",
+        "ALTER TABLE measurements ADD COLUMN data_digest VARCHAR(64)",
+        "ALTER TABLE measurements ADD COLUMN weights VARCHAR(64)",
+        "ALTER TABLE measurements ADD COLUMN weights_from TEXT",
+        "ALTER TABLE measurements ADD COLUMN choices TEXT",
     ]
 
 
@@ -289,6 +295,7 @@ def test_a_column_that_another_process_has_just_added_is_as_good(
 
 def test_columns_that_a_database_server_lacks_are_added(results: Results, database: Path) -> None:
     connection = sqlite3.connect(database)
+    connection.execute("DROP INDEX measurements_cells")
     for name in results_module._ADDED:
         connection.execute(f"ALTER TABLE measurements DROP COLUMN {name}")
     connection.close()
