@@ -231,6 +231,7 @@ def _measurement(
     before: Conditions,
     unit: str | None = None,
 ) -> Row:
+    from pipeline.identity import identity
     from pipeline.measure import Conditions, summarize, time_session
     from pipeline.results import Row
 
@@ -259,6 +260,7 @@ def _measurement(
         top1=accuracy["top1"],
         float_top1=report["float_top1"],
         agreement=accuracy["agreement"],
+        identity=identity(run),
     )
 
 
@@ -300,19 +302,20 @@ def _tell_latency(row: Row) -> None:
 
 
 def dashboard(root: Path) -> Answer:
-    """Draw all measurements on one page, and open it where somebody watches."""
+    """Draw all measurements on one page, and open it where somebody watches. Reads the database and changes nothing;
+    the page lies beside it, or in the current folder where that one cannot be written.
+    """
     from pipeline import dashboard as page
     from pipeline.results import Results
 
-    rows = Results(root / _MEASUREMENTS).rows()
-    path = (root / _DASHBOARD).resolve()
-    page.write(rows, path)
-    log.info("%d measurements: %s", len(rows), path.as_uri())
+    overview = Results(root / _MEASUREMENTS, read_only=True).overview()
+    path = page.write_beside(overview, root / _DASHBOARD)
+    log.info("%d measurements: %s", overview.measurements, path.as_uri())
     if sys.stdout.isatty():
         import webbrowser
 
         webbrowser.open(path.as_uri())
-    return {"path": str(path), "rows": len(rows)}
+    return {"path": str(path), "rows": overview.measurements}
 
 
 def zoo(chosen: Sequence[ModelSpec], root: Path) -> Answer:
