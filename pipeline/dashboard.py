@@ -33,6 +33,7 @@ KEPT_ACCURACY: Final = 0.99
 
 _COSTLIEST: Final = 8  # operators that are shown of a plan
 _KINDS: Final = 5  # types of operators that are named for a unit
+_LETTER, _LINE = 7, 13  # pixels of the labels in the scatter
 _DETAILED: Final = 500  # lines with details, those measured last: a page of 8 MB is what a browser opens at once
 _DEEPEST: Final = 4  # levels of a JSON object, beyond which it is shown as text
 _MOST_PAIRS: Final = 40  # of a JSON object
@@ -279,7 +280,13 @@ def _facts(identity: Identity) -> tuple[tuple[str, str], ...]:
     weights = identity.weights_from or "unknown"
     data += f" {identity.data_digest[:_DIGEST]}" if identity.data_digest else ""
     weights += f", {identity.weights[:_DIGEST]}" if identity.weights else ""
-    return ("network", identity.network or "unknown"), ("data", data), ("weights", weights)
+    others = [("network", identity.network)] if _is_file(identity) and identity.network else []
+    return *others, ("data", data), ("weights", weights)
+
+
+def _is_file(identity: Identity) -> bool:
+    """Whether the network is not one of ours, whose name says everything."""
+    return identity.network is not None and not identity.network.startswith("models.")
 
 
 Network: TypeAlias = tuple[str, str | None, str | None, str | None, str | None]
@@ -400,47 +407,57 @@ def _scatter(entries: Sequence[Entry]) -> Scatter | None:
 
 
 def _trails(points: Sequence[Point]) -> tuple[Trail, ...]:
-    taken: list[tuple[float, float]] = []
+    taken: list[Box] = []
     trails = []
     together = _by(points, lambda point: _trail_of(point.entry.row))
-    names = list(_labels([same[0].entry.row for same in together.values()]))
-    for label, same in zip(names, together.values(), strict=True):
+    for label, same in zip(_labels([same[0].entry.row for same in together.values()]), together.values(), strict=True):
         path = tuple(sorted(same, key=lambda point: point.x))
-        crowded = path[-1].x > Scatter.RIGHT - 9 - 7 * len(label)  # no room on the right, at 7 px a letter: go above
+        width = _LETTER * len(label)
+        crowded = path[-1].x > Scatter.RIGHT - 9 - width  # no room on the right: go above
         x, y = (path[-1].x + 5, path[-1].y - 10) if crowded else (path[-1].x + 9, path[-1].y + 4)
-        free = _free_height(x, y, taken)
-        if free is None:
-            label = ""  # its name is in the title of each point
-        else:
-            taken.append((x, free))
-        anchor = "end" if crowded else "start"
-        trails.append(Trail(label=label, label_x=round(x, 1), label_y=round(free or y, 1), anchor=anchor, points=path))
+        box = (x - width, x) if crowded else (x, x + width)
+        height = _free_height(box, y, taken)
+        if height is not None:
+            taken.append((*box, height))
+        trails.append(
+            Trail(
+                label="" if height is None else label,  # each point has it in its title
+                label_x=round(x, 1),
+                label_y=round(y if height is None else height, 1),
+                anchor="end" if crowded else "start",
+                points=path,
+            )
+        )
     return tuple(trails)
 
 
-def _free_height(x: float, y: float, taken: Sequence[tuple[float, float]]) -> float | None:
-    """The height nearest to `y` at which a label at `x` covers none of `taken`; None where the column is full."""
-    near = [height for place, height in taken if abs(x - place) < 150]
-    steps = range(math.ceil((Scatter.BOTTOM - Scatter.TOP) / 13))
-    heights = sorted((y + 13 * sign * step for step in steps for sign in (1, -1)), key=lambda height: abs(height - y))
-    inside = (height for height in heights if height == y or Scatter.TOP <= height <= Scatter.BOTTOM)
-    return next((height for height in inside if all(abs(height - other) >= 13 for other in near)), None)
+def _free_height(box: tuple[float, float], y: float, taken: Sequence[Box]) -> float | None:
+    """The height nearest to `y` at which a label from left to right of `box` covers none of `taken`; None where every
+    height is taken.
+    """
+    left, right = box
+    near = [height for low, high, height in taken if low < right and left < high]
+    steps = range(math.ceil((Scatter.BOTTOM - Scatter.TOP) / _LINE))
+    heights = sorted((y + _LINE * sign * step for step in steps for sign in (1, -1)), key=lambda one: abs(one - y))
+    inside = (one for one in heights if one == y or Scatter.TOP <= one <= Scatter.BOTTOM)
+    return next((one for one in inside if all(abs(one - other) >= _LINE for other in near)), None)
 
 
 def _labels(rows: Sequence[Row]) -> Iterator[str]:
     """A name for the trail of each row: the model's, and what tells trails of that model apart."""
-    several = len({_trail_of(row) for row in rows}) > len({row.model for row in rows})
-    networks = _by(rows, lambda row: row.model)
+    sizes = {(row.size, row.batch) for row in rows}
+    named = _by(rows, lambda row: row.model)
     for row in rows:
-        same = networks[row.model]
-        label = row.model
-        if several and len({(other.size, other.batch) for other in rows}) > 1:
-            label += f" ({row.size} px, batch {row.batch})"
-        if len({_network_of(other) for other in same}) > 1:
-            apart = (row.identity.network, row.identity.data, (row.identity.weights or "unknown")[:_DIGEST])
-            others = {(each.identity.network, each.identity.data) for each in same}
-            label += f" {apart[2] if len(others) == 1 else ' '.join(_short(part) for part in apart[:2])}"
-        yield f"{label} {row.unit}" if row.unit else label
+        same = [other.identity for other in named[row.model]]
+        parts = [row.model]
+        if len({one.network for one in same if _is_file(one)}) > 1:
+            parts.append(_short(row.identity.network))
+        if len({(one.data, one.data_digest) for one in same}) > 1:
+            parts.append(row.identity.data or "unknown data")
+        if len({one.weights for one in same}) > 1 and len({(one.network, one.data_digest) for one in same}) == 1:
+            parts.append(f"weights {(row.identity.weights or 'unknown')[:_DIGEST]}")
+        parts += [f"({row.size} px, batch {row.batch})"] * (len(sizes) > 1)
+        yield " ".join([_cut(part, 40) for part in parts] + [row.unit] * bool(row.unit))
 
 
 def _short(name: str | None) -> str:
@@ -452,6 +469,7 @@ def _trail_of(row: Row) -> tuple[Network, int, int, str | None]:
     return _network_of(row), row.size, row.batch, row.unit
 
 
+Box: TypeAlias = tuple[float, float, float]  # left, right and height of a label, in pixels
 Axis: TypeAlias = tuple[Callable[[float], float], tuple[tuple[float, str], ...]]
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import sqlite3
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -228,8 +229,11 @@ class Results:
             if self._url.get_backend_name() == "sqlite" and self._url.database and not self._read_only:
                 Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
             yield
-        except (exc.DatabaseError, OSError, *decoding) as e:
-            raise _refusal(_shown(self._url), e.orig if isinstance(e, exc.DatabaseError) else e) from e
+        except exc.DatabaseError as e:
+            raise _refusal(_shown(self._url), e.orig) from e
+        except (OSError, *decoding) as e:
+            cause = f"a row cannot be read ({type(e).__name__}: {e})" if isinstance(e, decoding) else e
+            raise _refusal(_shown(self._url), cause) from e
 
     def _check_columns(self, there: sa.Connection | sa.Engine) -> None:
         """Raises BadRequest where the table is not ours: every version of ours has had the columns of the first."""
@@ -285,6 +289,15 @@ class _Samples(sa.types.TypeDecorator[list[int]]):
         return samples
 
 
+def _placement(found: dict[str, Any]) -> Placement:
+    """Raises ValueError where another program has written a plan of other types."""
+    cost = found["cost"]
+    words = (found["name"], found["kind"], found["preferred"] or "", *found["supported"])
+    if not all(isinstance(word, str) for word in words) or not (cost is None or isinstance(cost, int | float)):
+        raise ValueError(f"a plan holds {str(found):.60}, expected texts and a number")
+    return Placement(**found | {"supported": tuple(found["supported"])})
+
+
 class _Plan(sa.types.TypeDecorator[tuple[Placement, ...]]):
     """Placements, as zlib-compressed JSON too: hundreds of operators are a tenth of the text's size."""
 
@@ -297,8 +310,7 @@ class _Plan(sa.types.TypeDecorator[tuple[Placement, ...]]):
     def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> tuple[Placement, ...] | None:
         if value is None:
             return None
-        found: list[dict[str, Any]] = json.loads(_inflated(value))
-        return tuple(Placement(**each | {"supported": tuple(each["supported"])}) for each in found)
+        return tuple(map(_placement, json.loads(_inflated(value))))
 
 
 _METADATA: Final = sa.MetaData()
@@ -362,6 +374,17 @@ _CELLS: Final = (
 )
 _LATENCIES: Final = ("p50_ms", "p90_ms", "p99_ms", "min_ms", "max_ms", "mean_ms")
 _SUMMARY_COLUMNS: Final = (*_LATENCIES, "n", "cv", "why_invalid")
+_KINDS: Final[Mapping[type, tuple[tuple[type, ...], str]]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text"),
+}
+# Of the columns that SQLAlchemy hands on as they are stored.
+_TYPES: Final = {
+    column.name: _KINDS[column.type.python_type]
+    for column in _MEASUREMENTS.columns
+    if isinstance(column.type, sa.Integer | sa.Float | sa.String)
+}
 _GIVEN_BY_APPEND: Final = ("id", "created", "valid")
 _ROW_COLUMNS: Final = tuple(
     column.name
@@ -411,34 +434,54 @@ def _past(found: Mapping[Any, Any]) -> Past:
 
 
 def _summary(found: Mapping[Any, Any]) -> Summary:
-    """Raises ValueError where another program has written a latency that is none: SQLite takes any type anywhere."""
+    """Raises ValueError where another program has written a value of another type: SQLite takes any type anywhere."""
+    _check_types(found)
     for name in _LATENCIES:
-        value = found[name]
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"row {found['id']} has {value!r:.60} in {name}, expected milliseconds above 0")
+        if not 0 < found[name] < math.inf:
+            raise ValueError(f"row {found['id']} has {found[name]} in {name}, expected milliseconds above 0")
     return Summary(**{name: found[name] for name in _SUMMARY_COLUMNS})
+
+
+def _check_types(found: Mapping[Any, Any]) -> None:
+    for name, (kinds, words) in _TYPES.items():
+        value = found.get(name)
+        missing = value is None and _MEASUREMENTS.c[name].nullable
+        if name in found and not missing and (not isinstance(value, kinds) or value != value):
+            words = "milliseconds above 0" if name in _LATENCIES else words
+            raise ValueError(f"row {found['id']} has {value!r:.60} in {name}, expected {words}")
 
 
 def _overview(connection: sa.Connection, cells: int) -> Overview:
     table = _readable(connection)
-    cell = [table.c[name] for name in CELL]
-    invalid = sa.func.sum(sa.case((table.c.valid, 0), else_=1))
-    grouped = sa.select(sa.func.max(table.c.id), sa.func.count(), invalid).group_by(*cell)
-    counts = sorted(map(tuple, connection.execute(grouped)), reverse=True)
-    models = sa.select(table.c.model, table.c.network).distinct().subquery()
-    shown = {latest: runs for latest, runs, _ in counts[:cells]}
+    found, invalid = _scanned(connection, table)
+    newest = sorted(found.values(), key=max, reverse=True)
+    shown = {ids[0]: ids for ids in (sorted(ids, reverse=True) for ids in newest[:cells])}
     latest = {row.id: row for row in _rows_of(connection, table, list(shown))}
     histories = _histories(connection, table, shown)
+    at = {name: place for place, name in enumerate(CELL)}
     return Overview(
-        measurements=sum(runs for _, runs, _ in counts),
-        invalid=sum(spoilt for _, _, spoilt in counts),
-        models=connection.execute(sa.select(sa.func.count()).select_from(models)).scalar_one(),
+        measurements=sum(map(len, newest)),
+        invalid=invalid,
+        models=len({(cell[at["model"]], cell[at["network"]]) for cell in found}),
         cells=tuple(
-            Cell(latest=latest[key], runs=runs, recent=histories[key][0], older=histories[key][1])
-            for key, runs in shown.items()
+            Cell(latest=latest[key], runs=len(ids), recent=histories[key][0], older=histories[key][1])
+            for key, ids in shown.items()
         ),
-        left_out=max(0, len(counts) - cells),
+        left_out=max(0, len(newest) - cells),
     )
+
+
+def _scanned(connection: sa.Connection, table: sa.FromClause) -> tuple[dict[tuple[object, ...], list[int]], int]:
+    """The ids of every cell in any order, and the number of invalid measurements: one scan, of the index where there is
+    one. Several aggregations would be several scans of all samples in a database that has none yet.
+    """
+    ids: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    invalid = 0
+    query = sa.select(table.c.id, table.c.valid, *(table.c[name] for name in CELL))
+    for key, valid, *cell in connection.execution_options(yield_per=10_000).execute(query):
+        ids[tuple(cell)].append(key)
+        invalid += not valid
+    return ids, invalid
 
 
 def _readable(connection: sa.Connection) -> sa.FromClause:
@@ -460,33 +503,28 @@ def _rows_of(connection: sa.Connection, table: sa.FromClause, ids: Sequence[int]
 
 
 def _histories(
-    connection: sa.Connection, table: sa.FromClause, shown: Mapping[int, int]
+    connection: sa.Connection, table: sa.FromClause, shown: Mapping[int, Sequence[int]]
 ) -> dict[int, tuple[tuple[Past, ...], tuple[Past, ...]]]:
-    """The recent and the older measurements of each cell by the id of its latest one; `shown` has its runs."""
+    """The recent and the older measurements of each cell by the id of its latest one; `shown` has all, newest first."""
     each = _HISTORY_SHOWN // max(len(shown), 1)
     recent, older = min(RECENT, max(each // 2, 2)), min(_OLDER, max(each // 2, 1))
-    by_cell = [table.c[name] for name in CELL]
-    age = sa.func.row_number().over(partition_by=by_cell, order_by=table.c.id.desc())
-    runs = sa.func.count().over(partition_by=by_cell)
-    latest = sa.func.max(table.c.id).over(partition_by=by_cell)
-    ranked = sa.select(table.c.id, age.label("age"), runs.label("runs"), latest.label("latest")).subquery("ranked")
-    step = (ranked.c.runs - recent + older - 1) // older
-    thinned = sa.or_(ranked.c.age <= recent, ranked.c.age == ranked.c.runs, (ranked.c.age - recent) % step == 0)
-    if max(shown.values(), default=0) <= 1:
-        ages: list[Any] = [(key, key, 1) for key in shown]
-    else:
-        wanted = sa.select(ranked.c.id, ranked.c.latest, ranked.c.age).where(thinned).order_by(ranked.c.id.desc())
-        ages = [found for found in connection.execute(wanted) if found[1] in shown]
+    chosen = {key: (ids[:recent], _thinned(ids[recent:], older)) for key, ids in shown.items()}
+    wanted = [one for parts in chosen.values() for part in parts for one in part]
     names = ("id", "created", *_SUMMARY_COLUMNS, "top1", "artifact_key")
     past: dict[int, Past] = {}
-    for start in range(0, len(ages), _AT_ONCE):
+    for start in range(0, len(wanted), _AT_ONCE):
         query = sa.select(*(table.c[name] for name in names))
-        query = query.where(table.c.id.in_([key for key, *_ in ages[start : start + _AT_ONCE]]))
+        query = query.where(table.c.id.in_(wanted[start : start + _AT_ONCE]))
         past |= {found["id"]: _past(found) for found in connection.execute(query).mappings()}
-    histories: dict[int, tuple[list[Past], list[Past]]] = {key: ([], []) for key in shown}
-    for key, of, at in ages:
-        histories[of][at > recent].append(past[key])
-    return {key: (tuple(new), tuple(old)) for key, (new, old) in histories.items()}
+    return {
+        key: (tuple(past[one] for one in new), tuple(past[one] for one in old)) for key, (new, old) in chosen.items()
+    }
+
+
+def _thinned(ids: Sequence[int], most: int) -> Sequence[int]:
+    """At most `most` of `ids` at even steps, the last one among them."""
+    step = max(1, -(-len(ids) // most))
+    return ids[::-1][::step][::-1]
 
 
 def _url(url_or_path: str | Path) -> sa.URL:
@@ -556,7 +594,7 @@ def _configure_sqlite(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
 
 
-def _refusal(database: str, cause: BaseException | None) -> EdgelineError:
+def _refusal(database: str, cause: BaseException | str | None) -> EdgelineError:
     """The sentence for an error of a database's driver, or of the decoding of its rows."""
     name = getattr(cause, "sqlite_errorname", "")
     if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):

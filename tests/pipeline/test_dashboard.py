@@ -3,25 +3,34 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import re
 import shutil
+import sqlite3
 import subprocess
+import sys
 import tempfile
+import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import results as results_module
 from pipeline.dashboard import render, write
 from pipeline.measure import Summary
-from pipeline.results import Overview, Results, Row, _columns
+from pipeline.results import Identity, Overview, Results, Row, _columns
 from targets.base import Placement
+from tests import bench_dashboard
+from tests.tiny import ROOT, surroundings
 
-UNKNOWN = "network unknown data unknown weights unknown"
+UNKNOWN = "data unknown weights unknown"
 NOW = datetime(2026, 3, 14, 15, 9, 26, tzinfo=UTC)
 RECIPES = ("fp16", "int8_qat")
 HOSTILE = "<script>alert('x')</script>\"&{{ 7 * 7 }}"
@@ -405,3 +414,242 @@ def _chromium(folder: Path, *arguments: str) -> str:
     quiet += ["--disable-background-networking", "--disable-component-update"]
     command = [chromium, *quiet, f"--user-data-dir={folder / 'profile'}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+# --- What belongs together --------------------------------------------------------------------------------------------
+
+A_NET = Identity(
+    network="/nets/a/net.py:net",
+    data="digits",
+    data_digest="d1" * 32,
+    weights="aaaaaaaa" * 8,
+    weights_from="trained on digits",
+)
+B_NET = replace(A_NET, network="/nets/b/net.py:net", weights="bbbbbbbb" * 8)
+OTHER_DATA = replace(A_NET, data="crops", data_digest="d2" * 32, weights="cccccccc" * 8)
+
+
+def net(p50_ms: float, identity: Identity, number: int, **changes: Any) -> Row:
+    return replace(measured(p50_ms, number=number), model="net", family="net", identity=identity, **changes)
+
+
+def test_networks_of_one_name_from_other_files_and_on_other_data_are_lines_of_their_own() -> None:
+    found = overview(net(10.2, A_NET, 1), net(229.0, B_NET, 2), net(0.2, OTHER_DATA, 3))
+    assert [(cell.latest.summary.p50_ms, cell.runs) for cell in found.cells] == [(0.2, 1), (229.0, 1), (10.2, 1)]
+    assert (found.measurements, found.models) == (3, 2)
+    shown = Page(render(found, now=NOW))
+    assert shown.text.count("first run") == 3
+    assert "net net network /nets/a/net.py:net data digits d1d1d1d1 weights trained on digits, aaaaaaaa" in shown.text
+    assert "network /nets/b/net.py:net data digits d1d1d1d1 weights trained on digits, bbbbbbbb" in shown.text
+    assert "network /nets/a/net.py:net data crops d2d2d2d2 weights trained on digits, cccccccc" in shown.text
+
+
+@pytest.mark.parametrize("part", ["network", "data", "data_digest", "weights", "choices"])
+def test_every_part_of_the_identity_separates_histories(part: str) -> None:
+    other = replace(A_NET, **{part: "another"})
+    shown = page(net(4.0, A_NET, 1), net(6.0, other, 2), net(5.0, A_NET, 3))
+    assert ("aria-label", "p50 of the last 2 runs: 4.00, 5.00 ms") in shown.attributes
+    assert shown.text.count("first run") == 1
+
+
+def test_a_checkpoint_that_was_renamed_is_the_same_one() -> None:
+    renamed = replace(A_NET, weights_from="read from copy.pt")
+    assert "first run" not in page(net(4.0, A_NET, 1), net(5.0, renamed, 2)).text
+
+
+@pytest.mark.parametrize("part", ["network", "data_digest", "weights"])
+def test_no_comparison_crosses_networks_data_or_weights(part: str) -> None:
+    other = replace(A_NET, **{part: "another"})
+    shown = page(
+        net(8.0, A_NET, 1), net(2.0, other, 2, recipe="int8_ptq"), net(1.0, other, 3, target="jetson", device="orin")
+    )
+    assert "4.00×" not in shown.text and "8.00×" not in shown.text
+    assert not any("fastest" in line for line in shown.lines)
+    assert "best device for" not in shown.text
+    same = page(net(8.0, A_NET, 1), net(2.0, A_NET, 2, recipe="int8_ptq"))
+    assert "2.00 4.00×" in same.line("int8_ptq", "valid")
+
+
+def test_choices_are_lines_of_their_own_and_compared_with_the_float_engine_of_the_same_form() -> None:
+    channels = replace(A_NET, choices="form=channels")
+    placed = replace(A_NET, choices="form=channels placement=conv")
+    shown = page(
+        net(8.0, A_NET, 1),
+        net(6.0, channels, 2),
+        net(2.0, placed, 3, recipe="int8_ptq"),
+        net(4.0, replace(A_NET, choices="placement=conv"), 4, recipe="int8_ptq"),
+    )
+    assert "2.00 3.00×" in shown.line("int8_ptq", "form=channels placement=conv")
+    assert "4.00 2.00×" in shown.line("int8_ptq placement=conv", "4.00")
+
+
+def test_the_latest_is_the_one_recorded_last_whatever_the_clock_said() -> None:
+    ahead = replace(measured(9.0, number=1), created="2035-01-01T00:00:00.000+00:00")
+    shown = page(ahead, measured(4.0, number=2))
+    assert " 4.00 " in shown.line("mobilevit_xs", "fp32")
+    assert "9.00" in shown.line("2035-01-01 00:00")
+    assert ("aria-label", "p50 of the last 2 runs: 9.00, 4.00 ms") in shown.attributes
+
+
+def test_rows_from_before_identities_were_recorded_are_shown_as_unknown_and_apart() -> None:
+    old = replace(net(9.0, A_NET, 1), identity=Identity())
+    shown = page(old, net(4.0, A_NET, 2))
+    assert "net net data unknown weights unknown fp32" in shown.text
+    assert shown.text.count("first run") == 2
+
+
+# --- Many rows --------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_history_is_thinned_and_says_so() -> None:
+    rows = [measured(4.0 + 0.01 * number, number=number) for number in range(1, 501)]
+    found = overview(*rows)
+    (cell,) = found.cells
+    ids = [past.id for past in (*cell.recent, *cell.older)]
+    assert cell.runs == 500
+    assert ids[:20] == list(range(500, 480, -1))
+    assert ids[20:] == list(range(480 - 11, 0, -12))  # of 480, every twelfth, and the first one
+    shown = Page(render(found, now=NOW))
+    assert ", 499 earlier" in shown.text
+    assert "Earlier measurements: 499, of which 59 are listed" in shown.text
+
+
+def test_lines_beyond_the_limit_are_counted_and_those_measured_last_are_shown() -> None:
+    rows = [replace(measured(4.0, number=number), size=32 * number) for number in range(1, 11)]
+    found = overview(*rows, cells=4)
+    assert [cell.latest.size for cell in found.cells] == [320, 288, 256, 224]
+    assert (found.left_out, found.measurements) == (6, 10)
+    assert "6 more lines , measured before all of these, are left out" in Page(render(found, now=NOW)).text
+
+
+def test_hundreds_of_networks_get_labels_where_there_is_room_and_the_page_ends() -> None:
+    rows = [replace(measured(5.0, number=1), model=f"network_{number}") for number in range(300)]
+    shown = page(*rows)
+    assert shown.tags["polyline"] == 300
+    assert 10 < sum(label.startswith("network_") for label in _scatter_names(html(*rows))) < 300
+
+
+def _scatter_names(text: str) -> list[str]:
+    return re.findall(r'<text class="name"[^>]*>([^<]*)</text>', text)
+
+
+def test_a_page_of_many_rows_is_written_quickly_in_little_memory(tmp_path: Path) -> None:
+    """A twentieth of what `make bench-dashboard` measures; before aggregation in the database, 5,000 rows took 11 s."""
+    bench_dashboard.generate(tmp_path / "measurements.sqlite", rows=5_000, samples=1_000, cells=1_200)
+    seconds, memory, size = min(bench_dashboard.measured(tmp_path) for _ in range(2))
+    assert seconds < 5
+    assert memory < 300e6
+    assert 1e6 < size < 8e6
+    text = (tmp_path / "dashboard.html").read_text()
+    left_out = Results(tmp_path / "measurements.sqlite", read_only=True).overview().left_out
+    assert left_out > 200
+    assert f"{left_out} more lines" in text and "details are left out" in text
+
+
+def test_long_texts_are_shortened() -> None:
+    long = replace(FP32, conditions={"x" * 5000: {"y": ["z"] * 5000}}, artifact_path="p" * 100_000, model="m" * 5000)
+    deep: dict[str, Any] = {}
+    for _ in range(200):
+        deep = {"deeper": deep}
+    assert len(html(_invalid(long))) < 60_000
+    assert len(html(replace(FP32, conditions=deep, method={str(number): 1 for number in range(10_000)}))) < 60_000
+
+
+# --- Only reading -----------------------------------------------------------------------------------------------------
+
+
+def _without_rights() -> None:
+    """In a child process: even root obeys the rights of files. PR_CAPBSET_DROP of CAP_DAC_OVERRIDE, _READ_SEARCH."""
+    system = ctypes.CDLL(None)
+    for capability in (1, 2):
+        system.prctl(24, capability, 0, 0, 0)
+
+
+def dashboard_command(store: Path, current: Path) -> tuple[int, dict[str, Any], str]:
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipeline", "dashboard", "--store", str(store)],
+        cwd=current,
+        env=surroundings() | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=_without_rights,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return ended.returncode, json.loads(ended.stdout.splitlines()[-1]), ended.stderr
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Iterator[Callable[[], Path]]:
+    """A store whose files and folder may only be read, until the test ends."""
+    store = tmp_path / "store"
+    store.mkdir()
+
+    def freeze() -> Path:
+        for path in store.iterdir():
+            path.chmod(0o444)
+        store.chmod(0o555)
+        return store
+
+    yield freeze
+    store.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drops rights as Linux does it")
+@pytest.mark.parametrize("pending", [False, True], ids=["journal written back", "journal pending"])
+def test_a_store_that_may_only_be_read_gets_its_page_in_the_current_folder(
+    frozen: Callable[[], Path], tmp_path: Path, pending: bool
+) -> None:
+    database = tmp_path / "store" / "measurements.sqlite"
+    results = Results(tmp_path / "writing.db")
+    results.append(FP32)
+    for suffix in ("", "-wal") if pending else ("",):  # as a process that was killed leaves it
+        if not pending:
+            results.close()
+        shutil.copy(tmp_path / f"writing.db{suffix}", f"{database}{suffix}")
+    results.close()
+    store = frozen()
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    current = tmp_path / "elsewhere"
+    current.mkdir()
+    code, answer, story = dashboard_command(store, current)
+    assert (code, answer["rows"], answer["path"]) == (0, 1, str(current / "dashboard.html")), story
+    assert "mobilevit_xs" in (current / "dashboard.html").read_text()
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drops rights as Linux does it")
+def test_a_page_that_can_be_written_nowhere_gets_one_sentence(frozen: Callable[[], Path], tmp_path: Path) -> None:
+    Results(tmp_path / "store" / "measurements.sqlite").append(FP32)
+    store = frozen()
+    code, answer, story = dashboard_command(store, store)
+    assert code == 3
+    assert "Traceback" not in story
+    assert answer["error"].startswith(
+        f"cannot write the page of measurements ({store}/dashboard.html: Permission denied"
+    )
+
+
+def test_reading_leaves_an_older_database_as_it_was(tmp_path: Path) -> None:
+    from tests.pipeline.test_results import FIRST_ROW, FIRST_TABLE
+
+    database = tmp_path / "measurements.sqlite"
+    connection = sqlite3.connect(database)
+    connection.execute(FIRST_TABLE)
+    connection.execute(FIRST_ROW, (zlib.compress(b"[5500000]"),))
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    before = database.read_bytes()
+    found = Results(database, read_only=True).overview()
+    assert [cell.latest.identity for cell in found.cells] == [Identity()]
+    assert found.cells[0].latest.summary.p50_ms == 5.67
+    assert found.cells[0].latest.samples_ns == ()
+    assert "data unknown weights unknown" in Page(render(found, now=NOW)).text
+    assert database.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["measurements.sqlite"]
+
+
+def test_a_store_without_measurements_is_read_as_empty_and_not_created(tmp_path: Path) -> None:
+    assert Results(tmp_path / "none" / "measurements.sqlite", read_only=True).overview() == Overview()
+    assert list(tmp_path.iterdir()) == []
