@@ -49,7 +49,7 @@ READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat test lint setup lock \
+        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-dashboard fuzz test lint setup lock \
         system-packages clean
 
 help: ## this list
@@ -145,6 +145,12 @@ bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line
 bench-qat: $(READY) ## what a step of quantization-aware training costs, in float steps; needs no data
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
+
+bench-dashboard: $(READY) ## the cost of the dashboard of 100,000 measurements: seconds, memory, size of the page
+	@$(VENV)/bin/python -m tests.bench_dashboard
+
+fuzz: $(READY) ## hostile values and damaged files for every reader, 10,000 cases each (CASES="data onnx" COUNT=10000 START=0)
+	@$(VENV)/bin/python -m tests.fuzz --kinds="$$CASES" --count="$$COUNT" --start="$$START"
 
 test: $(READY) ## the tests (a quarter of an hour on two cores)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

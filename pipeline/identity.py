@@ -34,7 +34,7 @@ def identity(run: Run) -> Identity:
     return Identity(
         network=_network(run),
         data=run.data.name,
-        data_digest=_digest(plain(run.data.identity())),
+        data_digest=_digest(plain(made.params["data"])),
         weights=str(digest) if from_file else made.key,
         weights_from=_weights_from(run),
         choices=" ".join(f"{name}={value}" for name, value in sorted(_choices(run).items())) or None,

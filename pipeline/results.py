@@ -294,7 +294,7 @@ def _placement(found: dict[str, Any]) -> Placement:
     cost = found["cost"]
     words = (found["name"], found["kind"], found["preferred"] or "", *found["supported"])
     if not all(isinstance(word, str) for word in words) or not (cost is None or isinstance(cost, int | float)):
-        raise ValueError(f"a plan holds {str(found):.60}, expected texts and a number")
+        raise ValueError(f"a plan holds {found!s:.60}, expected texts and a number")
     return Placement(**found | {"supported": tuple(found["supported"])})
 
 
