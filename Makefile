@@ -75,7 +75,7 @@ READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call sta
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain gc lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
         bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-store bench-half \
-        test lint setup lock licenses system-packages clean
+        bench-dashboard bench-faults fuzz test lint setup lock licenses system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -183,6 +183,16 @@ bench-store: $(READY) ## what it costs to check the digests of artifacts, in per
 
 bench-half: $(READY) ## FP16 of the small model of every family, each operator rounded, against float32; no training
 	@$(VENV)/bin/python -m tests.bench_half $$MODELS
+
+bench-faults: $(READY) ## verification put to the test: planted wrong conversions, and false alarms over seeds (hours)
+	@$(VENV)/bin/python -m tests.bench_faults plants $$MODELS
+	@$(VENV)/bin/python -m tests.bench_faults alarms $$MODELS
+
+bench-dashboard: $(READY) ## the cost of the dashboard of 100,000 measurements: seconds, memory, size of the page
+	@$(VENV)/bin/python -m tests.bench_dashboard
+
+fuzz: $(READY) ## hostile values and damaged files for every reader, 10,000 cases each (CASES="data onnx" COUNT=10000 START=0)
+	@$(VENV)/bin/python -m tests.fuzz --kinds="$$CASES" --count="$$COUNT" --start="$$START"
 
 test: $(READY) ## the tests (a quarter of an hour on two cores)
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

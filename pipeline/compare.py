@@ -3,6 +3,9 @@
 Machines drift: clocks, heat, neighbours. So every round times every engine, in an order drawn anew, and only ratios
 within a round are looked at: what slows a whole round cancels. The confidence interval is a bootstrap over rounds
 (Efron & Tibshirani, "An Introduction to the Bootstrap", chapter 13: percentiles).
+
+A comparison records the conditions under which it was made. Where they are doubtful, nothing may be recommended on the
+ground of its ratios: see `Comparison.doubt`.
 """
 
 from __future__ import annotations
@@ -10,14 +13,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from pipeline.measure import MAX_BUSY, jiffies, timed
+from pipeline.measure import MAX_BUSY, MAX_DRIFT, jiffies, throttle_events, timed
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from targets.base import Images, Session
 
 LEAST_GAIN: Final = 1.02  # speedup below which another engine is not worth its trouble
+
+# Relative width of an interval above which it decides nothing, unless it lies wholly on one side of the threshold.
+MAX_WIDTH: Final = 0.10
 
 _CONFIDENCE: Final = 95  # percent
 _RESAMPLES: Final = 1_000
@@ -63,6 +69,11 @@ class Speedup:
         return self.ratio >= LEAST_GAIN and self.low > 1
 
     @property
+    def vague(self) -> bool:
+        """Whether the interval is wide and holds both a gain that matters and none, as other load makes it."""
+        return self.high > self.low * (1 + MAX_WIDTH) and self.low <= 1 and self.high >= LEAST_GAIN
+
+    @property
     def ci(self) -> list[float]:
         return [round(self.low, 4), round(self.high, 4)]
 
@@ -78,14 +89,44 @@ class Comparison:
     medians_ns: npt.NDArray[np.float64]  # (rounds, engines)
     seed: int = 0
     busy: float | None = None  # share of the processor that others took meanwhile; None: unknown
+    throttled: int | None = None  # events of thermal throttling meanwhile; None: unknown
     _found: dict[tuple[str, str], Speedup] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def disturbed(self) -> str | None:
-        """What speaks against these ratios. A query that waits for its turn on a core measures the others."""
-        if self.busy is None or self.busy <= MAX_BUSY:
+    def doubt(self) -> str | None:
+        """Every reason to recommend nothing on the ground of these ratios, in one sentence; None: there is none.
+
+        - other processes took more than MAX_BUSY of the processor: a query that waits for a core measures them;
+        - the kernel counted thermal throttling;
+        - an engine's median latency moved by more than MAX_DRIFT between the first and the second half of the rounds.
+        """
+        return "; ".join(self._reasons()) or None
+
+    def doubt_about(self, name: str, over: str) -> str | None:
+        """`doubt`, or the reason why the ratio of these two engines decides nothing: its interval is vague."""
+        if self.doubt:
+            return self.doubt
+        found = self.speedup(name, over)
+        if not found.vague:
             return None
-        return f"{self.busy:.0%} of the processor was taken by others, more than {MAX_BUSY:.0%}: compare again"
+        return f"the speedup of {name} over {over} is {found}, too wide an interval to decide"
+
+    def _reasons(self) -> Iterator[str]:
+        if self.busy is not None and self.busy > MAX_BUSY:
+            yield f"{self.busy:.0%} of the processor was taken by others, more than {MAX_BUSY:.0%}"
+        if self.throttled:
+            yield f"the processor was throttled by heat ({self.throttled} events)"
+        half = len(self.medians_ns) // 2
+        if not half:
+            return
+        moved = np.median(self.medians_ns[-half:], axis=0) / np.median(self.medians_ns[:half], axis=0) - 1
+        worst = int(np.abs(moved).argmax())
+        if abs(moved[worst]) > MAX_DRIFT:
+            yield (
+                f"latencies drifted: the second half of the rounds of {self.names[worst]} took "
+                f"{abs(moved[worst]):.0%} {'more' if moved[worst] > 0 else 'less'} time than the first, more than "
+                f"{MAX_DRIFT:.0%}"
+            )
 
     def p50_ms(self, name: str) -> float:
         """The median over rounds of an engine's medians."""
@@ -110,7 +151,7 @@ def compare(
     chunks = {name: _chunk(timed(sessions[name], images, _WARMUP), plan) for name in names}
     rng = np.random.default_rng(seed)
     rounds: list[list[float]] = []
-    busy_ns, look_at, before = 0, plan.min_rounds, _moment()
+    busy_ns, look_at, before, throttled = 0, plan.min_rounds, _moment(), throttle_events()
     while True:
         medians = dict.fromkeys(names, 0.0)
         for index in rng.permutation(len(names)):
@@ -123,7 +164,8 @@ def compare(
         if used or len(rounds) >= look_at:
             found = Comparison(names=names, medians_ns=np.array(rounds), seed=seed)
             if used or _narrow(found, plan.width):
-                return replace(found, busy=_taken_by_others(before, _moment()))
+                others = _taken_by_others(before, _moment())
+                return replace(found, busy=others, throttled=_counted(throttled, throttle_events()))
             look_at = math.ceil(look_at * _LOOK_AGAIN)
 
 
@@ -140,6 +182,10 @@ def _taken_by_others(
         return None
     total, idle, own = (now - then for now, then in zip(after, before, strict=True))
     return round((total - idle - own) / total, 3) if total >= _FEW_TICKS else None
+
+
+def _counted(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
 
 
 def _chunk(warmup_ns: list[int], plan: ComparisonPlan) -> int:

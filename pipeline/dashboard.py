@@ -2,6 +2,9 @@
 
 The page is a single file without scripts, fonts or links to anywhere, so it can be mailed, archived or opened from a
 board. What is INVALID is shown as INVALID, with its reason.
+
+A line of a table is a cell of `pipeline.results`: measurements of one thing on one device. Networks of one name, but of
+other files, data or weights, are groups of their own, and no comparison crosses them.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
@@ -18,8 +21,9 @@ from typing import Final, TypeAlias, TypeVar
 import jinja2
 
 from calibration import recipe as recipes
+from models.errors import CannotRunHere
 from pipeline.placement import Share, costliest, shares
-from pipeline.results import Row
+from pipeline.results import Cell, Identity, Overview, Past, Row
 from targets.base import Placement
 
 FIRST_COMMAND: Final = "make profile MODEL=mobilevit_xs TARGET=cpu"
@@ -29,24 +33,52 @@ KEPT_ACCURACY: Final = 0.99
 
 _COSTLIEST: Final = 8  # operators that are shown of a plan
 _KINDS: Final = 5  # types of operators that are named for a unit
+_LETTER, _LINE = 7, 13  # pixels of the labels in the scatter
+_DETAILED: Final = 500  # lines with details, those measured last: a page of 8 MB is what a browser opens at once
+_DEEPEST: Final = 4  # levels of a JSON object, beyond which it is shown as text
+_MOST_PAIRS: Final = 40  # of a JSON object
+_DIGEST: Final = 8  # letters of a digest that are shown
+# Names of choices that float engines do not have.
+_OF_INTEGERS: Final = frozenset(
+    {"max_drop", *(item.name for recipe in (recipes.Ptq, recipes.Qat) for item in fields(recipe))}
+)
 
 _TEMPLATE: Final = "dashboard.html.j2"
 _DASH: Final = "\N{EN DASH}"
 _MINUS: Final = "\N{MINUS SIGN}"
 
 
-def write(rows: Sequence[Row], out: Path) -> None:
+def write_beside(overview: Overview, out: Path) -> Path:
+    """Write the page to `out`; or, where that folder cannot be written, to the current one, as a file of the same name.
+    Returns the absolute path. Raises CannotRunHere where neither can be written.
+    """
+    refusals = []
+    for place in dict.fromkeys((out.absolute(), Path.cwd() / out.name)):
+        try:
+            write(overview, place)
+        except OSError as error:
+            refusals.append(f"{place}: {error.strerror}")
+        else:
+            return place.resolve()
+    raise CannotRunHere(
+        f"cannot write the page of measurements ({'; '.join(refusals)}); give this user the right to write one of "
+        "these folders, or make room on its disk"
+    )
+
+
+def write(overview: Overview, out: Path) -> None:
     """Write the page to `out`, whole or not at all: a reader never meets half of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        scratch.write_text(render(rows, now=datetime.now(UTC)), encoding="utf-8")
+        # Names from elsewhere may hold half of a surrogate pair, which has no bytes of its own.
+        scratch.write_text(render(overview, now=datetime.now(UTC)), encoding="utf-8", errors="replace")
         scratch.replace(out)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def render(rows: Sequence[Row], *, now: datetime) -> str:
+def render(overview: Overview, *, now: datetime) -> str:
     """The page, made at `now`, as text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -55,13 +87,15 @@ def render(rows: Sequence[Row], *, now: datetime) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ms": _ms, "percent": _percent, "minute": _minute, "pairs": _pairs}
-    sections = _sections(rows)
+    environment.filters |= {"ms": _ms, "percent": _percent, "minute": _minute, "pairs": _pairs, "cut": _cut}
+    sections = _sections(overview.cells)
     return environment.get_template(_TEMPLATE).render(
         now=now.isoformat(timespec="seconds"),
-        measurements=len(rows),
-        invalid=sum(not row.summary.valid for row in rows),
-        models=len({row.model for row in rows}),
+        measurements=overview.measurements,
+        invalid=overview.invalid,
+        models=overview.models,
+        left_out=overview.left_out,
+        detailed=_DETAILED,
         sections=sections,
         legend=[mark for mark in _MARKS if any(mark == entry.mark for s in sections for entry in s.entries())],
         first_command=FIRST_COMMAND,
@@ -94,7 +128,9 @@ class Entry:
     """One line of a table: the latest measurement of a cell, and what it is compared with."""
 
     row: Row
-    earlier: tuple[Row, ...]  # newest first
+    runs: int
+    earlier: tuple[Past, ...]  # newest first, thinned
+    detailed: bool  # whether the page has room for its details
     bar: Bar
     spark: Spark | None
     speedup: str  # p50 of fp32 over p50, or a dash
@@ -102,6 +138,12 @@ class Entry:
     below_target: bool  # top-1 is under KEPT_ACCURACY of the float model's
     fastest_recipe: bool  # of this model on this device, at this size and batch
     best_device: bool  # of all devices for this model and recipe, at this size and batch
+
+    @property
+    def told_earlier(self) -> str:
+        """How many earlier measurements there are, and how many of them the page lists."""
+        listed, there = len(self.earlier), self.runs - 1
+        return f"{there}" if listed == there else f"{there}, of which {listed} are listed"
 
     @property
     def start(self) -> list[tuple[str, str]]:
@@ -123,10 +165,11 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The lines of one model on one device."""
+    """The lines of one network with one set of weights on one device and data."""
 
     model: str
     family: str
+    facts: tuple[tuple[str, str], ...]  # which network, data and weights those are
     entries: tuple[Entry, ...]
 
 
@@ -188,70 +231,90 @@ class Section:
         return sum(not entry.row.summary.valid for entry in self.entries())
 
 
-# A cell is what is measured again and again: everything a person chooses, on one device.
-Cell: TypeAlias = tuple[str, str, str, str, int, int, int | None, str | None]
-
 _RECIPE_ORDER: Final = {name: place for place, name in enumerate(recipes.ALL)}
 _MARKS: Final = ("fp32", "fp16", "int8_ptq", "int8_qat", "other")  # the symbols that the template draws
 
 
-def _sections(rows: Sequence[Row]) -> list[Section]:
-    cells = _by((row for row in sorted(rows, key=_when)), _cell)
-    latest = [runs[-1] for runs in cells.values()]
-    best = set(map(id, _best_devices(latest)))
+def _sections(cells: Sequence[Cell]) -> list[Section]:
+    detailed = {cell.latest.id for cell in cells[:_DETAILED]}  # those measured last come first
+    best = {row.id for row in _best_devices([cell.latest for cell in cells])}
+    devices = _by(cells, lambda cell: (cell.latest.target, cell.latest.device))
     sections = []
-    for (target, device), here in sorted(_by(latest, lambda row: (row.target, row.device)).items()):
-        groups = tuple(
-            _group(model, lines, cells=cells, best=best) for model, lines in sorted(_by(here, _model_of).items())
+    for (target, device), here in sorted(devices.items()):
+        networks = sorted(
+            _by(here, lambda cell: _network_of(cell.latest)).items(), key=lambda pair: _name_order(pair[0])
         )
+        groups = tuple(_group(lines, detailed=detailed, best=best) for _, lines in networks)
         entries = [entry for group in groups for entry in group.entries]
         sections.append(Section(target=target, device=device, groups=groups, scatter=_scatter(entries)))
     return sections
 
 
-def _group(model: str, lines: list[Row], *, cells: Mapping[Cell, list[Row]], best: set[int]) -> Group:
-    lines = sorted(lines, key=_line_order)
-    fastest = set(map(id, _fastest_recipes(lines)))
+def _group(cells: list[Cell], *, detailed: Set[int | None], best: Set[int | None]) -> Group:
+    cells = sorted(cells, key=lambda cell: _line_order(cell.latest))
+    lines = [cell.latest for cell in cells]
+    fastest = {row.id for row in _fastest_recipes(lines)}
     scale = _scale(lines)
     entries = tuple(
         Entry(
-            row=row,
-            earlier=tuple(reversed(cells[_cell(row)][:-1])),
-            bar=_bar(row, scale),
-            spark=_spark(cells[_cell(row)]),
-            speedup=_speedup(row, lines),
-            delta=_delta(row),
-            below_target=_below_target(row),
-            fastest_recipe=id(row) in fastest,
-            best_device=id(row) in best,
+            row=cell.latest,
+            runs=cell.runs,
+            earlier=(*cell.recent[1:], *cell.older),
+            detailed=cell.latest.id in detailed,
+            bar=_bar(cell.latest, scale),
+            spark=_spark(cell.recent[::-1]),
+            speedup=_speedup(cell.latest, lines),
+            delta=_delta(cell.latest),
+            below_target=_below_target(cell.latest),
+            fastest_recipe=cell.latest.id in fastest,
+            best_device=cell.latest.id in best,
         )
-        for row in lines
+        for cell in cells
     )
-    return Group(model=model, family=lines[0].family, entries=entries)
+    return Group(model=lines[0].model, family=lines[0].family, facts=_facts(lines[0].identity), entries=entries)
 
 
-def _when(row: Row) -> tuple[str, int]:
-    return row.created or "", row.id or 0
+def _facts(identity: Identity) -> tuple[tuple[str, str], ...]:
+    """Which network, data and weights these are, as name-value pairs in a few letters."""
+    data = identity.data or "unknown"
+    weights = identity.weights_from or "unknown"
+    data += f" {identity.data_digest[:_DIGEST]}" if identity.data_digest else ""
+    weights += f", {identity.weights[:_DIGEST]}" if identity.weights else ""
+    others = [("network", identity.network)] if _is_file(identity) and identity.network else []
+    return *others, ("data", data), ("weights", weights)
 
 
-def _cell(row: Row) -> Cell:
-    return row.target, row.device, row.model, row.recipe, row.size, row.batch, row.threads, row.unit
+def _is_file(identity: Identity) -> bool:
+    """Whether the network is not one of ours, whose name says everything."""
+    return identity.network is not None and not identity.network.startswith("models.")
 
 
-def _model_of(row: Row) -> str:
-    return row.model
+Network: TypeAlias = tuple[str, str | None, str | None, str | None, str | None]
 
 
-def _line_order(row: Row) -> tuple[int, int, int, str, int, str]:
+def _network_of(row: Row) -> Network:
+    """What must be equal where latencies or accuracies are compared, beyond what `_setting` has."""
+    return row.model, row.identity.network, row.identity.data, row.identity.data_digest, row.identity.weights
+
+
+def _name_order(network: Network) -> tuple[str, ...]:
+    return tuple(part or "" for part in network)
+
+
+def _line_order(row: Row) -> tuple[int, int, int, str, str, int, str]:
     place = _RECIPE_ORDER.get(row.recipe, len(_RECIPE_ORDER))
-    return row.size, row.batch, place, row.recipe, row.threads or 0, row.unit or ""
+    return row.size, row.batch, place, row.recipe, row.identity.choices or "", row.threads or 0, row.unit or ""
 
 
 def _best_devices(latest: Sequence[Row]) -> Iterator[Row]:
     """The fastest valid row of each model and recipe, where more than one device has one."""
-    for same in _by(_valid(latest), lambda row: (row.model, row.recipe, row.size, row.batch)).values():
+    for same in _by(_valid(latest), _on_any_device).values():
         if len({(row.target, row.device) for row in same}) > 1:
             yield min(same, key=_p50)
+
+
+def _on_any_device(row: Row) -> tuple[object, ...]:
+    return *_network_of(row), row.recipe, row.identity.choices, row.size, row.batch
 
 
 def _fastest_recipes(lines: Sequence[Row]) -> Iterator[Row]:
@@ -287,8 +350,10 @@ def _speedup(row: Row, lines: Sequence[Row]) -> str:
 
 
 def _setting(row: Row) -> tuple[object, ...]:
-    """What must be equal where recipes are compared."""
-    return row.size, row.batch, row.threads, row.unit
+    """What must be equal where recipes are compared: of the choices, all that a float engine has, too."""
+    choices = (row.identity.choices or "").split()
+    shared = tuple(choice for choice in choices if choice.partition("=")[0] not in _OF_INTEGERS)
+    return row.size, row.batch, row.threads, row.unit, shared
 
 
 def _delta(row: Row) -> str:
@@ -303,9 +368,8 @@ def _below_target(row: Row) -> bool:
     return row.top1 is not None and row.float_top1 is not None and row.top1 < KEPT_ACCURACY * row.float_top1
 
 
-def _spark(runs: Sequence[Row], *, width: int = 64, height: int = 18, shown: int = 20) -> Spark | None:
-    """None for a single run: a point has no history."""
-    runs = runs[-shown:]
+def _spark(runs: Sequence[Past], *, width: int = 64, height: int = 18) -> Spark | None:
+    """Of runs, oldest first. None for a single one: a point has no history."""
     if len(runs) < 2:
         return None
     values = [row.summary.p50_ms for row in runs]
@@ -343,28 +407,69 @@ def _scatter(entries: Sequence[Entry]) -> Scatter | None:
 
 
 def _trails(points: Sequence[Point]) -> tuple[Trail, ...]:
-    taken: list[tuple[float, float]] = []
+    taken: list[Box] = []
     trails = []
     together = _by(points, lambda point: _trail_of(point.entry.row))
-    several = len({key[:3] for key in together}) > len({model for model, *_ in together})
-    for (model, size, batch, unit), same in together.items():
+    for label, same in zip(_labels([same[0].entry.row for same in together.values()]), together.values(), strict=True):
         path = tuple(sorted(same, key=lambda point: point.x))
-        label = f"{model} ({size} px, batch {batch})" if several else model
-        label = f"{label} {unit}" if unit else label
-        crowded = path[-1].x > Scatter.RIGHT - 9 - 7 * len(label)  # no room on the right, at 7 px a letter: go above
+        width = _LETTER * len(label)
+        crowded = path[-1].x > Scatter.RIGHT - 9 - width  # no room on the right: go above
         x, y = (path[-1].x + 5, path[-1].y - 10) if crowded else (path[-1].x + 9, path[-1].y + 4)
-        while any(abs(y - other_y) < 13 and abs(x - other_x) < 150 for other_x, other_y in taken):
-            y += 13 if y < Scatter.BOTTOM - 13 else -26
-        taken.append((x, y))
-        anchor = "end" if crowded else "start"
-        trails.append(Trail(label=label, label_x=round(x, 1), label_y=round(y, 1), anchor=anchor, points=path))
+        box = (x - width, x) if crowded else (x, x + width)
+        height = _free_height(box, y, taken)
+        if height is not None:
+            taken.append((*box, height))
+        trails.append(
+            Trail(
+                label="" if height is None else label,  # each point has it in its title
+                label_x=round(x, 1),
+                label_y=round(y if height is None else height, 1),
+                anchor="end" if crowded else "start",
+                points=path,
+            )
+        )
     return tuple(trails)
 
 
-def _trail_of(row: Row) -> tuple[str, int, int, str | None]:
-    return row.model, row.size, row.batch, row.unit
+def _free_height(box: tuple[float, float], y: float, taken: Sequence[Box]) -> float | None:
+    """The height nearest to `y` at which a label from left to right of `box` covers none of `taken`; None where every
+    height is taken.
+    """
+    left, right = box
+    near = [height for low, high, height in taken if low < right and left < high]
+    steps = range(math.ceil((Scatter.BOTTOM - Scatter.TOP) / _LINE))
+    heights = sorted((y + _LINE * sign * step for step in steps for sign in (1, -1)), key=lambda one: abs(one - y))
+    inside = (one for one in heights if one == y or Scatter.TOP <= one <= Scatter.BOTTOM)
+    return next((one for one in inside if all(abs(one - other) >= _LINE for other in near)), None)
 
 
+def _labels(rows: Sequence[Row]) -> Iterator[str]:
+    """A name for the trail of each row: the model's, and what tells trails of that model apart."""
+    sizes = {(row.size, row.batch) for row in rows}
+    named = _by(rows, lambda row: row.model)
+    for row in rows:
+        same = [other.identity for other in named[row.model]]
+        parts = [row.model]
+        if len({one.network for one in same if _is_file(one)}) > 1:
+            parts.append(_short(row.identity.network))
+        if len({(one.data, one.data_digest) for one in same}) > 1:
+            parts.append(row.identity.data or "unknown data")
+        if len({one.weights for one in same}) > 1 and len({(one.network, one.data_digest) for one in same}) == 1:
+            parts.append(f"weights {(row.identity.weights or 'unknown')[:_DIGEST]}")
+        parts += [f"({row.size} px, batch {row.batch})"] * (len(sizes) > 1)
+        yield " ".join([_cut(part, 40) for part in parts] + [row.unit] * bool(row.unit))
+
+
+def _short(name: str | None) -> str:
+    """The last two parts of a path."""
+    return "/".join((name or "unknown").split("/")[-2:])
+
+
+def _trail_of(row: Row) -> tuple[Network, int, int, str | None]:
+    return _network_of(row), row.size, row.batch, row.unit
+
+
+Box: TypeAlias = tuple[float, float, float]  # left, right and height of a label, in pixels
 Axis: TypeAlias = tuple[Callable[[float], float], tuple[tuple[float, str], ...]]
 
 
@@ -417,14 +522,24 @@ def _minute(created: str | None) -> str:
     return created[:16].replace("T", " ") if created else "unknown"
 
 
-def _pairs(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+def _cut(text: str | None, letters: int = 200) -> str:
+    """`text`, shortened where it is longer: a page has room for many rows."""
+    text = text or ""
+    return text if len(text) <= letters else f"{text[:letters]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _pairs(values: object, prefix: str = "", depth: int = 0) -> list[tuple[str, str]]:
     """A JSON object as flat name-value pairs: {"before": {"load": 1}} becomes ("before load", "1")."""
+    if not isinstance(values, Mapping):
+        return [(_cut(prefix.strip()), "unknown" if values is None else _cut(str(values)))]
     flat: list[tuple[str, str]] = []
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat += _pairs(value, f"{prefix}{name} ")
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            flat += _pairs(value, f"{prefix}{name} ", depth + 1)
         else:
-            flat.append((f"{prefix}{name}", "unknown" if value is None else str(value)))
+            flat.append((_cut(f"{prefix}{name}"), "unknown" if value is None else _cut(str(value))))
+        if len(flat) > _MOST_PAIRS:
+            return [*flat[:_MOST_PAIRS], ("\N{HORIZONTAL ELLIPSIS}", "more are stored")]
     return flat
 
 

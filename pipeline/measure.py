@@ -263,7 +263,6 @@ class Conditions:
         allowed = _allowed_cores()
         mhz = _per_core(allowed, "cpufreq/scaling_cur_freq")  # kHz
         governors = sorted(set(_per_core(allowed, "cpufreq/scaling_governor")))
-        throttles = _per_core(range(os.cpu_count() or 0), "thermal_throttle/core_throttle_count")
         return cls(
             load_1min=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             busy=_busy(),
@@ -272,7 +271,7 @@ class Conditions:
             allowed_cores=len(allowed) or None,
             governor=", ".join(governors) or None,
             cpu_mhz=sum(map(int, mhz)) / len(mhz) / 1000 if mhz else None,
-            throttle_events=sum(map(int, throttles)) if throttles else None,
+            throttle_events=throttle_events(),
             system=platform.system(),
             kernel=platform.release(),
             python=platform.python_version(),
@@ -297,6 +296,12 @@ def jiffies() -> tuple[int, int] | None:
     except OSError:
         return None
     return sum(fields[:8]), fields[3] + fields[4]  # guest time, after the eighth, is in user time already
+
+
+def throttle_events() -> int | None:
+    """Thermal throttling that the kernel has counted since boot, summed over all cores; None where it counts none."""
+    counts = _per_core(range(os.cpu_count() or 0), "thermal_throttle/core_throttle_count")
+    return sum(map(int, counts)) if counts else None
 
 
 def _allowed_cores() -> list[int]:

@@ -2,7 +2,8 @@
 
 Candidates are patterns of operator kinds; around the best of them, one kind more or less; then one stage more in float.
 Each is timed in turns with the float engine and the best so far, and judged on the validation part. What is finished is
-a line in a log, so a search that was interrupted goes on where it was.
+a line in a log, so a search that was interrupted goes on where it was. Timings taken under doubtful conditions keep no
+candidate and are not reused: the same command times those candidates again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from calibration.recipe import Ptq, Qat
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from pipeline import stages
 from pipeline.compare import Comparison, ComparisonPlan, Speedup, compare
-from pipeline.measure import MAX_BUSY
 from pipeline.stages import Run
 from pipeline.store import Store, plain
 from targets._host import in_queries, padded, threads
@@ -63,6 +63,7 @@ class Candidate:
     kept: bool  # it became the best one
     why_not: str | None  # it did not
     busy: float | None  # share of the processor that others took while it was timed
+    doubt: str | None  # why its timings decide nothing; it is then timed again by the next search
 
 
 class Log:
@@ -77,8 +78,9 @@ class Log:
         self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
 
     def find(self, what: Mapping[str, object]) -> dict[str, Any] | None:
-        """The line that holds all of `what`."""
-        return next((line for line in self.lines if what.items() <= line.items()), None)
+        """The line that holds all of `what`, and was not measured under doubtful conditions."""
+        decided = (line for line in self.lines if line.get("doubt") is None)
+        return next((line for line in decided if what.items() <= line.items()), None)
 
     def append(self, line: Mapping[str, object]) -> None:
         text = json.dumps(line)
@@ -91,28 +93,44 @@ class Log:
 
 def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object]:
     """The placement of the run's model that is fastest on its target within the accuracy budget, or none where that is
-    a float engine. Raises CannotRunHere where the target cannot be timed, BadRequest where the recipe has no placement.
+    a float engine, or undecided where conditions were doubtful. Raises CannotRunHere where the target cannot be timed,
+    BadRequest where the recipe has no placement.
     """
     search = Search(run=run, root=root, plan=plan)
     best = search.search()
     final = search.confirmed(best) if best else None
-    if final and not final["gains"]:
+    candidates = list(search.candidates.values())
+    doubts = [line["doubt"] for line in candidates if line["doubt"]]
+    if final and final["doubt"]:
+        doubts.append(final["doubt"])
+        best, final = None, None
+    elif final and not final["gains"]:
         log.info("timed again, %s is %.2f times as fast as %s: float it is", best, final["speedup"], final["over"])
         best, final = None, None
-    candidates = [line for line in search.record.lines if "kept" in line]
-    if best is None:
+    undecided = _undecided(doubts, len(candidates)) if doubts else None
+    if undecided:
+        log.warning("%s", undecided)
+    elif best is None:
         log.info("float: no placement of %d is faster within the budget", len(candidates))
-    command = search.next_command(best)
+    command = search.again() if undecided and best is None else search.next_command(best)
     log.info("%s", command)
     told = final or dict.fromkeys(("over", "speedup", "ci", "drop"))
     return {
         "placement": None if best is None else str(best),
-        "answer": "float" if best is None else str(best),
+        "answer": str(best) if best else "undecided" if undecided else "float",
         **{name: told[name] for name in ("over", "speedup", "ci", "drop")},
         "candidates": candidates,
+        "why_undecided": undecided,
         "log": str(search.record.path),
         "next": command,
     }
+
+
+def _undecided(doubts: Sequence[str], candidates: int) -> str:
+    return (
+        f"undecided: {len(doubts)} of {candidates} candidates were timed under doubtful conditions ({doubts[-1]}); run "
+        "the same command again while nothing else runs here: only those are timed again"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +140,7 @@ class Search:
     run: Run
     root: Path
     plan: ComparisonPlan = _PLAN  # of each candidate; the winner is timed for twice as long
+    candidates: dict[str, dict[str, Any]] = field(default_factory=dict)  # the line of each that was tried, in order
     _answered: dict[Path, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -164,9 +183,8 @@ class Search:
             self.record.append(line)
         else:
             made = Candidate(**line)
+        self.candidates[str(placement)] = line
         log.info("%-48s %s", placement, _sentence(made))
-        if made.busy is not None and made.busy > MAX_BUSY:
-            log.warning("%-48s %.0f %% of the processor was taken by others meanwhile", "", 100 * made.busy)
         return made
 
     def confirmed(self, best: Placement) -> dict[str, Any]:
@@ -175,7 +193,8 @@ class Search:
         if found is None:
             longer = replace(self.plan, max_seconds=2 * self.plan.max_seconds, width=self.plan.width / 2)
             path = self._built(best)
-            over, speedup = self._hardest(self._timed({**self._floats, "candidate": path}, longer))
+            comparison = self._timed({**self._floats, "candidate": path}, longer)
+            over, speedup = self._hardest(comparison)
             self.record.append(
                 {
                     "confirmed": str(best),
@@ -184,6 +203,7 @@ class Search:
                     "ci": speedup.ci,
                     "drop": round(self._top1(self._floats["fp32"]) - self._top1(path), 3),
                     "gains": speedup.gains,
+                    "doubt": comparison.doubt_about("candidate", over),
                 }
             )
             found = self.record.lines[-1]
@@ -202,13 +222,21 @@ class Search:
         key = hashlib.sha256(json.dumps(entered, sort_keys=True).encode()).hexdigest()[:12]
         return Log(self.root / "tune" / f"{self.run.label(self.run.target.name)}-{key}.jsonl")
 
+    def again(self) -> str:
+        """The command that times the undecided candidates again."""
+        return f"{self._command('tune')} RECIPE={self.run.recipe.name}"
+
     def next_command(self, best: Placement | None) -> str:
         """What a person types next; without a placement, for the float engine that was hardest to beat."""
-        words = f"make engine MODEL={self.run.model.name} TARGET={self.run.target.name} SIZE={self.run.preprocess.size}"
+        words = self._command("engine")
         if best is None:
-            hardest = [line["over"] for line in self.record.lines if line.get("over")]
+            hardest = [line["over"] for line in self.record.lines if line.get("over") and not line["doubt"]]
             return f"{words} RECIPE={hardest[-1] if hardest else 'fp32'}"
         return f"{words} RECIPE={self.run.recipe.name} PLACEMENT={best}"
+
+    def _command(self, verb: str) -> str:
+        model, target = self.run.model.asked, self.run.target.name
+        return f"make {verb} MODEL={model} TARGET={target} SIZE={self.run.preprocess.size}"
 
     def _measured(self, placement: Placement, best: Placement | None) -> Candidate:
         made = Candidate(
@@ -222,6 +250,7 @@ class Search:
             kept=False,
             why_not=None,
             busy=None,
+            doubt=None,
         )
         try:
             path = self._built(placement)
@@ -230,7 +259,10 @@ class Search:
         engines = {**self._floats, "candidate": path} | ({"best": self._built(best)} if best else {})
         comparison = self._timed(engines, self.plan)
         over, speedup = self._hardest(comparison)
-        why_not = self._loses_too_much(path)
+        doubt = comparison.doubt_about("candidate", over)
+        if doubt is None and best:
+            doubt = comparison.doubt_about("candidate", "best")
+        why_not = self._loses_too_much(path) or (f"undecided: {doubt}" if doubt else None)
         if why_not is None and not speedup.gains:
             why_not = f"not faster than {over}"
         if why_not is None and best and comparison.speedup("candidate", "best").low <= 1:
@@ -245,6 +277,7 @@ class Search:
             kept=why_not is None,
             why_not=why_not,
             busy=comparison.busy,
+            doubt=doubt,
         )
 
     def _hardest(self, comparison: Comparison) -> tuple[str, Speedup]:
@@ -351,8 +384,9 @@ def _parts(paths: Sequence[str]) -> list[str]:
 
 
 def _fastest(tried: Mapping[Placement, Candidate]) -> Placement | None:
-    """The fastest of those that are faster than float, whatever they lose."""
-    faster = [(found.speedup or 0.0, placement) for placement, found in tried.items() if found.ci and found.ci[0] > 1]
+    """The fastest of those that are surely faster than float, whatever they lose."""
+    sure = {placement: found for placement, found in tried.items() if found.ci and not found.doubt}
+    faster = [(found.speedup or 0.0, placement) for placement, found in sure.items() if found.ci and found.ci[0] > 1]
     return max(faster, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 

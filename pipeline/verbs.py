@@ -91,10 +91,14 @@ def engine(run: Run, root: Path) -> Answer:
 
 
 def _verdict(run: Run, root: Path, artifact: Artifact) -> Answer:
-    """Whether an engine that was built just now is worth shipping, where that is asked and can be timed here."""
-    from pipeline.verdict import can_judge, verdict
+    """Whether an engine is worth shipping, where that is asked and can be timed here: one that was built just now, or
+    whose last verdict was undecided.
+    """
+    if not run.verdict or run.recipe.precision != "int8":
+        return {}
+    from pipeline.verdict import can_judge, is_pending, verdict
 
-    if not run.verdict or artifact.cached or not can_judge(run):
+    if (artifact.cached and not is_pending(root, artifact)) or not can_judge(run):
         return {}
     return {"verdict": verdict(run, root, artifact)}
 
@@ -231,6 +235,7 @@ def _measurement(
     before: Conditions,
     unit: str | None = None,
 ) -> Row:
+    from pipeline.identity import identity
     from pipeline.measure import Conditions, summarize, time_session
     from pipeline.results import Row
 
@@ -259,6 +264,7 @@ def _measurement(
         top1=accuracy["top1"],
         float_top1=report["float_top1"],
         agreement=accuracy["agreement"],
+        identity=identity(run),
     )
 
 
@@ -300,19 +306,20 @@ def _tell_latency(row: Row) -> None:
 
 
 def dashboard(root: Path) -> Answer:
-    """Draw all measurements on one page, and open it where somebody watches."""
+    """Draw all measurements on one page, and open it where somebody watches. Reads the database and changes nothing;
+    the page lies beside it, or in the current folder where that one cannot be written.
+    """
     from pipeline import dashboard as page
     from pipeline.results import Results
 
-    rows = Results(root / _MEASUREMENTS).rows()
-    path = (root / _DASHBOARD).resolve()
-    page.write(rows, path)
-    log.info("%d measurements: %s", len(rows), path.as_uri())
+    overview = Results(root / _MEASUREMENTS, read_only=True).overview()
+    path = page.write_beside(overview, root / _DASHBOARD)
+    log.info("%d measurements: %s", overview.measurements, path.as_uri())
     if sys.stdout.isatty():
         import webbrowser
 
         webbrowser.open(path.as_uri())
-    return {"path": str(path), "rows": len(rows)}
+    return {"path": str(path), "rows": overview.measurements}
 
 
 def gc(root: Path, days: int | None, apply: bool) -> Answer:

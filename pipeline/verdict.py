@@ -54,10 +54,22 @@ def can_judge(run: Run) -> bool:
     return run.recipe.precision == "int8" and run.target.not_executed() is None
 
 
+def is_pending(root: Path, artifact: Artifact) -> bool:
+    """Whether a verdict on `artifact` was begun and none has decided yet."""
+    return _pending(root, artifact).exists()
+
+
+def _pending(root: Path, artifact: Artifact) -> Path:
+    return root / "verdicts" / f"{artifact.key}.pending"
+
+
 def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
     """Compare `artifact`, the INT8 engine of `run`, with the FP32 engine of the same weights and, where this machine
-    computes in 16 bits, with the FP16 engine; tell it as a table, and answer with it and one sentence.
+    computes in 16 bits, with the FP16 engine; tell it as a table, and answer with it and one sentence. `ship` is None
+    where the conditions were doubtful; `is_pending` then holds for the artifact until a verdict decides.
     """
+    _pending(root, artifact).parent.mkdir(parents=True, exist_ok=True)
+    _pending(root, artifact).touch()
     artifacts, why_no_fp16 = {"fp32": _float_engine(run, "fp32", root)}, _no_half(run)
     if why_no_fp16 is None:
         try:
@@ -69,6 +81,8 @@ def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
     engines = [_engine(run, name, made) for name, made in artifacts.items()]
     ship, sentence = judged(engines, comparison)
     _tell(engines, comparison, sentence)
+    if ship is not None:
+        _pending(root, artifact).unlink(missing_ok=True)
     return {
         "ship": ship,
         "sentence": sentence,
@@ -76,27 +90,43 @@ def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
         "over_fp16": _told(comparison.speedup(run.recipe.name, "fp16")) if "fp16" in artifacts else None,
         "why_no_fp16": why_no_fp16,
         "rounds": len(comparison.medians_ns),
-        "why_doubtful": comparison.disturbed,
+        "why_doubtful": sentence.removeprefix("undecided: ") if ship is None else None,
     }
 
 
-def judged(engines: list[Engine], comparison: Comparison) -> tuple[str, str]:
-    """The recipe to ship and the reason, of `engines` in the order FP32, FP16 where there is one, INT8."""
+def judged(engines: list[Engine], comparison: Comparison) -> tuple[str | None, str]:
+    """The recipe to ship and the reason, of `engines` in the order FP32, FP16 where there is one, INT8. No recipe, and
+    the reason, where the conditions of the comparison are doubtful or an interval that decides is vague.
+    """
     *floats, integer = engines
+    if comparison.doubt:
+        return None, _undecided(comparison.doubt, integer)
     best = floats[0]
     for other in floats[1:]:
+        if other.accurate and (doubt := comparison.doubt_about(other.recipe, best.recipe)):
+            return None, _undecided(doubt, integer)
         if other.accurate and comparison.speedup(other.recipe, best.recipe).gains:
             best = other
     gain = comparison.speedup(integer.recipe, best.recipe)
     if not integer.accurate:
-        why = f"INT8 loses {integer.drop:.2f} points of top-1, and {integer.allowed:.2f} are allowed"
-        return best.recipe, f"ship {best.name}: {why}"
+        return best.recipe, f"ship {best.name}: {_loss(integer)}"
+    if doubt := comparison.doubt_about(integer.recipe, best.recipe):
+        return None, _undecided(doubt, integer)
     if not gain.gains:
         why = f"INT8 is {gain} times as fast, and what pays is {LEAST_GAIN} with an interval above 1"
         return best.recipe, f"ship {best.name}: {why}"
     share = "" if integer.integer_share is None else f", with {integer.integer_share:.0f} % of its MACs in integers"
     why = f"{gain} times as fast as {best.name}, {integer.drop:.2f} points of top-1 below float{share}"
     return integer.recipe, f"ship INT8: {why}"
+
+
+def _undecided(doubt: str, integer: Engine) -> str:
+    accuracy = "" if integer.accurate else f"; apart from speed, {_loss(integer)}"
+    return f"undecided: {doubt}{accuracy}; run the same command again while nothing else runs here, to time them again"
+
+
+def _loss(integer: Engine) -> str:
+    return f"INT8 loses {integer.drop:.2f} points of top-1, and {integer.allowed:.2f} are allowed"
 
 
 def timed_in_turns(run: Run, engines: Mapping[str, Path], plan: ComparisonPlan) -> Comparison:
@@ -165,5 +195,3 @@ def _tell(engines: list[Engine], comparison: Comparison, sentence: str) -> None:
             "-" if engine.integer_share is None else f"{engine.integer_share:.0f} %",
         )
     log.info("  %s", sentence)
-    if comparison.disturbed:
-        log.warning("  %s", comparison.disturbed)

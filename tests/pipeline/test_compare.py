@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -136,11 +140,72 @@ def test_a_clock_that_stands_still_is_refused() -> None:
         compare({"a": NullSession(), "b": Broken()}, IMAGES)
 
 
-def test_a_comparison_on_a_busy_machine_says_so() -> None:
-    found = Comparison(names=("a",), medians_ns=np.ones((20, 1)), busy=0.6)
-    assert found.disturbed == "60% of the processor was taken by others, more than 25%: compare again"
-    assert replace(found, busy=0.1).disturbed is None
-    assert replace(found, busy=None).disturbed is None
+STEADY = Comparison(names=("a", "b"), medians_ns=np.tile([2.0 * MS, 1.0 * MS], (20, 1)), busy=0.1, throttled=0)
+
+
+def test_conditions_that_are_right_or_unknown_leave_no_doubt() -> None:
+    assert STEADY.doubt is None
+    assert replace(STEADY, busy=None, throttled=None).doubt is None
+    assert replace(STEADY, busy=0.25).doubt is None
+
+
+def test_other_load_throttling_and_drift_are_each_a_doubt() -> None:
+    assert replace(STEADY, busy=0.84).doubt == "84% of the processor was taken by others, more than 25%"
+    assert replace(STEADY, throttled=3).doubt == "the processor was throttled by heat (3 events)"
+    drifting = STEADY.medians_ns.copy()
+    drifting[10:, 1] *= 1.2
+    assert replace(STEADY, medians_ns=drifting).doubt == (
+        "latencies drifted: the second half of the rounds of b took 20% more time than the first, more than 10%"
+    )
+    assert replace(STEADY, medians_ns=drifting[::-1], busy=0.3).doubt == (
+        "30% of the processor was taken by others, more than 25%; latencies drifted: the second half of the rounds of "
+        "b took 17% less time than the first, more than 10%"
+    )
+
+
+def test_a_drift_of_a_twentieth_is_none() -> None:
+    slower = STEADY.medians_ns.copy()
+    slower[10:] *= 1.05
+    assert replace(STEADY, medians_ns=slower).doubt is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "vague"),
+    [(0.9, 1.2, True), (0.99, 1.03, False), (1.01, 1.6, False), (0.5, 0.9, False), (0.9, 1.01, False)],
+)
+def test_an_interval_is_vague_where_it_is_wide_and_holds_both_answers(low: float, high: float, vague: bool) -> None:
+    assert Speedup(ratio=(low * high) ** 0.5, low=low, high=high, rounds=20).vague is vague
+
+
+def test_a_wide_interval_is_a_doubt_about_its_pair_alone() -> None:
+    scattered = np.tile([0.6, 1.6], 10) * 2 * MS
+    trio = replace(STEADY, names=("a", "b", "c"), medians_ns=np.column_stack([STEADY.medians_ns, scattered]))
+    assert trio.doubt is None
+    assert trio.doubt_about("b", "a") is None
+    assert "too wide an interval to decide" in str(trio.doubt_about("c", "a"))
+    assert replace(trio, busy=0.5).doubt_about("b", "a") == replace(trio, busy=0.5).doubt is not None
+
+
+def test_a_real_busy_process_is_seen_and_this_process_is_not() -> None:
+    """A process for every core computes while the sessions are timed, which sleep and so leave the cores to them."""
+
+    class Sleeping(NullSession):
+        def latencies_ns(self, images: Images, count: int) -> list[int]:
+            time.sleep(0.02)
+            return [MS] * count
+
+    cores = os.cpu_count() or 1
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        found = compare({"a": Sleeping(), "b": Sleeping()}, IMAGES, replace(PLAN, min_rounds=30))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    if found.busy is None:
+        pytest.skip("this system does not count the time of its cores")
+    assert found.busy > 0.5
+    assert "of the processor was taken by others, more than 25%" in str(found.doubt)
 
 
 def test_what_this_process_computes_itself_is_not_taken_by_others() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import os
 import re
 import sqlite3
@@ -23,7 +24,7 @@ from sqlalchemy.exc import DatabaseError
 from models.errors import BadRequest, CannotRunHere
 from pipeline import results as results_module
 from pipeline.measure import Summary, TimingPlan
-from pipeline.results import SCHEMA, Results, Row
+from pipeline.results import SCHEMA, Identity, Results, Row
 from targets.base import Placement
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,14 @@ ROW = Row(
     load_ms=812.5,
     first_ms=40.25,
     plan=PLAN,
+    identity=Identity(
+        network="models.mobilevit:mobilevit_xs",
+        data="digits",
+        data_digest="d" * 64,
+        weights="e" * 64,
+        weights_from="trained on digits",
+        choices="form=channels",
+    ),
 )
 # What the first version made, as SQLite keeps it.
 FIRST_TABLE = """
@@ -153,7 +162,7 @@ def test_a_second_opening_finds_the_rows(results: Results, database: Path) -> No
 
 def test_there_is_no_way_to_change_or_delete() -> None:
     methods = {name for name, _ in inspect.getmembers(Results, inspect.isfunction) if not name.startswith("_")}
-    assert methods == {"append", "rows", "close"}
+    assert methods == {"append", "rows", "overview", "close"}
 
 
 @pytest.mark.parametrize(
@@ -274,6 +283,12 @@ def test_other_databases_get_the_columns_by_the_same_statement(dialect: Any) -> 
         "ALTER TABLE measurements ADD COLUMN load_ms FLOAT",
         "ALTER TABLE measurements ADD COLUMN first_ms FLOAT",
         f"ALTER TABLE measurements ADD COLUMN plan {binary}",
+        "ALTER TABLE measurements ADD COLUMN network TEXT",
+        "ALTER TABLE measurements ADD COLUMN data TEXT",
+        "ALTER TABLE measurements ADD COLUMN data_digest VARCHAR(64)",
+        "ALTER TABLE measurements ADD COLUMN weights VARCHAR(64)",
+        "ALTER TABLE measurements ADD COLUMN weights_from TEXT",
+        "ALTER TABLE measurements ADD COLUMN choices TEXT",
     ]
 
 
@@ -289,6 +304,7 @@ def test_a_column_that_another_process_has_just_added_is_as_good(
 
 def test_columns_that_a_database_server_lacks_are_added(results: Results, database: Path) -> None:
     connection = sqlite3.connect(database)
+    connection.execute("DROP INDEX measurements_cells")
     for name in results_module._ADDED:
         connection.execute(f"ALTER TABLE measurements DROP COLUMN {name}")
     connection.close()
@@ -375,3 +391,81 @@ def test_a_missing_driver_is_named_and_the_password_is_not() -> None:
     with pytest.raises(CannotRunHere, match=r"its driver is missing \(No module named 'oracledb'\)") as caught:
         Results("oracle+oracledb://user:hunter2@host/name")
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_row_of_the_first_version_is_of_an_unknown_identity_and_the_next_one_is_not(first: Path) -> None:
+    results = Results(first)
+    results.append(ROW)
+    assert [row.identity for row in results.rows()] == [Identity(), ROW.identity]
+    assert [cell.runs for cell in results.overview().cells] == [1, 1]
+    results.close()
+
+
+# --- What others have written -----------------------------------------------------------------------------------------
+
+
+def spoilt(database: Path, column: str, value: object) -> Path:
+    """A database whose second row has `value` in `column`, as SQLite lets any program write it."""
+    results = Results(database)
+    results.append(ROW)
+    results.close()
+    connection = sqlite3.connect(database)
+    names = [name for _, name, *_ in connection.execute("PRAGMA table_info(measurements)")]
+    (row,) = connection.execute("SELECT * FROM measurements").fetchall()
+    values = [2 if name == "id" else value if name == column else old for name, old in zip(names, row, strict=True)]
+    connection.execute(f"INSERT INTO measurements VALUES ({', '.join('?' * len(names))})", values)  # noqa: S608
+    connection.commit()
+    connection.close()
+    return database
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "sentence"),
+    [
+        ("p50_ms", "soon", "row 2 has 'soon' in p50_ms, expected milliseconds above 0"),
+        ("p90_ms", 0.0, "row 2 has 0.0 in p90_ms"),
+        ("p99_ms", math.inf, "row 2 has inf in p99_ms"),
+        ("plan", b"xyz", "incorrect header check"),
+        ("plan", zlib.compress(b"[{}]"), "a row cannot be read .KeyError: 'cost'"),
+        (
+            "plan",
+            zlib.compress(b'[{"name": 1, "kind": "", "preferred": "", "supported": [], "cost": 1}]'),
+            "a plan holds",
+        ),
+        ("versions", "{", "Expecting property name"),
+        ("conditions", "[" * 100_000, "recursion"),
+        ("model", b"net", "row 2 has b'net' in model, expected text"),
+        ("size", "big", "row 2 has 'big' in size, expected a whole number"),
+        ("top1", "high", "row 2 has 'high' in top1, expected a number"),
+    ],
+)
+def test_a_row_that_no_edgeline_wrote_is_named(database: Path, column: str, value: object, sentence: str) -> None:
+    with pytest.raises(BadRequest, match=f"^cannot use the results database {re.escape(str(database))}: .*{sentence}"):
+        Results(spoilt(database, column, value), read_only=True).overview()
+
+
+def test_samples_that_inflate_without_end_are_refused(database: Path) -> None:
+    bomb = zlib.compress(b"[" + b"1," * (40 << 20) + b"1]")
+    with pytest.raises(BadRequest, match="holds more than 64 MiB"):
+        Results(spoilt(database, "samples_ns", bomb)).rows()
+    assert len(Results(database, read_only=True).overview().cells) == 1  # for which no samples are read
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+def test_a_full_disk_is_not_answered_by_moving_the_database_away(database: Path) -> None:
+    results = Results(database)
+    with results._engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")  # SQLite's own way to be out of room
+    refusal = results_module._refusal("x.db", sqlite_error(results))
+    assert isinstance(refusal, CannotRunHere)
+    assert "make room on its disk and run the same command again: every measurement" in str(refusal)
+    assert "move it away" not in str(refusal)
+
+
+def sqlite_error(results: Results) -> BaseException | None:
+    with pytest.raises(DatabaseError, match="full") as caught, results._engine.begin() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+        for _ in range(100):
+            values = results_module._columns(replace(ROW, artifact_path="x" * 10_000), "")
+            connection.execute(results_module._MEASUREMENTS.insert(), values)
+    return caught.value.orig

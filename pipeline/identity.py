@@ -1,0 +1,103 @@
+"""The identity of a measurement: which network, data, weights and choices it belongs to, so that no history mixes two.
+
+Names alone do not suffice: two files may define a `net`, two folders be called `images`, and a checkpoint be replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import calibration.recipe
+from calibration import families
+from calibration.recipe import Ptq, Qat, budgeted, with_ptq
+from pipeline import stages
+from pipeline.results import Identity
+from pipeline.store import plain
+
+if TYPE_CHECKING:
+    from pipeline.stages import Run
+
+# Fields of a run that other columns hold, that are no part of what is measured, or that are compared field by field.
+_APART: Final = frozenset({"model", "recipe", "target", "data", "preprocess", "weights", "trained", "batch", "verdict"})
+
+
+def identity(run: Run) -> Identity:
+    """Of all measurements of the run's engine. Reads the checkpoint once; builds nothing."""
+    made = stages.weights(run)
+    digest = made.params["file"]
+    from_file = run.weights is not None and isinstance(digest, str)
+    return Identity(
+        network=_network(run),
+        data=run.data.name,
+        data_digest=_digest(plain(made.params["data"])),
+        weights=str(digest) if from_file else made.key,
+        weights_from=_weights_from(run),
+        choices=" ".join(f"{name}={value}" for name, value in sorted(_choices(run).items())) or None,
+    )
+
+
+def _network(run: Run) -> str:
+    file: Path | None = getattr(run.model, "file", None)
+    if file is None:
+        return run.model.asked if not run.model.ours else run.model.network
+    return f"{file}:{run.model.network.rpartition(':')[2]}"
+
+
+def _weights_from(run: Run) -> str:
+    if run.weights is not None:
+        return f"read from {Path(run.weights).name}"
+    return f"trained on {run.data.name}" if run.trained else "random"
+
+
+def _choices(run: Run) -> dict[str, str]:
+    """What differs from the defaults of the run's model, recipe and data, by the name of its field."""
+    default = {item.name: item.default for item in dataclasses.fields(run)}
+    found = {name: value for name, value in default.items() if name not in _APART and getattr(run, name) != value}
+    chosen = {name: _text(getattr(run, name)) for name in found}
+    usual = run.data.preprocess(run.model)
+    ours, theirs = (dict(_leaves(plain(dataclasses.replace(one, size=0)))) for one in (run.preprocess, usual))
+    chosen |= {name: _text(value) for name, value in ours.items() if theirs.get(name) != value}
+    return chosen | _of_recipe(run)
+
+
+def _of_recipe(run: Run) -> dict[str, str]:
+    """What the recipe has been asked for beyond its defaults: PLACEMENT, CALIBRATOR, FORCE and the like."""
+    usual = calibration.recipe.ALL.get(run.recipe.name)
+    if usual is None or type(usual) is not type(run.recipe):
+        return {}
+    runtime: families.Runtime = "cpu" if run.target.name in ("cpu", "onnxruntime") else "accelerator"
+    usual = with_ptq(usual, placement=families.default(run.model.family, runtime))
+    ours, theirs = run.recipe, usual
+    chosen = {}
+    if isinstance(ours, Ptq | Qat) and isinstance(theirs, Ptq | Qat):
+        if ours.budget is not None:
+            chosen["max_drop"] = str(ours.budget)
+            theirs = budgeted(theirs, ours.budget)
+        placement = (ours.warm_start if isinstance(ours, Qat) else ours).placement
+        if placement != (theirs.warm_start if isinstance(theirs, Qat) else theirs).placement:
+            chosen["placement"] = str(placement)
+            theirs = with_ptq(theirs, placement=placement)
+    left, right = dict(_leaves(plain(ours))), dict(_leaves(plain(theirs)))
+    return chosen | {name: _text(value) for name, value in left.items() if right.get(name) != value}
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, str(key))
+    else:
+        yield name, value
+
+
+def _text(value: object) -> str:
+    """In one word, so that choices can be told apart again."""
+    return "_".join(str(value).split())
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
