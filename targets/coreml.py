@@ -29,6 +29,7 @@ from targets._coreml_fixes import (
     transposes_told_apart,
 )
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
+from targets._coreml_program import has_compounds
 from targets._host import in_queries
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Interface, Part
 
@@ -112,7 +113,7 @@ class CoreMLTarget:
         _check_interface(package.spec, export)
         _coreml_interface.check_labels(package.operations, package.spec.description, export)
         found = layers(package, arithmetic=export.storage is None)
-        compare(exported_layers(program, export.scales()), found)
+        compare(exported_layers(program, export.scales()), found, compounds=has_compounds(program))
         if export.storage:
             stored = {"weights": _coreml_weights.inspect(package, program, export.storage)}
         else:

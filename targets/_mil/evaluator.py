@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.errors import BadRequest, CheckFailed
 from targets._coreml import is_constant
-from targets._mil import arithmetic, compressed, layers, shapes  # noqa: F401 - each registers its operators
+from targets._mil import arithmetic, compressed, layers, recurrent, sampling, shapes  # noqa: F401 - register operators
 from targets._mil.registry import OPERATORS, Function
 
 # "fp16": what the program declares as FP16 is rounded to it, inputs and the outputs of every operator, as Apple's units
@@ -22,6 +22,7 @@ from targets._mil.registry import OPERATORS, Function
 Rounding: TypeAlias = Literal["fp16", "exact"]
 Watch: TypeAlias = Callable[[Any, str, Tensor], None]  # coremltools' operation, name of one of its outputs, the value
 
+_UPDATE = "coreml_update_state"  # what coremltools reads a write_state and the read_state after it as
 _COMPUTED_IN = {"f": np.float32, "u2": np.int32, "u4": np.int64}  # by kind and size of a constant's type; others stay
 
 
@@ -77,7 +78,15 @@ class Evaluator:
         self._inputs = {
             value.name: _declared(value) for operation in operations for value in _inputs(operation) if _is_fed(value)
         }
-        self._constants: dict[str, Tensor] = {}
+        self._states = {
+            value.name: _initial(value) for operation in operations for value in _inputs(operation) if _is_state(value)
+        }
+        self._constants = {  # that are outputs themselves
+            value.name: _tensor(value.val)
+            for operation in operations
+            for value in operation.outputs
+            if value.name in self.outputs and operation.op_type == "const"
+        }
         self._steps = tuple(self._prepared(operations))
         read = {name for step in self._steps for found in step.values.values() for name in _listed(found)}
         self._constants = {name: self._constants[name] for name in self._constants.keys() & (read | {*outputs})}
@@ -91,18 +100,26 @@ class Evaluator:
     ) -> dict[str, Tensor]:
         """The outputs for `inputs`; floats are float32 tensors.
 
+        States, which Core ML keeps from one prediction to the next, are zeros at the beginning of each run.
         `watch` sees every value that depends on the inputs, as it was computed. Where `given` has the name of one, that
         goes to the operators that follow in its place (teacher forcing), as it is: it is not rounded.
         Raises BadRequest where an input is missing or of another shape, CheckFailed naming an operator that fails.
         """
         forced = {name: _as_computed(value) for name, value in (given or {}).items()}
-        values = self._constants | self._fed(inputs) | {name: forced[name] for name in inputs if name in forced}
+        values = (
+            self._constants
+            | self._states
+            | self._fed(inputs)
+            | {name: forced[name] for name in inputs if name in forced}
+        )
         with torch.no_grad():
             for step in self._steps:
                 for output, value in zip(step.outputs, self._computed(step, values), strict=True):
                     if watch:
                         watch(step.operation, output.name, value)
                     values[output.name] = forced.get(output.name, value)
+                if step.operation.op_type == _UPDATE:
+                    values[step.operation.state.name] = values[step.outputs[0].name]
                 for name in step.finished:
                     del values[name]
         return {name: values[name] for name in self.outputs}
@@ -225,7 +242,21 @@ def _listed(found: str | list[str]) -> list[str]:
 
 def _is_fed(value: Any) -> bool:
     """Whether it is an input of the program."""
-    return value.op is None and value.val is None
+    return value.op is None and value.val is None and not _is_state(value)
+
+
+def _is_state(value: Any) -> bool:
+    from coremltools.converters.mil.mil import types
+
+    return value.op is None and bool(types.is_state(value.sym_type))
+
+
+def _initial(state: Any) -> Tensor:
+    """What Core ML gives to a state that is new."""
+    from coremltools.converters.mil.mil import types
+
+    tensor = state.sym_type.wrapped_type()
+    return _tensor(np.zeros(tensor.get_shape(), types.nptype_from_builtin(tensor.get_primitive())))
 
 
 def _constant_names(operation: Any) -> set[str]:
