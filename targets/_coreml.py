@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PREFIX = "edgeline."  # of our names in the metadata that users may define
 SPECIFICATION = Path("Data", "com.apple.CoreML", "model.mlmodel")  # inside a package: the protobuf message
 
+_LARGEST_MANIFEST = 2**20  # bytes
+
 # Operators of MIL, Core ML's intermediate language, in the order that is followed from a layer to its quantizers.
 _QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT = "quantize", "dequantize", "constexpr_blockwise_shift_scale"
 
@@ -49,16 +51,24 @@ def read(path: Path, function: str | None = None) -> Package:
     """
     coremltools = import_coremltools()
     from coremltools.converters.mil.frontend.milproto import load
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    weights = path / "Data" / "com.apple.CoreML" / "weights"
+    check_files(path)
+    weights = path / SPECIFICATION.parent / "weights"
     try:
         spec = coremltools.utils.load_spec(str(path))
-        program = load.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(weights))
-    except (DecodeError, KeyError, OSError, RuntimeError, ValueError) as error:  # what a damaged file makes it raise
+        kind = spec.WhichOneof("Type")
+        if kind == "mlProgram":
+            program = load.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(weights))
+    except Exception as error:  # a damaged file makes coremltools raise errors of any type
         raise CheckFailed(
-            f"{path} cannot be read back: {error}; expected an ML Program with its weights: build the engine again"
+            f"{path} cannot be read back: {str(error) or type(error).__name__}; expected an ML Program with its "
+            "weights: build the engine again, or convert the model again"
         ) from error
+    if kind != "mlProgram":
+        raise CheckFailed(
+            f"{path} has a model of the type {kind}, expected an ML Program: convert it again with coremltools.convert("
+            '..., convert_to="mlprogram")'
+        )
     several = {described.name: described for described in spec.description.functions}
     chosen = function or spec.description.defaultFunctionName or "main"
     if chosen not in program.functions:
@@ -68,8 +78,42 @@ def read(path: Path, function: str | None = None) -> Package:
         inputs=tuple(several.get(chosen, spec.description).input),
         operations=tuple(program.functions[chosen].operations),
         outputs=tuple(value.name for value in program.functions[chosen].outputs),
-        weight_bytes=sum(file.stat().st_size for file in weights.iterdir()),
+        weight_bytes=sum(file.stat().st_size for file in weights.iterdir()) if weights.is_dir() else 0,
     )
+
+
+def check_files(path: Path) -> None:
+    """Raises CheckFailed where the manifest, the model or the weights of a package are no regular files, which are not
+    opened then, or where the manifest names a model outside of it.
+    """
+    files = [path / "Manifest.json", path / SPECIFICATION]
+    weights = path / SPECIFICATION.parent / "weights"
+    files += sorted(weights.iterdir()) if weights.is_dir() else []
+    for file in files:
+        if not file.is_file():
+            found = "is no regular file" if file.exists() else "is missing"
+            raise CheckFailed(
+                f"{path} cannot be read back: {file.relative_to(path)} {found}; build the engine again, or convert the "
+                "model again"
+            )
+    if (size := files[0].stat().st_size) > _LARGEST_MANIFEST:
+        raise CheckFailed(f"{path} cannot be read back: Manifest.json has {size} bytes; expected a list of a few files")
+    try:
+        manifest = json.loads(files[0].read_bytes())
+        entries = manifest["itemInfoEntries"]
+        places = [str(entry["path"]) for entry in entries.values()]
+        root = entries[manifest["rootModelIdentifier"]]["path"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckFailed(
+            f"{path} cannot be read back: Manifest.json does not list its files ({error}); convert the model again"
+        ) from error
+    for place in places:
+        if Path(place).is_absolute() or ".." in Path(place).parts:
+            raise CheckFailed(f"{path} names a file outside of itself, {place!r}, in Manifest.json: it is not read")
+    if Path("Data", root) != SPECIFICATION:
+        raise CheckFailed(
+            f"{path} names the model {root!r} in Manifest.json; expected {str(SPECIFICATION.relative_to('Data'))!r}"
+        )
 
 
 def write_facts(metadata: Any, facts: Mapping[str, object]) -> None:
@@ -161,6 +205,18 @@ def layer_pairs(package: Package, graph: GraphModule) -> list[Pair]:
 
     pairs = paired(_coreml_program.graph_layers(graph), layers(package, arithmetic=False))
     return [pair for pair in pairs if pair.expected is not None and pair.found is not None]
+
+
+def check_powers(package: Package) -> None:
+    """Raises CheckFailed where a package has the power of a constant, which Core ML's runtime is reported to compute
+    with base and exponent exchanged (github.com/apple/coremltools #2628, #2742).
+    """
+    for operation in package.named("pow"):
+        if is_constant(operation.x):
+            raise CheckFailed(
+                f"{operation.name} of the Core ML package (pow) is the power of a constant, which Core ML's runtime is "
+                "reported to compute with base and exponent exchanged; write torch.exp(x * math.log(base))"
+            )
 
 
 def _may_be_added(layer: Layer, *, compounds: bool) -> bool:

@@ -46,7 +46,7 @@ def graph_layers(graph: GraphModule, scales: Mapping[Node, Mapping[str, Any]] | 
     """
     seen: dict[Hashable, Node] = {}
     same: dict[Node, Node] = {}
-    constants = _Constants(graph)
+    constants = Constants(graph)
     found: list[Layer] = []
     for node in graph.graph.nodes:
         first = seen.setdefault(_identity(graph, node, same), node)
@@ -81,7 +81,7 @@ def arranged(layer: Layer, shape: tuple[int, ...]) -> Tensor | None:
     return tensor.reshape(shape) if matrix.shape == wanted else None
 
 
-class _Constants:
+class Constants:
     """What a graph computes of stored tensors alone: a weight's transpose, a normalized weight, integers as floats."""
 
     def __init__(self, graph: GraphModule) -> None:
@@ -125,7 +125,7 @@ def _frozen(value: Any, same: Mapping[Node, Node]) -> Hashable:
     return same.get(value, value)
 
 
-def _weight(node: Node, constants: _Constants) -> Node | None:
+def _weight(node: Node, constants: Constants) -> Node | None:
     """The stored tensor that a layer multiplies with; None where the node is no layer, or its weight is computed."""
     name = operator_name(node)
     if name in _CONVOLUTIONS or name == "linear":

@@ -17,7 +17,7 @@ from calibration.recipe import Precision, WeightOnly
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets import _coreml_card, _coreml_functions, _coreml_interface, _coreml_systems, _coreml_weights
-from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read, write_facts
+from targets._coreml import Package, check_powers, check_quantizers, compare, exported_layers, layers, read, write_facts
 from targets._coreml_eligibility import eligibility
 from targets._coreml_fixes import (
     decomposed,
@@ -120,6 +120,7 @@ class CoreMLTarget:
             check_quantizers(package)
             stored = {}
         _check_types(package, export)
+        check_powers(package)
         operators = Counter(operation.op_type for operation in package.operations if operation.op_type != "const")
         return {
             "system": _coreml_systems.system_of(export).name,

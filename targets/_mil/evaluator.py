@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from models.errors import BadRequest, CheckFailed
 from targets._coreml import is_constant
+from targets._coreml_inputs import check, inputs
 from targets._mil import arithmetic, compressed, layers, recurrent, sampling, shapes  # noqa: F401 - register operators
 from targets._mil.registry import OPERATORS, Function
 
@@ -22,6 +24,7 @@ from targets._mil.registry import OPERATORS, Function
 Rounding: TypeAlias = Literal["fp16", "exact"]
 Watch: TypeAlias = Callable[[Any, str, Tensor], None]  # coremltools' operation, name of one of its outputs, the value
 
+_MOST_ELEMENTS = 2**28  # of one value: 1 GiB in float32
 _UPDATE = "coreml_update_state"  # what coremltools reads a write_state and the read_state after it as
 _COMPUTED_IN = {"f": np.float32, "u2": np.int32, "u4": np.int64}  # by kind and size of a constant's type; others stay
 
@@ -63,17 +66,26 @@ class _Step:
 class Evaluator:
     """One function of a package, prepared once and run as often as wanted.
 
-    `operations`: as `targets._coreml.read` gives them; `outputs`: the names that `run` returns. Raises CheckFailed
-    naming the operators that are not implemented.
+    `operations`: as `targets._coreml.read` gives them; `outputs`: the names that `run` returns. `described`: the inputs
+    of the package, whose enumerated shapes and ranges are then held, and whose optional ones may be left out. Raises
+    CheckFailed naming the operators that are not implemented, or one that puts out more than memory is made for.
     """
 
-    def __init__(self, operations: Sequence[Any], outputs: Sequence[str], *, rounding: Rounding = "fp16") -> None:
+    def __init__(
+        self,
+        operations: Sequence[Any],
+        outputs: Sequence[str],
+        *,
+        rounding: Rounding = "fp16",
+        described: Iterable[Any] = (),
+    ) -> None:
         if unknown := sorted({operation.op_type for operation in operations} - OPERATORS.keys() - {"const"}):
             raise CheckFailed(
                 f"the reference evaluator does not know the operators {', '.join(unknown)}: this package can only be "
                 "run on a Mac, or write them in targets/_mil"
             )
         self.rounding = rounding
+        self.described = {value.name: value for value in inputs(described)}
         self.outputs = tuple(outputs)
         self._inputs = {
             value.name: _declared(value) for operation in operations for value in _inputs(operation) if _is_fed(value)
@@ -124,17 +136,19 @@ class Evaluator:
                     del values[name]
         return {name: values[name] for name in self.outputs}
 
-    def _fed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _fed(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs in the types that the program declares. (One that no operator reads is not known here.)"""
-        if self._inputs.keys() - inputs.keys():
-            came = ", ".join(sorted(inputs)) or "none"
+        left_out = [value for name, value in self.described.items() if name not in given and value.default is not None]
+        found = {value.name: value.filled() for value in left_out} | dict(given)
+        if self._inputs.keys() - found.keys():
+            came = ", ".join(sorted(given)) or "none"
             raise BadRequest(f"the package takes the inputs {', '.join(sorted(self._inputs))}; got {came}")
-        found = dict(inputs)
+        check(self.described, found)
         for name, declared in self._inputs.items():
-            if not declared.fits(inputs[name]):
-                shape = tuple(inputs[name].shape)
+            if not declared.fits(found[name]):
+                shape = tuple(found[name].shape)
                 raise BadRequest(f"input {name} has the shape {shape}; the package takes {declared}")
-            found[name] = declared.rounded(inputs[name].to(declared.dtype), self.rounding)
+            found[name] = declared.rounded(found[name].to(declared.dtype), self.rounding)
         return found
 
     def _prepared(self, operations: Sequence[Any]) -> Iterator[_Step]:
@@ -167,7 +181,7 @@ class Evaluator:
             values={name: _names(value) for name, value in given.items() if value is not None},
             fixed=dict.fromkeys(name for name, value in given.items() if value is None)
             | dict(_fixed(operation, attributes)),
-            outputs=tuple(_declared(output) for output in operation.outputs),
+            outputs=tuple(_bounded(operation, _declared(output)) for output in operation.outputs),
             finished=tuple(finished - {*self.outputs} - self._constants.keys() - _constant_names(operation)),
         )
 
@@ -180,7 +194,7 @@ class Evaluator:
         }
         try:
             made = step.function(**tensors, **step.fixed)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # torch's, numpy's, and those of operators that a package has made up
             raise CheckFailed(
                 f"the reference evaluator cannot compute {operation.name} ({operation.op_type}): {error}"
             ) from error
@@ -274,6 +288,17 @@ def _declared(value: Any) -> _Declared:
         dtype=_tensor(np.zeros((), types.nptype_from_builtin(value.dtype))).dtype if is_number else None,
         half=value.dtype == types.fp16,
     )
+
+
+def _bounded(operation: Any, declared: _Declared) -> _Declared:
+    """Raises CheckFailed where an operator puts out so much that it is no network for a picture."""
+    elements = math.prod(size or 1 for size in declared.shape or ())
+    if elements > _MOST_ELEMENTS:
+        raise CheckFailed(
+            f"{operation.name} ({operation.op_type}) puts out {declared}, {elements} numbers; the reference evaluator "
+            f"computes up to {_MOST_ELEMENTS} at a time"
+        )
+    return declared
 
 
 def _tensor(constant: Any) -> Tensor:
