@@ -220,10 +220,16 @@ def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:
     for unit in run.target.units:
         with run.target.open_on(artifact.path, unit) as on_unit:
             (first_ns,) = on_unit.latencies_ns(images, 1)
-            row = _measurement(run, artifact, on_unit, images, ON_UNITS, before, unit)
+            row = _doubted(_measurement(run, artifact, on_unit, images, ON_UNITS, before, unit), on_unit.doubt)
             load_ms = None if on_unit.load_ns is None else on_unit.load_ns / 1e6
             yield replace(row, load_ms=load_ms, first_ms=first_ns / 1e6, plan=tuple(on_unit.plan()))
         before = Conditions.now()
+
+
+def _doubted(row: Row, doubt: str | None) -> Row:
+    """The row, invalid where there is a doubt about what was timed."""
+    causes = "; ".join(cause for cause in (doubt, row.summary.why_invalid) if cause)
+    return replace(row, summary=replace(row.summary, why_invalid=causes or None))
 
 
 def _measurement(

@@ -14,7 +14,7 @@ import numpy as np
 
 from calibration.carried import Activation, Carried, Weight, first_nonzero
 from models.errors import CheckFailed
-from targets._coreml import SPECIFICATION
+from targets._coreml import SPECIFICATION, check_files
 
 _QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT = "quantize", "dequantize", "constexpr_blockwise_shift_scale"
 _LAYOUT = frozenset({"transpose", "reshape", "expand_dims", "squeeze", "cast"})
@@ -31,6 +31,7 @@ def carried(package: Path) -> list[Carried]:
     """The operators of a package's main function that read rounded tensors, in order of execution."""
     from coremltools.proto import Model_pb2
 
+    check_files(package)
     spec = Model_pb2.Model()
     spec.ParseFromString((package / SPECIFICATION).read_bytes())
     function = spec.mlProgram.functions["main"]
@@ -54,7 +55,10 @@ def value(package: Path, stored: Any) -> Any:
 
 
 def _blob(package: Path, place: Any, kind: str, shape: tuple[int, ...]) -> Any:
-    file = (package / SPECIFICATION).parent / place.fileName.removeprefix("@model_path/")
+    name = Path(place.fileName.removeprefix("@model_path/"))
+    if name.is_absolute() or ".." in name.parts:
+        raise CheckFailed(f"{package} names a file of weights outside of itself, {place.fileName!r}: it is not read")
+    file = (package / SPECIFICATION).parent / name
     with file.open("rb") as weights:
         weights.seek(place.offset)
         sentinel, number, size, offset = _BLOB.unpack(weights.read(_BLOB.size).ljust(_BLOB.size, b"\0"))

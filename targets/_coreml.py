@@ -7,29 +7,27 @@ its weights; `layers` is the part of it that is compared.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 from models.errors import BadRequest, CheckFailed
 from targets._coreml_fixes import import_coremltools
+from targets._coreml_pairs import PRODUCT, Layer, Pair, content, paired
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from torch import Tensor
     from torch.export import ExportedProgram
-    from torch.fx import GraphModule, Node
-
-    Integers: TypeAlias = npt.NDArray[np.int8]
+    from torch.fx import GraphModule
 
 PREFIX = "edgeline."  # of our names in the metadata that users may define
 SPECIFICATION = Path("Data", "com.apple.CoreML", "model.mlmodel")  # inside a package: the protobuf message
 
+_LARGEST_MANIFEST = 2**20  # bytes
+
 # Operators of MIL, Core ML's intermediate language, in the order that is followed from a layer to its quantizers.
 _QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT = "quantize", "dequantize", "constexpr_blockwise_shift_scale"
-_CONV_DEFAULTS = ((1, 1), (0, 0), (1, 1), 1)  # of aten.conv2d: stride, padding, dilation, groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,39 +45,30 @@ class Package:
         return [operation for operation in self.operations if operation.op_type in kinds]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Layer:
-    """A convolution or linear layer, read from a torch program or from a package: both give the same fields."""
-
-    name: str  # module path in a torch program, operator in a package
-    kind: str  # conv or linear
-    shape: tuple[int, ...]  # of the weight, output channels first
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()  # before and after, axis by axis, as MIL writes it
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    # None where the layer is float.
-    activation_scale: float | None = None
-    weight_scales: tuple[float, ...] | None = None  # one an output channel
-    integers: Integers | None = None
-
-
 def read(path: Path, function: str | None = None) -> Package:
     """Load a function of a package with its weights: the default one, unless `function` names another. Raises
     CheckFailed where it is not a package that coremltools can read, BadRequest where it has no such function.
     """
     coremltools = import_coremltools()
     from coremltools.converters.mil.frontend.milproto import load
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    weights = path / "Data" / "com.apple.CoreML" / "weights"
+    check_files(path)
+    weights = path / SPECIFICATION.parent / "weights"
     try:
         spec = coremltools.utils.load_spec(str(path))
-        program = load.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(weights))
-    except (DecodeError, KeyError, OSError, RuntimeError, ValueError) as error:  # what a damaged file makes it raise
+        kind = spec.WhichOneof("Type")
+        if kind == "mlProgram":
+            program = load.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(weights))
+    except Exception as error:  # a damaged file makes coremltools raise errors of any type
         raise CheckFailed(
-            f"{path} cannot be read back: {error}; expected an ML Program with its weights: build the engine again"
+            f"{path} cannot be read back: {str(error) or type(error).__name__}; expected an ML Program with its "
+            "weights: build the engine again, or convert the model again"
         ) from error
+    if kind != "mlProgram":
+        raise CheckFailed(
+            f"{path} has a model of the type {kind}, expected an ML Program: convert it again with coremltools.convert("
+            '..., convert_to="mlprogram")'
+        )
     several = {described.name: described for described in spec.description.functions}
     chosen = function or spec.description.defaultFunctionName or "main"
     if chosen not in program.functions:
@@ -89,8 +78,42 @@ def read(path: Path, function: str | None = None) -> Package:
         inputs=tuple(several.get(chosen, spec.description).input),
         operations=tuple(program.functions[chosen].operations),
         outputs=tuple(value.name for value in program.functions[chosen].outputs),
-        weight_bytes=sum(file.stat().st_size for file in weights.iterdir()),
+        weight_bytes=sum(file.stat().st_size for file in weights.iterdir()) if weights.is_dir() else 0,
     )
+
+
+def check_files(path: Path) -> None:
+    """Raises CheckFailed where the manifest, the model or the weights of a package are no regular files, which are not
+    opened then, or where the manifest names a model outside of it.
+    """
+    files = [path / "Manifest.json", path / SPECIFICATION]
+    weights = path / SPECIFICATION.parent / "weights"
+    files += sorted(weights.iterdir()) if weights.is_dir() else []
+    for file in files:
+        if not file.is_file():
+            found = "is no regular file" if file.exists() else "is missing"
+            raise CheckFailed(
+                f"{path} cannot be read back: {file.relative_to(path)} {found}; build the engine again, or convert the "
+                "model again"
+            )
+    if (size := files[0].stat().st_size) > _LARGEST_MANIFEST:
+        raise CheckFailed(f"{path} cannot be read back: Manifest.json has {size} bytes; expected a list of a few files")
+    try:
+        manifest = json.loads(files[0].read_bytes())
+        entries = manifest["itemInfoEntries"]
+        places = [str(entry["path"]) for entry in entries.values()]
+        root = entries[manifest["rootModelIdentifier"]]["path"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckFailed(
+            f"{path} cannot be read back: Manifest.json does not list its files ({error}); convert the model again"
+        ) from error
+    for place in places:
+        if Path(place).is_absolute() or ".." in Path(place).parts:
+            raise CheckFailed(f"{path} names a file outside of itself, {place!r}, in Manifest.json: it is not read")
+    if Path("Data", root) != SPECIFICATION:
+        raise CheckFailed(
+            f"{path} names the model {root!r} in Manifest.json; expected {str(SPECIFICATION.relative_to('Data'))!r}"
+        )
 
 
 def write_facts(metadata: Any, facts: Mapping[str, object]) -> None:
@@ -121,7 +144,8 @@ def layers(package: Package, *, arithmetic: bool = True) -> list[Layer]:
 
     Without `arithmetic`: kind and geometry alone, for a package that stores in integers what it computes in float.
     """
-    return [_package_layer(operation, arithmetic=arithmetic) for operation in weighted(package)]
+    values = weight_values(package)
+    return [_package_layer(operation, values, arithmetic=arithmetic) for operation in weighted(package)]
 
 
 def weighted(package: Package) -> list[Any]:
@@ -129,44 +153,75 @@ def weighted(package: Package) -> list[Any]:
     return [operation for operation in package.operations if _is_weighted(operation)]
 
 
+def weight_values(package: Package) -> Mapping[str, Tensor]:
+    """Float32, by names of values: what the weights of the operators of `weighted` are worth, however stored."""
+    import torch
+
+    from targets._mil.evaluator import Evaluator
+
+    weights = [_stored_factor(operation) for operation in weighted(package)]
+    plain = {
+        weight.name: torch.from_numpy(weight.val.astype("float32"))
+        for weight in weights
+        if is_constant(weight) and weight.op.op_type == "const"
+    }
+    parts = {weight.name: weight.op for weight in weights if weight.name not in plain}
+    return plain | Evaluator(list(parts.values()), list(parts)).run({})
+
+
 def exported_layers(program: ExportedProgram, scales: Mapping[str, Any]) -> list[Layer]:
-    """The layers that a package of `program` must have, in order of execution, with the `scales` of `scales.json`.
+    """The layers of a torch program: see `targets._coreml_program`."""
+    from targets import _coreml_program
 
-    Raises CheckFailed where the two disagree on what is quantized, or where anything but a layer's input or weight is.
-    (Quantized scalars may be there: they are folded before the conversion.)
+    return _coreml_program.exported_layers(program, scales)
+
+
+def compare(expected: list[Layer], found: list[Layer], *, compounds: bool = False) -> None:
+    """Hold the layers of a package against those of the export, pair by pair (see `targets._coreml_pairs`).
+
+    Raises CheckFailed naming the first that differs, is missing, or is not in the export. `compounds`: whether the
+    export has operators that coremltools makes convolutions of; then the package may have float layers of its own.
     """
-    from calibration import program as programs
-
-    graph = program.module()
-    quantized = {node: name for name, node in programs.named_layers(graph)}
-    _check_strays(graph, set(quantized))
-    if differing := sorted(set(quantized.values()) ^ scales.keys()):
-        has, lacks = ("scales.json", "model.pt2") if differing[0] in scales else ("model.pt2", "scales.json")
-        raise CheckFailed(f"the export quantizes {differing[0]} in {has} but not in {lacks}: export the model again")
-    return [
-        _exported_layer(graph, node, scales[quantized[node]] if node in quantized else None)
-        for node in graph.graph.nodes
-        if node.target in programs.WEIGHTED
-    ]
-
-
-def compare(expected: list[Layer], found: list[Layer]) -> None:
-    """Hold the layers of a package against those of the export, one by one in order of execution.
-
-    Names are no guide: coremltools renames what it fuses (a convolution takes the name of its BatchNorm) and numbers
-    what it does not. Order, geometry, scales and integers identify a layer; CheckFailed names the first that differs.
-    """
-    for index, (layer, other) in enumerate(zip(expected, found, strict=False)):
+    places = {id(layer): place for place, layer in enumerate(expected, start=1)}
+    counts = f"the Core ML package has {len(found)} layers, expected {len(expected)}"
+    for pair in paired(expected, found):
+        layer, other = pair.expected, pair.found
+        if layer is None and other is not None and not _may_be_added(other, compounds=compounds):
+            raise CheckFailed(f"{counts}: {other.name} is not in the export")
+        if layer is None or layer.kind == PRODUCT:
+            continue
+        if other is None:
+            raise CheckFailed(f"{counts}: {layer.name} is missing")
         if difference := _difference(layer, other):
             raise CheckFailed(
-                f"layer {index + 1} of {len(expected)}, {layer.name}: "
+                f"layer {places[id(layer)]} of {len(expected)}, {layer.name}: "
                 f"the Core ML package ({other.name}) has {difference}"
             )
-    counts = f"the Core ML package has {len(found)} layers, expected {len(expected)}"
-    if len(found) < len(expected):
-        raise CheckFailed(f"{counts}: {expected[len(found)].name} is missing")
-    if len(found) > len(expected):
-        raise CheckFailed(f"{counts}: {found[len(expected)].name} is not in the export")
+
+
+def layer_pairs(package: Package, graph: GraphModule) -> list[Pair]:
+    """The layers of a package that `compare` has accepted, and those of the torch program that they come from."""
+    from targets import _coreml_program
+
+    pairs = paired(_coreml_program.graph_layers(graph), layers(package, arithmetic=False))
+    return [pair for pair in pairs if pair.expected is not None and pair.found is not None]
+
+
+def check_powers(package: Package) -> None:
+    """Raises CheckFailed where a package has the power of a constant, which Core ML's runtime is reported to compute
+    with base and exponent exchanged (github.com/apple/coremltools #2628, #2742).
+    """
+    for operation in package.named("pow"):
+        if is_constant(operation.x):
+            raise CheckFailed(
+                f"{operation.name} of the Core ML package (pow) is the power of a constant, which Core ML's runtime is "
+                "reported to compute with base and exponent exchanged; write torch.exp(x * math.log(base))"
+            )
+
+
+def _may_be_added(layer: Layer, *, compounds: bool) -> bool:
+    """Whether coremltools may compute with a constant there that is no layer of the export."""
+    return layer.integers is None and (compounds or layer.kind == "matmul")
 
 
 def check_quantizers(package: Package) -> None:
@@ -192,16 +247,21 @@ def check_quantizers(package: Package) -> None:
 
 
 def _is_weighted(operation: Any) -> bool:
-    if operation.op_type == "matmul":
-        sources = [value.op for value in (operation.x, operation.y) if value.op is not None]
-        return any(source.op_type.startswith("const") for source in sources)  # const, or a constexpr_ of some kind
-    return operation.op_type in ("conv", "linear")
+    return operation.op_type in ("conv", "linear", "matmul") and _stored_factor(operation) is not None
 
 
-def _package_layer(operation: Any, *, arithmetic: bool) -> Layer:
+def _stored_factor(operation: Any) -> Any:
+    """The weight of an operator, a const or what a constexpr_ of some kind makes; None where that is computed."""
+    factors = (operation.x, operation.y) if operation.op_type == "matmul" else (operation.weight,)
+    return next((value for value in factors if value.op is not None and value.op.op_type.startswith("const")), None)
+
+
+def _package_layer(operation: Any, values: Mapping[str, Tensor], *, arithmetic: bool) -> Layer:
+    weight = _stored_factor(operation)
+    layer = {"name": operation.name, "kind": operation.op_type, "shape": tuple(weight.shape), "source": operation}
+    layer["content"] = content(values[weight.name].numpy())
     if operation.op_type == "matmul":
-        return Layer(name=operation.name, kind="matmul", shape=tuple(operation.y.shape))
-    layer = {"name": operation.name, "kind": operation.op_type, "shape": tuple(operation.weight.shape)}
+        return Layer(**layer)
     return Layer(**layer, **_geometry(operation), **(_quantization(operation) if arithmetic else {}))
 
 
@@ -209,13 +269,27 @@ def _geometry(operation: Any) -> dict[str, Any]:
     if operation.op_type == "linear":
         return {}
     kind = operation.pad_type.val
-    padding = operation.pad.val if kind == "custom" else (0, 0, 0, 0) if kind == "valid" else ()
+    axes = operation.x.rank - 2
+    padding = operation.pad.val if kind == "custom" else (0, 0) * axes if kind == "valid" else _same(operation, kind)
     return {
         "stride": tuple(map(int, operation.strides.val)),
         "padding": tuple(map(int, padding)),
         "dilation": tuple(map(int, operation.dilations.val)),
         "groups": int(operation.groups.val),
     }
+
+
+def _same(operation: Any, kind: str) -> Sequence[int]:
+    """Padding that MIL computes from the sizes: as much as keeps a stride of 1 from making the map smaller. What is
+    odd goes after the map in `same`, before it in `same_lower`.
+    """
+    if any(stride != 1 for stride in operation.strides.val):
+        return ()
+    totals = [
+        int(step * (size - 1)) for step, size in zip(operation.dilations.val, operation.weight.shape[2:], strict=True)
+    ]
+    halves = [(total // 2, total - total // 2) for total in totals]
+    return [pixels for both in halves for pixels in (both if kind == "same" else both[::-1])]
 
 
 def _quantization(operation: Any) -> dict[str, Any]:
@@ -248,6 +322,8 @@ def quantizers(operation: Any) -> list[Any]:
     """
     if operation.op_type == "matmul":
         return []
+    if operation.weight.op is None:
+        return []
     found = [operation.weight.op] if operation.weight.op.op_type == _INT8_WEIGHT else []
     dequantize = operation.x.op
     if dequantize is not None and dequantize.op_type == _DEQUANTIZE:
@@ -256,36 +332,6 @@ def quantizers(operation: Any) -> list[Any]:
         if quantize is not None and quantize.op_type == _QUANTIZE:
             found.append(quantize)
     return found
-
-
-def _exported_layer(graph: GraphModule, node: Node, scales: Mapping[str, Any] | None) -> Layer:
-    from calibration import program as programs
-
-    weight = cast("Node", node.args[1])
-    kind = "conv" if "conv" in str(node.target) else "linear"
-    fields: dict[str, Any] = {"name": programs.module_path(node), "shape": tuple(weight.meta["val"].shape)}
-    if kind == "conv":
-        given = node.args[3:]
-        stride, padding, dilation, groups = cast(
-            "tuple[Iterable[int], Iterable[int], Iterable[int], int]", (*given, *_CONV_DEFAULTS[len(given) :])
-        )
-        both_sides = tuple(pixels for pixels in padding for _ in range(2))
-        fields |= {"stride": tuple(stride), "padding": both_sides, "dilation": tuple(dilation), "groups": groups}
-    if scales:
-        stored = cast("Node", weight.args[0])
-        fields |= {"activation_scale": scales["activation"], "weight_scales": tuple(scales["weight"])}
-        fields["integers"] = attrgetter(str(stored.target))(graph).numpy()
-    return Layer(kind=kind, **fields)
-
-
-def _check_strays(graph: GraphModule, quantized: set[Node]) -> None:
-    for node in graph.graph.nodes:
-        stray = [user.name for user in node.users if user not in quantized]
-        if stray and "dequantize_per" in str(node.target) and node.meta["val"].dim() > 0:  # a scalar is folded
-            raise CheckFailed(
-                f"{node.name} of the export is read by {stray[0]}, which is no convolution or linear layer; Core ML "
-                "packages carry quantized layers only: quantize nothing else"
-            )
 
 
 def _difference(expected: Layer, found: Layer) -> str | None:

@@ -25,10 +25,12 @@ Level: TypeAlias = Literal["off-engine", "warning", "note"]
 Certainty: TypeAlias = Literal["documented", "observed", "inferred"]  # by Apple; by others, on devices; by nobody
 
 _LARGEST_RANK = 5
-_LARGEST_EXTENT = 16384  # of the last two axes
+_LARGEST_EXTENT, _EXTENT_BEFORE_A16 = 65536, 16384  # of the last two axes
+_MOST_CHANNELS = 65536
 _LINE = 64  # bytes that the last axis is padded to a multiple of
 _LARGEST_POOL, _POOL_STRIDES = 13, (1, 2, 4)
-_LARGEST_KERNEL = 7
+_LARGEST_KERNEL, _WIDEST_KERNEL = 7, 13  # that is fast, and that compiles
+_STRIDES_BESIDE_2 = (3, 4, 8, 9)  # on the other axis
 _LARGEST_UPSAMPLING = 2
 _LARGEST_PALETTE_STRIDE = 2
 _LARGEST_MASK = 40000.0
@@ -72,8 +74,10 @@ _SEEN = (
         | {"squeeze", "expand_dims", "slice_by_index", "slice_by_size", "slice_update", "pad", "tile", "reverse"}
         | {"pixel_shuffle", "pixel_unshuffle", "depth_to_space", "space_to_depth", "space_to_batch", "crop"}
         | {"batch_to_space", "flatten2d", "identity", "reshape_like", "fill", "fill_like"}
+        | {"reduce_argmax", "reduce_argmin"}
     )
 )
+_FIRST_CHIP = {"sin": "A15", "cos": "A15", "resample": "A14", "crop_resize": "A14", "affine": "A14"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -389,8 +393,26 @@ def _dynamic_shape(operation: Any) -> str:
 
 
 def _long_axis(operation: Any) -> str:
-    sides = [int(side) for value in _tensors(operation) for side in value.shape[-2:] if isinstance(side, Integral)]
-    return f"axis of {max(sides)}" if sides and max(sides) > _LARGEST_EXTENT else ""
+    channels = max((_sides(value.shape[1:2]) for value in _tensors(operation) if value.rank > 2), default=0)
+    if channels > _MOST_CHANNELS:
+        return f"{channels} channels"
+    longest = _longest(operation)
+    return f"axis of {longest}" if longest > _LARGEST_EXTENT else ""
+
+
+def _axis_before_a16(operation: Any) -> str:
+    longest = _longest(operation)
+    return f"axis of {longest}" if _EXTENT_BEFORE_A16 < longest <= _LARGEST_EXTENT else ""
+
+
+def _longest(operation: Any) -> int:
+    """Of the last two axes of all tensors."""
+    return max((_sides(value.shape[-2:]) for value in _tensors(operation)), default=0)
+
+
+def _sides(shape: Iterable[Any]) -> int:
+    """The longest side that is known."""
+    return max((int(side) for side in shape if isinstance(side, Integral)), default=0)
 
 
 def _gather(operation: Any) -> str:
@@ -415,9 +437,12 @@ def _pool(operation: Any) -> str:
     if operation.op_type not in _POOLS:
         return ""
     kernel = _numbers(operation, "kernel_sizes", ())
-    strides = _numbers(operation, "strides", (1,) * len(kernel))
-    wrong = max(kernel) > _LARGEST_POOL or any(stride not in _POOL_STRIDES for stride in strides)
-    return f"{_by(kernel)} with stride {_by(strides)}" if wrong else ""
+    return f"{_by(kernel)} window" if max(kernel) > _LARGEST_POOL else ""
+
+
+def _pool_stride(operation: Any) -> str:
+    strides = _numbers(operation, "strides", ()) if operation.op_type in _POOLS else ()
+    return f"stride {_by(strides)}" if any(stride not in _POOL_STRIDES for stride in strides) else ""
 
 
 def _upsampling(operation: Any) -> str:
@@ -474,8 +499,17 @@ def _large_kernel(operation: Any) -> str:
     largest = max(sides)
     if largest <= _LARGEST_KERNEL:
         return ""
+    if sides[-1] > _WIDEST_KERNEL:
+        return ""
     first = (largest + 2) // 2
     return f"{_by(sides)} kernel ({largest} = {first} + {largest + 1 - first} - 1)"
+
+
+def _wide_kernel(operation: Any) -> str:
+    if operation.op_type not in ("conv", "conv_transpose"):
+        return ""
+    sides = [int(side) for side in operation.weight.shape[2:]]
+    return f"{_by(sides)} kernel" if sides[-1] > _WIDEST_KERNEL else ""
 
 
 def _dilation(operation: Any) -> str:
@@ -486,7 +520,8 @@ def _dilation(operation: Any) -> str:
 def _strides(operation: Any) -> str:
     strides = _numbers(operation, "strides", ()) if operation.op_type in ("conv", "conv_transpose") else ()
     odd = any(_without_factors(stride, (2, 3)) > 1 for stride in strides)
-    return f"stride {_by(strides)}" if odd or len(set(strides)) > 1 else ""
+    differ = len(set(strides)) > 1 and not (2 in strides and {*strides} - {2} <= {*_STRIDES_BESIDE_2})
+    return f"stride {_by(strides)}" if odd or differ else ""
 
 
 def _palette_stride(operation: Any) -> str:
@@ -551,8 +586,13 @@ def _quantized_activation(operation: Any) -> str:
     return "8-bit activations" if operation.op_type == "quantize" else ""
 
 
+def _recent_chip(operation: Any) -> str:
+    chip = _FIRST_CHIP.get(operation.op_type)
+    return f"{operation.op_type} from the {chip} on" if chip else ""
+
+
 def _unlisted(operation: Any) -> str:
-    return "" if operation.op_type in _SEEN | _NO_PATH | _GATHERS else str(operation.op_type)
+    return "" if operation.op_type in _SEEN | _NO_PATH | _GATHERS | _FIRST_CHIP.keys() else str(operation.op_type)
 
 
 def _by(sides: Iterable[Any]) -> str:
@@ -606,21 +646,31 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="dynamic-shape",
-        level="off-engine",
+        level="warning",
         find=_dynamic_shape,
-        reason="the Neural Engine runs fully static shapes alone",
-        remedy="convert for one shape, or for one function a shape",
+        reason="Core ML runs enumerated shapes on the Neural Engine unless an operator computes a shape; Core AI's "
+        "rules ask for fully static shapes",
+        remedy="convert for one shape, for enumerated shapes, or for one function a shape",
         certainty="documented",
-        source=_APPLE,
+        source=f"coremltools' guide, FAQ on flexible inputs; {_APPLE}",
     ),
     Rule(
         name="extent",
         level="off-engine",
         find=_long_axis,
-        reason=f"width and height end at {_LARGEST_EXTENT}",
+        reason=f"width and height end at {_LARGEST_EXTENT}, and so do channels",
         remedy="fold the long axis into two, or use a smaller image",
         certainty="observed",
-        source="ane-guide, model-design rules (2026), measured on an M1; later chips may take more",
+        source="ane-guide, model-design rules (2026)",
+    ),
+    Rule(
+        name="extent-before-a16",
+        level="warning",
+        find=_axis_before_a16,
+        reason=f"width and height end at {_EXTENT_BEFORE_A16} on chips before the A16, such as the M1",
+        remedy="fold the long axis into two, or use a smaller image",
+        certainty="observed",
+        source="ane-guide, model-design rules (2026), measured on an M1",
     ),
     Rule(
         name="gather",
@@ -651,22 +701,40 @@ RULES: tuple[Rule, ...] = (
         source="ane-guide, capability surface (2026)",
     ),
     Rule(
+        name="kernel-width",
+        level="off-engine",
+        find=_wide_kernel,
+        reason=f"kernels wider than {_WIDEST_KERNEL} are rejected when a program is compiled for the Neural Engine",
+        remedy="two smaller ones in a row see as far (k = k1 + k2 - 1); they must be trained that way",
+        certainty="observed",
+        source="ane-guide, model-design rules (2026), measured on an M1",
+    ),
+    Rule(
         name="pool",
         level="off-engine",
         find=_pool,
-        reason=f"the Neural Engine is known to pool up to {_LARGEST_POOL} pixels, with strides 1, 2 and 4",
+        reason=f"the Neural Engine is known to pool over up to {_LARGEST_POOL} pixels",
         remedy="two pools one after the other, or a mean over the whole map",
         certainty="observed",
-        source=f"community notes (hollance/neural-engine, about 2020, possibly outdated); strides 2 and 4: {_APPLE}",
+        source="community notes (hollance/neural-engine, about 2020, possibly outdated)",
+    ),
+    Rule(
+        name="pool-stride",
+        level="warning",
+        find=_pool_stride,
+        reason="strides of 2 and 4 are preferred; 3 and 5 introduce overhead",
+        remedy="a stride of 2 or 4, or two pools one after the other",
+        certainty="documented",
+        source=_APPLE,
     ),
     Rule(
         name="upsampling",
-        level="off-engine",
+        level="warning",
         find=_upsampling,
-        reason=f"upsampling by more than {_LARGEST_UPSAMPLING} was seen to leave the Neural Engine",
-        remedy=f"upsample by {_LARGEST_UPSAMPLING} several times",
+        reason=f"upsampling by more than {_LARGEST_UPSAMPLING} was seen to leave the Neural Engine, and to run on it",
+        remedy=f"look at it in the compute plan first; several times by {_LARGEST_UPSAMPLING} is safe",
         certainty="observed",
-        source="community notes (hollance/neural-engine, about 2020, possibly outdated)",
+        source="community notes (hollance/neural-engine, about 2020), which have both observations",
     ),
     Rule(
         name="padding",
@@ -729,7 +797,7 @@ RULES: tuple[Rule, ...] = (
         reason=f"kernels of more than {_LARGEST_KERNEL} pixels are slow, or split what runs on the Neural Engine",
         remedy="two smaller ones in a row see as far (k = k1 + k2 - 1); they must be trained that way",
         certainty="observed",
-        source=f"ultralytics/yolov5#2526 (2021); split: {_APPLE}; ane-guide (2026): at most 13 wide on an M1",
+        source=f"ultralytics/yolov5#2526 (2021); split: {_APPLE}",
     ),
     Rule(
         name="dilation",
@@ -744,8 +812,9 @@ RULES: tuple[Rule, ...] = (
         name="stride",
         level="warning",
         find=_strides,
-        reason="the Neural Engine takes strides made of the factors 2 and 3, and few that differ between the axes",
-        remedy="the same stride on both axes: 1, 2, 3, 4, 6, 8, ...",
+        reason="the Neural Engine takes strides made of the factors 2 and 3; of those that differ between the axes, 2 "
+        "with 3, 4, 8 or 9",
+        remedy="the same stride on both axes: 1, 2, 3, 4, 6, 8, ...; or 2 on one and 3, 4, 8 or 9 on the other",
         certainty="documented",
         source=_APPLE,
     ),
@@ -816,10 +885,20 @@ RULES: tuple[Rule, ...] = (
         name="int8",
         level="note",
         find=_quantized_activation,
-        reason="computed faster than FP16 on A17 Pro, M4 and later alone; elsewhere it saves memory at best",
+        reason="computed as integers on the A17 Pro, the M4 and later; Apple's table has gains on the A16, too "
+        "(MobileNetV2, FP16 to INT8: 0.48 to 0.27 ms on an iPhone 14 Pro, 0.49 to 0.20 ms on a 15 Pro)",
         remedy="on older devices compare with RECIPE=fp16",
         certainty="documented",
-        source="coremltools' guide to optimization",
+        source="coremltools' guide to optimization, performance of quantized models",
+    ),
+    Rule(
+        name="chip",
+        level="note",
+        find=_recent_chip,
+        reason="older chips than that have no such operator in their Neural Engine",
+        remedy="look for it in the compute plan of the oldest device that is to run the package",
+        certainty="observed",
+        source="ane-guide, capability surface (2026)",
     ),
     Rule(
         name="unlisted",

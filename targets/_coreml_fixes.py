@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import logging
 import math
+import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
+
+from models.errors import CheckFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +40,8 @@ _ADDS_OR_CHOOSES = frozenset(
     {"add", "sub", "masked_fill", "where", "maximum", "minimum", "scaled_dot_product_attention"}
     | {"full", "full_like", "pad", "constant_pad_nd", "expand", "repeat", "clone"}
 )
+# Where a stored number is as good as one that is written out, and some numbers are computed otherwise.
+_KNOWS_NUMBERS = frozenset({"pow", "floor_divide", "remainder", "div"})
 _SPELLED_OUT = frozenset({"hardtanh", "leaky_relu", "elu", "threshold", "clamp_min", "clamp_max", "cosine_similarity"})
 
 
@@ -334,9 +339,27 @@ def limit_sentinels(graph: GraphModule) -> None:
 
 
 def rewrite(graph: GraphModule) -> None:
-    """Let each operator of `_REWRITTEN` be computed by its function, in place; the next trace sees what that calls."""
+    """Let each operator of `_REWRITTEN` be computed by its function, in place; the next trace sees what that calls.
+    Stored numbers that it must know are handed to it as such.
+    """
+    from targets._coreml_program import Constants
+
+    constants = Constants(graph)
     for node in graph.graph.nodes:
-        node.target = _REWRITTEN.get(str(node.target), node.target) if node.op == "call_function" else node.target
+        if node.op != "call_function":
+            continue
+        for place, argument in enumerate(node.args):
+            if _operator(node) in _KNOWS_NUMBERS and argument in constants.nodes:
+                value = constants.value(argument)
+                if value.dim() == 0:
+                    node.update_arg(place, value.item())
+        if str(node.target) == "aten.pow.Tensor_Tensor" and node.args[0] not in constants.nodes:
+            if isinstance(node.args[0], int | float):
+                node.target = power_of_number
+        elif str(node.target) == "aten.pow.Tensor_Tensor" and (constants.value(node.args[0]) > 0).all():
+            node.target = power_of_stored
+        else:
+            node.target = _REWRITTEN.get(str(node.target), node.target)
     graph.recompile()
 
 
@@ -395,6 +418,264 @@ def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tens
     if (low is None) == (high is None) or not x.is_floating_point():
         return torch.clamp(x, min, max)
     return torch.clamp_max(x, float(high)) if low is None else torch.clamp_min(x, float(low))  # type: ignore[arg-type]
+
+
+def argmax(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """The place of the largest of all elements where no axis is named: version 9.0 then takes the last axis."""
+    import torch
+
+    if dim is not None:
+        return torch.argmax(x, dim, keepdim)
+    return torch.argmax(x.reshape(-1), 0).reshape([1] * x.dim() if keepdim else [])
+
+
+def argmin(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """The place of the smallest of all elements: as `argmax`."""
+    import torch
+
+    if dim is not None:
+        return torch.argmin(x, dim, keepdim)
+    return torch.argmin(x.reshape(-1), 0).reshape([1] * x.dim() if keepdim else [])
+
+
+def atan2(y: Tensor, x: Tensor) -> Tensor:
+    """The angle of a point, by its quadrant. Version 9.0 gives 0 for points on the negative side of the first axis,
+    where it is pi (github.com/apple/coremltools #2769). (Zeros have no sign here.)
+    """
+    import torch
+
+    half = torch.where(y > 0, math.pi / 2, torch.where(y < 0, -math.pi / 2, 0.0))
+    turn = torch.where(x < 0, torch.where(y < 0, -math.pi, math.pi), 0.0)
+    return torch.where(x == 0, half, (y / torch.where(x == 0, 1.0, x)).atan() + turn)
+
+
+def bilinear(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A bilinear layer as a linear one and a sum: version 9.0 has no converter for it.
+
+    `x` (..., I), `other` (..., J), `weight` (O, I, J): (..., O).
+    """
+    from torch.nn import functional
+
+    outputs, _, columns = weight.shape
+    mixed = functional.linear(x, weight.transpose(1, 2).flatten(0, 1)).unflatten(-1, (outputs, columns))
+    found = (mixed * other.unsqueeze(-2)).sum(-1)
+    return found if bias is None else found + bias
+
+
+def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """A diagonal as a slice with a stride. Version 9.0 has the main one of the first two axes only."""
+    matrix = x.movedim((dim1, dim2), (-2, -1))
+    rows, columns = matrix.shape[-2:]
+    count = max(0, min(rows + min(offset, 0), columns - max(offset, 0)))
+    first = offset if offset >= 0 else -offset * columns
+    return matrix.flatten(-2)[..., first : first + (count - 1) * (columns + 1) + 1 : columns + 1]
+
+
+def einsum(equation: str, operands: Sequence[Tensor], path: Any = None) -> Tensor:
+    """An equation whose `...` are letters: version 9.0 takes the dots for axes."""
+    import torch
+
+    if "..." not in equation:
+        return torch.einsum(equation, *operands)
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    terms = inputs.split(",")
+    ranks = [tensor.dim() - len(term.replace("...", "")) for term, tensor in zip(terms, operands, strict=True)]
+    dots = "".join(free[: max(ranks)])
+    terms = [term.replace("...", dots[len(dots) - rank :]) for term, rank in zip(terms, ranks, strict=True)]
+    if not arrow:  # the axes of the dots, then what occurs once, in order of the alphabet
+        once = sorted({letter for letter in inputs if letter.isalpha() and inputs.count(letter) == 1})
+        output = "..." + "".join(once)
+    return torch.einsum(f"{','.join(terms)}->{output.replace('...', dots)}", *operands)
+
+
+def floor_divide(x: Tensor, other: Tensor | float) -> Tensor:
+    """A division by 1 rounds: version 9.0 drops it (github.com/apple/coremltools #2762)."""
+    import torch
+
+    return x.floor() if isinstance(other, float | int) and other == 1 else torch.floor_divide(x, other)
+
+
+def divide(x: Tensor, other: Tensor | float, *, rounding_mode: str | None = None) -> Tensor:
+    """A quotient that is rounded down: as `floor_divide`."""
+    import torch
+
+    if rounding_mode == "floor" and isinstance(other, float | int) and other == 1:
+        return x.floor()
+    return torch.div(x, other, rounding_mode=rounding_mode)  # type: ignore[arg-type, call-overload, no-any-return]
+
+
+def remainder(x: Tensor, other: Tensor | float) -> Tensor:
+    """The remainder of a division by 1, for which version 9.0 uses one that rounds down: as `floor_divide`."""
+    import torch
+
+    return x - x.floor() if isinstance(other, float | int) and other == 1 else torch.remainder(x, other)
+
+
+def fmod(x: Tensor, other: Tensor | float) -> Tensor:
+    """The remainder of a division towards zero, which has the sign of `x`. Version 9.0 has no converter for it."""
+    return x - trunc(x / other) * other
+
+
+def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
+    """Version 9.0 chooses between float32 and an integer zero, and refuses that itself."""
+    return x.masked_fill(x.abs() <= lambd, 0.0)
+
+
+def instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """An instance normalization by running statistics, which is a batch normalization: version 9.0 normalizes by those
+    of the input (github.com/apple/coremltools #2666).
+    """
+    import torch
+    from torch.nn import functional
+
+    if use_input_stats or running_mean is None:
+        return torch.instance_norm(
+            x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled
+        )
+    return functional.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def matmul(x: Tensor, other: Tensor) -> Tensor:
+    """A product with a vector as one with a matrix of one column or row: version 9.0 fails at the first of them."""
+    if x.dim() > 1 and other.dim() == 1:
+        return (x @ other.unsqueeze(-1)).squeeze(-1)
+    if x.dim() == 1 and other.dim() > 1:
+        return (x.unsqueeze(0) @ other).squeeze(-2)
+    return x @ other
+
+
+def power_of_number(base: float, exponent: Tensor) -> Tensor:
+    """base ** exponent by an exponential. MIL has `pow` for it, but Core ML's runtime is reported to compute
+    exponent ** base (github.com/apple/coremltools #2628, #2742).
+    """
+    import torch
+
+    if base < 0:
+        raise CheckFailed(
+            f"the network computes {base:g} ** x, the power of a negative number, which Core ML's runtime is reported "
+            "to compute as x squared or the like; write it with torch.where and torch.exp"
+        )
+    if base == 0:
+        return torch.where(exponent > 0, 0.0, torch.where(exponent == 0, 1.0, math.inf))
+    return (exponent * math.log(base)).exp()
+
+
+def power_of_stored(base: Tensor, exponent: Tensor) -> Tensor:
+    """base ** exponent for a stored `base` above zero: as `power_of_number`."""
+    return (exponent * base.log()).exp()
+
+
+def product(x: Tensor, dim: int | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    """A product along an axis, by halves. Version 9.0 has no converter for it."""
+    import torch
+
+    if dtype is not None:
+        x = x.to(dtype)
+    if dim is None:
+        x, dim = x.reshape(-1), 0
+    while (size := x.shape[dim]) > 1:
+        half = size // 2
+        pairs = x.narrow(dim, 0, half) * x.narrow(dim, half, half)
+        rest = x.narrow(dim, 2 * half, size - 2 * half)
+        x = torch.cat([pairs, rest], dim) if size % 2 else pairs
+    return x if keepdim else x.squeeze(dim)
+
+
+def round_decimals(x: Tensor, *, decimals: int) -> Tensor:
+    """Rounding to decimals, which version 9.0 does not know."""
+    return (x * 10.0**decimals).round() / 10.0**decimals
+
+
+def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """log(1 + exp(beta x)) / beta, and x itself where beta x is above the threshold: version 9.0 does not read that."""
+    import torch
+    from torch.nn import functional
+
+    if (beta, threshold) == (1, 20):
+        return functional.softplus(x)
+    scaled = x * beta
+    return torch.where(scaled > threshold, x, functional.softplus(scaled) / beta)
+
+
+def trunc(x: Tensor) -> Tensor:
+    """Rounding towards zero, for which version 9.0 has no converter."""
+    return x.sign() * x.abs().floor()
+
+
+def unfold(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
+    """The windows along an axis, as slices with a stride, one for each place in a window. Version 9.0 has no converter
+    for it.
+    """
+    import torch
+
+    count = (x.shape[dimension] - size) // step + 1
+    parts = []
+    for place in range(size):
+        picked: list[slice] = [slice(None)] * x.dim()
+        picked[dimension] = slice(place, place + (count - 1) * step + 1, step)
+        parts.append(x[tuple(picked)])
+    return torch.stack(parts, -1)
+
+
+def upsample_bilinear2d(
+    x: Tensor, output_size: Sequence[int] | None, align_corners: bool, scale_factors: Sequence[float] | None = None
+) -> Tensor:
+    """Bilinear interpolation by a factor that gives no whole size, as a product with a matrix for each axis: version
+    9.0 refuses it. Positions are those of torch, by the factor and not by the sizes.
+    """
+    import torch
+    from torch.nn import functional
+
+    if scale_factors is None:
+        return functional.interpolate(x, list(output_size or ()), mode="bilinear", align_corners=align_corners)
+    sizes = [size * factor for size, factor in zip(x.shape[-2:], scale_factors, strict=True)]
+    if align_corners or all(float(size).is_integer() for size in sizes):
+        factors = [float(factor) for factor in scale_factors]
+        return functional.interpolate(x, scale_factor=factors, mode="bilinear", align_corners=align_corners)
+    rows, columns = (
+        torch.tensor(_bilinear_weights(size, factor)) for size, factor in zip(x.shape[-2:], scale_factors, strict=True)
+    )
+    return rows @ (x @ columns.mT)
+
+
+def _bilinear_weights(size: int, factor: float) -> list[list[float]]:
+    """What each of `size` elements contributes to each of the interpolated ones: a row for each of these."""
+    rows = []
+    for place in range(int(size * factor)):
+        position = min(size - 1.0, max(0.0, (place + 0.5) / factor - 0.5))
+        rows.append([max(0.0, 1 - abs(position - element)) for element in range(size)])
+    return rows
+
+
+def upsample_nearest2d(
+    x: Tensor, output_size: Sequence[int] | None, scale_factors: Sequence[float] | None = None
+) -> Tensor:
+    """A nearest neighbour whose factor is no whole number, of slices, as torch picks them: version 9.0 leaves it to an
+    operator that goes by the sizes.
+    """
+    import torch
+    from torch.nn import functional
+
+    if scale_factors is None or all(float(factor).is_integer() for factor in scale_factors):
+        if scale_factors is None:
+            return functional.interpolate(x, size=list(output_size or ()))
+        return functional.interpolate(x, scale_factor=[float(factor) for factor in scale_factors])
+    for axis, factor in zip((-2, -1), scale_factors, strict=True):
+        size = x.shape[axis]
+        places = [min(size - 1, int(place / factor)) for place in range(int(size * factor))]
+        x = torch.cat([x.narrow(axis, place, 1) for place in places], axis)
+    return x
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -565,18 +846,44 @@ _REWRITTEN: dict[str, Callable[..., Any]] = {
     "aten.__or__.Tensor": either,
     "aten.add.Tensor": add,
     "aten.alias.default": alias,
+    "aten.argmax.default": argmax,
+    "aten.argmin.default": argmin,
+    "aten.atan2.default": atan2,
+    "aten.bilinear.default": bilinear,
     "aten.clamp.default": clamp,
     "aten.clip.default": clamp,
+    "aten.diagonal.default": diagonal,
+    "aten.div.Scalar_mode": divide,
+    "aten.div.Tensor_mode": divide,
+    "aten.einsum.default": einsum,
+    "aten.floor_divide.default": floor_divide,
+    "aten.floor_divide.Scalar": floor_divide,
+    "aten.fmod.Scalar": fmod,
+    "aten.fmod.Tensor": fmod,
     "aten.gelu.default": gelu,
     "aten.group_norm.default": group_norm,
+    "aten.hardshrink.default": hardshrink,
+    "aten.instance_norm.default": instance_norm,
     "aten.log_sigmoid.default": log_sigmoid,
     "aten.log_softmax.int": log_softmax,
+    "aten.matmul.default": matmul,
     "aten.max_pool2d.default": max_pool2d,
     "aten.pad.default": pad,
+    "aten.pow.Scalar": power_of_number,
+    "aten.prod.default": product,
+    "aten.prod.dim_int": product,
     "aten.reciprocal.default": reciprocal,
+    "aten.remainder.Scalar": remainder,
+    "aten.remainder.Tensor": remainder,
     "aten.rms_norm.default": rms_norm,
     "aten.roll.default": roll,
+    "aten.round.decimals": round_decimals,
+    "aten.softplus.default": softplus,
     "aten.sub.Tensor": subtract,
-    "aten.var_mean.dim": var_mean,
+    "aten.trunc.default": trunc,
+    "aten.unfold.default": unfold,
+    "aten.upsample_bilinear2d.vec": upsample_bilinear2d,
+    "aten.upsample_nearest2d.vec": upsample_nearest2d,
     "aten.var_mean.correction": var_mean_correction,
+    "aten.var_mean.dim": var_mean,
 }

@@ -1,5 +1,8 @@
 """Core ML itself: load a package for some of a Mac's compute units, predict with it, time it, and ask for its plan.
 
+Written against coremltools 9.0, whose signatures the tests check; none of it has been executed on a Mac, and off macOS
+`ThisMac.not_executed` says so.
+
 Everything passes through `Machine`, which trades in packages, arrays, names and numbers alone, so that a Mac or an
 iPhone at the end of a cable can take the place of this Mac.
 """
@@ -8,7 +11,9 @@ from __future__ import annotations
 
 import platform
 import sys
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 
-from models.errors import CannotRunHere
+from models.errors import CannotRunHere, EdgelineError
 from targets._coreml import read_facts
 from targets._coreml_fixes import import_coremltools
 from targets._coreml_interface import pixels
@@ -35,6 +40,13 @@ _DEVICES: Final = {  # classes of coremltools.models.compute_device
     "MLGPUComputeDevice": "GPU",
     "MLNeuralEngineComputeDevice": "Neural Engine",
 }
+
+_NEEDS: Final = {"ALL": "Neural Engine", "CPU_AND_GPU": "GPU", "CPU_AND_NE": "Neural Engine"}  # device, by unit
+
+# Core ML frees the arrays of a prediction about a second later, and without holding Python's lock (apple/coremltools
+# pull requests 2827 and 2829): the last reference must not be its own. So inputs are held here for some seconds.
+_HELD_SECONDS: Final = 10.0
+_HELD: deque[tuple[float, Features]] = deque()
 
 # By name: arrays, or PIL images; a classifier answers with a string and a dictionary, too.
 Features: TypeAlias = Mapping[str, Any]
@@ -67,6 +79,10 @@ class Machine(Protocol):
         """Why packages cannot be executed there; None where they can."""
         ...
 
+    def doubt(self, unit: str) -> str | None:
+        """Why times on one of `UNITS` are not what its name promises; None where nothing is known against them."""
+        ...
+
     def load(self, package: Path, unit: str, function: str | None = None) -> Loaded:
         """Load one function of an .mlpackage, by default its default one, for one of `UNITS`.
 
@@ -87,16 +103,38 @@ class ThisMac:
             return f"needs macOS {_MACOS} or later: this Mac has {release}"
         return None
 
+    def doubt(self, unit: str) -> str | None:
+        """A device that the unit is named after and that this Mac, an Intel one or a virtual machine, does not have."""
+        needed = _NEEDS.get(unit)
+        if needed is None or needed in self.devices():
+            return None
+        return f"this Mac has no {needed}: Core ML runs {unit} elsewhere without a word"
+
+    def devices(self) -> set[str]:
+        """The names, as in a plan, of what Core ML can compute on here."""
+        with _explained("does not list its devices"):
+            found = import_coremltools().models.compute_device.MLComputeDevice.get_all_compute_devices()
+        return {_device(device) for device in found}
+
     def load(self, package: Path, unit: str, function: str | None = None) -> LoadedHere:
+        """As `Machine.load`. Shapes are fixed and predictions matter more than loading, which Core ML is told: an app
+        does the same with MLModelConfiguration.optimizationHints.
+        """
         if reason := self.not_executed():
             raise CannotRunHere(reason)
         coremltools = import_coremltools()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _explained(f"cannot load {package} for {unit}"):
             # Where Core ML refuses a package, MLModel only warns and later cannot predict.
             warnings.simplefilter("error", RuntimeWarning)
             try:
                 model = coremltools.models.MLModel(
-                    str(package), compute_units=coremltools.ComputeUnit[unit], function_name=function
+                    str(package),
+                    compute_units=coremltools.ComputeUnit[unit],
+                    function_name=function,
+                    optimization_hints={
+                        "reshapeFrequency": coremltools.ReshapeFrequency.Infrequent,
+                        "specializationStrategy": coremltools.SpecializationStrategy.FastPrediction,
+                    },
                 )
             except RuntimeWarning as refusal:
                 raise CannotRunHere(f"Core ML on this Mac cannot load {package} for {unit}: {refusal}") from refusal
@@ -115,8 +153,9 @@ class LoadedHere:
 
     def predict(self, inputs: Features) -> Features:
         with _explained("cannot predict"):
-            # A fresh dictionary each time: predict converts its values in place.
-            return cast("Features", self.model.predict(dict(inputs)))
+            given = dict(inputs)  # a fresh one each time: predict converts its values in place
+            _hold(given)
+            return cast("Features", self.model.predict(given))
 
     def latencies_ns(self, inputs: Features, count: int) -> list[int]:
         """Without the copies between Python and Core ML: an app hands over the array itself. Source: coremlpython's
@@ -132,20 +171,40 @@ class LoadedHere:
         return latencies
 
     def plan(self) -> list[Placement]:
+        """Of the default function. Raises CannotRunHere for any other: Core ML's plans name no function."""
+        default = self.model.get_spec().description.defaultFunctionName or "main"
+        function = self.model.function_name or default
+        if function != default:
+            raise CannotRunHere(
+                f"Core ML has a plan of a package's default function, {default}, alone; build {function} as an engine "
+                "of its own to see where it runs"
+            )
         with _explained("has no plan"):
             plan = import_coremltools().models.compute_plan.MLComputePlan.load_from_path(
                 self.compiled, compute_units=self.model.compute_unit
             )
-        function = plan.model_structure.program.functions[self.model.function_name or "main"]
-        return [_placement(plan, operation) for operation in _operations(function.block) if _is_computed(operation)]
+            operations = _operations(plan.model_structure.program.functions[function].block)
+            return [_placement(plan, operation) for operation in operations if _is_computed(operation)]
+
+
+def _hold(inputs: Features) -> None:
+    """Keep what Core ML was given, with what coremltools converted it to, until Core ML has let go of it."""
+    now = time.monotonic()
+    while _HELD and _HELD[0][0] < now - _HELD_SECONDS:
+        _HELD.popleft()
+    _HELD.append((now, inputs))
 
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
+    """Whatever coremltools and its compiled part raise inside, as CannotRunHere: they name no types of errors."""
     try:
         yield
-    except RuntimeError as refusal:  # what the compiled part of coremltools makes of Core ML's errors
-        raise CannotRunHere(f"Core ML on this Mac {what}: {refusal}") from refusal
+    except EdgelineError:
+        raise
+    except Exception as refusal:
+        cause = str(refusal) or type(refusal).__name__
+        raise CannotRunHere(f"Core ML on this Mac {what}: {cause}") from refusal
 
 
 def _compiled(model: Any, package: Path) -> str:
@@ -191,7 +250,7 @@ def _placement(plan: Any, operation: Any) -> Placement:
 
 def _device(device: Any) -> str:
     name = type(device).__name__
-    return _DEVICES.get(name, name)
+    return _DEVICES.get(name.removeprefix("_").removesuffix("Proxy"), name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +260,7 @@ class CoreMLSession:
     batch: int
     loaded: Loaded
     features: Callable[[Images], Features]  # what the package takes
+    doubt: str | None = None  # why times are not what the name of the units promises
 
     @property
     def load_ns(self) -> int | None:
@@ -224,14 +284,15 @@ def opened(machine: Machine, package: Path, unit: str) -> Iterator[CoreMLSession
 
     Raises as `Machine.load` does.
     """
-    loaded = machine.load(package, unit)
+    loaded, doubt = machine.load(package, unit), machine.doubt(unit)
     description = import_coremltools().utils.load_spec(str(package)).description
     (image,) = description.input
     if image.type.WhichOneof("Type") == "imageType":
         preprocess = read_facts(description.metadata)["preprocess"]
-        yield CoreMLSession(batch=1, loaded=loaded, features=partial(_picture, preprocess))
+        yield CoreMLSession(batch=1, loaded=loaded, features=partial(_picture, preprocess), doubt=doubt)
     else:
-        yield CoreMLSession(batch=image.type.multiArrayType.shape[0], loaded=loaded, features=_tensor)
+        batch = image.type.multiArrayType.shape[0]
+        yield CoreMLSession(batch=batch, loaded=loaded, features=_tensor, doubt=doubt)
 
 
 def _tensor(images: Images) -> Features:

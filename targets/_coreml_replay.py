@@ -6,7 +6,7 @@ adds up with another: what is found at an operator is that operator's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 from calibration.metrics import snr_db
 from calibration.recipe import Precision
 from models.errors import CheckFailed
-from targets._coreml import Package, quantizers, weighted
+from targets._coreml import Package, layer_pairs, quantizers
+from targets._coreml_pairs import PRODUCT, Layer, Pair
 from targets.base import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
@@ -95,9 +96,10 @@ def replay(package: Package, program: ExportedProgram, image: Tensor, *, layers:
     graph = program.module()
     nodes = {node.name: node for node in graph.graph.nodes}
     values = _recorded(graph, image)
-    pairs = dict(_pairs(package, graph))
+    paired = layer_pairs(package, graph)
+    pairs = dict(_pairs(package, graph, paired))
     found: list[Comparison] = []
-    left_out = set() if layers else {operation.name for operation in weighted(package)}
+    left_out = set() if layers else {cast("Layer", pair.found).name for pair in paired}
 
     def compare(operation: Any, name: str, value: Tensor) -> None:
         if name in pairs and operation.name not in left_out:
@@ -132,45 +134,70 @@ def _recorded(graph: GraphModule, image: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _pairs(package: Package, graph: GraphModule) -> Iterator[tuple[str, str]]:
+def _pairs(package: Package, graph: GraphModule, layers: Iterable[Pair]) -> Iterator[tuple[str, str]]:
     """The values of the package and the nodes that compute the same.
 
-    Layers and their quantizers go by order, as `_coreml.compare` has established; all others by name, which
-    coremltools keeps but for the ending (see `_coreml_fixes.names_kept`). A layer that has the name of a later node is
-    fused with what lies between.
+    Layers go by `layers`, and their quantizers with them; all other values by name, which coremltools keeps but for the
+    ending (see `_coreml_fixes.names_kept`).
     """
-    from calibration.program import WEIGHTED
-
-    nodes = {
-        node.name: node  # those with one output
-        for node in graph.graph.nodes
-        if node.op == "call_function" and hasattr(node.meta["val"], "shape")
-    }
+    nodes = _named(graph)
     places = {name: place for place, name in enumerate(nodes)}
-    layers = [node for node in nodes.values() if node.target in WEIGHTED]
-    by_order: dict[str, str] = {}
-    for operation, node in zip(weighted(package), layers, strict=True):
-        name = operation.outputs[0].name.removesuffix(_HALF)
-        by_order[operation.outputs[0].name] = name if places.get(name, -1) > places[node.name] else node.name
-        for part in quantizers(operation):
-            restored = cast("Node", node.args[0])
-            if part.op_type == "dequantize":
-                by_order[part.outputs[0].name] = restored.name
-            elif part.op_type == "quantize":
-                rounded = cast("Node", restored.args[0])
-                by_order[part.outputs[0].name] = rounded.name
-                source = cast("Node", rounded.args[0])
-                if source.name in nodes and part.input.op is not None:
-                    by_order.setdefault(part.input.name, source.name)
-    yield from by_order.items()
-    taken = set(by_order.values())
+    by_layer: dict[str, str] = {}
+    for pair in layers:
+        layer, found = cast("Layer", pair.expected), cast("Layer", pair.found)
+        if layer.kind != PRODUCT:
+            operation, node = found.source, layer.source
+            by_layer[operation.outputs[0].name] = _computed_by(operation, node, nodes, places)
+            by_layer |= dict(_quantizer_pairs(operation, node, nodes))
+    yield from by_layer.items()
+    taken = set(by_layer.values())
     for operation in package.operations:
         for output in operation.outputs:
             name = output.name.removesuffix(_HALF)
-            if output.name in by_order or name in taken or name not in nodes:
+            if output.name in by_layer or name not in nodes or nodes[name].name in taken:
                 continue
             if tuple(nodes[name].meta["val"].shape) == tuple(output.shape):
-                yield output.name, name
+                yield output.name, nodes[name].name
+
+
+def _named(graph: GraphModule) -> dict[str, Node]:
+    """The nodes that compute one tensor, by the name that coremltools gives to it: of a node with several outputs, such
+    as a BatchNorm's, that is the first; of the graph's own first output, `OUTPUT_NAME`.
+    """
+    found: dict[str, Node] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or "val" not in node.meta:
+            continue
+        if hasattr(node.meta["val"], "shape"):
+            found[node.name] = node
+            source = node.args[0] if node.args else None
+            if "getitem" in str(node.target) and node.args[1] == 0:
+                found.setdefault(cast("Node", source).name, node)
+    (last, *_) = graph.graph.output_node().all_input_nodes
+    return found | {OUTPUT_NAME: last}
+
+
+def _computed_by(operation: Any, node: Node, nodes: Mapping[str, Node], places: Mapping[str, int]) -> str:
+    """The node that computes what a layer of the package does. One that has the name of a later node is fused with what
+    lies between.
+    """
+    output = operation.outputs[0]
+    name = output.name.removesuffix(_HALF)
+    later = places.get(name, -1) > places[node.name]
+    return nodes[name].name if later and tuple(nodes[name].meta["val"].shape) == tuple(output.shape) else node.name
+
+
+def _quantizer_pairs(operation: Any, node: Node, nodes: Mapping[str, Node]) -> Iterator[tuple[str, str]]:
+    for part in quantizers(operation):
+        restored = cast("Node", node.args[0])
+        if part.op_type == "dequantize":
+            yield part.outputs[0].name, restored.name
+        elif part.op_type == "quantize":
+            rounded = cast("Node", restored.args[0])
+            yield part.outputs[0].name, rounded.name
+            source = cast("Node", rounded.args[0])
+            if source.name in nodes and part.input.op is not None:
+                yield part.input.name, source.name
 
 
 def _comparison(operation: Any, node: Node, value: Tensor, values: Mapping[str, Tensor]) -> Comparison:

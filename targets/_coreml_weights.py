@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from calibration import recipe
 from calibration.recipe import WeightOnly
 from models.errors import CheckFailed
-from targets._coreml import Package, weighted
+from targets._coreml import Package, layer_pairs, weight_values, weighted
 from targets._coreml_fixes import import_coremltools, one_bar_for_weights, scales_above_zero
 
 if TYPE_CHECKING:
@@ -196,35 +196,27 @@ def _check_parts(package: Package) -> None:
 
 
 def _stored(package: Package, program: ExportedProgram, storage: WeightOnly) -> list[_Stored]:
-    from calibration import program as programs
+    from targets._coreml_program import arranged
 
-    graph = program.module()
-    nodes = [node for node in graph.graph.nodes if node.target in programs.WEIGHTED]
-    operations = weighted(package)
-    values = _values([operation.weight for operation in operations])
-    return [
-        _Stored(
-            name=programs.module_path(node),
-            exported=(exported := programs.stored_tensor(graph, node.args[1]).detach()),
-            value=values[operation.weight.name],
-            form=form_of(tuple(exported.shape), storage),
-            part=operation.weight.op,
+    values = weight_values(package)
+    found = []
+    for pair in layer_pairs(package, program.module()):
+        operation = pair.found.source
+        if operation.op_type == "matmul":
+            continue
+        exported = arranged(pair.expected, tuple(operation.weight.shape))
+        if exported is None:
+            continue  # a product that was rearranged: the replay compares what it computes
+        found.append(
+            _Stored(
+                name=pair.expected.name,
+                exported=exported,
+                value=values[operation.weight.name],
+                form=form_of(tuple(exported.shape), storage),
+                part=operation.weight.op,
+            )
         )
-        for node, operation in zip(nodes, operations, strict=True)
-    ]
-
-
-def _values(weights: list[Any]) -> Mapping[str, Tensor]:
-    """What the weights of a package are worth, by the names of the values."""
-    import torch
-
-    from targets._mil.evaluator import Evaluator
-
-    plain = {
-        weight.name: torch.from_numpy(weight.val.astype("float32")) for weight in weights if weight.val is not None
-    }
-    parts = {weight.name: weight.op for weight in weights if weight.val is None}
-    return plain | Evaluator(list(parts.values()), list(parts)).run({})
+    return found
 
 
 def _check_form(layer: _Stored) -> None:

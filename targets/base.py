@@ -224,6 +224,11 @@ class UnitSession(Session, Protocol):
     """An engine on one set of units, which also says how it got there."""
 
     @property
+    def doubt(self) -> str | None:
+        """Why times are not those of the units by that name, such as a machine without one of them; else None."""
+        ...
+
+    @property
     def load_ns(self) -> int | None:
         """How long the runtime took to load the engine, in nanoseconds; None where it does not say."""
         ...

@@ -17,7 +17,17 @@ from calibration.recipe import Precision, WeightOnly
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets import _coreml_card, _coreml_functions, _coreml_interface, _coreml_systems, _coreml_weights
-from targets._coreml import Package, check_quantizers, compare, exported_layers, layers, read, read_facts, write_facts
+from targets._coreml import (
+    Package,
+    check_powers,
+    check_quantizers,
+    compare,
+    exported_layers,
+    layers,
+    read,
+    read_facts,
+    write_facts,
+)
 from targets._coreml_eligibility import eligibility
 from targets._coreml_fixes import (
     decomposed,
@@ -29,6 +39,7 @@ from targets._coreml_fixes import (
     transposes_told_apart,
 )
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
+from targets._coreml_program import has_compounds
 from targets._coreml_refusals import explained
 from targets._half_coreml import Selection
 from targets._host import in_queries
@@ -126,13 +137,14 @@ class CoreMLTarget:
         _check_interface(package.spec, export)
         _coreml_interface.check_labels(package.operations, package.spec.description, export)
         found = layers(package, arithmetic=export.storage is None)
-        compare(exported_layers(program, export.scales()), found)
+        compare(exported_layers(program, export.scales()), found, compounds=has_compounds(program))
         if export.storage:
             stored = {"weights": _coreml_weights.inspect(package, program, export.storage)}
         else:
             check_quantizers(package)
             stored = {}
         _check_types(package, export)
+        check_powers(package)
         operators = Counter(operation.op_type for operation in package.operations if operation.op_type != "const")
         return {
             "system": _coreml_systems.system_of(export).name,

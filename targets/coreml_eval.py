@@ -1,33 +1,38 @@
 """Run a Core ML package on a picture, on any system, by the reference evaluator:
 
-    python -m targets.coreml_eval model.mlpackage picture.jpg [--function NAME] [--exact]
+    python -m targets.coreml_eval model.mlpackage picture.jpg [--function NAME] [--size HEIGHTxWIDTH] [--exact]
 
 The likeliest classes go to stderr; the last line of stdout is one JSON object with every output. A package of Edgeline
 says itself how pictures are prepared for it; one of others is given the picture scaled to what its input takes, as
-bytes for an image, from 0 to 1 for an array (1, 3, H, W).
+bytes for an image, from 0 to 1 for an array (1, 3, H, W). --size chooses among the sizes of a package that takes
+several. Optional inputs have their default value.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from models.errors import BadRequest, EdgelineError
+from models.errors import BadRequest, CheckFailed, EdgelineError
 from models.spec import Preprocess
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
+    from torch import Tensor
 
     from targets._coreml import Package
+    from targets._coreml_inputs import Input
 
 _SHOWN = 5  # classes
+_SMALLEST_CROP = 0.1  # share of a picture: it is resized to as many times its size, and memory is not without end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("package", type=Path)
     parser.add_argument("image", type=Path)
     parser.add_argument("--function", help="of a package with several; its default where none is named")
+    parser.add_argument("--size", help="HEIGHTxWIDTH, of a package that takes pictures of several sizes")
     parser.add_argument("--exact", action="store_true", help="compute in float32 without rounding to FP16")
     request = parser.parse_args(arguments)
     try:
-        answer = evaluate(request.package, request.image, function=request.function, exact=request.exact)
+        answer = evaluate(
+            request.package, request.image, function=request.function, exact=request.exact, size=_size(request.size)
+        )
     except EdgelineError as error:
         print(error, file=sys.stderr)
         print(json.dumps({"package": str(request.package), "error": str(error)}))
@@ -47,64 +55,145 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def evaluate(path: Path, image: Path, *, function: str | None = None, exact: bool = False) -> dict[str, object]:
+def evaluate(
+    path: Path,
+    image: Path,
+    *,
+    function: str | None = None,
+    exact: bool = False,
+    size: tuple[int, int] | None = None,
+) -> dict[str, object]:
     """The outputs of the package at `path` for a picture, each as a list, with the names of its classes where it has
-    some. Raises BadRequest where picture and package do not go together, CheckFailed where it cannot be computed.
+    some; the output of a classifier that names the class is that name. `size`: height and width in pixels.
+
+    Raises BadRequest where picture and package do not go together, CheckFailed where it cannot be computed.
     """
     import torch
 
-    from targets._coreml import read, read_facts
+    from targets._coreml import read
     from targets._mil.evaluator import Evaluator
 
-    if not path.is_dir():
-        raise BadRequest(f"{path}: there is no such package; give the folder that ends in .mlpackage")
+    _check_path(path)
     package = read(path, function)
-    evaluator = Evaluator(package.operations, package.outputs, rounding="exact" if exact else "fp16")
-    name, picture = _input(package, image)
+    name, picture = _input(package, image, size)
+    rounding = "exact" if exact else "fp16"
+    evaluator = Evaluator(package.operations, package.outputs, rounding=rounding, described=package.inputs)  # type: ignore[arg-type]
     found = evaluator.run({name: torch.from_numpy(picture)})
-    classes = read_facts(package.spec.description.metadata).get("classes")
+    classes, label = _classes(package)
     for scores in found.values():
-        if classes and scores.shape == (1, len(classes)):
-            _tell(scores[0].tolist(), classes)
+        if classes and scores.is_floating_point() and scores.numel() == len(classes):
+            _tell(scores.flatten().tolist(), classes)
             break
     return {
         "package": str(path),
         "by": "reference evaluator",
-        "outputs": {name: value.flatten().tolist() for name, value in found.items()},
+        "outputs": {name: _plain(value, classes if name == label else None) for name, value in found.items()},
         "classes": classes,
     }
 
 
-def _input(package: Package, image: Path) -> tuple[str, npt.NDArray[np.float32]]:
-    """The name of the package's one input, and what it takes for a picture: (1, 3, H, W)."""
+def _size(asked: str | None) -> tuple[int, int] | None:
+    if asked is None:
+        return None
+    height, _, width = asked.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise BadRequest(f"--size {asked}: expected HEIGHTxWIDTH in pixels, such as 224x224")
+    return int(height), int(width)
+
+
+def _check_path(path: Path) -> None:
+    if path.is_dir():
+        return
+    if path.suffix == ".mlmodel":
+        raise BadRequest(
+            f"{path}: a single .mlmodel file is a neural network or a model of another kind, expected the folder "
+            '.mlpackage of an ML Program: convert the model again with coremltools.convert(..., convert_to="mlprogram")'
+        )
+    raise BadRequest(f"{path}: there is no such package; give the folder that ends in .mlpackage")
+
+
+def _classes(package: Package) -> tuple[list[str] | None, str | None]:
+    """The names of the classes, those of the package's own operator first, and the output that is one of them."""
+    from targets._coreml import read_facts
+
+    for operation in package.named("classify"):
+        return [str(name) for name in operation.classes.val], operation.outputs[0].name
+    named = read_facts(package.spec.description.metadata).get("classes")
+    plain = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    return (named if plain else None), None
+
+
+def _plain(value: Tensor, classes: Sequence[str] | None) -> object:
+    return value.flatten().tolist() if classes is None else classes[int(value)]
+
+
+def _input(package: Package, image: Path, size: tuple[int, int] | None) -> tuple[str, npt.NDArray[np.float32]]:
+    """The name of the package's one input for pictures, and what it takes for this one: (1, 3, H, W)."""
     import numpy as np
 
     from calibration.preprocess import normalize, opaque, pixels
     from targets._coreml import read_facts
 
-    described = package.inputs
-    if len(described) != 1:
-        raise BadRequest(f"the package has the inputs {', '.join(map(str, described))}; expected one image or array")
-    (value,) = described
-    kind = value.type.WhichOneof("Type")
-    shape = list(value.type.multiArrayType.shape)
-    if kind == "imageType":
-        colours = value.type.imageType.ColorSpace.Name(value.type.imageType.colorSpace)
-        if colours != "RGB":
-            raise BadRequest(f"input `{value.name}` of the package takes pictures in {colours}; expected RGB")
-        size = value.type.imageType.width, value.type.imageType.height
-    elif len(shape) == 4 and shape[:2] == [1, 3]:
-        size = shape[3], shape[2]
-    else:
-        raise BadRequest(f"input `{value.name}` of the package is no image and no array (1, 3, H, W), but {shape}")
+    value = _chosen(package)
+    height, width = size or value.shape[2:]
+    value.check((1, 3, height, width))
     facts = read_facts(package.spec.description.metadata).get("preprocess")
-    if facts:
-        preprocess = replace(Preprocess(**facts), size=size[0])  # each function of a package has its own
+    if facts is not None:
+        preprocess = replace(_preprocess(facts), size=width)  # each function of a package has its own
         bytes_ = pixels(_opened(image), preprocess)[None]
+        value.check(bytes_.shape)
     else:
-        preprocess = Preprocess(size=size[0], mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        bytes_ = np.asarray(opaque(_opened(image), preprocess.background).resize(size)).transpose(2, 0, 1)[None]
-    return value.name, bytes_.astype(np.float32) if kind == "imageType" else normalize(bytes_, preprocess)
+        preprocess = Preprocess(size=width, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        picture = opaque(_opened(image), preprocess.background).resize((width, height))
+        bytes_ = np.asarray(picture).transpose(2, 0, 1)[None]
+    return value.name, bytes_.astype(np.float32) if value.kind == "image" else normalize(bytes_, preprocess)
+
+
+def _chosen(package: Package) -> Input:
+    """The one input that has no default value. Raises BadRequest where that takes no picture in RGB."""
+    from targets._coreml_inputs import inputs
+
+    needed = [value for value in inputs(package.inputs) if value.default is None]
+    if len(needed) != 1:
+        raise BadRequest(
+            f"the package takes {len(needed)} inputs, {', '.join(map(str, needed)) or 'none'}; expected one image or "
+            "one array (1, 3, H, W), and defaults for the others"
+        )
+    (value,) = needed
+    if value.kind == "image" and value.colours != "RGB":
+        raise BadRequest(f"input `{value.name}` of the package takes pictures in {value.colours}; expected RGB")
+    if value.kind == "other" or len(value.shape) != 4 or value.shape[:2] != (1, 3):
+        raise BadRequest(
+            f"input `{value.name}` of the package is no image and no array (1, 3, H, W), but {list(value.shape)}"
+        )
+    return value
+
+
+def _preprocess(facts: Any) -> Preprocess:
+    """How a package says that pictures are prepared. Raises CheckFailed where that is no way to do it."""
+    try:
+        given = {"size": 1} | facts
+        found = Preprocess(**given | {name: tuple(given[name]) for name in ("mean", "std") if name in given})
+        numbers = [float(number) for number in (*found.mean, *found.std, found.crop)]
+        sound = (
+            len(found.mean) == len(found.std) == 3
+            and all(map(math.isfinite, numbers))
+            and all(number > 0 for number in found.std)
+            and _SMALLEST_CROP <= found.crop <= 1
+            and found.interpolation in ("bilinear", "bicubic")
+        )
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
+        raise CheckFailed(_unprepared(facts)) from error
+    if not sound:
+        raise CheckFailed(_unprepared(facts))
+    return found
+
+
+def _unprepared(facts: object) -> str:
+    return (
+        f"the package says that pictures are prepared by {str(facts)[:200]}; expected mean and std of three numbers, a "
+        f"crop from {_SMALLEST_CROP} to 1, and bilinear or bicubic interpolation: build the engine again"
+    )
 
 
 def _opened(path: Path) -> Image.Image:

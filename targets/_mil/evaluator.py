@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from models.errors import BadRequest, CheckFailed
 from targets._coreml import is_constant
-from targets._mil import arithmetic, compressed, layers, shapes  # noqa: F401 - each registers its operators
+from targets._coreml_inputs import check, inputs
+from targets._mil import arithmetic, compressed, layers, recurrent, sampling, shapes  # noqa: F401 - register operators
 from targets._mil.registry import OPERATORS, Function
 
 # "fp16": what the program declares as FP16 is rounded to it, inputs and the outputs of every operator, as Apple's units
@@ -22,6 +24,8 @@ from targets._mil.registry import OPERATORS, Function
 Rounding: TypeAlias = Literal["fp16", "exact"]
 Watch: TypeAlias = Callable[[Any, str, Tensor], None]  # coremltools' operation, name of one of its outputs, the value
 
+_MOST_ELEMENTS = 2**28  # of one value: 1 GiB in float32
+_UPDATE = "coreml_update_state"  # what coremltools reads a write_state and the read_state after it as
 _COMPUTED_IN = {"f": np.float32, "u2": np.int32, "u4": np.int64}  # by kind and size of a constant's type; others stay
 
 
@@ -62,22 +66,39 @@ class _Step:
 class Evaluator:
     """One function of a package, prepared once and run as often as wanted.
 
-    `operations`: as `targets._coreml.read` gives them; `outputs`: the names that `run` returns. Raises CheckFailed
-    naming the operators that are not implemented.
+    `operations`: as `targets._coreml.read` gives them; `outputs`: the names that `run` returns. `described`: the inputs
+    of the package, whose enumerated shapes and ranges are then held, and whose optional ones may be left out. Raises
+    CheckFailed naming the operators that are not implemented, or one that puts out more than memory is made for.
     """
 
-    def __init__(self, operations: Sequence[Any], outputs: Sequence[str], *, rounding: Rounding = "fp16") -> None:
+    def __init__(
+        self,
+        operations: Sequence[Any],
+        outputs: Sequence[str],
+        *,
+        rounding: Rounding = "fp16",
+        described: Iterable[Any] = (),
+    ) -> None:
         if unknown := sorted({operation.op_type for operation in operations} - OPERATORS.keys() - {"const"}):
             raise CheckFailed(
                 f"the reference evaluator does not know the operators {', '.join(unknown)}: this package can only be "
                 "run on a Mac, or write them in targets/_mil"
             )
         self.rounding = rounding
+        self.described = {value.name: value for value in inputs(described)}
         self.outputs = tuple(outputs)
         self._inputs = {
             value.name: _declared(value) for operation in operations for value in _inputs(operation) if _is_fed(value)
         }
-        self._constants: dict[str, Tensor] = {}
+        self._states = {
+            value.name: _initial(value) for operation in operations for value in _inputs(operation) if _is_state(value)
+        }
+        self._constants = {  # that are outputs themselves
+            value.name: _tensor(value.val)
+            for operation in operations
+            for value in operation.outputs
+            if value.name in self.outputs and operation.op_type == "const"
+        }
         self._steps = tuple(self._prepared(operations))
         read = {name for step in self._steps for found in step.values.values() for name in _listed(found)}
         self._constants = {name: self._constants[name] for name in self._constants.keys() & (read | {*outputs})}
@@ -91,33 +112,43 @@ class Evaluator:
     ) -> dict[str, Tensor]:
         """The outputs for `inputs`; floats are float32 tensors.
 
+        States, which Core ML keeps from one prediction to the next, are zeros at the beginning of each run.
         `watch` sees every value that depends on the inputs, as it was computed. Where `given` has the name of one, that
         goes to the operators that follow in its place (teacher forcing), as it is: it is not rounded.
         Raises BadRequest where an input is missing or of another shape, CheckFailed naming an operator that fails.
         """
         forced = {name: _as_computed(value) for name, value in (given or {}).items()}
-        values = self._constants | self._fed(inputs) | {name: forced[name] for name in inputs if name in forced}
+        values = (
+            self._constants
+            | self._states
+            | self._fed(inputs)
+            | {name: forced[name] for name in inputs if name in forced}
+        )
         with torch.no_grad():
             for step in self._steps:
                 for output, value in zip(step.outputs, self._computed(step, values), strict=True):
                     if watch:
                         watch(step.operation, output.name, value)
                     values[output.name] = forced.get(output.name, value)
+                if step.operation.op_type == _UPDATE:
+                    values[step.operation.state.name] = values[step.outputs[0].name]
                 for name in step.finished:
                     del values[name]
         return {name: values[name] for name in self.outputs}
 
-    def _fed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _fed(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs in the types that the program declares. (One that no operator reads is not known here.)"""
-        if self._inputs.keys() - inputs.keys():
-            came = ", ".join(sorted(inputs)) or "none"
+        left_out = [value for name, value in self.described.items() if name not in given and value.default is not None]
+        found = {value.name: value.filled() for value in left_out} | dict(given)
+        if self._inputs.keys() - found.keys():
+            came = ", ".join(sorted(given)) or "none"
             raise BadRequest(f"the package takes the inputs {', '.join(sorted(self._inputs))}; got {came}")
-        found = dict(inputs)
+        check(self.described, found)
         for name, declared in self._inputs.items():
-            if not declared.fits(inputs[name]):
-                shape = tuple(inputs[name].shape)
+            if not declared.fits(found[name]):
+                shape = tuple(found[name].shape)
                 raise BadRequest(f"input {name} has the shape {shape}; the package takes {declared}")
-            found[name] = declared.rounded(inputs[name].to(declared.dtype), self.rounding)
+            found[name] = declared.rounded(found[name].to(declared.dtype), self.rounding)
         return found
 
     def _prepared(self, operations: Sequence[Any]) -> Iterator[_Step]:
@@ -150,7 +181,7 @@ class Evaluator:
             values={name: _names(value) for name, value in given.items() if value is not None},
             fixed=dict.fromkeys(name for name, value in given.items() if value is None)
             | dict(_fixed(operation, attributes)),
-            outputs=tuple(_declared(output) for output in operation.outputs),
+            outputs=tuple(_bounded(operation, _declared(output)) for output in operation.outputs),
             finished=tuple(finished - {*self.outputs} - self._constants.keys() - _constant_names(operation)),
         )
 
@@ -163,7 +194,7 @@ class Evaluator:
         }
         try:
             made = step.function(**tensors, **step.fixed)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # torch's, numpy's, and those of operators that a package has made up
             raise CheckFailed(
                 f"the reference evaluator cannot compute {operation.name} ({operation.op_type}): {error}"
             ) from error
@@ -225,7 +256,21 @@ def _listed(found: str | list[str]) -> list[str]:
 
 def _is_fed(value: Any) -> bool:
     """Whether it is an input of the program."""
-    return value.op is None and value.val is None
+    return value.op is None and value.val is None and not _is_state(value)
+
+
+def _is_state(value: Any) -> bool:
+    from coremltools.converters.mil.mil import types
+
+    return value.op is None and bool(types.is_state(value.sym_type))
+
+
+def _initial(state: Any) -> Tensor:
+    """What Core ML gives to a state that is new."""
+    from coremltools.converters.mil.mil import types
+
+    tensor = state.sym_type.wrapped_type()
+    return _tensor(np.zeros(tensor.get_shape(), types.nptype_from_builtin(tensor.get_primitive())))
 
 
 def _constant_names(operation: Any) -> set[str]:
@@ -243,6 +288,17 @@ def _declared(value: Any) -> _Declared:
         dtype=_tensor(np.zeros((), types.nptype_from_builtin(value.dtype))).dtype if is_number else None,
         half=value.dtype == types.fp16,
     )
+
+
+def _bounded(operation: Any, declared: _Declared) -> _Declared:
+    """Raises CheckFailed where an operator puts out so much that it is no network for a picture."""
+    elements = math.prod(size or 1 for size in declared.shape or ())
+    if elements > _MOST_ELEMENTS:
+        raise CheckFailed(
+            f"{operation.name} ({operation.op_type}) puts out {declared}, {elements} numbers; the reference evaluator "
+            f"computes up to {_MOST_ELEMENTS} at a time"
+        )
+    return declared
 
 
 def _tensor(constant: Any) -> Tensor:

@@ -115,6 +115,44 @@ def slice_by_index(
     return x.squeeze(tuple(axis for axis in range(rank) if squeezed[axis]))
 
 
+@operator("slice_update")
+def slice_update(
+    x: Tensor,
+    update: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    *,
+    stride: Sequence[int] | None,
+    begin_mask: Sequence[bool] | None,
+    end_mask: Sequence[bool] | None,
+    squeeze_mask: Sequence[bool] | None,
+) -> Tensor:
+    """`x` with `update` in the place that `slice_by_index` would return."""
+    rank = x.dim()
+    no = [False] * rank
+    chosen: list[slice] = []
+    for axis, (first, last, step, from_start, to_end, only) in enumerate(
+        zip(
+            begin.tolist(),
+            end.tolist(),
+            stride or [1] * rank,
+            begin_mask or no,
+            end_mask or no,
+            squeeze_mask or no,
+            strict=True,
+        )
+    ):
+        if only:
+            place = range(x.shape[axis])[0 if from_start else first]
+            chosen.append(slice(place, place + 1))
+        else:
+            chosen.append(slice(None if from_start else first, None if to_end else last, step))
+    result = x.clone()
+    region = result.numpy()[tuple(chosen)]  # numpy steps backwards, too
+    region[...] = update.reshape(region.shape).numpy()
+    return result
+
+
 def _at(x: Tensor, axis: int, places: range) -> Tensor:
     if places.step < 0:  # torch slices forwards only
         return x.index_select(axis, torch.tensor(places, dtype=torch.long))
@@ -317,6 +355,29 @@ def sliding_windows(x: Tensor, *, axis: int, size: int, stride: int) -> Tensor:
 @operator("fill")
 def fill(shape: Tensor, value: Tensor) -> Tensor:
     return value.expand(shape.tolist())
+
+
+@operator("fill_like")
+def fill_like(ref_tensor: Tensor, value: Tensor) -> Tensor:
+    return value.expand(ref_tensor.shape)
+
+
+@operator("non_zero")
+def non_zero(x: Tensor) -> Tensor:
+    """The places of the elements that are not zero, one row each, in the order of `x`: (N, rank), int32."""
+    return x.nonzero().int()
+
+
+@operator("reverse_sequence")
+def reverse_sequence(x: Tensor, lengths: Tensor, *, seq_axis: int, batch_axis: int) -> Tensor:
+    """Of each slice along `batch_axis`, so many first elements along `seq_axis` backwards."""
+    slices = []
+    for one, length in zip(x.split(1, batch_axis), lengths.tolist(), strict=True):
+        rest = one.shape[seq_axis] - length
+        slices.append(
+            torch.cat((one.narrow(seq_axis, 0, length).flip(seq_axis), one.narrow(seq_axis, length, rest)), seq_axis)
+        )
+    return torch.cat(slices, batch_axis)
 
 
 @operator("shape")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibration import program as programs
-from targets import _coreml_fixes, coreml
+from models.errors import CheckFailed
+from targets import _coreml, _coreml_fixes, coreml
 from targets._coreml_fixes import mended, names_kept, one_progress_bar, transposes_told_apart
 from tests.targets.packages import SIZE, Of, computed, constants, converted, decibels, exported, untouched
 
@@ -53,7 +54,30 @@ def unbiased_moments(x: Tensor) -> Tensor:
     return torch.cat([variance, mean], 1)
 
 
+VECTOR = torch.arange(SIZE, dtype=torch.float32) / SIZE
+
+
 REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "bilinear": (nn.Bilinear(SIZE, SIZE, 8), "Unsupported fx node _trilinear|Unsupported fx node bilinear"),
+    "bilinear interpolation by 1.6": (
+        Of(lambda x: functional.interpolate(x, scale_factor=1.6, mode="bilinear")),
+        "float output size is not supported",
+    ),
+    "diagonal": (Of(lambda x: x.diagonal(1, 2, 3)), "Only offset == 0 and dim1 == 0"),
+    "diagonal, turned": (Of(lambda x: torch.diagonal(x, -2, 3, 2)), "Only offset == 0 and dim1 == 0"),
+    "einsum with dots": (Of(lambda x: torch.einsum("...ij,...kj->...ik", x, x)), "perm should have the same length"),
+    "einsum with dots of two ranks": (Of(lambda x: torch.einsum("...ij,jk", x, x[0, 0])), "."),
+    "fmod": (Of(lambda x: torch.fmod(5 * x, 2.0)), "Unsupported fx node fmod"),
+    "fmod of two": (Of(lambda x: torch.fmod(5 * x, x.abs() + 1)), "Unsupported fx node fmod"),
+    "hardshrink": (nn.Hardshrink(0.3), "must have the same data type"),
+    "trunc": (Of(lambda x: (3 * x).trunc()), "Unsupported fx node trunc"),
+    "product": (Of(lambda x: x.prod(1)), "Unsupported fx node prod"),
+    "product of all": (Of(lambda x: (1 + x / 100).prod().reshape(1)), "Unsupported fx node prod"),
+    "product that keeps its axis": (Of(lambda x: x[..., :5].prod(-1, keepdim=True)), "Unsupported fx node prod"),
+    "round to decimals": (Of(lambda x: torch.round(x, decimals=1)), "Unsupported fx node round"),
+    "times a vector": (Of(lambda x: x @ VECTOR), "list index out of range"),
+    "unfold": (Of(lambda x: x.unfold(2, 4, 4)), "Unsupported fx node unfold"),
+    "unfold, overlapping": (Of(lambda x: x.unfold(-1, 3, 2).sum(-1)), "Unsupported fx node unfold"),
     "alias": (Of(lambda x: x[...] * 2), "Unsupported fx node alias"),
     "channel_shuffle": (Of(shuffled), "Unsupported fx node channel_shuffle"),
     "and": (Of(lambda x: ((x > 0) & (x < 1)) * x), "Unsupported fx node (and|or)_1"),
@@ -86,7 +110,7 @@ def images() -> Tensor:
 @pytest.mark.parametrize("name", REFUSED)
 def test_coremltools_still_refuses(name: str, tmp_path: Path) -> None:
     model, message = REFUSED[name]
-    with pytest.raises((NotImplementedError, ValueError, AssertionError), match=message):
+    with pytest.raises((NotImplementedError, ValueError, AssertionError, IndexError), match=message):
         untouched(exported(model), tmp_path)
 
 
@@ -207,7 +231,37 @@ def test_the_program_that_is_mended_stays_as_it_is(images: Tensor) -> None:
     assert any(torch.isneginf(value).any() for value in stored if isinstance(value, Tensor))
 
 
+def angle_of_axis(x: Tensor) -> Tensor:
+    """Of points on the first axis: 0 or pi."""
+    return torch.atan2(torch.zeros(1), x.sign())
+
+
+class Statistics(nn.Module):
+    """An InstanceNorm in evaluation, by its running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+        for values in (self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias):
+            nn.init.uniform_(values, 0.5, 2)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
 WRONG: dict[str, tuple[Function, float]] = {  # and how many decibels of it are right
+    "argmax of all": (lambda x: torch.argmax(x).reshape(1).float(), 0),
+    "argmin of all, its axes kept": (lambda x: torch.argmin(x, keepdim=True).float(), 0),
+    "atan2": (lambda x: torch.atan2(x, x.flip(2)), 60),
+    "atan2 of an axis": (angle_of_axis, 10),
+    "a division by 1 that rounds": (lambda x: torch.floor_divide(3 * x, 1.0) + x, 30),
+    "a division by a stored 1 that rounds": (lambda x: torch.floor_divide(3 * x, torch.tensor(1.0)) + x, 30),
+    "a division by 1 that rounds down": (lambda x: torch.div(3 * x, 1.0, rounding_mode="floor") + x, 30),
+    "the fraction": (lambda x: (3 * x) % 1.0 + x, 10),
+    "the fraction by a stored 1": (lambda x: torch.remainder(3 * x, torch.tensor(1.0)) + x, 10),
+    "nearest neighbour by 1.6": (lambda x: functional.interpolate(x, scale_factor=1.6), 10),
+    "instance norm by statistics": (Statistics().eval(), 10),
+    "softplus with a threshold": (lambda x: functional.softplus(10 * x, beta=0.5, threshold=1), 40),
     "a factor of a sum": (lambda x: torch.add(x, x.sin(), alpha=2), 20),
     "a factor of a difference": (lambda x: torch.sub(x, x.sin(), alpha=2), 20),
     "gelu, tanh": (lambda x: functional.gelu(x, approximate="tanh"), 80),
@@ -218,11 +272,101 @@ WRONG: dict[str, tuple[Function, float]] = {  # and how many decibels of it are 
 @pytest.mark.parametrize("name", WRONG)
 def test_coremltools_still_computes_otherwise(name: str, images: Tensor, tmp_path: Path) -> None:
     function, right = WRONG[name]
-    program = exported(Of(function))
+    program = exported(function if isinstance(function, nn.Module) else Of(function))
     assert decibels(computed(untouched(program, tmp_path), images), function(images)) < right
     package = converted(program, tmp_path, half=False)
     assert decibels(computed(package, images), function(images)) > 120
     assert len(package.named("gelu")) == ("gelu" in name)
+
+
+POWERS: dict[str, Function] = {
+    "of 2": lambda x: 2.0**x,
+    "of an integer": lambda x: 3**x,
+    "of less than 1": lambda x: 0.5**x,
+    "of 1": lambda x: 1.0**x,
+    "of 0": lambda x: 0.0 ** x.abs(),
+    "of a tensor": lambda x: torch.pow(torch.tensor(2.5), x),
+    "of a vector": lambda x: torch.tensor([0.5, 2.0, 3.0]).reshape(3, 1, 1) ** x,
+}
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", POWERS)
+def test_a_constant_to_the_power_of_a_tensor_is_no_pow(name: str, half: bool, images: Tensor, tmp_path: Path) -> None:
+    """What coremltools makes of it is right by its own definitions; Core ML itself reportedly computes otherwise."""
+    program = exported(Of(POWERS[name]))
+    before = untouched(program, tmp_path)
+    assert before.named("pow")
+    with pytest.raises(CheckFailed, match=r"\(pow\) is the power of a constant"):
+        _coreml.check_powers(before)
+    package = converted(program, tmp_path, half=half)
+    assert not package.named("pow")
+    assert decibels(computed(package, images), POWERS[name](images)) > (50 if half else 120)
+    _coreml.check_powers(package)
+
+
+@pytest.mark.parametrize("function", [lambda x: x**2, lambda x: x.abs() ** x, lambda x: x.abs() ** 0.5])
+def test_other_powers_stay_as_they_are(function: Function, images: Tensor, tmp_path: Path) -> None:
+    package = converted(exported(Of(function)), tmp_path, half=False)
+    _coreml.check_powers(package)
+    assert decibels(computed(package, images), function(images)) > 100
+
+
+def test_the_power_of_a_negative_number_is_refused_and_named() -> None:
+    with pytest.raises(CheckFailed, match=r"computes -2 \*\* x, the power of a negative number"):
+        converted(exported(Of(lambda x: (-2.0) ** x.floor())), Path("unused"), half=False)
+
+
+def test_the_exact_softplus_stays_one_operator(tmp_path: Path) -> None:
+    package = converted(exported(nn.Softplus()), tmp_path, half=False)
+    assert [operation.op_type for operation in package.operations if operation.op_type != "const"] == ["softplus"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("...ij,...kj->...ik", [(2, 3, 4, 5), (2, 3, 6, 5)]),
+        ("...ij,jk->...ik", [(2, 3, 4, 5), (5, 6)]),
+        ("...ij,...jk", [(3, 4, 5), (2, 3, 5, 6)]),
+        ("i...,i...->...", [(4, 2, 3), (4, 3)]),
+        ("ij,jk->ik", [(2, 3), (3, 4)]),
+    ],
+)
+def test_an_equation_with_dots_is_that_of_torch(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    operands = [torch.randn(shape) for shape in shapes]
+    torch.testing.assert_close(_coreml_fixes.einsum(equation, operands), torch.einsum(equation, *operands))
+
+
+@pytest.mark.parametrize(("size", "step"), [(3, 2), (4, 4), (1, 5), (16, 1)])
+@pytest.mark.parametrize("axis", [2, -1])
+def test_windows_are_those_of_torch(size: int, step: int, axis: int, images: Tensor) -> None:
+    assert torch.equal(_coreml_fixes.unfold(images, axis, size, step), images.unfold(axis, size, step))
+
+
+@pytest.mark.parametrize("offset", [-20, -3, 0, 2, 20])
+def test_a_diagonal_is_that_of_torch(offset: int) -> None:
+    x = torch.randn(2, 4, 3, 7)
+    assert torch.equal(_coreml_fixes.diagonal(x, offset, 1, 3), x.diagonal(offset, 1, 3))
+
+
+@pytest.mark.parametrize("factor", [1.6, 0.7, 2.3])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_interpolation_is_that_of_torch(factor: float, aligned: bool, images: Tensor) -> None:
+    factors = [factor, 1.3]
+    torch.testing.assert_close(
+        _coreml_fixes.upsample_bilinear2d(images, None, aligned, factors),
+        functional.interpolate(images, scale_factor=factors, mode="bilinear", align_corners=aligned),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    expected = functional.interpolate(images, scale_factor=factors)
+    assert torch.equal(_coreml_fixes.upsample_nearest2d(images, None, factors), expected)
+    assert torch.equal(_coreml_fixes.upsample_nearest2d(images, [5, 7]), functional.interpolate(images, size=(5, 7)))
+
+
+def test_a_vector_times_a_matrix_is_that_of_torch(images: Tensor) -> None:
+    for one, other in ((VECTOR, images), (images, VECTOR), (VECTOR, VECTOR), (images, images)):
+        torch.testing.assert_close(_coreml_fixes.matmul(one, other), one @ other)
 
 
 def test_coremltools_still_divides_zeros_by_zero_in_an_rms_norm(images: Tensor, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -134,6 +135,7 @@ class Proxy:
     newest = 9  # specification version
     refusal: str | None = None
     answered_ns: int | None = 1_500_000
+    devices = ("CPU", "GPU", "NeuralEngine")
 
     def __init__(self, path: str, units: str, function: str, hints: dict[str, str], asset: None) -> None:
         if self.refusal:
@@ -144,6 +146,12 @@ class Proxy:
     @classmethod
     def maximum_supported_specification_version(cls) -> int:
         return cls.newest
+
+    @classmethod
+    def get_all_compute_devices(cls) -> list[Any]:
+        from coremltools.models import compute_device
+
+        return [getattr(compute_device, f"ML{name}ComputeDevice")(Device()) for name in cls.devices]
 
     @staticmethod
     def get_compute_plan(path: str, units: str) -> Any:
@@ -170,6 +178,8 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Proxy]]:
     """A Mac as coremltools sees it; what is set on the class that it gives is forgotten after the test."""
     from coremltools.models import compute_device, compute_plan, model
 
+    monkeypatch.setattr(_coreml_mac, "_HELD", deque())
+
     class OfThisTest(Proxy):
         pass
 
@@ -178,6 +188,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Proxy]]:
     monkeypatch.setattr(model, "_macos_version", lambda: (15, 1))  # the real one asks a program of macOS
     monkeypatch.setattr(model, "_MLModelProxy", OfThisTest)
     monkeypatch.setattr(compute_plan, "_MLModelProxy", OfThisTest)
+    monkeypatch.setattr(compute_device, "_MLModelProxy", OfThisTest)
     monkeypatch.setattr(compute_plan, "_MLComputePlanProxy", PlanProxy)
     for name in ("CPU", "GPU", "NeuralEngine"):
         monkeypatch.setattr(compute_device, f"_ML{name}ComputeDeviceProxy", Device)
@@ -211,13 +222,55 @@ def test_predicting_leaves_the_images_as_they_are(packages: dict[Interface, Path
 def test_a_package_is_loaded_for_the_units_that_were_asked_for(packages: dict[Interface, Path], unit: str) -> None:
     loaded = ThisMac().load(packages["tensor"], unit)
     proxy = loaded.model.__proxy__
-    assert (proxy.units, proxy.function, proxy.hints) == (unit, "", {})
+    hints = {"reshapeFrequency": "Infrequent", "specializationStrategy": "FastPrediction"}
+    assert (proxy.units, proxy.function, proxy.hints) == (unit, "", hints)
     assert loaded.compiled == f"{packages['tensor']}c"
 
 
 @pytest.mark.usefixtures("mac")
 def test_a_function_is_loaded_by_its_name(packages: dict[Interface, Path]) -> None:
     assert ThisMac().load(packages["tensor"], "ALL", "main").model.__proxy__.function == "main"
+
+
+@pytest.mark.usefixtures("mac")
+def test_a_plan_of_any_function_but_the_default_one_is_refused(
+    packages: dict[Interface, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = ThisMac().load(packages["tensor"], "CPU_AND_NE", "main")
+    assert loaded.plan()
+    monkeypatch.setattr(loaded.model, "function_name", "small")
+    with pytest.raises(CannotRunHere, match=r"a plan of a package's default function, main, alone; build small as"):
+        loaded.plan()
+
+
+@pytest.mark.usefixtures("mac")
+def test_inputs_are_held_until_core_ml_has_let_go_of_them(
+    packages: dict[Interface, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what coremltools converts them to: a float16 array becomes a float32 one in the dictionary."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with TARGET.open(packages["tensor"].parent) as session:
+        session.loaded.predict({"image": IMAGES.astype(np.float16)})
+        now += 1
+        session.infer(IMAGES)
+    held = [inputs["image"] for _, inputs in _coreml_mac._HELD]
+    assert [array.dtype for array in held] == [np.float32, np.float32] and held[1] is IMAGES
+    now += _coreml_mac._HELD_SECONDS - 0.5
+    _coreml_mac._hold({})
+    assert [inputs.get("image") is IMAGES for _, inputs in _coreml_mac._HELD] == [True, False]
+
+
+def test_a_mac_without_a_neural_engine_puts_its_times_in_doubt(
+    mac: type[Proxy], packages: dict[Interface, Path]
+) -> None:
+    assert [ThisMac().doubt(unit) for unit in UNITS] == [None] * 4
+    mac.devices = ("CPU", "GPU")  # type: ignore[assignment]
+    with TARGET.open(packages["tensor"].parent) as session:
+        assert session.doubt == "this Mac has no Neural Engine: Core ML runs ALL elsewhere without a word"
+    assert [ThisMac().doubt(unit) is None for unit in UNITS] == [False, True, True, False]
+    mac.devices = ("CPU",)  # type: ignore[assignment]
+    assert "no GPU" in str(ThisMac().doubt("CPU_AND_GPU"))
 
 
 @pytest.mark.usefixtures("mac")
@@ -277,17 +330,18 @@ def test_a_package_newer_than_core_ml_is_told_apart(mac: type[Proxy], packages: 
         pass
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError, OSError, KeyError, Exception])
 def test_a_prediction_that_fails_says_why(
-    mac: type[Proxy], packages: dict[Interface, Path], monkeypatch: pytest.MonkeyPatch
+    mac: type[Proxy], packages: dict[Interface, Path], monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def failing(*_: object) -> None:
-        raise RuntimeError("Unable to compute the prediction using ML Program")
+        raise kind("Unable to compute the prediction using ML Program")
 
     monkeypatch.setattr(mac, "predict", failing)
     monkeypatch.setattr(mac, "get_compute_plan", failing)
     with TARGET.open(packages["tensor"].parent) as session:
         for ask, what in ((lambda: session.infer(IMAGES), "cannot predict"), (session.plan, "has no plan")):
-            with pytest.raises(CannotRunHere, match=f"^Core ML on this Mac {what}: Unable to compute the prediction"):
+            with pytest.raises(CannotRunHere, match=f"^Core ML on this Mac {what}: '?Unable to compute the prediction"):
                 ask()
 
 
@@ -342,7 +396,12 @@ def test_elsewhere_nothing_is_timed_and_nothing_built(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "arguments", "named"),
     [
-        ("models.MLModel", ["a.mlpackage"], {"compute_units": COREML.ComputeUnit.ALL, "function_name": None}),
+        (
+            "models.MLModel",
+            ["a.mlpackage"],
+            {"compute_units": COREML.ComputeUnit.ALL, "function_name": None, "optimization_hints": {}},
+        ),
+        ("models.compute_device.MLComputeDevice.get_all_compute_devices", [], {}),
         ("models.MLModel.predict", [None, {}], {}),
         ("models.MLModel.get_compiled_model_path", [None], {}),
         ("models.MLModel.get_spec", [None], {}),
@@ -433,6 +492,9 @@ class ScriptedMachine:
     def not_executed(self) -> str | None:
         return None
 
+    def doubt(self, unit: str) -> str | None:
+        return "it is scripted" if unit == "CPU_AND_GPU" else None
+
     def load(self, package: Path, unit: str, function: str | None = None) -> Scripted:
         compute = Computed(_coreml.read(package))
         return Scripted(unit=unit, compute=compute, asked=self.asked.setdefault(unit, []))
@@ -471,7 +533,9 @@ def test_every_choice_of_units_gets_a_row(profiled: Any) -> None:
     for unit, row in profiled.rows.items():
         assert row.summary.p50_ms == LATENCIES[unit] / MS
         assert profiled.answer["units"][unit]["p50_ms"] == row.summary.p50_ms
-        assert (row.top1, row.summary.valid or "busy" in row.summary.why_invalid) == (100, True)
+        assert row.top1 == 100
+        assert row.summary.valid or "busy" in row.summary.why_invalid or unit == "CPU_AND_GPU"
+    assert profiled.rows["CPU_AND_GPU"].summary.why_invalid.startswith("it is scripted")
 
 
 def test_the_answer_itself_is_that_of_all_units(profiled: Any) -> None:

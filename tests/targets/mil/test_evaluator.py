@@ -295,3 +295,23 @@ def test_an_attribute_that_is_computed_is_named(monkeypatch: pytest.MonkeyPatch)
             {"x": (3,), "y": (2,)},
             dtype={"x": "fp32", "y": "int32"},
         )
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_an_output_may_be_a_constant_of_any_form(store: bool, tmp_path: Path) -> None:
+    """As anchors are, beside what is computed of them."""
+
+    def body(mb: Any, x: Any) -> Any:
+        anchors = mb.const(val=np.array([[1.0, 2.0]], np.float32), name="anchors")
+        count = mb.const(val=np.int32(7), name="count")
+        doubled = mb.mul(x=anchors, y=np.float32(2), name="doubled")
+        return mb.add(x=x, y=anchors), anchors, count, doubled
+
+    made = saved(tmp_path, body, {"x": (1, 2)}) if store else in_memory(body, {"x": (1, 2)})
+    found = made(torch.tensor([[10.0, 20.0]]))
+    assert [value.tolist() for value in found] == [[[11, 22]], [[1, 2]], 7, [[2, 4]]]
+
+
+def test_an_output_may_be_the_input_itself() -> None:
+    found = in_memory(lambda mb, x: (x, mb.relu(x=x)), VECTOR)(torch.tensor([-1.0, 0.0, 2.0]))
+    assert [value.tolist() for value in found] == [[-1, 0, 2], [0, 0, 2]]

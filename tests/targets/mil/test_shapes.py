@@ -816,3 +816,68 @@ def test_coremltools_folds_constants_to_the_same_values(opset: Opset) -> None:
         else:
             np.testing.assert_array_equal(value, expected, err_msg=name)
     assert without == UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("index", "given"),
+    [
+        ((slice(1, 3), slice(None, None, 2)), {"begin": [1, 0], "end": [3, 0], "end_mask": [False, True]}),
+        ((slice(None, None, -1), slice(3, 0, -2)), {"begin": [-1, 3], "end": [0, 0], "end_mask": [True, False]}),
+        ((slice(2, 3), slice(-2, None)), {"begin": [2, -2], "end": [0, 0], "end_mask": [False, True]}),
+    ],
+    ids=["steps", "backwards", "squeezed"],
+)
+def test_slice_update_puts_values_where_numpy_does(index: Any, given: dict[str, Any]) -> None:
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    strides = [part.step or 1 for part in index]
+    squeeze = [index[0] == slice(2, 3), False]
+    expected = x.copy()
+    update = -1 - np.arange(expected[index].size, dtype=np.float32).reshape(expected[index].shape)
+    expected[index] = update
+    arguments = given | {"stride": strides, "squeeze_mask": squeeze}
+    update = update[0] if squeeze[0] else update
+    (found,) = computed(lambda mb, x, update: mb.slice_update(x=x, update=update, **arguments), x, update)
+    np.testing.assert_array_equal(found, expected)
+    (formula,) = folded(lambda mb: mb.slice_update(x=x, update=update, **arguments))
+    if formula is not None and not squeeze[0]:
+        np.testing.assert_array_equal(found, formula)
+
+
+def test_slice_update_is_what_coremltools_makes_of_an_assignment(tmp_path: Path) -> None:
+    run = saved(
+        tmp_path,
+        lambda mb, x: mb.slice_update(x=x, update=np.full((1, 2), 7.0, np.float32), begin=[0, 1], end=[1, 3]),
+        {"x": (2, 3)},
+    )
+    (found,) = run(torch.zeros(2, 3))
+    assert found.tolist() == [[0, 7, 7], [0, 0, 0]]
+
+
+def test_fill_like_has_the_shape_of_its_reference(tmp_path: Path) -> None:
+    run = saved(tmp_path, lambda mb, x: mb.fill_like(ref_tensor=x, value=2.5), {"x": (2, 3)})
+    (found,) = run(torch.rand(2, 3))
+    assert torch.equal(found, torch.full((2, 3), 2.5))
+    (default,) = computed(lambda mb, x: mb.fill_like(ref_tensor=x), np.ones((2,), np.float32))
+    assert default.tolist() == [0, 0]
+
+
+def test_non_zero_lists_places_in_order(tmp_path: Path) -> None:
+    x = torch.tensor([[0.0, 2.0], [-1.0, 0.0], [3.0, 4.0]])
+    (found,) = saved(tmp_path, lambda mb, x: mb.non_zero(x=x), {"x": (3, 2)})(x)
+    assert found.dtype == torch.int32
+    np.testing.assert_array_equal(found, np.argwhere(x.numpy()))
+    (formula,) = folded(lambda mb: mb.non_zero(x=x.numpy()))
+    np.testing.assert_array_equal(found, formula)
+    (none,) = computed(lambda mb, x: mb.non_zero(x=x), np.zeros((2, 2), np.float32))
+    assert none.shape == (0, 2)
+
+
+def test_reverse_sequence_turns_the_first_elements_of_each_slice(tmp_path: Path) -> None:
+    x = torch.arange(8.0).reshape(2, 4)
+    run = saved(
+        tmp_path,
+        lambda mb, x: mb.reverse_sequence(x=x, lengths=np.array([3, 0], np.int32), seq_axis=1, batch_axis=0),
+        {"x": (2, 4)},
+    )
+    (found,) = run(x)
+    assert found.tolist() == [[2, 1, 0, 3], [4, 5, 6, 7]]
