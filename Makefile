@@ -25,17 +25,20 @@ PLACEMENT  ?=
 MAX_DROP   ?=
 FORCE      ?=
 VERDICT    ?= yes
+EPOCHS     ?=
+RATE       ?=
 PYTHON  ?= python3.11
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
-          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT
+          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT EPOCHS RATE
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
       --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
       --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" \
-      --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT"
+      --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT" \
+      --epochs="$$EPOCHS" --rate="$$RATE"
 
 # Caches of libraries stay in the checkout, too.
 export XDG_CACHE_HOME := $(CURDIR)/.cache
@@ -63,6 +66,7 @@ help: ## this list
 	@echo "  INT8: CALIBRATOR=auto (minmax moving_average percentile entropy mse) FORCE= (1: calibrate on fewer than 128 images)"
 	@echo "    PLACEMENT= (what computes in integers, such as conv+linear-stages.0; or layers, or all; or the family's own)"
 	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
+	@echo "  Training: EPOCHS= RATE= (of float training and QAT; a pair such as EPOCHS=20,5 gives float training, then QAT)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET

@@ -117,10 +117,15 @@ class ActivationFakeQuant(FakeQuant):
         self.start = float(self.scale)
         self.factor = nn.Parameter(torch.ones_like(self.scale))
 
+    def settle(self) -> None:
+        """Set the scale to the stored value of the trained one; a scale that is not trained stays."""
+        if self.factor is not None:
+            self.scale.copy_(snap(self.factor.detach().clamp(max=self.widest) * self.start))
+
     def moving(self, x: Tensor) -> Tensor:
         if self.mode != "learn" or self.factor is None:
             return super().moving(x)
-        self.scale.copy_(snap(self.factor.detach().clamp(max=self.widest) * self.start))
+        self.settle()
         step = self.factor * self.start
         return rounding.learned(x, step, self.scale, self.zero_point, self.quant_min, self.quant_max)
 

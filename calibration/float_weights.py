@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from calibration.batches import Images
+from calibration.recipe import DEFAULT_SCHEDULE, Schedule
 from calibration.train import TrainingPlan, fit
 from models import checkpoint
 from models.spec import ModelSpec
@@ -23,9 +24,16 @@ log = logging.getLogger(__name__)
 
 
 def make(
-    spec: ModelSpec, file: Path | None, train: Images, val: Images, *, seed: int
+    spec: ModelSpec,
+    file: Path | None,
+    train: Images,
+    val: Images,
+    *,
+    seed: int,
+    schedule: Schedule = DEFAULT_SCHEDULE,
 ) -> tuple[nn.Module, dict[str, object]]:
-    """The float model in evaluation mode, and a report of its training.
+    """The float model in evaluation mode, and a report of its training, whose epochs and peak learning rate `schedule`
+    may set.
 
     Raises BadRequest where `file` is no checkpoint of the model, CheckFailed where training diverges.
     """
@@ -41,9 +49,14 @@ def make(
                 " and ".join(fresh),
                 train.data.name,
             )
+    plan = plan and _scheduled(plan, schedule)
     epochs = fit(model, train, val, plan, seed=seed, title=f"{spec.name} float training") if plan else []
     model.eval()
     return model, {"file": str(file) if file else None, "epochs": [asdict(epoch) for epoch in epochs]}
+
+
+def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:
+    return replace(plan, epochs=schedule.epochs or plan.epochs, learning_rate=schedule.rate or plan.learning_rate)
 
 
 def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:

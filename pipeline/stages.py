@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from calibration.budget import DEFAULT, Budget
 from calibration.data import Data, Part
-from calibration.recipe import Float, Recipe, WeightOnly
+from calibration.recipe import DEFAULT_SCHEDULE, Float, Recipe, Schedule, WeightOnly
 from models.errors import CannotRunHere
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest, resumable
@@ -52,6 +52,8 @@ class Run:
     interface: Interface = "tensor"
     deployment: str | None = None  # the oldest system that must run the engine; None: what the recipe needs
     max_drop: Budget = DEFAULT  # what the artifact may lose against the float model
+    training: Schedule = DEFAULT_SCHEDULE  # of the float weights
+    tuning: Schedule = DEFAULT_SCHEDULE  # of a Qat recipe, which has it already
     verdict: bool = False  # build float engines beside one of INT8, and say which is worth shipping
 
     def images(self, part: Part) -> Images:
@@ -105,7 +107,9 @@ def weights(run: Run) -> Step:
         train = run.images("train")
         report: dict[str, object] = {}
         if run.trained:
-            model, report = float_weights.make(run.model, run.weights, train, run.images("val"), seed=run.seed)
+            model, report = float_weights.make(
+                run.model, run.weights, train, run.images("val"), seed=run.seed, schedule=run.training
+            )
         else:
             model = float_weights.untrained(run.model, train, seed=run.seed)
         # The format knows neither tensors that share memory nor strides.
@@ -122,6 +126,7 @@ def weights(run: Run) -> Step:
             "data": run.data.identity(),
             "preprocess": run.preprocess,
             "seed": run.seed,
+            "schedule": run.training if run.trained else None,
             "file": file_digest(run.weights) if run.weights else None if run.trained else "untrained",
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },

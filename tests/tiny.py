@@ -40,6 +40,8 @@ VARIABLES = (
     "MAX_DROP",
     "FORCE",
     "VERDICT",
+    "EPOCHS",
+    "RATE",
 )  # of the Makefile
 SIDE = 16
 _COUNTS: dict[Part, int] = {"train": 128, "val": 32, "test": 48}

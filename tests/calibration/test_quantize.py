@@ -28,7 +28,7 @@ from tests.tiny import SIDE
 from tests.toys import CLASSES, LAYERS, Hybrid, images, seeded
 
 PTQ = Ptq(name="int8_ptq", samples=64, force=True)
-QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=3, learning_rate=1e-4)
+QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=3, learning_rate=0.03)
 
 aten, integers = torch.ops.aten, torch.ops.quantized_decomposed
 
