@@ -52,7 +52,7 @@ READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat test lint setup lock \
+        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-qat-gain test lint setup lock \
         system-packages clean
 
 help: ## this list
@@ -148,6 +148,9 @@ bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line
 
 bench-qat: $(READY) ## what a step of quantization-aware training costs, in float steps; needs no data
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
+
+bench-qat-gain: $(READY) ## the worth of training where PTQ is not enough: weights of 4 bits on the digits, three seeds
+	@$(VENV)/bin/python -m tests.bench_qat_gain $$MODELS
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
 
 test: $(READY) ## the tests (a quarter of an hour on two cores)

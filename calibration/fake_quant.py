@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from calibration import rounding
-from calibration.calibrators import ALL, LEVELS, Statistics
+from calibration.calibrators import ALL, Statistics
 
 Mode = Literal["observe", "train", "learn", "frozen"]
 
@@ -77,7 +77,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 
     def _set_limits(self, limits: Tensor) -> None:
         """`limits`: the largest absolute value that is represented, one a channel or one for all, of shape (n,)."""
-        scale = snap(limits / LEVELS)
+        scale = snap(limits / self.quant_max)
         if self.scale.shape != scale.shape:
             self.scale.resize_(scale.shape)
             self.zero_point.resize_(scale.shape).zero_()
@@ -158,7 +158,7 @@ class PerTensorFakeQuant(ActivationFakeQuant):
         self.seen = Statistics()
 
     def limit(self) -> float:
-        return float(self.scale) * LEVELS
+        return float(self.scale) * self.quant_max
 
     def choose(self, calibrator: str) -> None:
         limit = ALL[calibrator](self.seen)

@@ -33,8 +33,9 @@ from torch.fx import GraphModule
 from calibration.batches import Images
 from calibration.calibrate import fake_quants, set_mode
 from calibration.checkpoints import Checkpoint
-from calibration.fake_quant import ActivationFakeQuant
+from calibration.fake_quant import ActivationFakeQuant, PerChannelFakeQuant
 from calibration.metrics import Labels, Logits, snr_db, top1
+from calibration.program import stored_tensor
 from calibration.progress import bar
 from calibration.recipe import Qat
 from calibration.relative_adam import Average, RelativeAdam
@@ -129,7 +130,7 @@ def train(
     if recipe.learned_scales:
         for quantizer in _activations(prepared):
             quantizer.learn()
-    optimizer = RelativeAdam(_groups(prepared), lr=recipe.learning_rate)
+    optimizer = RelativeAdam(_groups(prepared), recipe.learning_rate, _units(prepared))
     average = Average((each for group in optimizer.param_groups for each in group["params"]), _MEMORY)
     at = _begun(prepared, optimizer, average, start, checkpoint)
     steps = math.ceil(len(train) / _BATCH)
@@ -221,6 +222,19 @@ def _groups(prepared: GraphModule) -> list[dict[str, Any]]:
     others = [each for each in prepared.parameters() if each.requires_grad and id(each) not in apart]
     groups: list[dict[str, Any]] = [{"params": others, "times": 1.0}]
     return [*groups, {"params": sizes, "times": _STEP_SIZE_RATE}] if sizes else groups
+
+
+def _units(prepared: GraphModule) -> dict[Tensor, Tensor]:
+    """The scales of weights that are rounded, by weight, each in the shape that broadcasts to it."""
+    found: dict[Tensor, Tensor] = {}
+    for node in prepared.graph.nodes:
+        quantizer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, PerChannelFakeQuant) and node.all_input_nodes[0].op == "get_attr":
+            weight = stored_tensor(prepared, node.all_input_nodes[0])
+            shape = [1] * weight.ndim
+            shape[quantizer.ch_axis] = -1
+            found[weight] = quantizer.scale.detach().clone().view(shape)
+    return found
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, done: float, factor: float) -> None:

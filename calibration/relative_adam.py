@@ -3,13 +3,14 @@
 A weight that is stored in integers changes by multiples of its channel's scale, and the scales of one trained network
 differ by orders of magnitude. A fixed learning rate that is a small share of a scale in one network, or in one channel,
 is a large share in another. Here the rate is a number of units: the unit of a matrix or kernel is an integer step of
-each output channel, its peak over 127; the unit of a vector, such as a bias, is its own peak over 127.
+each output channel; the unit of a vector, such as a bias, is its own peak over 127.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -25,14 +26,16 @@ class RelativeAdam(torch.optim.Optimizer):
     depend on the size of weights or gradients. The relation of step and weight is that of LARS (You et al., arXiv
     1708.03888), by channel.
 
-    Units are those of the parameters at construction; they are no part of the state.
+    `units`: of some parameters, each of a shape that broadcasts to its parameter's. The units of the others are those
+    of their values at construction, see `unit`. Units are no part of the state.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, units: Mapping[Tensor, Tensor] = MappingProxyType({})
+    ) -> None:
         super().__init__(groups, {"lr": lr, "times": 1.0})
-        self.units = {
-            parameter: unit(parameter.detach()) for group in self.param_groups for parameter in group["params"]
-        }
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.units = {each: units[each] if each in units else unit(each.detach()) for each in parameters}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -57,8 +60,8 @@ class RelativeAdam(torch.optim.Optimizer):
 
 
 def unit(parameter: Tensor) -> Tensor:
-    """The integer step of each output channel, of shape (channels, 1, ...); for a vector, that of all its values, of
-    shape (1,).
+    """The int8 step of each output channel, its peak over 127, of shape (channels, 1, ...); for a vector, that of all
+    its values, of shape (1,).
     """
     if parameter.ndim < 2:
         return parameter.abs().amax().reshape([1] * parameter.ndim) / _LEVELS
