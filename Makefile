@@ -32,6 +32,8 @@ STD     ?=
 CROP    ?=
 INTERPOLATION ?=
 BACKGROUND    ?=
+EPOCHS  ?=
+RATE    ?=
 DAYS    ?=
 APPLY   ?= no
 PYTHON  ?= python3.11
@@ -40,7 +42,7 @@ LOCK    ?=
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
           CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT DAYS APPLY \
-          LABELS MEAN STD CROP INTERPOLATION BACKGROUND HALF
+          LABELS MEAN STD CROP INTERPOLATION BACKGROUND HALF EPOCHS RATE
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES)
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
@@ -48,7 +50,7 @@ RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" 
       --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" --half="$$HALF" \
       --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT" \
       --labels="$$LABELS" --mean="$$MEAN" --std="$$STD" --crop="$$CROP" --interpolation="$$INTERPOLATION" \
-      --background="$$BACKGROUND"
+      --background="$$BACKGROUND" --epochs="$$EPOCHS" --rate="$$RATE"
 
 # Resolves for systems that this one is not; nothing of it is installed in .venv.
 UV := uv==0.13.9
@@ -74,8 +76,8 @@ READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call sta
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain gc lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-store bench-half \
-        bench-dashboard bench-faults fuzz test lint setup lock licenses system-packages clean
+        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-qat-gain bench-store \
+        bench-half bench-dashboard bench-faults fuzz test lint setup lock licenses system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -92,6 +94,7 @@ help: ## this list
 	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
 	@echo "  DAYS= (gc: artifacts not used for so long, too) APPLY=no (yes: gc deletes) LOCK= (setup: requirements-cuda.lock)"
 	@echo "  HALF=auto (operators that FP16 cannot hold stay in float32; or strict: they are refused)"
+	@echo "  Training: EPOCHS= RATE= (of float training and QAT; a pair such as EPOCHS=20,5 gives float training, then QAT)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
@@ -177,6 +180,9 @@ bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line
 bench-qat: $(READY) ## what a step of quantization-aware training costs, in float steps; needs no data
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
+
+bench-qat-gain: $(READY) ## the worth of training where PTQ is not enough: weights of 4 bits on the digits, three seeds
+	@$(VENV)/bin/python -m tests.bench_qat_gain $$MODELS
 
 bench-store: $(READY) ## what it costs to check the digests of artifacts, in percent of a cached make engine
 	@$(VENV)/bin/python -m tests.bench_store

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from calibration import rounding
-from calibration.calibrators import ALL, LEVELS, Statistics
+from calibration.calibrators import ALL, Statistics
 
 Mode = Literal["observe", "train", "learn", "frozen"]
 
@@ -77,7 +77,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 
     def _set_limits(self, limits: Tensor) -> None:
         """`limits`: the largest absolute value that is represented, one a channel or one for all, of shape (n,)."""
-        scale = snap(limits / LEVELS)
+        scale = snap(limits / self.quant_max)
         if self.scale.shape != scale.shape:
             self.scale.resize_(scale.shape)
             self.zero_point.resize_(scale.shape).zero_()
@@ -117,10 +117,15 @@ class ActivationFakeQuant(FakeQuant):
         self.start = float(self.scale)
         self.factor = nn.Parameter(torch.ones_like(self.scale))
 
+    def settle(self) -> None:
+        """Set the scale to the stored value of the trained one; a scale that is not trained stays."""
+        if self.factor is not None:
+            self.scale.copy_(snap(self.factor.detach().clamp(max=self.widest) * self.start))
+
     def moving(self, x: Tensor) -> Tensor:
         if self.mode != "learn" or self.factor is None:
             return super().moving(x)
-        self.scale.copy_(snap(self.factor.detach().clamp(max=self.widest) * self.start))
+        self.settle()
         step = self.factor * self.start
         return rounding.learned(x, step, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
@@ -153,7 +158,7 @@ class PerTensorFakeQuant(ActivationFakeQuant):
         self.seen = Statistics()
 
     def limit(self) -> float:
-        return float(self.scale) * LEVELS
+        return float(self.scale) * self.quant_max
 
     def choose(self, calibrator: str) -> None:
         limit = ALL[calibrator](self.seen)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from calibration.batches import Images
+from calibration.recipe import DEFAULT_SCHEDULE, Schedule
 from calibration.train import TrainingPlan, fit
 from models import checkpoint
 from models.spec import ModelSpec
@@ -32,9 +33,11 @@ def make(
     seed: int,
     key: str = "",
     check: Callable[[nn.Module], None] | None = None,
+    schedule: Schedule = DEFAULT_SCHEDULE,
 ) -> tuple[nn.Module, dict[str, object]]:
-    """The float model in evaluation mode, and a report of its training. `key`: of the state dict in `file`, where it
-    holds several. `check` is called with the model after loading and before training.
+    """The float model in evaluation mode, and a report of its training, whose epochs and peak learning rate `schedule`
+    may set. `key`: of the state dict in `file`, where it holds several. `check` is called with the model after loading
+    and before training.
 
     Raises BadRequest where `file` is no checkpoint of the model, CheckFailed where training diverges.
     """
@@ -55,10 +58,15 @@ def make(
             )
     if check:
         check(model)
+    plan = plan and _scheduled(plan, schedule)
     epochs = fit(model, train, val, plan, seed=seed, title=f"{spec.name} float training") if plan else []
     model.eval()
     read = {"key": loaded.key, "prefix": loaded.prefix, "tensors": loaded.tensors} if loaded else None
     return model, {"file": str(file) if file else None, "loaded": read, "epochs": [asdict(epoch) for epoch in epochs]}
+
+
+def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:
+    return replace(plan, epochs=schedule.epochs or plan.epochs, learning_rate=schedule.rate or plan.learning_rate)
 
 
 def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:

@@ -1,12 +1,17 @@
 """Quantization-aware training: fine-tune a calibrated graph through its rounding, to answer as the float model does.
 
-It starts from the ranges and the weights that post-training quantization left, and is judged by the same measure: of
-that start and of every epoch, the one that does best on the validation part is kept, so that training never costs
-accuracy there. BatchNorms are folded before, so there are no statistics to freeze; those few that stay (behind an
-activation) were traced in evaluation mode and stand still from the first step.
+It starts from the ranges and the weights of post-training quantization, and is judged by the same measure: of that
+start and of every epoch, the best one on the validation part is kept, so that training never costs accuracy there.
+BatchNorms are folded before, so there are no statistics to freeze; the few that stay (behind an activation) were traced
+in evaluation mode and stand still from the first step.
 
-The order of the images and their augmentation are drawn for each epoch from the seed and the number of the epoch:
-a training that goes on from a checkpoint needs no state of any generator, and comes to the same bits.
+Four choices keep a good start from being lost in the first steps. Steps are a share of the integer step of each output
+channel (`relative_adam`). The loss is the squared error of the logits, whose gradient vanishes where the float model is
+matched. The epoch is judged by the running average of its weights. Where an epoch is worse than the start
+nevertheless, training returns to the best weights and goes on at a quarter of the rate.
+
+The order of the images is drawn for each epoch from the seed and the number of the epoch: a training that goes on from
+a checkpoint needs no state of any generator, and comes to the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -25,36 +30,62 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from calibration.batches import Images, augment
+from calibration.batches import Images
 from calibration.calibrate import fake_quants, set_mode
 from calibration.checkpoints import Checkpoint
-from calibration.fake_quant import ActivationFakeQuant
-from calibration.metrics import Logits, snr_db, top1
+from calibration.fake_quant import ActivationFakeQuant, PerChannelFakeQuant
+from calibration.metrics import Labels, Logits, snr_db, top1
+from calibration.program import stored_tensor
 from calibration.progress import bar
 from calibration.recipe import Qat
-from calibration.train import parameter_groups, predictions
+from calibration.relative_adam import Average, RelativeAdam
+from calibration.train import predictions
 
 log = logging.getLogger("edgeline")
 
 _BATCH: Final = 32
-_WEIGHT_DECAY: Final = 0.05  # of matrices and kernels, as in float training
+_LEAST_STEPS, _LEAST_EPOCHS = 80, 2  # of a training whose epochs nobody asked for
 _WARM_UP: Final = 0.1  # share of the steps until the learning rate is at its peak
-_STEP_SIZE_RATE: Final = 10.0  # times the learning rate: FP16 stores a scale in steps of a two-thousandth of it
+_MEMORY: Final = 0.9  # of the running average: about the last ten steps
+_BACK_OFF: Final = 4.0  # what the rate is divided by after an epoch that is worse than the start
+# Times the learning rate, for learned scales in units of a 127th of themselves: FP16 stores a scale in steps of a
+# two-thousandth of it, which the steps of a short training must exceed.
+_STEP_SIZE_RATE: Final = 40.0
 
-# What counts as divergence: a mean loss of an epoch so many times the first one's, or so many epochs in a row so many
-# points of top-1 below the start. (A loss that is no number stops the training where it is met.)
+# Divergence: a mean loss of an epoch so many times the first one's, or so many epochs in a row so many points of top-1
+# below the start and beyond chance. (A loss that is no number stops the training where it is met.)
 _LOSS_GROWTH: Final = 3.0
-_POINTS_BELOW, _EPOCHS_BELOW = 5.0, 2
+_POINTS_BELOW, _EPOCHS_BELOW = 5.0, 3
+_CHANCE: Final = 0.01  # of a difference in top-1: below this probability it counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QatEpoch:
     """What one epoch came to."""
 
-    loss: float  # mean cross-entropy against the teacher
+    loss: float  # mean squared error of the logits over their mean square
     val_top1: float  # percent
     val_db: float  # decibels of the logits against the teacher's, on the validation part
+    val_chance: float  # of losing as many of the start's right answers, if the epoch were as good as the start
+    rate: float  # the factor of the learning rate: 1, or less after epochs that were worse than the start
     seconds: float  # of training, without evaluation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Judgement:
+    """The validation part through the prepared graph."""
+
+    top1: float  # percent
+    db: float
+    right: tuple[bool, ...]  # for each image
+
+    def better_than(self, other: _Judgement) -> bool:
+        """By top-1 where that differs beyond chance, otherwise by decibels, whose noise is far smaller: three answers
+        of sixty are five points.
+        """
+        if _chance(self.right, other.right) < _CHANCE:
+            return False
+        return _chance(other.right, self.right) < _CHANCE or (self.db, self.top1) >= (other.db, other.top1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +93,8 @@ class _Progress:
     """Where a training stands."""
 
     best: dict[str, Any]  # weights and ranges
+    judged: _Judgement  # of the best
+    rate: float = 1.0  # the factor of the learning rate
     best_epoch: int = 0  # counted from 1; 0: the start
     epochs: list[QatEpoch] = field(default_factory=list)
     stopped: str | None = None
@@ -78,49 +111,57 @@ def train(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> dict[str, object]:
-    """Train the weights of `prepared`, whose ranges are fixed, on the distribution over the classes that the float
-    `teacher` answers with (distillation: Hinton et al., arXiv 1503.02531), and leave it with the best of its epochs, or
-    as it was where none is as good. Returns what there is to report.
+    """Train the weights of `prepared`, whose ranges are fixed, to answer with the logits of the float `teacher` (Ba &
+    Caruana, arXiv 1312.6184), and leave it with the best of its epochs, or as it was where none is better. Returns what
+    there is to report.
 
     Ranges follow, or are learned, until `recipe.freeze_ranges_at`. Computes on a GPU where there is one, in mixed
     precision. With a `checkpoint`, goes on from what that holds, and saves there after every epoch. A training that
-    diverges is stopped, told of, and keeps its best epoch, too.
+    diverges is stopped with a warning, and keeps its best epoch, too.
     """
     teacher.eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for network in (prepared, teacher):
         network.to(device)
     set_mode(prepared, "frozen")
-    reference, _ = predictions(teacher, val)
-    start = _judged(prepared, reference, val)
+    reference, labels = predictions(teacher, val)
+    start = _judged(prepared, reference, labels, val)
+    epochs = epochs_of(recipe, len(train))
     if recipe.learned_scales:
-        for quantizer in fake_quants(prepared):
-            if isinstance(quantizer, ActivationFakeQuant):
-                quantizer.learn()
-    optimizer = torch.optim.AdamW(_groups(prepared), lr=recipe.learning_rate)
-    at = _begun(prepared, optimizer, checkpoint)
+        for quantizer in _activations(prepared):
+            quantizer.learn()
+    optimizer = RelativeAdam(_groups(prepared), recipe.learning_rate, _units(prepared))
+    average = Average((each for group in optimizer.param_groups for each in group["params"]), _MEMORY)
+    at = _begun(prepared, optimizer, average, start, checkpoint)
     steps = math.ceil(len(train) / _BATCH)
-    with bar(total=recipe.epochs * steps, title="QAT", unit="step") as progress:
+    with bar(total=epochs * steps, title="QAT", unit="step") as progress:
         progress.update(len(at.epochs) * steps)
-        while len(at.epochs) < recipe.epochs and at.stopped is None:
+        targets = _targets(teacher, train, device) if len(at.epochs) < epochs else None
+        while targets is not None and len(at.epochs) < epochs and at.stopped is None:
             index = len(at.epochs)
-            following = index < round(recipe.freeze_ranges_at * recipe.epochs)
+            following = index < round(recipe.freeze_ranges_at * epochs)
             set_mode(prepared, ("learn" if recipe.learned_scales else "train") if following else "frozen")
             began = time.monotonic()
             losses: list[float] = []
-            for images in _images(train, seed, index):
-                _set_rate(optimizer, (index * steps + len(losses)) / (recipe.epochs * steps))
-                losses.append(step(prepared, teacher, images.to(device), optimizer))
+            for images, expected in targets.batches(train, seed, index):
+                _set_rate(optimizer, (index * steps + len(losses)) / (epochs * steps), at.rate)
+                losses.append(step(prepared, images.to(device), expected, targets.power, optimizer))
+                average.add()
                 progress.update()
                 if not math.isfinite(losses[-1]):
                     at.stopped = f"the loss became {losses[-1]} in epoch {index + 1}, step {len(losses)}"
                     break
             else:
                 seconds = time.monotonic() - began
-                _note(at, prepared, float(np.mean(losses)), _judged(prepared, reference, val), start, seconds)
-                progress.set_postfix(val=f"{at.epochs[-1].val_top1:.1f} %")
+                _exchange(prepared, average)
+                found = _judged(prepared, reference, labels, val)
+                _note(at, prepared, float(np.mean(losses)), found, start, seconds)
+                _exchange(prepared, average)
+                if at.rate < at.epochs[-1].rate:
+                    _return(prepared, optimizer, average, at)
+                progress.set_postfix(val=f"{at.epochs[-1].val_top1:.1f} %, {at.epochs[-1].val_db:.1f} dB")
                 if checkpoint:
-                    _save(checkpoint, prepared, optimizer, at)
+                    _save(checkpoint, prepared, optimizer, average, at)
     set_mode(prepared, "frozen")
     prepared.load_state_dict(at.best)
     for network in (prepared, teacher):
@@ -131,58 +172,132 @@ def train(
     return _report(at, start, device, len(train))
 
 
+def epochs_of(recipe: Qat, images: int) -> int:
+    """The epochs of a training on `images`: those of the recipe, or as many as make 80 steps, and two at least."""
+    steps = math.ceil(images / _BATCH)
+    return recipe.epochs or max(_LEAST_EPOCHS, math.ceil(_LEAST_STEPS / max(1, steps)))
+
+
 def _note(
-    at: _Progress,
-    prepared: GraphModule,
-    loss: float,
-    found: tuple[float, float],
-    start: tuple[float, float],
-    seconds: float,
+    at: _Progress, prepared: GraphModule, loss: float, found: _Judgement, start: _Judgement, seconds: float
 ) -> None:
-    """Add an epoch; keep it where it is the best so far, and stop where training has diverged. `found` and `start`: as
-    `_judged` says it.
+    """Add an epoch; keep it where it is the best so far, lower the rate where it is worse than the start, and stop a
+    training that has diverged.
     """
-    at.epochs.append(QatEpoch(loss=loss, val_top1=found[0], val_db=found[1], seconds=round(seconds, 3)))
-    if found >= max([start, *((epoch.val_top1, epoch.val_db) for epoch in at.epochs)]):
-        at.best, at.best_epoch = copy.deepcopy(prepared.state_dict()), len(at.epochs)
-    at.stopped = diverged(at.epochs, start[0])
+    chance = _chance(found.right, start.right)
+    at.epochs.append(
+        QatEpoch(
+            loss=loss,
+            val_top1=found.top1,
+            val_db=found.db,
+            val_chance=round(chance, 6),
+            rate=at.rate,
+            seconds=round(seconds, 3),
+        )
+    )
+    if found.better_than(at.judged):
+        at.best, at.judged, at.best_epoch = copy.deepcopy(prepared.state_dict()), found, len(at.epochs)
+    if not found.better_than(start):
+        at.rate /= _BACK_OFF
+    at.stopped = diverged(at.epochs, start.top1)
 
 
-def _groups(prepared: GraphModule) -> list[dict[str, object]]:
-    """Parameters by weight decay; each group says how many times the learning rate it has."""
-    sizes = [
-        quantizer.factor
-        for quantizer in fake_quants(prepared)
-        if isinstance(quantizer, ActivationFakeQuant) and quantizer.factor is not None
-    ]
+def _return(prepared: GraphModule, optimizer: RelativeAdam, average: Average, at: _Progress) -> None:
+    """Back to the best weights and ranges; the moments of other weights mean nothing there."""
+    prepared.load_state_dict(at.best)
+    optimizer.state.clear()
+    average.reset()
+
+
+def _activations(prepared: GraphModule) -> Iterator[ActivationFakeQuant]:
+    return (quantizer for quantizer in fake_quants(prepared) if isinstance(quantizer, ActivationFakeQuant))
+
+
+def _groups(prepared: GraphModule) -> list[dict[str, Any]]:
+    """Parameters by how many times the learning rate they have. Without weight decay: the start is trained, and the
+    scales of weights are fixed.
+    """
+    sizes = [quantizer.factor for quantizer in _activations(prepared) if quantizer.factor is not None]
     apart = {id(size) for size in sizes}
-    groups = [{**group, "times": 1.0} for group in parameter_groups(prepared, _WEIGHT_DECAY, without=apart)]
-    return [*groups, {"params": sizes, "weight_decay": 0.0, "times": _STEP_SIZE_RATE}] if sizes else groups
+    others = [each for each in prepared.parameters() if each.requires_grad and id(each) not in apart]
+    groups: list[dict[str, Any]] = [{"params": others, "times": 1.0}]
+    return [*groups, {"params": sizes, "times": _STEP_SIZE_RATE}] if sizes else groups
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, done: float) -> None:
-    """A linear warm-up, then half a cosine to zero (Loshchilov & Hutter, arXiv 1608.03983); `done`: share of all steps
-    so far. A function of that alone, so a checkpoint keeps no scheduler.
+def _units(prepared: GraphModule) -> dict[Tensor, Tensor]:
+    """The scales of weights that are rounded, by weight, each in the shape that broadcasts to it."""
+    found: dict[Tensor, Tensor] = {}
+    for node in prepared.graph.nodes:
+        quantizer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, PerChannelFakeQuant) and node.all_input_nodes[0].op == "get_attr":
+            weight = stored_tensor(prepared, node.all_input_nodes[0])
+            shape = [1] * weight.ndim
+            shape[quantizer.ch_axis] = -1
+            found[weight] = quantizer.scale.detach().clone().view(shape)
+    return found
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, done: float, factor: float) -> None:
+    """A linear warm-up, then half a cosine to zero (Loshchilov & Hutter, arXiv 1608.03983), times `factor`; `done`:
+    share of all steps so far. A function of these alone, so a checkpoint keeps no scheduler.
     """
     share = done / _WARM_UP if done < _WARM_UP else (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP))) / 2
     for group in optimizer.param_groups:
-        group["lr"] = optimizer.defaults["lr"] * group["times"] * max(share, 0.01)
+        group["lr"] = optimizer.defaults["lr"] * group["times"] * factor * max(share, 0.01)
 
 
-def _images(train: Images, seed: int, epoch: int) -> Iterator[Tensor]:
-    """The augmented batches of one epoch."""
-    draw = np.random.default_rng((seed, epoch))
-    noise = torch.Generator().manual_seed(int(draw.integers(2**62)))
-    for images, _ in train.batches(_BATCH, draw.permutation(len(train)).tolist()):
-        yield augment(images, noise, mirrors=train.data.mirrors)
+def _exchange(prepared: GraphModule, average: Average) -> None:
+    """Exchange the parameters of `prepared` and their average, with the scales that belong to them."""
+    average.swap()
+    for quantizer in _activations(prepared):
+        quantizer.settle()
 
 
-def step(prepared: GraphModule, teacher: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> float:
-    """One step on `images`; returns its loss, and leaves the weights alone where that is not finite."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Targets:
+    """The teacher's logits of all training images, asked once: images are not augmented, so they never change."""
+
+    logits: Tensor  # (N, classes)
+    readable: Tensor  # (N,) bool
+    power: float  # mean square of the logits
+
+    def batches(self, train: Images, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (n, 3, S, S) and logits (n, classes) of one epoch, in the order of that epoch."""
+        order = np.random.default_rng((seed, epoch)).permutation(len(train)).tolist()
+        for chosen in _chunks(order):
+            for images, _ in train.batches(_BATCH, chosen):
+                rows = torch.tensor(chosen)
+                yield images, self.logits[rows[self.readable[rows]].to(self.logits.device)]
+
+
+def _targets(teacher: nn.Module, train: Images, device: torch.device) -> _Targets:
+    """Ask the teacher. An image that cannot be read is left out of its batch, so such batches are read one by one."""
+    found: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for chosen in _chunks(range(len(train))):
+            parts = [(chosen, images) for images, _ in train.batches(_BATCH, chosen) if len(images) == len(chosen)]
+            parts = parts or [([each], images) for each in chosen for images, _ in train.batches(1, [each])]
+            for indices, images in parts:
+                found |= zip(indices, teacher(images.to(device)).float(), strict=True)
+    blank = torch.zeros_like(next(iter(found.values())))
+    logits = torch.stack([found.get(index, blank) for index in range(len(train))])
+    readable = torch.tensor([index in found for index in range(len(train))])
+    power = float(logits[readable.to(device)].square().mean())
+    return _Targets(logits=logits, readable=readable, power=max(power, 1e-12))
+
+
+def _chunks(order: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (order[start : start + _BATCH] for start in range(0, len(order), _BATCH))
+
+
+def step(
+    prepared: GraphModule, images: Tensor, targets: Tensor, power: float, optimizer: torch.optim.Optimizer
+) -> float:
+    """One step on `images` towards the logits `targets`, whose mean square over all images is `power`; returns its
+    loss, and leaves the weights alone where that is not finite.
+    """
     with _precision(images.device):
-        with torch.no_grad():
-            targets = teacher(images).float().softmax(1)
-        loss = nn.functional.cross_entropy(prepared(images).float(), targets)
+        loss = nn.functional.mse_loss(prepared(images).float(), targets) / power
     found = float(loss.detach())
     if math.isfinite(found):
         optimizer.zero_grad()
@@ -200,10 +315,20 @@ def _mixed(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _judged(prepared: GraphModule, reference: Logits, val: Images) -> tuple[float, float]:
-    """Top-1 in percent, and what decides between equals: decibels against the teacher."""
-    found, labels = predictions(prepared, val)
-    return top1(found, labels), round(snr_db(reference, found), 3)
+def _judged(prepared: GraphModule, reference: Logits, labels: Labels, val: Images) -> _Judgement:
+    found, _ = predictions(prepared, val)
+    right = tuple((found.argmax(1) == labels).tolist())
+    return _Judgement(top1=top1(found, labels), db=round(snr_db(reference, found), 3), right=right)
+
+
+def _chance(one: Sequence[bool], other: Sequence[bool]) -> float:
+    """The probability that, of the answers in which both differ, so few or fewer are right in `one`, were both equally
+    good: an exact one-sided sign test (McNemar, "Note on the sampling error of the difference between correlated
+    proportions or percentages"). 1 where no answer differs.
+    """
+    gained = sum(ours and not theirs for ours, theirs in zip(one, other, strict=True))
+    lost = sum(theirs and not ours for ours, theirs in zip(one, other, strict=True))
+    return sum(math.comb(gained + lost, count) for count in range(gained + 1)) / 2 ** (gained + lost)
 
 
 def diverged(epochs: list[QatEpoch], start_top1: float) -> str | None:
@@ -211,27 +336,41 @@ def diverged(epochs: list[QatEpoch], start_top1: float) -> str | None:
     number, last = len(epochs), epochs[-1]
     if last.loss > _LOSS_GROWTH * epochs[0].loss:
         return f"the loss of epoch {number} was {last.loss:.3g}, more than {_LOSS_GROWTH:.0f} times the first one's"
-    if number >= _EPOCHS_BELOW and all(
-        epoch.val_top1 < start_top1 - _POINTS_BELOW for epoch in epochs[-_EPOCHS_BELOW:]
-    ):
+    if number >= _EPOCHS_BELOW and all(_below(epoch, start_top1) for epoch in epochs[-_EPOCHS_BELOW:]):
         return (
             f"top-1 on validation images was {last.val_top1:.2f} % after epoch {number}, and more than "
-            f"{_POINTS_BELOW:.0f} points below the start ({start_top1:.2f} %) for {_EPOCHS_BELOW} epochs"
+            f"{_POINTS_BELOW:.0f} points below the start ({start_top1:.2f} %), beyond chance, for {_EPOCHS_BELOW} "
+            "epochs"
         )
     return None
 
 
-def _begun(prepared: GraphModule, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> _Progress:
-    """Where to go on: from the checkpoint, which `prepared` and `optimizer` are set to, or from the start."""
+def _below(epoch: QatEpoch, start_top1: float) -> bool:
+    return epoch.val_top1 < start_top1 - _POINTS_BELOW and epoch.val_chance < _CHANCE
+
+
+def _begun(
+    prepared: GraphModule,
+    optimizer: RelativeAdam,
+    average: Average,
+    start: _Judgement,
+    checkpoint: Checkpoint | None,
+) -> _Progress:
+    """Where to go on: from the checkpoint, which the networks and the optimizer are set to, or from the start."""
     saved = checkpoint.load() if checkpoint else None
     if saved is None:
-        return _Progress(best=copy.deepcopy(prepared.state_dict()))
+        return _Progress(best=copy.deepcopy(prepared.state_dict()), judged=start)
     prepared.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
+    for value, kept in zip(average.values, saved["average"], strict=True):
+        value.copy_(kept)
     epochs = [QatEpoch(**epoch) for epoch in saved["epochs"]]
     log.info("QAT goes on after epoch %d, from %s", len(epochs), checkpoint.path if checkpoint else "")
+    judged = {**saved["judged"], "right": tuple(saved["judged"]["right"])}
     return _Progress(
         best=saved["best"],
+        judged=_Judgement(**judged),
+        rate=saved["rate"],
         best_epoch=saved["best_epoch"],
         epochs=epochs,
         stopped=saved["stopped"],
@@ -239,12 +378,17 @@ def _begun(prepared: GraphModule, optimizer: torch.optim.Optimizer, checkpoint: 
     )
 
 
-def _save(checkpoint: Checkpoint, prepared: GraphModule, optimizer: torch.optim.Optimizer, at: _Progress) -> None:
+def _save(
+    checkpoint: Checkpoint, prepared: GraphModule, optimizer: RelativeAdam, average: Average, at: _Progress
+) -> None:
     checkpoint.save(
         {
             "model": prepared.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "average": average.values,
             "best": at.best,
+            "judged": {**asdict(at.judged), "right": list(at.judged.right)},
+            "rate": at.rate,
             "best_epoch": at.best_epoch,
             "epochs": [asdict(epoch) for epoch in at.epochs],
             "stopped": at.stopped,
@@ -252,17 +396,17 @@ def _save(checkpoint: Checkpoint, prepared: GraphModule, optimizer: torch.optim.
     )
 
 
-def _report(at: _Progress, start: tuple[float, float], device: torch.device, images: int) -> dict[str, object]:
+def _report(at: _Progress, start: _Judgement, device: torch.device, images: int) -> dict[str, object]:
     """What training bought over post-training quantization, and what it cost."""
     kept = at.epochs[at.best_epoch - 1] if at.best_epoch else None
     seconds = sum(epoch.seconds for epoch in at.epochs)
     return {
-        "val_top1_before_qat": start[0],
+        "val_top1_before_qat": start.top1,
         "qat": [asdict(epoch) for epoch in at.epochs],
         "qat_bought": {
             "kept_epoch": at.best_epoch,
-            "val_top1": [start[0], kept.val_top1 if kept else start[0]],
-            "val_db": [start[1], kept.val_db if kept else start[1]],
+            "val_top1": [start.top1, kept.val_top1 if kept else start.top1],
+            "val_db": [start.db, kept.val_db if kept else start.db],
         },
         "qat_cost": {
             "seconds": round(seconds, 3),

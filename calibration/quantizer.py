@@ -42,8 +42,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     def __init__(self, scheme: Scheme, placement: Placement = LAYERS) -> None:
         super().__init__()
         self.placement, self.regions = placement, scheme.regions
-        if (scheme.weight_bits, scheme.activation_bits, scheme.per_channel_weights) != (8, 8, True):
-            raise NotImplementedError(f"{scheme}: only 8 bits with per-channel weights are implemented")
+        if (scheme.activation_bits, scheme.per_channel_weights) != (8, True) or not 2 <= scheme.weight_bits <= 8:
+            raise NotImplementedError(
+                f"{scheme}: only activations of 8 bits and per-channel weights of 2 to 8 bits are implemented"
+            )
         # Every runtime's quantize operator saturates at -128, and so does ours; weights are stored integers and stay
         # symmetric.
         self.activation = (
@@ -51,7 +53,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             if scheme.activations == "symmetric"
             else _spec(PerTensorAffineFakeQuant, torch.per_tensor_affine, torch.uint8, lowest=0, highest=STEPS)
         )
-        self.weight = _spec(PerChannelFakeQuant, torch.per_channel_symmetric, lowest=-LEVELS, axis=0)
+        levels = 2 ** (scheme.weight_bits - 1) - 1
+        self.weight = _spec(PerChannelFakeQuant, torch.per_channel_symmetric, lowest=-levels, highest=levels, axis=0)
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         if self.regions:

@@ -27,6 +27,17 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """The epochs and the peak learning rate that a training is asked for; None: its default."""
+
+    epochs: int | None = None
+    rate: float | None = None
+
+
+DEFAULT_SCHEDULE: Final = Schedule()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Float:
     """Leave the weights as they are and compute in `precision`."""
 
@@ -56,11 +67,13 @@ class Qat:
     name: str
     warm_start: Ptq
     precision: Literal["int8"] = "int8"
-    epochs: int = 2
-    learning_rate: float = 1e-5  # the peak of the schedule: PTQ is a good start, and larger steps leave it
+    epochs: int | None = None  # None: two, or as many as make 80 steps where two are fewer
+    # The peak of the schedule, in integer steps of each output channel: a share of the weight's own scale, so that one
+    # value serves networks whose scales differ by orders of magnitude.
+    learning_rate: float = 3e-3
     # Fraction of the epochs after which the ranges stand still. There is none for BatchNorm statistics: they are folded
     # before training, and never move.
-    freeze_ranges_at: float = 0.5
+    freeze_ranges_at: float = 0.0
     learned_scales: bool = False  # whether until then the scales of activations are trained with the weights
     budget: Budget | None = None  # of the trained network, as for Ptq; the one of `warm_start` counts for nothing
 
@@ -88,7 +101,7 @@ _RECIPES: tuple[Recipe, ...] = (
     Float(name="fp16", precision="fp16"),
     _PTQ,
     Qat(name="int8_qat", warm_start=_PTQ),
-    Qat(name="int8_lsq", warm_start=_PTQ, learned_scales=True),
+    Qat(name="int8_lsq", warm_start=_PTQ, learned_scales=True, freeze_ranges_at=0.5),
     # Called as the field calls them: bits of weights and of activations, and Core ML's palettes.
     WeightOnly(name="w8a16", storage="linear", bits=8),
     WeightOnly(name="w4a16", storage="linear", bits=4, block=32),
@@ -101,6 +114,16 @@ ALL: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 def budgeted(recipe: Recipe, budget: Budget) -> Recipe:
     """`recipe` with modules in float where `budget` asks for it; one without integer layers is as it was."""
     return replace(recipe, budget=budget) if isinstance(recipe, Ptq | Qat) else recipe
+
+
+def scheduled(recipe: Recipe, schedule: Schedule) -> Recipe:
+    """`recipe` with the epochs and the rate of `schedule` for its quantization-aware training; any other recipe trains
+    nothing and is returned as it is.
+    """
+    if not isinstance(recipe, Qat):
+        return recipe
+    rate = recipe.learning_rate if schedule.rate is None else schedule.rate
+    return replace(recipe, epochs=schedule.epochs or recipe.epochs, learning_rate=rate)
 
 
 def with_ptq(recipe: Recipe, **changes: Any) -> Recipe:

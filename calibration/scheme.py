@@ -14,7 +14,7 @@ class Scheme:
     tensorrt, "Working with Quantized Types", explicit quantization; coremltools guide, "Quantization Overview".
     """
 
-    weight_bits: int = 8
+    weight_bits: int = 8  # 2 to 8; no target computes in fewer than 8, which are here to measure training by
     activation_bits: int = 8
     per_channel_weights: bool = True
     # Scales are rounded to an FP16 value while they are chosen, so that a graph typed in FP16 (TensorRT, Core ML) and

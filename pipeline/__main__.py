@@ -12,6 +12,7 @@ import difflib
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ import models
 import targets
 from calibration import budget, families, placement
 from calibration.data import Described
-from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budgeted, with_ptq
+from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, Schedule, WeightOnly, budgeted, scheduled, with_ptq
 from models import checkpoint, external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
@@ -62,6 +63,7 @@ _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
 _MOST_DAYS = 36_500
 _LONGEST_NUMBER = 12  # digits
+_MOST_EPOCHS = 100_000
 
 # What the system says of files that cannot be written, or read; any other OSError shows its traceback.
 _DENIED = frozenset(
@@ -151,6 +153,8 @@ def read(request: argparse.Namespace) -> Run:
     runtime: families.Runtime = "cpu" if target.name in ("cpu", "onnxruntime") else "accelerator"
     recipe = adjusted(with_ptq(recipe, placement=families.default(model.family, runtime)), request)
     file, key = checkpoint.split(request.weights)
+    training, tuning = schedules(request)
+    recipe = scheduled(recipe, tuning)
     storage = recipe if isinstance(recipe, WeightOnly) else None
     if isinstance(target, Customizes):
         target.accept(
@@ -178,6 +182,8 @@ def read(request: argparse.Namespace) -> Run:
         half=pick("half", request.half, _HALVES),
         max_drop=budget.parse(request.max_drop) if request.max_drop else budget.DEFAULT,
         verdict=pick("verdict", request.verdict, _SWITCH),
+        training=training,
+        tuning=tuning,
     )
 
 
@@ -273,6 +279,42 @@ def number(name: str, text: str, lowest: int, highest: int) -> int:
     return found
 
 
+def schedules(request: argparse.Namespace) -> tuple[Schedule, Schedule]:
+    """EPOCHS and RATE of float training and of quantization-aware training. A single value is for both; two values,
+    separated by a comma, are for float training and for quantization-aware training. Raises BadRequest where a value
+    is no number, is out of range, or is one of three or more.
+    """
+    epochs = _for_each("EPOCHS", request.epochs, lambda text: number("EPOCHS", text, 1, _MOST_EPOCHS))
+    rates = _for_each("RATE", request.rate, lambda text: positive("RATE", text))
+    training, tuning = (Schedule(epochs=count, rate=rate) for count, rate in zip(epochs, rates, strict=True))
+    return training, tuning
+
+
+def _for_each(name: str, text: str, parse: Callable[[str], T]) -> tuple[T | None, T | None]:
+    """The values in `text` for float training and for quantization-aware training."""
+    values = text.split(",")
+    if len(values) > 2:
+        raise BadRequest(
+            f"{name}={text}: {len(values)} values; expected one, for every training, or two: of float training, then "
+            "of quantization-aware training"
+        )
+    if not text:
+        return None, None
+    parsed = [parse(value.strip()) for value in values]
+    return parsed[0], parsed[-1]
+
+
+def positive(name: str, text: str) -> float:
+    """The positive number in `text`. Raises BadRequest where it is none."""
+    try:
+        found = float(text) if text.isascii() else math.nan
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise BadRequest(f"{name}={text}: expected a positive number such as 0.001")
+    return found
+
+
 def size_for(model: ModelSpec, text: str, *, variable: str = "SIZE") -> int:
     """The input side in `text`. Raises BadRequest naming the nearest sides that the architecture takes."""
     sizes = model.sizes
@@ -336,6 +378,8 @@ def _parser() -> argparse.ArgumentParser:
         *((name, "") for name in preprocessing.VARIABLES),
         ("days", ""),
         ("apply", "no"),
+        ("epochs", ""),
+        ("rate", ""),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
     parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")

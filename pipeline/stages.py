@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from calibration.budget import DEFAULT, Budget
 from calibration.data import Data, Described, Part
-from calibration.recipe import Float, Recipe, WeightOnly
+from calibration.recipe import DEFAULT_SCHEDULE, Float, Recipe, Schedule, WeightOnly
 from models.errors import CannotRunHere, CheckFailed
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest, resumable
@@ -57,6 +57,8 @@ class Run:
     deployment: str | None = None  # the oldest system that must run the engine; None: what the recipe needs
     half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
     max_drop: Budget = DEFAULT  # what the artifact may lose against the float model
+    training: Schedule = DEFAULT_SCHEDULE  # of the float weights
+    tuning: Schedule = DEFAULT_SCHEDULE  # of a Qat recipe, which has it already
     verdict: bool = False  # build float engines beside one of INT8, and say which is worth shipping
 
     def images(self, part: Part) -> Images:
@@ -125,7 +127,14 @@ def weights(run: Run) -> Step:
             seen = (sanity.look(images) for images in (train, run.images("test")))
             warnings += sanity.told(*history.warnings(past, run.data, run.weights or out), *itertools.chain(*seen))
             model, report = float_weights.make(
-                run.model, run.weights, train, val, seed=run.seed, key=run.weights_key, check=check
+                run.model,
+                run.weights,
+                train,
+                val,
+                seed=run.seed,
+                key=run.weights_key,
+                check=check,
+                schedule=run.training,
             )
             if run.weights and not report["epochs"] and (sentence := sanity.check_order(model, val)):
                 warnings += sanity.told(sentence)
@@ -152,6 +161,7 @@ def weights(run: Run) -> Step:
             "data": run.data.identity(),
             "preprocess": run.preprocess,
             "seed": run.seed,
+            "schedule": run.training if run.trained else None,
             "file": digest or (None if run.trained else "untrained"),
             **({"key": run.weights_key} if run.weights_key else {}),
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),

@@ -152,6 +152,7 @@ def _as(run: Run, recipe: str) -> Run:
 
     ptq, made = calibrating(run), calibration.recipe.ALL[recipe]
     kept = {name: getattr(ptq, name) for name in ("calibrator", "placement", "force")}
+    made = calibration.recipe.scheduled(made, run.tuning)
     return replace(run, recipe=calibration.recipe.with_ptq(made, **kept))
 
 
@@ -418,10 +419,20 @@ def explain(run: Run, root: Path) -> Answer:
 
 
 def _quantized(run: Run, root: Path) -> Answer:
-    artifact = _produced(stages.quantized(run), root)
+    step = stages.quantized(run)
+    artifact = _produced(step, root)
     report = json.loads((artifact.path / "report.json").read_text())
-    log.info("%s in torch: top-1 %.2f %% on %d test images", run.recipe.name, report["test_top1"], report["images"])
-    return _answer(artifact) | {"recipe": run.recipe.name, "top1": report["test_top1"], "images": report["images"]}
+    floats = json.loads((Store(root).get(step.inputs["weights"]).path / "report.json").read_text())
+    log.info(
+        "%s in torch: top-1 %.2f %% on %d test images, float %.2f %%",
+        *(run.recipe.name, report["test_top1"], report["images"], floats["test_top1"]),
+    )
+    return _answer(artifact) | {
+        "recipe": run.recipe.name,
+        "top1": report["test_top1"],
+        "float_top1": floats["test_top1"],
+        "images": report["images"],
+    }
 
 
 def _engine_step(run: Run) -> Step:

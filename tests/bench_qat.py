@@ -32,6 +32,7 @@ from calibration.calibrate import fake_quants, set_mode
 from calibration.fake_quant import ActivationFakeQuant, Mode
 from calibration.quantize import prepare
 from calibration.quantizer import SchemeQuantizer
+from calibration.relative_adam import RelativeAdam
 from calibration.scheme import SHARED
 from pipeline import surroundings
 
@@ -107,8 +108,9 @@ def _calibrated(model: nn.Module, images: Tensor, mode: Mode) -> GraphModule:
 
 
 def _step(prepared: GraphModule, teacher: nn.Module, images: Tensor) -> Step:
-    optimizer = _optimizer(prepared)
-    return lambda: qat.step(prepared, teacher, images, optimizer)
+    optimizer = RelativeAdam([{"params": list(prepared.parameters())}], lr=1e-6)
+    targets = program.logits(teacher, [(images, images)])
+    return lambda: qat.step(prepared, images, torch.from_numpy(targets), 1.0, optimizer)
 
 
 def _float_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:

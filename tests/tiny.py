@@ -49,6 +49,8 @@ VARIABLES = (
     "INTERPOLATION",
     "BACKGROUND",
     "HALF",
+    "EPOCHS",
+    "RATE",
 )  # of the Makefile
 SIDE = 16
 _COUNTS: dict[Part, int] = {"train": 128, "val": 32, "test": 48}

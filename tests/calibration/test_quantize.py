@@ -28,13 +28,17 @@ from tests.tiny import SIDE
 from tests.toys import CLASSES, LAYERS, Hybrid, images, seeded
 
 PTQ = Ptq(name="int8_ptq", samples=64, force=True)
-QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=3, learning_rate=1e-4)
+QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=3, learning_rate=0.03)
 
 aten, integers = torch.ops.aten, torch.ops.quantized_decomposed
 
 
 def made(model: nn.Module, recipe: Recipe, seed: int = 0) -> Quantized:
     return quantize(model, recipe, SHARED, images("train"), images("val"), seed=seed)
+
+
+def integer_weights(program: ExportedProgram) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in program.state_dict.items() if tensor.dtype == torch.int8}
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +163,21 @@ def test_a_scalar_tensor_is_left_alone_too() -> None:
     assert found.report["layers"] == 1
 
 
-def test_another_scheme_than_the_implemented_one_is_not_silently_this_one() -> None:
-    with pytest.raises(NotImplementedError, match="only 8 bits with per-channel weights are implemented"):
-        prepare(seeded(Hybrid).eval(), Scheme(weight_bits=4), SIDE)
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(activation_bits=6), Scheme(weight_bits=1), Scheme(weight_bits=16), Scheme(per_channel_weights=False)],
+)
+def test_another_scheme_than_the_implemented_one_is_not_silently_this_one(scheme: Scheme) -> None:
+    with pytest.raises(NotImplementedError, match="only activations of 8 bits and per-channel weights of 2 to 8"):
+        prepare(seeded(Hybrid).eval(), scheme, SIDE)
+
+
+def test_weights_of_four_bits_have_fifteen_levels_and_are_converted_as_they_are_trained() -> None:
+    model = seeded(Hybrid).eval()
+    scheme = replace(SHARED, weight_bits=4)
+    found = quantize(model, replace(QAT, epochs=1), scheme, images("train"), images("val"), seed=0)
+    weights = integer_weights(found.program).values()
+    assert len(weights) == len(LAYERS) and all(int(tensor.abs().amax()) == 7 for tensor in weights)
 
 
 # --- What it computes -----------------------------------------------------------------------------------------------
@@ -253,13 +269,14 @@ def test_no_batch_is_counted_and_no_input_is_mutated(ptq: Quantized, qat: Quanti
 
 
 def test_quantization_aware_training_changes_weights_and_keeps_the_best_epoch(ptq: Quantized, qat: Quantized) -> None:
-    before, after = programs.scales(ptq.program.module()), programs.scales(qat.program.module())
-    moved = [path for path in LAYERS if before[path]["weight"] != after[path]["weight"]]
-    assert len(moved) > len(LAYERS) / 2  # in a short training a peak may stay within the same FP16 number
+    before, after = integer_weights(ptq.program), integer_weights(qat.program)
+    assert before.keys() == after.keys() and len(before) == len(LAYERS)
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > len(LAYERS) / 2
     epochs = qat.report["qat"]
     assert isinstance(epochs, list) and len(epochs) == QAT.epochs
-    best = max(epoch["val_top1"] for epoch in epochs)
-    assert evaluate(qat.program.module(), images("val")) == pytest.approx(best, abs=1e-9)
+    assert qat.report["qat_bought"]["kept_epoch"] >= 1  # type: ignore[index]
+    kept = epochs[qat.report["qat_bought"]["kept_epoch"] - 1]  # type: ignore[index]
+    assert evaluate(qat.program.module(), images("val")) == pytest.approx(kept["val_top1"], abs=1e-9)
     assert isinstance(qat.report["val_top1_before_qat"], float)
 
 

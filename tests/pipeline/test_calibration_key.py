@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import calibration.recipe
-from calibration.recipe import Ptq
+from calibration.recipe import Ptq, Schedule, scheduled
 from pipeline import stages
 from pipeline.stages import Run
 from tests.tiny import SPEC, Colours, tiny_run
@@ -34,6 +34,24 @@ def key(run: Run) -> str:
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_each_ingredient_of_a_calibration_changes_its_key(changes: dict[str, object]) -> None:
     assert key(replace(tiny_run(), **changes)) != key(tiny_run())  # type: ignore[arg-type]
+
+
+def test_the_schedule_of_float_training_changes_the_key_of_the_weights() -> None:
+    keys = {
+        stages.weights(tiny_run(training=training)).key
+        for training in (Schedule(), Schedule(epochs=3), Schedule(rate=1e-3), Schedule(epochs=3, rate=1e-3))
+    }
+    assert len(keys) == 4
+
+
+def test_the_schedule_of_training_through_rounding_changes_the_key_of_its_program_alone() -> None:
+    ptq, trained = tiny_run(), tiny_run("int8_qat")
+    tuned = [
+        replace(run, recipe=scheduled(run.recipe, Schedule(epochs=3, rate=0.01)), tuning=Schedule(epochs=3, rate=0.01))
+        for run in (ptq, trained)
+    ]
+    assert key(tuned[0]) == key(ptq) and key(tuned[1]) != key(trained)
+    assert stages.weights(tuned[1]).key == stages.weights(trained).key
 
 
 def test_the_weights_of_a_file_are_told_by_its_content(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import calibration.recipe
-from calibration.recipe import WeightOnly
+from calibration.recipe import Schedule, WeightOnly
 from models.errors import BadRequest, CannotRunHere
 from pipeline import stages, verbs
 from pipeline.store import MANIFEST, Store
@@ -158,8 +158,18 @@ def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
     for verb, recipe in ((verbs.calibrate, "int8_ptq"), (verbs.qat, "int8_qat")):
         answer = verb(tiny_run("fp32", "cpu"), shared)
         assert answer["recipe"] == recipe
-        assert (answer["top1"], answer["images"]) == (100, TEST_IMAGES)
+        assert (answer["top1"], answer["float_top1"], answer["images"]) == (100, 100, TEST_IMAGES)
         assert answer["key"] == stages.quantized(tiny_run(recipe, "cpu")).key
+
+
+def test_qat_and_float_training_take_the_epochs_that_are_asked_for(tmp_path: Path) -> None:
+    training, tuning = Schedule(epochs=2, rate=0.01), Schedule(epochs=3)
+    run = tiny_run("int8_ptq", "cpu", training=training, tuning=tuning)
+    answer = verbs.qat(run, tmp_path)
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/*/report.json"))]
+    counts = {len(report["qat"]) if "qat" in report else len(report["epochs"]) for report in reports}
+    assert len(reports) == 2 and counts == {2, 3}
+    assert isinstance(answer["float_top1"], float)
 
 
 def test_verify_looks_at_the_engine_again(shared: Path) -> None:
