@@ -31,8 +31,8 @@ def equalize(
     drawn: CalibrationSplit,
     prepare: Callable[[GraphModule], GraphModule],
 ) -> dict[str, Any]:
-    """Give the channels of `graph`, in place, like ranges if that helps, and return the report of it; empty where there are too few images to decide. `graph` was traced from the float model and folded;
-    `prepare` makes a graph round.
+    """Give the channels of `graph`, in place, like ranges if that helps, and return the report of it; empty where there
+    are too few images to decide. `graph` was traced from the float model and folded; `prepare` makes a graph round.
     """
     size, trial = drawn.train.preprocess.size, list(drawn.observed[:_TRIAL_IMAGES])
     if not recipe.equalize or not drawn.batches or not trial:
