@@ -20,7 +20,7 @@ from calibration.fake_quant import FakeQuant
 from calibration.program import WEIGHTED, stored_tensor
 
 _ATEN: Final = torch.ops.aten
-_BEFORE: Final = "biases_before"  # in the meta of a graph: the biases from before the correction, by attribute
+BEFORE: Final = "before_corrections"  # in the meta of a graph: biases and weights from before, by attribute
 
 
 def correct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
@@ -29,10 +29,10 @@ def correct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
 
     Layers in float, without a bias, or with one that others add as well, stay as they are.
     """
-    pair = _Pair(prepared)
+    pair = Pair(prepared)
     with torch.no_grad():
         pair.run(images)
-    prepared.meta[_BEFORE] = pair.before
+    prepared.meta[BEFORE] = pair.before
     return pair.before
 
 
@@ -46,14 +46,14 @@ def restore(prepared: GraphModule, before: dict[str, Tensor]) -> None:
 
 def forget(prepared: GraphModule) -> None:
     """Take the biases of `prepared` for its own: once they are trained, those before the correction mean nothing."""
-    prepared.meta.pop(_BEFORE, None)
+    prepared.meta.pop(BEFORE, None)
 
 
 def uncorrect(graph: GraphModule) -> None:
     """Give `graph`, on the tensors of a corrected one but with another part of it rounded, the biases from before: each
     correction is for the error of all layers up to it.
     """
-    before: dict[str, Tensor] = graph.meta.pop(_BEFORE, {})
+    before: dict[str, Tensor] = graph.meta.pop(BEFORE, {})
     for layer in [node for node in graph.graph.nodes if node.target in WEIGHTED]:
         bias = layer.args[2] if len(layer.args) > 2 else None
         if not isinstance(bias, Node) or str(bias.target) not in before:
@@ -68,7 +68,7 @@ def uncorrect(graph: GraphModule) -> None:
     graph.recompile()
 
 
-class _Pair(Interpreter):
+class Pair(Interpreter):
     """Runs a prepared graph on two sets of values, in float and rounded: every value is a pair."""
 
     def __init__(self, prepared: GraphModule) -> None:
@@ -85,11 +85,16 @@ class _Pair(Interpreter):
         pairs = self.env
         if n.op == "output":
             return self.alone(n, pairs, 1)
+        if n.target in WEIGHTED:
+            self.prepare_layer(n)
         floats = pairs[n.all_input_nodes[0]][0] if rounding else self.alone(n, pairs, 0)
         rounded = self.alone(n, pairs, 1)
         if n.target in WEIGHTED:
             rounded = rounded + self.corrected(n, floats, rounded)
         return floats, rounded
+
+    def prepare_layer(self, layer: Node) -> None:
+        """Called before both networks run `layer`, with the pairs that it reads in `env`."""
 
     def alone(self, n: Node, pairs: dict[Node, Any], side: int) -> Any:
         self.env = {source: pairs[source][side] for source in n.all_input_nodes}

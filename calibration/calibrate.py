@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Final
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from calibration import calibrators, program
-from calibration.batches import Images
+from calibration.batches import Batch, Images
 from calibration.calibrators import TensorRange
 from calibration.fake_quant import ActivationFakeQuant, FakeQuant, Mode
 from calibration.metrics import Logits, snr_db
@@ -28,9 +29,44 @@ _BATCH = 32
 _HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # of the images, and how many: they compare calibrators, ranges never see them
 
 
-def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Images, *, seed: int) -> dict[str, object]:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CalibrationSplit:
+    """The training images of one calibration, drawn once, with the float logits of those that decide."""
+
+    train: Images
+    held_out: tuple[int, ...]  # indices of the images that calibrators and corrections are compared on
+    observed: tuple[int, ...]  # indices of the images that corrections are computed from
+    batches: tuple[Batch, ...]  # the held-out images that could be read, in batches of 32
+    reference: Logits  # (N, classes) float logits of the held-out images; (0, 0) where there are none
+
+    def images(self, count: int) -> Tensor:
+        """The first `count` observed images (N, 3, S, S); N is smaller where fewer were drawn, or could be read."""
+        found = [images for images, _ in self.train.batches(_BATCH, self.observed[:count])]
+        return torch.cat(found) if found else torch.zeros(0, 3, *[self.train.preprocess.size] * 2)
+
+
+def split(model: nn.Module, recipe: Ptq, train: Images, *, seed: int) -> CalibrationSplit:
+    """Draw `recipe.samples` images of `train`, evenly by class, and run the float `model` on those held out."""
+    kept, seen = held_out(train, recipe, seed=seed)
+    batches = tuple(train.batches(_BATCH, kept))
+    reference = program.logits(model, batches) if batches else np.zeros((0, 0), np.float32)
+    return CalibrationSplit(
+        train=train, held_out=tuple(kept), observed=tuple(seen), batches=batches, reference=reference
+    )
+
+
+def calibrate(
+    prepared: GraphModule,
+    model: nn.Module,
+    recipe: Ptq,
+    train: Images,
+    *,
+    seed: int,
+    drawn_split: CalibrationSplit | None = None,
+) -> dict[str, object]:
     """Fix the ranges of `prepared` from `recipe.samples` training images, drawn evenly by class. Returns what there is
     to report: the calibrator, how each did against the float `model` where one was chosen, `ranges` and `identity`.
+    `drawn_split`: as `split` draws it with the same arguments, which then draws nothing again.
 
     Leaves the quantizers observing. Raises BadRequest where fewer than 128 images could be read.
     """
@@ -38,15 +74,14 @@ def calibrate(prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Image
     kept, seen = drawn(train, recipe, seed=seed)
     count = len(kept)
     read = observe(prepared, train, seen)
-    if count:
-        batches = list(train.batches(_BATCH, kept))
-        read += sum(len(images) for images, _ in batches)
+    shown = (drawn_split or split(model, recipe, train, seed=seed)) if count else None
+    read += sum(len(images) for images, _ in shown.batches) if shown else 0
     _enough(read, recipe)
     fix_weights(prepared)
     errors: dict[str, float] = {}
     if name == AUTO:
-        reference = program.logits(model, batches) if count else None
-        errors = {} if reference is None else _output_errors(prepared, reference, [images for images, _ in batches])
+        if shown and shown.batches:
+            errors = _output_errors(prepared, shown.reference, [images for images, _ in shown.batches])
         name = max(errors, key=errors.__getitem__) if errors else "mse"
     choose(prepared, name)
     report: dict[str, object] = {

@@ -108,6 +108,14 @@ def equalize(
     }
 
 
+def apply(
+    graph: GraphModule, size: int, images: Iterable[Tensor], rounds: Callable[[Node], bool], strength: float
+) -> None:
+    """Give the channels of `graph`, in place, like ranges by `strength`, as `equalize` does where it chooses that."""
+    channels = find_channels(graph, size)
+    rescale(graph, channels, factors(peaks(graph, channels, images, rounds), strength))
+
+
 class _Watch(Interpreter):
     """Runs a graph and keeps the largest absolute values that operators read, by operator and place of the argument: of
     a layer one a channel, of `reads` one an element.

@@ -22,7 +22,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from calibration import bias, program, qat, repairs
 from calibration.batches import Batch, Images
 from calibration.budget import Budget
-from calibration.calibrate import calibrate, set_mode
+from calibration.calibrate import CalibrationSplit, calibrate, set_mode, split
 from calibration.checkpoints import Checkpoint
 from calibration.fold import fold
 from calibration.metrics import Logits, snr_db
@@ -111,14 +111,33 @@ def prepare(model: nn.Module, scheme: Scheme, size: int, placement: Placement = 
 
 
 def equalized(
-    model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int
+    model: nn.Module,
+    recipe: Ptq,
+    scheme: Scheme,
+    train: Images,
+    *,
+    seed: int,
+    drawn: CalibrationSplit | None = None,
 ) -> tuple[GraphModule, dict[str, object]]:
-    """As `prepare`, after the channels were given like ranges where `recipe` wants it; and the report of that."""
+    """As `prepare`, after the channels were given like ranges where `recipe` wants it; and the report of that. `drawn`:
+    the images of the calibration, where they are drawn already.
+    """
     graph = traced(model, train.preprocess.size)
-    report = repairs.equalize(
-        graph, model, recipe, train, lambda made: _prepared(made, scheme, recipe.placement), seed=seed
-    )
+    drawn = drawn or split(model, recipe, train, seed=seed)
+    report = repairs.equalize(graph, recipe, drawn, lambda made: _prepared(made, scheme, recipe.placement))
     return _prepared(graph, scheme, recipe.placement), report
+
+
+def equalized_again(
+    model: nn.Module, recipe: Ptq, scheme: Scheme, drawn: CalibrationSplit, strength: float | None
+) -> GraphModule:
+    """The prepared graph that `equalized` makes where it chooses `strength` (None: channels as trained), without the
+    trials.
+    """
+    graph = traced(model, drawn.train.preprocess.size)
+    if strength is not None:
+        repairs.repeat_equalize(graph, recipe, drawn, strength)
+    return _prepared(graph, scheme, recipe.placement)
 
 
 def calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
@@ -132,9 +151,13 @@ def _calibrated(
     model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int
 ) -> tuple[GraphModule, dict[str, object]]:
     """The prepared graph of `model` with the ranges that `recipe` finds, and the report of its calibration."""
-    prepared, report = equalized(model, recipe, scheme, train, seed=seed)
-    report |= calibrate(prepared, model, recipe, train, seed=seed)
-    repaired, _ = repairs.correct_biases(prepared, model, recipe, train, seed=seed)
+    drawn = split(model, recipe, train, seed=seed)
+    prepared, report = equalized(model, recipe, scheme, train, seed=seed, drawn=drawn)
+    report |= calibrate(prepared, model, recipe, train, seed=seed, drawn_split=drawn)
+    errors = cast("dict[str, float]", report["calibrators_db"])
+    repaired, _ = repairs.correct_biases(
+        prepared, model, recipe, train, seed=seed, drawn=drawn, calibrated_db=errors.get(str(report["calibrator"]))
+    )
     report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | repaired
     return prepared, report
 

@@ -7,78 +7,85 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from calibration import bias, program
 from calibration import equalize as equalizing
 from calibration.batches import Batch, Images
-from calibration.calibrate import choose, fix_weights, held_out, observe, set_mode
+from calibration.calibrate import CalibrationSplit, choose, fix_weights, observe, set_mode, split
 from calibration.metrics import IDENTICAL_DB, Logits, snr_db
 from calibration.quantizer import is_rounded
 from calibration.recipe import Ptq
 
 _BATCH: Final = 32
-_TRIAL_IMAGES: Final = 128  # that show the peaks of channels, and the ranges of each trial
+_PEAK_IMAGES: Final = 128  # that show the peaks of channels
+_TRIAL_IMAGES: Final = 64  # that the ranges of each trial come from
 _SAME_DB: Final = 80.0  # of float logits before and after: they differ by the order of sums
-_BIAS_IMAGES: Final = 64  # that show the means of layers, all at once
+BIAS_IMAGES: Final = 64  # that show the means of layers, all at once
 
 
 def equalize(
     graph: GraphModule,
-    model: nn.Module,
     recipe: Ptq,
-    train: Images,
+    drawn: CalibrationSplit,
     prepare: Callable[[GraphModule], GraphModule],
-    *,
-    seed: int,
 ) -> dict[str, Any]:
-    """Give the channels of `graph`, in place, like ranges if that helps, and say what to report of it; nothing where
-    there are too few images to tell. `graph` was traced from `model` and folded; `prepare` makes a graph round.
+    """Give the channels of `graph`, in place, like ranges if that helps, and return the report of it; empty where there
+    are too few images to decide. `graph` was traced from the float model and folded; `prepare` makes a graph round.
     """
-    kept, seen = held_out(train, recipe, seed=seed)
-    batches = list(train.batches(_BATCH, kept))
-    trial = seen[:_TRIAL_IMAGES]
-    if not recipe.equalize or not batches or not trial:
+    size, trial = drawn.train.preprocess.size, list(drawn.observed[:_TRIAL_IMAGES])
+    if not recipe.equalize or not drawn.batches or not trial:
         return {}
-    reference, exact = program.logits(model, batches), program.logits(graph, batches)
+    probe = drawn.batches[:1]
+    exact = program.logits(graph, probe)
 
     def error_db(made: GraphModule) -> float:
-        if snr_db(exact, program.logits(made, batches)) < _SAME_DB:
+        if snr_db(exact, program.logits(made, probe)) < _SAME_DB:
             return -IDENTICAL_DB
         prepared = prepare(made)
-        observe(prepared, train, trial)
+        observe(prepared, drawn.train, trial)
         fix_weights(prepared)
         choose(prepared, "mse")
-        return _rounded_db(prepared, reference, batches)
+        return _rounded_db(prepared, drawn.reference, drawn.batches)
 
-    def rounds(node: Node) -> bool:
-        return is_rounded(node, recipe.placement)
+    return equalizing.equalize(graph, size, _peak_images(drawn), error_db, _rounds(recipe))
 
-    return equalizing.equalize(graph, train.preprocess.size, _images(train, trial), error_db, rounds)
+
+def repeat_equalize(graph: GraphModule, recipe: Ptq, drawn: CalibrationSplit, strength: float) -> None:
+    """Give the channels of `graph`, in place, the like ranges that `equalize` gave them with the same images, where it
+    chose `strength`.
+    """
+    size = drawn.train.preprocess.size
+    equalizing.apply(graph, size, _peak_images(drawn), _rounds(recipe), strength)
 
 
 def correct_biases(
-    prepared: GraphModule, model: nn.Module, recipe: Ptq, train: Images, *, seed: int
+    prepared: GraphModule,
+    model: nn.Module,
+    recipe: Ptq,
+    train: Images,
+    *,
+    seed: int,
+    drawn: CalibrationSplit | None = None,
+    calibrated_db: float | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Correct the biases of `prepared`, whose ranges are fixed, if that helps. Returns the decibels before and after,
-    and the biases as they were, for `bias.restore`; nothing where there are too few images to tell.
+    and the biases as they were, for `bias.restore`; nothing where there are too few images to decide. `drawn` and
+    `calibrated_db`, the decibels before: where the caller has them, they are not computed again.
     """
-    kept, seen = held_out(train, recipe, seed=seed)
-    batches = list(train.batches(_BATCH, kept))
-    shown = list(_images(train, seen[:_BIAS_IMAGES]))
-    if not recipe.bias_correction or not batches or not shown:
+    drawn = drawn or split(model, recipe, train, seed=seed)
+    if not recipe.bias_correction or not drawn.batches or not drawn.observed:
         return {}, {}
-    reference = program.logits(model, batches)
-    calibrated = _rounded_db(prepared, reference, batches)
+    if calibrated_db is None:
+        calibrated_db = _rounded_db(prepared, drawn.reference, drawn.batches)
     set_mode(prepared, "frozen")
-    before = bias.correct(prepared, torch.cat(shown))
-    corrected = _rounded_db(prepared, reference, batches)
-    if corrected <= calibrated:
+    before = bias.correct(prepared, drawn.images(BIAS_IMAGES))
+    corrected = _rounded_db(prepared, drawn.reference, drawn.batches)
+    if corrected <= calibrated_db:
         bias.restore(prepared, before)
         before = {}
-    return {"calibrated": round(calibrated, 2), "bias": round(max(calibrated, corrected), 2)}, before
+    return {"calibrated": round(calibrated_db, 2), "bias": round(max(calibrated_db, corrected), 2)}, before
 
 
 def _rounded_db(prepared: GraphModule, reference: Logits, batches: Iterable[Batch]) -> float:
@@ -89,5 +96,9 @@ def _rounded_db(prepared: GraphModule, reference: Logits, batches: Iterable[Batc
     return found
 
 
-def _images(train: Images, order: list[int]) -> Iterable[Tensor]:
-    return (images for images, _ in train.batches(_BATCH, order))
+def _rounds(recipe: Ptq) -> Callable[[Node], bool]:
+    return lambda node: is_rounded(node, recipe.placement)
+
+
+def _peak_images(drawn: CalibrationSplit) -> Iterable[Tensor]:
+    return (images for images, _ in drawn.train.batches(_BATCH, drawn.observed[:_PEAK_IMAGES]))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from torch import nn
 
 from calibration.batches import Images
-from calibration.bias import restore
-from calibration.calibrate import choose, drawn, fix_weights, named_quantizers, observe, set_mode
+from calibration.bias import correct, restore
+from calibration.calibrate import choose, drawn, fix_weights, named_quantizers, observe, set_mode, split
 from calibration.metrics import snr_db, top1
-from calibration.quantize import equalized
+from calibration.quantize import equalized_again
 from calibration.recipe import Ptq
-from calibration.repairs import correct_biases
+from calibration.repairs import BIAS_IMAGES
 from calibration.scheme import Scheme
 from calibration.train import predictions
 
@@ -36,12 +37,24 @@ class Point:
 
 
 def sufficiency(
-    model: nn.Module, recipe: Ptq, calibrator: str, scheme: Scheme, train: Images, val: Images, *, seed: int
+    model: nn.Module,
+    recipe: Ptq,
+    report: Mapping[str, Any],
+    scheme: Scheme,
+    train: Images,
+    val: Images,
+    *,
+    seed: int,
 ) -> list[Point]:
-    """The curve of `calibrator` for `model`, at COUNTS and at all images that its ranges come from, in one pass. The
-    network is repaired as that of `quantize` is; biases anew for the ranges of each count.
+    """The curve for `model`, at COUNTS and at all images that its ranges come from, in one pass. `report`: of the
+    calibration by `quantize.quantize`, whose choices (calibrator, like ranges, corrected biases) are taken over;
+    biases are corrected anew for the ranges of each count.
     """
-    prepared, _ = equalized(model, recipe, scheme, train, seed=seed)
+    shown = split(model, recipe, train, seed=seed)
+    strength = report.get("equalized", {}).get("strength")
+    prepared = equalized_again(model, recipe, scheme, shown, strength)
+    calibrator, repaired = report["calibrator"], report.get("repairs_db", {})
+    corrects = repaired.get("bias", 0.0) > repaired.get("calibrated", 0.0)
     _, seen = drawn(train, recipe, seed=seed)
     reference, labels = predictions(model, val)
     limits: list[dict[str, float]] = []
@@ -52,8 +65,8 @@ def sufficiency(
         if not start:
             fix_weights(prepared)
         choose(prepared, calibrator)
-        _, biases = correct_biases(prepared, model, recipe, train, seed=seed)
         set_mode(prepared, "frozen")
+        biases = correct(prepared, shown.images(BIAS_IMAGES)) if corrects else {}
         limits.append({name: quantizer.limit() for name, quantizer in named_quantizers(prepared)})
         logits, _ = predictions(prepared, val)
         found.append((end, snr_db(reference, logits), top1(logits, labels)))

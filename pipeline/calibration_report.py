@@ -63,7 +63,7 @@ def step(run: Run) -> Step:
         points = sufficiency(
             model,
             recipe,
-            report["calibrator"],
+            report,
             run.target.scheme,
             run.images("train"),
             run.images("val"),

@@ -124,11 +124,17 @@ def multifunction(runs: Sequence[Run], root: Path) -> Answer:
 
 
 def calibrate(run: Run, root: Path) -> Answer:
-    """Stop after post-training quantization: the calibrated program, its accuracy in torch, and what its ranges are."""
+    """Stop after post-training quantization: the calibrated program, its accuracy in torch beside that of the float
+    model, and what its ranges are.
+    """
     from pipeline import calibration_report
 
     calibrated = _as(run, "int8_ptq")
-    return _quantized(calibrated, root) | calibration_report.write(calibrated, root)
+    answer = _quantized(calibrated, root)
+    floats = Store(root).get(stages.quantized(calibrated).inputs["weights"])
+    float_top1 = json.loads((floats.path / "report.json").read_text())["test_top1"]
+    log.info("float model: top-1 %.2f %% on the same images", float_top1)
+    return answer | {"float_top1": float_top1} | calibration_report.write(calibrated, root)
 
 
 def qat(run: Run, root: Path) -> Answer:

@@ -1,0 +1,171 @@
+"""Fit the weights of each layer to the rounded inputs that it reads, and choose which way each weight is rounded.
+
+Layer by layer, in order of execution, with a float and a rounded run side by side as in `calibration.bias`. A layer
+with weights W computes W x in float and should compute the same from the rounded inputs z, which have the errors of all
+layers before. With H = E[z z^T] and C = E[(x - z) z^T], both without their means, which the bias takes up:
+
+- Fit: the change D of W with the least E|W x - (W + D) z|^2 + ridge * mean(diag H) * |D|^2, which is
+  W C (H + ridge)^-1. Each output channel takes the ridge that does best on the half of the images that it was not
+  fitted on, or no change where none does better.
+- Adaptive rounding: integers Q, each next to the fitted weight F over its scale s, with little (F - s Q) H (F - s Q)^T,
+  by cyclic coordinate descent from the nearest ones (Behdin et al., "QuantEase", arXiv 2309.01885, algorithm 1). The
+  objective is the one of AdaRound (Nagel et al., arXiv 2004.10568, section 3.2), without its relaxation; inputs from
+  the rounded network and outputs from the float one are those of its section 3.3.
+
+Scales of weights are the peaks of the fitted channels, so that every stored integer is as without adaptive rounding:
+symmetric int8, from -127 to 127. The weight at the peak stays, and with it the scale where ranges follow later.
+"""
+
+from __future__ import annotations
+
+from typing import Final, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+from calibration import bias
+from calibration.fake_quant import PerChannelFakeQuant
+from calibration.program import stored_tensor
+
+_ATEN: Final = torch.ops.aten
+_RIDGES: Final = (1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal of H
+_DAMPING: Final = 1e-2  # of H where rounding is chosen, times its mean diagonal, for inputs that never vary
+_POSITIONS: Final = 16384  # of a layer's outputs that its moments are taken from, evenly spaced over all images
+_LARGEST: Final = 4608  # inputs of an output channel, such as 512 channels of 3x3; beyond, a layer keeps its weights
+_SWEEPS: Final = 4  # of coordinate descent, over all weights of a channel
+
+
+def reconstruct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
+    """Fit and round the weights of `prepared`, whose ranges are fixed and frozen, and correct its biases, on `images`
+    (N, 3, S, S), in place. Returns weights and biases as they were, by name of their attribute, for `bias.restore`.
+
+    A weight that several operators read stays as it is, and so do layers in float.
+    """
+    pair = _Reconstruction(prepared)
+    with torch.no_grad():
+        pair.run(images)
+    prepared.meta[bias.BEFORE] = pair.before
+    return pair.before
+
+
+class _Reconstruction(bias.Pair):
+    """Changes the weights of each layer before both networks run it."""
+
+    def prepare_layer(self, layer: Node) -> None:
+        quantized = cast(Node, layer.args[1])
+        if not self.rounds(quantized):
+            return
+        quantizer = self.prepared.get_submodule(str(quantized.target))
+        source = quantized.all_input_nodes[0]
+        if source.op != "get_attr" or not isinstance(quantizer, PerChannelFakeQuant) or quantizer.ch_axis:
+            return
+        weight = stored_tensor(self.prepared, source)
+        if self.reads[weight.data_ptr()] > 1 or weight[0].numel() > _LARGEST:
+            return
+        floats, rounded = self.env[cast(Node, layer.args[0])]
+        self.before[str(source.target)] = exact = weight.detach().clone()
+        moments = [_moments(layer, floats[half::2], rounded[half::2], weight) for half in (0, 1)]
+        rows = exact.reshape(len(moments[0][0]), -1, moments[0][0].shape[-1])
+        fitted = fit(rows, moments)
+        quantizer.follow(fitted.reshape(weight.shape))
+        scales = quantizer.scale.reshape(len(rows), -1, 1)
+        weight.copy_(
+            round_adaptively(fitted, moments[0][0] + moments[1][0], scales, quantizer.quant_max).view_as(weight)
+        )
+        self.env[quantized] = exact, quantizer.round(weight)
+
+
+def fit(rows: Tensor, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The fitted weights. `rows` (groups, outputs, inputs) of each group; `moments`: of both halves of the images, H
+    and C (groups, inputs, inputs).
+    """
+    wanted = [rows @ errors for _, errors in moments]  # what a change should add, times z: (groups, outputs, inputs)
+    total = moments[0][0] + moments[1][0]
+    best_error = torch.zeros(rows.shape[:2])  # relative to no change
+    best = torch.zeros_like(rows)
+    for ridge in _RIDGES:
+        error = torch.zeros(rows.shape[:2])
+        for own, other in ((0, 1), (1, 0)):
+            change = _solved(moments[own][0], wanted[own], ridge)
+            error += ((change @ moments[other][0]) * change).sum(-1) - 2 * (change * wanted[other]).sum(-1)
+        better = error < best_error
+        if better.any():
+            change = _solved(total, wanted[0] + wanted[1], ridge / 2)
+            best = torch.where(better[..., None], change, best)
+            best_error = torch.where(better, error, best_error)
+    return rows + best
+
+
+def round_adaptively(rows: Tensor, second_moments: Tensor, scales: Tensor, highest: int) -> Tensor:
+    """`rows` (groups, outputs, inputs) as multiples of their `scales` (groups, outputs, 1), each of the two next to the
+    weight, so that the outputs err least on inputs with `second_moments` (groups, inputs, inputs).
+    """
+    diagonal = second_moments.diagonal(dim1=1, dim2=2)
+    damping = _DAMPING * diagonal.mean(1).clamp_min(1e-20)
+    curvature = second_moments + torch.diag_embed(damping[:, None].expand_as(diagonal))
+    steps = rows / scales
+    integers = steps.round().clamp(-highest, highest)
+    fixed = integers.abs() == highest
+    low = torch.where(fixed, integers, steps.floor().clamp(-highest, highest))
+    high = torch.where(fixed, integers, steps.ceil().clamp(-highest, highest))
+    slope = (integers - steps) @ curvature  # of the error, by each integer
+    for _ in range(_SWEEPS):
+        before = integers.clone()
+        for place in range(rows.shape[-1]):
+            wanted = integers[..., place] - slope[..., place] / curvature[:, place, place, None]
+            moved = wanted.round().clamp(low[..., place], high[..., place]) - integers[..., place]
+            if moved.any():
+                integers[..., place] += moved
+                slope += moved[..., None] * curvature[:, place, None]
+        if torch.equal(integers, before):
+            break
+    return integers * scales
+
+
+def _solved(second_moments: Tensor, wanted: Tensor, ridge: float) -> Tensor:
+    """`wanted` (H + ridge * mean(diag H))^-1."""
+    diagonal = second_moments.diagonal(dim1=1, dim2=2)
+    damping = ridge * diagonal.mean(1).clamp_min(1e-20)
+    damped = second_moments + torch.diag_embed(damping[:, None].expand_as(diagonal))
+    return torch.linalg.solve(damped, wanted.transpose(1, 2)).transpose(1, 2)
+
+
+def _moments(layer: Node, floats: Tensor, rounded: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """H and C of what `layer` reads, each (groups, inputs of an output channel, same)."""
+    x, z = (_columns(layer, values, weight) for values in (floats, rounded))
+    count = z.shape[-1]
+    error = x - z
+    error -= error.mean(-1, keepdim=True)
+    z = z - z.mean(-1, keepdim=True)
+    return z @ z.transpose(1, 2) / count, error @ z.transpose(1, 2) / count
+
+
+def _columns(layer: Node, values: Tensor, weight: Tensor) -> Tensor:
+    """The inputs (groups, inputs of an output channel, positions) of output positions, evenly spaced where many."""
+    if layer.target is _ATEN.linear.default:
+        flat = values.reshape(-1, values.shape[-1])
+        return flat[:: len(flat) // _POSITIONS + 1].T[None]
+    stride, padding, dilation = (_pair(layer, place, default) for place, default in ((3, 1), (4, 0), (5, 1)))
+    groups = cast(int, layer.args[6]) if len(layer.args) > 6 else 1
+    padded = functional.pad(values, (padding[1], padding[1], padding[0], padding[0]))
+    sides = [
+        (padded.shape[2 + axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    ]
+    total = len(values) * sides[0] * sides[1]
+    places = torch.arange(0, total, total // _POSITIONS + 1)
+    image, row, column = places // (sides[0] * sides[1]), places // sides[1] % sides[0], places % sides[1]
+    taps = [
+        padded[image, :, row * stride[0] + y * dilation[0], column * stride[1] + x * dilation[1]]
+        for y in range(weight.shape[2])
+        for x in range(weight.shape[3])
+    ]  # each (positions, channels)
+    return torch.stack(taps, -1).reshape(len(places), groups, -1).permute(1, 2, 0)
+
+
+def _pair(layer: Node, place: int, default: int) -> list[int]:
+    """An argument of a convolution for height and width."""
+    found = list(cast("list[int]", layer.args[place])) if len(layer.args) > place else [default]
+    return found * 2 if len(found) == 1 else found
