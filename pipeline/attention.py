@@ -7,7 +7,7 @@ opened, and the row's result set to zero, which every converter computes alike.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,5 +77,5 @@ def _open(graph: Graph, attention: Node, mask: Node) -> None:
     else:
         attention.update_kwarg("attn_mask", opened)
     with graph.inserting_after(attention):
-        closed = cast("Node", call(aten.where.ScalarOther, some, attention, 0.0))
+        closed = call(aten.where.ScalarOther, some, attention, 0.0)
     attention.replace_all_uses_with(closed, lambda user: user is not closed)

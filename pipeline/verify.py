@@ -334,7 +334,7 @@ def _remedy(run: Run, export: Export) -> str:
         return gentler
     tried = [gentler]
     if isinstance(run.recipe, Qat):
-        tried.append(f"more epochs (EPOCHS={2 * run.recipe.epochs})")
+        tried.append(f"more epochs (EPOCHS={2 * run.recipe.epochs if run.recipe.epochs else ''})")
     if run.recipe.budget is None:
         tried.append(f"MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds")
     tried.append("another CALIBRATOR=")

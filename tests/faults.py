@@ -28,10 +28,10 @@ def scale_off(model: ModelProto) -> str | None:
     quantizers = _middle(node for node in graph.node if node.op_type == "QuantizeLinear")
     for node in quantizers:
         _own(graph, node, 1, lambda scale: scale * scale.dtype.type(1.01))
-        return node.output[0]
+        return str(node.output[0])
     for node in _middle(_weighted(graph)):
         _own(graph, node, 1, lambda weight: weight * weight.dtype.type(1.01))
-        return node.output[0]
+        return str(node.output[0])
     return None
 
 
@@ -42,7 +42,7 @@ def channel_scales_swapped(model: ModelProto) -> str | None:
         scales = constants[node.input[1]]
         if scales.ndim and scales.min() < scales.max():
             _own(graph, node, 1, _swapped)
-            return node.output[0]
+            return str(node.output[0])
     return None
 
 
@@ -54,12 +54,12 @@ def axis_wrong(model: ModelProto) -> str | None:
         axes = [found for found in node.attribute if found.name == "axis"]
         if len(shape) > 1 and shape[0] == shape[1] and axes:
             axes[0].i = 1 - axes[0].i
-            return node.output[0]
+            return str(node.output[0])
     for node in _middle(_weighted(graph)):
         shape = constants[node.input[1]].shape if node.input[1] in constants else ()
         if len(shape) > 1 and shape[0] == shape[1]:
             _own(graph, node, 1, lambda weight: np.ascontiguousarray(weight.swapaxes(0, 1)))
-            return node.output[0]
+            return str(node.output[0])
     return None
 
 
@@ -69,7 +69,7 @@ def bias_missing(model: ModelProto) -> str | None:
     for node in _middle(node for node in graph.node if node.op_type in ("Conv", "Gemm")):
         if len(node.input) > 2 and constants.get(node.input[2], np.zeros(1)).any():
             _own(graph, node, 2, np.zeros_like)
-            return node.output[0]
+            return str(node.output[0])
     return None
 
 
@@ -89,7 +89,7 @@ def pad_wrong(model: ModelProto) -> str | None:
         graph.node.insert(list(graph.node).index(node), padded)
         node.input[0] = "padded"
         pads[:] = [0] * len(pads)
-        return node.output[0]
+        return str(node.output[0])
     return None
 
 
@@ -108,7 +108,7 @@ def saturation_off(model: ModelProto) -> str | None:
         clip = helper.make_node("Clip", [node.input[0], *names], ["saturated"], name="saturated")
         graph.node.insert(list(graph.node).index(node), clip)
         node.input[0] = "saturated"
-        return node.output[0]
+        return str(node.output[0])
     return None
 
 
@@ -120,7 +120,7 @@ def constant_rounded(model: ModelProto) -> str | None:
             value = constants.get(node.input[place]) if len(node.input) > place else None
             if value is not None and value.dtype.kind == "f" and not (value == _coarse(value)).all():
                 _own(graph, node, place, _coarse)
-                return node.output[0]
+                return str(node.output[0])
     return None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional
 from calibration import program as programs
 from calibration.metrics import snr_db
 from pipeline import export as exporting
+from pipeline.attention import with_open_rows
 from targets.onnxruntime import reference_logits
 
 SIDE, TOKENS = 16, 16
@@ -43,7 +45,7 @@ class Masked(nn.Module):
         return logits
 
 
-def traced(kind: str) -> tuple[Any, np.ndarray]:  # type: ignore[type-arg]
+def traced(kind: str) -> tuple[Any, npt.NDArray[np.float32]]:
     torch.manual_seed(0)
     images = torch.randn(4, 3, SIDE, SIDE)
     return programs.export(Masked(kind).eval(), SIDE), images.numpy()
@@ -63,4 +65,4 @@ def test_a_constant_mask_that_leaves_every_query_a_key_stays_as_it_is() -> None:
     program, _ = traced("bool")
     program.state_dict["mask"][3] = True
     before = len(program.graph.nodes)
-    assert len(exporting.with_open_rows(program).graph.nodes) == before
+    assert len(with_open_rows(program).graph.nodes) == before

@@ -262,7 +262,7 @@ def test_a_layer_that_lost_its_quantizers_is_found(int8_export: Export, model: M
 Conversion = Callable[[ModelProto], None]
 
 
-def converting(step: str, change: Conversion, monkeypatch: pytest.MonkeyPatch, recipe: str, path: Path) -> None:
+def converting(step: str, change: Conversion, monkeypatch: pytest.MonkeyPatch, recipe: Any, path: Path) -> None:
     """Export the toy with a step of the conversion, `_with_dynamic_batch` or `_simplified`, that changes its graph."""
     right = getattr(exporting, step)
 

@@ -147,7 +147,7 @@ class Rounding(torch.nn.Module):
         x = image * 2
         x = x.relu() if self.relu else x
         rounded = ops.quantize_per_tensor(x, 0.5, 0, -128, 127, torch.int8)
-        return ops.dequantize_per_tensor(rounded, 0.5, 0, -128, 127, torch.int8).mean((2, 3))  # type: ignore[no-any-return]
+        return ops.dequantize_per_tensor(rounded, 0.5, 0, -128, 127, torch.int8).mean((2, 3))
 
 
 def forced_reference(relu: bool) -> parity.Reference:

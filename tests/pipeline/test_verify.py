@@ -69,7 +69,8 @@ class WronglyFused(OnnxRuntimeTarget):
         random = np.random.default_rng(0)
 
         def noisy(logits: Floats) -> Floats:
-            return (logits + random.normal(size=logits.shape) * 0.3 * np.abs(logits).max()).astype(np.float32)
+            noisy: Floats = (logits + random.normal(size=logits.shape) * 0.3 * np.abs(logits).max()).astype(np.float32)
+            return noisy
 
         with OnnxRuntimeTarget.open(self, engine) as session:
             yield HostSession(batch=session.batch, run=lambda images: noisy(session.infer(images)))
