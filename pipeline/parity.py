@@ -14,7 +14,6 @@ range, so that saturation is exercised at both ends.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from calibration.metrics import IDENTICAL_DB
+from calibration.metrics import IDENTICAL_DB, noisiest_channel_db
 from models.errors import CheckFailed
 from targets.base import INPUT_NAME, OUTPUT_NAME
 
@@ -47,8 +46,6 @@ _TIE: Mapping[FloatType, float] = {"f32": 2.0**-20, "f16": 2.0**-10, "bf16": 2.0
 _NUDGE = 1 / 8  # of an integer step: how far given quotients stay away from the middle
 _EVERY = 13  # elements: one of them is moved beyond the quantizer's range
 _BEYOND = 0.25  # of the range
-_SLICE = 16  # elements: fewer in a channel say nothing about its noise
-_QUIET = 1e-2  # of the tensor's mean power: quieter channels are measured against this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,40 +248,6 @@ def _between(quotients: Array, relative: float) -> npt.NDArray[np.bool_]:
     """Quotients in the middle between two integers, but for an error `relative` to their size."""
     away = np.abs(quotients - np.floor(quotients) - 0.5)
     return np.asarray(away <= relative * np.maximum(np.abs(quotients), 1))
-
-
-def noisiest_channel_db(expected: Array, found: Array) -> float:
-    """Signal-to-noise ratio in decibels of the noisiest slice along axis 1 or the last axis, -200 where either is not
-    finite and they differ.
-
-    A single wrong channel of a thousand is 30 dB in its own slice and 60 dB in the whole tensor. Slices quieter than a
-    hundredth of the tensor's mean power are measured against that.
-    """
-    expected, found = expected.astype(np.float64), found.astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        same = ~np.isfinite(expected) & ((expected == found) | (np.isnan(expected) & np.isnan(found)))
-        expected, found = np.where(same, 0, expected), np.where(same, 0, found)
-        if not (np.isfinite(expected).all() and np.isfinite(found).all()):
-            return -IDENTICAL_DB
-        signal, noise = np.square(expected), np.square(expected - found)
-    if not noise.any():
-        return IDENTICAL_DB
-    floor = max(float(signal.mean()) * _QUIET, 1e-300)
-    worst = _ratio_db(float(signal.mean()), float(noise.mean()))
-    for axis in {1, expected.ndim - 1} if expected.ndim > 1 else ():
-        if expected.size // expected.shape[axis] < _SLICE:
-            continue
-        others = tuple(place for place in range(expected.ndim) if place != axis)
-        powers, noises = signal.mean(others), noise.mean(others)
-        noisy = noises > 0
-        if noisy.any():
-            ratio = float((np.maximum(powers[noisy], floor) / noises[noisy]).min())
-            worst = min(worst, _ratio_db(ratio, 1.0))
-    return worst
-
-
-def _ratio_db(signal: float, noise: float) -> float:
-    return float(np.clip(10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300)), -IDENTICAL_DB, IDENTICAL_DB))
 
 
 def _is_quantizer(node: Node) -> bool:

@@ -189,6 +189,9 @@ def program_scale_off(program: ExportedProgram) -> str | None:
         for each in (node, *node.users):
             each.update_arg(1, each.args[1] * 1.01)
         return str(node.name)
+    for node in _middle_calls(program, "conv2d", "linear"):
+        _stored(program, node.args[1]).mul_(1.01)
+        return str(node.name)
     return None
 
 
@@ -206,6 +209,13 @@ def program_axis_wrong(program: ExportedProgram) -> str | None:
     for node in _middle_calls(program, "dequantize_per_channel"):
         weight = _stored(program, node.args[0])
         if weight.ndim > 1 and weight.shape[0] == weight.shape[1]:
+            weight.copy_(weight.transpose(0, 1).clone())
+            return str(node.name)
+    if _middle_calls(program, "quantize_per_tensor"):
+        return None
+    for node in _middle_calls(program, "conv2d", "linear"):
+        weight = _stored(program, node.args[1])
+        if weight.shape[0] == weight.shape[1]:
             weight.copy_(weight.transpose(0, 1).clone())
             return str(node.name)
     return None
@@ -230,10 +240,9 @@ def program_pad_wrong(program: ExportedProgram) -> str | None:
         with program.graph.inserting_before(node):
             sides = [columns, columns, rows, rows]
             padded = program.graph.call_function(torch.ops.aten.constant_pad_nd.default, (node.args[0], sides, 0.5))
-        padded.meta = {
-            **node.args[0].meta,
-            "val": torch.ops.aten.constant_pad_nd.default(node.args[0].meta["val"], sides, 0.5),
-        }
+        batch, channels, height, width = node.args[0].meta["val"].shape
+        shape = (batch, channels, height + 2 * rows, width + 2 * columns)
+        padded.meta = {**node.args[0].meta, "val": node.args[0].meta["val"].new_empty(shape)}
         node.update_arg(0, padded)
         node.update_arg(4, [0, 0])
         return str(node.name)

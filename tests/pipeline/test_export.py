@@ -57,7 +57,15 @@ def sample(export: Export) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.floa
 
 def test_an_export_is_these_files(made: Export) -> None:
     names = {path.name for path in made.path.iterdir()}
-    assert names == {"model.pt2", "model.onnx", "scales.json", "model.json", "ranges.json", "sample.npz", "tensors.json"}
+    assert names == {
+        "model.pt2",
+        "model.onnx",
+        "scales.json",
+        "model.json",
+        "ranges.json",
+        "sample.npz",
+        "tensors.json",
+    }
     assert made.size() == SIDE and made.description()["model"] == "toy"
 
 

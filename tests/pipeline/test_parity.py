@@ -15,6 +15,7 @@ import torch
 
 import targets
 from calibration import program as programs
+from calibration.metrics import noisiest_channel_db
 from models.errors import CheckFailed
 from pipeline import parity
 from pipeline.parity import Tensors
@@ -181,21 +182,21 @@ def test_one_wrong_channel_of_many_is_measured_by_itself() -> None:
     expected = np.random.default_rng(0).normal(size=(1, 1000, 8, 8)).astype(np.float32)
     found = expected.copy()
     found[:, 17] *= 1.01
-    assert parity.noisiest_channel_db(expected, found) == pytest.approx(40, abs=0.1)
-    assert parity.noisiest_channel_db(expected.transpose(0, 2, 3, 1), found.transpose(0, 2, 3, 1)) < 41
+    assert noisiest_channel_db(expected, found) == pytest.approx(40, abs=0.1)
+    assert noisiest_channel_db(expected.transpose(0, 2, 3, 1), found.transpose(0, 2, 3, 1)) < 41
 
 
 def test_a_quiet_channel_is_measured_against_a_hundredth_of_the_mean_power() -> None:
     expected = np.ones((1, 2, 8, 8), np.float32)
     expected[:, 1] = 0
     found = expected + np.float32(1e-5)
-    assert parity.noisiest_channel_db(expected, found) == pytest.approx(10 * np.log10(0.5e-2 / 1e-10), abs=0.2)
+    assert noisiest_channel_db(expected, found) == pytest.approx(10 * np.log10(0.5e-2 / 1e-10), abs=0.2)
 
 
 @pytest.mark.parametrize(("found", "db"), [(np.inf, 200), (1e30, -200), (np.nan, -200)])
 def test_infinite_values_must_be_equal(found: float, db: float) -> None:
     expected = np.full((1, 32), np.inf, np.float32)
-    assert parity.noisiest_channel_db(expected, np.full((1, 32), found, np.float32)) == db
+    assert noisiest_channel_db(expected, np.full((1, 32), found, np.float32)) == db
 
 
 @pytest.mark.parametrize(
