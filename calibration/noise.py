@@ -10,11 +10,13 @@ some units in the last place of the float type that an engine computes in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+from calibration.recipe import FloatType
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -26,8 +28,13 @@ if TYPE_CHECKING:
 
 # Relative perturbation by float type: 16 units in the last place of float32, which covers sums over thousands of terms
 # and the approximations of exp and erf; for 16-bit floats one unit, for weights are rounded as well.
-RELATIVE = {"f32": 2.0**-20, "f16": 2.0**-10, "bf16": 2.0**-7}
-_FLOOR = {"f32": 1e-11, "f16": 1e-6, "bf16": 1e-4}  # of the logits' power: noise below it is that of the type itself
+RELATIVE: Mapping[FloatType, float] = {"f32": 2.0**-20, "f16": 2.0**-10, "bf16": 2.0**-7}
+# Share of the logits' power below which noise is that of the type itself.
+_FLOOR: Mapping[FloatType, float] = {
+    "f32": 1e-11,
+    "f16": 1e-6,
+    "bf16": 1e-4,
+}  # of the logits' power: noise below it is that of the type itself
 
 # An execution exceeds the yardstick where both hold: its mean noise power is above 8 times the yardstick's (9 dB), and
 # its mean logarithm is above by a factor of 2 and 4 standard errors. Noise of tipped integers has heavy tails, which
@@ -59,7 +66,7 @@ class Yardstick:
 
     logits: Logits
     perturbed: Logits
-    float_type: str
+    float_type: FloatType
 
     def distance(self, reference: Logits, other: Logits) -> Distance:
         """Measure `other` against `reference` (N, classes each), which may be of more images than the yardstick."""
@@ -103,7 +110,7 @@ class Yardstick:
         return bool(logs.mean() - own_logs.mean() > _LOG_FACTOR + _ERRORS * error)
 
 
-def yardstick(graph: GraphModule, batches: Iterable[Batch], float_type: str, *, seed: int = 0) -> Yardstick:
+def yardstick(graph: GraphModule, batches: Iterable[Batch], float_type: FloatType, *, seed: int = 0) -> Yardstick:
     """Run a torch program on all `batches` of images (N, 3, S, S), plain and perturbed.
 
     `float_type`: `f32`, `f16` or `bf16`, in which an engine computes what is not INT8.

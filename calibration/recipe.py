@@ -24,6 +24,8 @@ CALIBRATORS: Final[Mapping[str, str]] = {
 }
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+# Floating-point types that engines compute in where they do not compute in INT8.
+FloatType: TypeAlias = Literal["f32", "f16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,16 +7,14 @@ with another, so a difference belongs to the operator at which it is found, and 
     reference:   image -> conv2d -> relu -> quantize_per_tensor -> ...
     converted:   image -> conv2d   conv2d' -> relu   relu' -> quantize_per_tensor ...      (' = given by the reference)
 
-Given values are natural ones (test images) except at quantizers: quotients near the middle between two integers move
-an eighth of a step away from it, so that ties cannot hide or cause a difference, and every 13th element exceeds the
-range, so that saturation is exercised at both ends.
+Given values avoid ties and exercise saturation, see `calibration.forcing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule, Node
 
-    from targets.base import FloatType, Images
+    from calibration.forcing import Reference
+    from calibration.recipe import FloatType
+    from targets.base import Images
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -43,30 +43,6 @@ LEAST_DB: Mapping[FloatType, float] = {"f32": 90.0, "f16": 55.0, "bf16": 37.0}
 # Distance of a quotient from the middle between two integers, relative to its size, below which either integer is
 # right: float division against multiplication by the inverse, and the rounding of half-precision inputs.
 _TIE: Mapping[FloatType, float] = {"f32": 2.0**-20, "f16": 2.0**-10, "bf16": 2.0**-7}
-_NUDGE = 1 / 8  # of an integer step: how far given quotients stay away from the middle
-_EVERY = 13  # elements: one of them is moved beyond the quantizer's range
-_BEYOND = 0.25  # of the range
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quantizer:
-    """Quantization parameters of a `quantize_per_tensor` node and the range of input values that it can represent."""
-
-    source: str  # name of the quantized float tensor
-    scale: float
-    zero_point: int
-    lowest: float
-    highest: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reference:
-    """Tensors of the torch program by name, in order of execution."""
-
-    computed: Mapping[str, Tensor]  # result of each operator for the inputs in `given`
-    given: Mapping[str, Tensor]  # input of its readers
-    quantizers: Mapping[str, Quantizer]  # by name of the integer tensor
-    clamped: Mapping[str, tuple[float, float]]  # ranges beyond which no reader distinguishes values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,35 +119,23 @@ def check(
 def reference(
     graph: GraphModule, images: Images, names: Collection[str], *, float_type: FloatType = "f32"
 ) -> Reference:
-    """Run the torch program on `images` (N, 3, S, S), replacing each tensor in `names` by its given value."""
+    """`calibration.forcing.reference` by the names that tensors have in converted graphs; `images` are (N, 3, S, S)."""
     import torch
 
-    computed: dict[str, Tensor] = {}
-    given: dict[str, Tensor] = {}
-    quantizers: dict[str, Quantizer] = {}
-    clamped: dict[str, tuple[float, float]] = {}
+    from calibration import forcing
+
     (last,) = graph.graph.output_node().all_input_nodes
-
-    class Forcing(torch.fx.Interpreter):
-        def run_node(self, node: Node) -> Any:
-            value = super().run_node(node)
-            name = _name(node, last)
-            if node.op == "get_attr" and isinstance(value, torch.Tensor) and value.dtype == torch.float32:
-                return _as_typed(value, float_type)  # a graph in half precision holds its weights in it
-            if not isinstance(value, torch.Tensor) or (name not in names and name != INPUT_NAME):
-                return value
-            if node.op == "call_function":
-                computed[name] = value
-                if _is_quantizer(node):
-                    quantizers[name] = _quantizer(node, last)
-            given[name] = _given(node, value, float_type) if value.dtype == torch.float32 else value
-            if bounds := _clamped(node):
-                clamped[name] = bounds
-            return given[name]
-
-    with torch.no_grad():
-        Forcing(graph).run(torch.from_numpy(images))
-    return Reference(computed=computed, given=given, quantizers=quantizers, clamped=clamped)
+    renamed = {node.name: _name(node, last) for node in graph.graph.nodes}
+    wanted = {name for name, new in renamed.items() if new in names}
+    found = forcing.reference(graph, torch.from_numpy(images), wanted, float_type=float_type)
+    quantizers = {renamed[name]: replace(each, source=renamed[each.source]) for name, each in found.quantizers.items()}
+    return replace(
+        found,
+        computed={renamed[name]: value for name, value in found.computed.items()},
+        given={renamed[name]: value for name, value in found.given.items()},
+        quantizers=quantizers,
+        clamped={renamed[name]: bounds for name, bounds in found.clamped.items()},
+    )
 
 
 def compare(
@@ -248,96 +212,6 @@ def _between(quotients: Array, relative: float) -> npt.NDArray[np.bool_]:
     """Quotients in the middle between two integers, but for an error `relative` to their size."""
     away = np.abs(quotients - np.floor(quotients) - 0.5)
     return np.asarray(away <= relative * np.maximum(np.abs(quotients), 1))
-
-
-def _is_quantizer(node: Node) -> bool:
-    import torch
-
-    return node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default
-
-
-def _quantizer(node: Node, last: Node) -> Quantizer:
-    source, scale, zero_point, lowest, highest = cast("tuple[Node, float, int, int, int]", node.args[:5])
-    return Quantizer(
-        source=_name(source, last),
-        scale=float(scale),
-        zero_point=int(zero_point),
-        lowest=(lowest - zero_point) * scale,
-        highest=(highest - zero_point) * scale,
-    )
-
-
-def _readers(node: Node) -> list[Quantizer]:
-    """The quantizers that read a node."""
-    return [_quantizer(user, user) for user in node.users if _is_quantizer(user)]
-
-
-def _is_clipping(node: Node) -> bool:
-    """Whether an operator bounds its own result: runtimes fuse such a bound with the range of a quantizer behind it."""
-    import torch
-
-    aten = torch.ops.aten
-    return node.target in (aten.relu.default, aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default)
-
-
-def _given(node: Node, value: Tensor, float_type: FloatType) -> Tensor:
-    """The value that readers of `node` receive in place of its result `value`."""
-    quantizers = _readers(node)
-    if not quantizers:
-        return _as_typed(_beyond_clipping(node, value), float_type)
-    if _is_clipping(node):
-        value = value.clamp(max=min(quantizer.highest for quantizer in quantizers))
-    else:
-        value = _beyond(value, quantizers)
-    for quantizer in (*quantizers, *quantizers[:-1]):  # what the second one moved may be a tie of the first
-        value = _away_from_ties(_as_typed(value, float_type), quantizer.scale)
-    return _as_typed(value, float_type)
-
-
-def _beyond_clipping(node: Node, value: Tensor) -> Tensor:
-    """Where a clipping operator stands between `node` and a quantizer, exceed the quantizer's range before it."""
-    behind = [quantizer for user in node.users if _is_clipping(user) for quantizer in _readers(user)]
-    return _beyond(value, behind) if behind else value
-
-
-def _beyond(value: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
-    """Move every 13th element out of the widest range among `quantizers`, upward if it is positive, else downward."""
-    lowest, highest = min(each.lowest for each in quantizers), max(each.highest for each in quantizers)
-    margin = _BEYOND * (highest - lowest)
-    moved = value.clone(memory_format=_contiguous()).view(-1)
-    some = moved[::_EVERY]
-    moved[::_EVERY] = some.new_full((), lowest - margin).where(some <= 0, highest + margin)
-    return moved.view(value.shape)
-
-
-def _away_from_ties(value: Tensor, scale: float) -> Tensor:
-    """Move quotients of `scale` that lie near the middle between two integers to `_NUDGE` steps from it."""
-    quotients = value / scale
-    away = quotients - quotients.floor() - 0.5
-    near = away.abs() < _NUDGE
-    direction = away.sign() + (away == 0)
-    return value.where(~near, (quotients.floor() + 0.5 + direction * _NUDGE) * scale)
-
-
-def _as_typed(value: Tensor, float_type: FloatType) -> Tensor:
-    import torch
-
-    types = {"f16": torch.float16, "bf16": torch.bfloat16}
-    return value.to(types[float_type]).float() if float_type in types else value
-
-
-def _clamped(node: Node) -> tuple[float, float] | None:
-    """The range beyond which no reader of `node` distinguishes values: that of its quantizer, if all are equal ones."""
-    found = {(each.lowest, each.highest) for each in _readers(node)}
-    if len(found) != 1 or not all(_is_quantizer(user) for user in node.users):
-        return None
-    return found.pop()
-
-
-def _contiguous() -> Any:
-    import torch
-
-    return torch.contiguous_format
 
 
 def worst(comparisons: Collection[Comparison], count: int) -> Iterator[Comparison]:

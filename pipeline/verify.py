@@ -28,7 +28,7 @@ import numpy as np
 
 from calibration.metrics import Labels, Logits, agreement, by_class, losing_classes, snr_db, top1
 from calibration.progress import bar
-from calibration.recipe import Ptq, Qat
+from calibration.recipe import FloatType, Ptq, Qat
 from models.errors import CheckFailed, printable
 from pipeline import accuracy, parity
 from pipeline.divergence import engine_divergence, graph_divergence
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from calibration.noise import Yardstick
     from pipeline.stages import Run
-    from targets.base import Executor, Export, FloatType, Images
+    from targets.base import Executor, Export, Images
 
 _ON_EXPORT = "onnxruntime, on the export"
 _READ_AT_ONCE = 64  # images

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from calibration.metrics import snr_db
-from calibration.recipe import Precision
+from calibration.metrics import noisiest_channel_db, snr_db
+from calibration.recipe import FloatType, Precision
 from models.errors import CheckFailed
 from targets._coreml import Package, layer_pairs, quantizers
 from targets._coreml_pairs import PRODUCT, Layer, Pair
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
     from torch.fx import GraphModule, Node
+
+    from calibration.forcing import Reference
 
 _HALF = "_cast_fp16"  # what coremltools appends to the names of values that it turned to FP16
 _LEAST_DB = 50.0  # of one operator: its constants are rounded to FP16 in the package, nothing else is
@@ -85,53 +87,45 @@ class Replay:
         }
 
 
-def replay(package: Package, program: ExportedProgram, image: Tensor, *, layers: bool = True) -> Replay:
-    """Compute every operator of `package` from what `program` computes for `image`, one query of the input that both
-    take, exactly as it is stored and without the rounding of FP16.
+def replay(
+    package: Package, program: ExportedProgram, image: Tensor, *, layers: bool = True, float_type: FloatType = "f16"
+) -> Replay:
+    """Compute every operator of `package` from inputs that `program` gives it for `image`, one query of the input that
+    both take (see `calibration.forcing`), exactly as it is stored and without the rounding of FP16. `float_type`: of the
+    package's constants.
 
     `layers`: whether those that have weights are compared, too. With weights in fewer bits they answer otherwise.
     """
+    import torch
+
+    from calibration import forcing
     from targets._mil.evaluator import Evaluator
 
     graph = program.module()
     nodes = {node.name: node for node in graph.graph.nodes}
-    values = _recorded(graph, image)
     paired = layer_pairs(package, graph)
     pairs = dict(_pairs(package, graph, paired))
+    expected = forcing.reference(graph, image, set(pairs.values()), float_type=float_type)
     found: list[Comparison] = []
     left_out = set() if layers else {cast("Layer", pair.found).name for pair in paired}
 
     def compare(operation: Any, name: str, value: Tensor) -> None:
         if name in pairs and operation.name not in left_out:
-            found.append(_comparison(operation, nodes[pairs[name]], value, values))
+            found.append(_comparison(operation, nodes[pairs[name]], value, expected))
 
     evaluator = Evaluator(package.operations, package.outputs, rounding="exact")
-    evaluator.run({INPUT_NAME: image}, given={name: values[node] for name, node in pairs.items()}, watch=compare)
+    (entered,) = (node.name for node in graph.graph.nodes if node.op == "placeholder")
+    given = {name: expected.given[node] for name, node in pairs.items()}
+    evaluator.run({INPUT_NAME: expected.given[entered]}, given=given, watch=compare)
     logits = evaluator.run({INPUT_NAME: image})[OUTPUT_NAME]
-    last = graph.graph.output_node().all_input_nodes[0]  # a classifier's probabilities follow
+    with torch.no_grad():
+        made = graph(image)
     return Replay(
         comparisons=tuple(found),
         operators=sum(not operation.op_type.startswith("const") for operation in package.operations),
-        logits_db=round(snr_db(values[last.name].numpy(), logits.numpy()), 1),
+        # A classifier's probabilities follow its logits.
+        logits_db=round(snr_db((made if isinstance(made, torch.Tensor) else made[0]).numpy(), logits.numpy()), 1),
     )
-
-
-def _recorded(graph: GraphModule, image: Tensor) -> dict[str, Tensor]:
-    """Every tensor that `graph` computes, by the name of its node."""
-    import torch
-
-    found: dict[str, Tensor] = {}
-
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, node: Node) -> Any:
-            value = super().run_node(node)
-            if isinstance(value, torch.Tensor):
-                found[node.name] = value
-            return value
-
-    with torch.no_grad():
-        Recorder(graph).run(image)
-    return found
 
 
 def _pairs(package: Package, graph: GraphModule, layers: Iterable[Pair]) -> Iterator[tuple[str, str]]:
@@ -200,18 +194,21 @@ def _quantizer_pairs(operation: Any, node: Node, nodes: Mapping[str, Node]) -> I
                 yield part.input.name, source.name
 
 
-def _comparison(operation: Any, node: Node, value: Tensor, values: Mapping[str, Tensor]) -> Comparison:
+def _comparison(operation: Any, node: Node, value: Tensor, reference: Reference) -> Comparison:
     import torch
 
-    expected = values[node.name]
+    expected = reference.computed[node.name]
     made = partial(Comparison, operator=str(operation.name), kind=str(operation.op_type), node=node.name)
     if expected.is_floating_point():
-        equal = expected.isinf() & (value == expected)  # as masks have them
-        return made(db=round(snr_db(expected.masked_fill(equal, 0).numpy(), value.masked_fill(equal, 0).numpy()), 1))
+        if node.name in reference.clamped:
+            lowest, highest = reference.clamped[node.name]
+            expected, value = expected.clamp(lowest, highest), value.clamp(lowest, highest)
+        return made(db=round(noisiest_channel_db(expected.numpy(), value.numpy()), 1))
     apart = (value.int() - expected.int()).abs()
     ties = torch.zeros_like(apart, dtype=torch.bool)
-    if operation.op_type == "quantize":
-        ties = (apart == 1) & _between(values[cast("Node", node.args[0]).name] / cast("float", node.args[1]))
+    quantizer = reference.quantizers.get(node.name)
+    if operation.op_type == "quantize" and quantizer and quantizer.source in reference.given:
+        ties = (apart == 1) & _between(reference.given[quantizer.source] / quantizer.scale)
     wrong = int(((apart > 0) & ~ties).sum())
     noise = 200.0 if wrong == 0 else round(snr_db(expected.float().numpy(), value.float().numpy()), 1)
     return made(db=noise, ties=int(ties.sum()), wrong=wrong, count=expected.numel())

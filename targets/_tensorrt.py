@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.recipe import Precision
+from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from targets import _board
-from targets.base import Export, FloatType, Session
+from targets.base import Export, Session
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from calibration.recipe import Precision, WeightOnly
+from calibration.recipe import FloatType, Precision, WeightOnly
 from calibration.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 # What an app hands to the engine and gets back, where the target has a choice: the preprocessed tensor for logits, as
 # everywhere; the image itself for logits; or the image for the name of its class, with probabilities.
 Interface: TypeAlias = Literal["tensor", "image", "classifier"]
-
-# Floating-point types that engines compute in where they do not compute in INT8.
-FloatType: TypeAlias = Literal["f32", "f16", "bf16"]
 
 # What happens to operators that FP16 cannot hold: they stay in float32, or the recipe is refused.
 Half: TypeAlias = Literal["auto", "strict"]

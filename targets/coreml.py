@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.recipe import Precision, WeightOnly
+from calibration.recipe import FloatType, Precision, WeightOnly
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets import _coreml_card, _coreml_functions, _coreml_interface, _coreml_systems, _coreml_weights
@@ -43,7 +43,7 @@ from targets._coreml_program import has_compounds
 from targets._coreml_refusals import explained
 from targets._half_coreml import Selection
 from targets._host import in_queries
-from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, FloatType, Interface, Part
+from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Interface, Part
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -188,7 +188,8 @@ class CoreMLTarget:
 
         program = _with_batch(programs.load(export.program), export)
         picture = torch.from_numpy(_coreml_interface.entered(images, export))
-        found = replay(read(engine / PACKAGE), program, picture, layers=export.storage is None)
+        float_type = self.float_type(export.precision)
+        found = replay(read(engine / PACKAGE), program, picture, layers=export.storage is None, float_type=float_type)
         found.check(precision=export.precision)
         return found.summary()
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.recipe import Precision
+from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets import _forced
 from targets._host import HostSession, threads
 from targets._macs import of_convolution, of_product
-from targets.base import INPUT_NAME, Export, FloatType
+from targets.base import INPUT_NAME, Export
 
 if TYPE_CHECKING:
     import numpy.typing as npt

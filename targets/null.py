@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.recipe import Precision
+from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CannotRunHere
-from targets.base import Export, FloatType, Session
+from targets.base import Export, Session
 
 if TYPE_CHECKING:
     from targets.base import Images, Logits

@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from calibration.recipe import Precision
+from calibration.recipe import FloatType, Precision
 from calibration.scheme import AFFINE, Scheme
 from targets._host import HostSession, in_queries, threads
-from targets.base import INPUT_NAME, Export, FloatType
+from targets.base import INPUT_NAME, Export
 
 if TYPE_CHECKING:
     from targets.base import Images, Logits

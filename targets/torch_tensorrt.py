@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibration.recipe import Precision
+from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CannotRunHere
-from targets.base import Export, FloatType, Session
+from targets.base import Export, Session
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 import targets
+from calibration import forcing
 from calibration import program as programs
 from calibration.metrics import noisiest_channel_db
+from calibration.recipe import FloatType
 from models.errors import CheckFailed
 from pipeline import parity
 from pipeline.parity import Tensors
 from targets import _forced
-from targets.base import Export, FloatType
+from targets.base import Export
 from targets.cpu import CpuTarget
 from tests import faults
 from tests.faults import ALL as FAULTS
@@ -151,7 +153,7 @@ class Rounding(torch.nn.Module):
         return ops.dequantize_per_tensor(rounded, 0.5, 0, -128, 127, torch.int8).mean((2, 3))
 
 
-def forced_reference(relu: bool) -> parity.Reference:
+def forced_reference(relu: bool) -> forcing.Reference:
     graph = programs.export(Rounding(relu), 8).module()
     images = np.random.default_rng(0).normal(0, 10, (1, 3, 8, 8)).astype(np.float32)
     names = [node.name for node in graph.graph.nodes if node.op == "call_function"]
@@ -204,8 +206,8 @@ def test_infinite_values_must_be_equal(found: float, db: float) -> None:
 )
 def test_an_integer_may_differ_by_one_at_a_tie_alone(quotient: float, found: int, wrong: int, ties: int) -> None:
     x, q = torch.tensor([quotient]), torch.tensor([2], dtype=torch.int8)
-    quantizer = parity.Quantizer(source="x", scale=1.0, zero_point=0, lowest=-128.0, highest=127.0)
-    expected = parity.Reference(computed={"q": q}, given={"x": x}, quantizers={"q": quantizer}, clamped={})
+    quantizer = forcing.Quantizer(source="x", scale=1.0, zero_point=0, lowest=-128.0, highest=127.0)
+    expected = forcing.Reference(computed={"q": q}, given={"x": x}, quantizers={"q": quantizer}, clamped={})
     (comparison,) = parity.compare(expected, {"q": np.array([found], np.int8)}).comparisons
     assert (comparison.wrong, comparison.ties) == (wrong, ties)
 
@@ -225,7 +227,7 @@ def test_names_are_shared_where_both_programs_compute_equal_tensors() -> None:
 
 
 def test_a_shape_that_differs_is_a_difference() -> None:
-    expected = parity.Reference(computed={"x": torch.ones(1, 4)}, given={}, quantizers={}, clamped={})
+    expected = forcing.Reference(computed={"x": torch.ones(1, 4)}, given={}, quantizers={}, clamped={})
     found: Tensors = {"x": np.ones((4, 1), np.float32)}
     assert parity.compare(expected, found).diverging()[0].db == -200
 

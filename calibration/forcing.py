@@ -1,0 +1,158 @@
+"""Teacher forcing of a torch program: inputs for each operator alone, and its result for them.
+
+A conversion is proven operator by operator where every operator receives the torch program's own inputs. Given values
+are natural ones except at quantizers: quotients near the middle between two integers move an eighth of a step away from
+it, so that ties can neither hide nor cause a difference, and every 13th element exceeds the range, so that saturation
+is exercised at both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from calibration.recipe import FloatType
+
+_NUDGE = 1 / 8  # of an integer step: how far given quotients stay away from the middle
+_EVERY = 13  # elements: one of them is moved beyond the quantizer's range
+_BEYOND = 0.25  # of the range
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantizer:
+    """Quantization parameters of a `quantize_per_tensor` node and the range of input values that it can represent."""
+
+    source: str  # name of the quantized float tensor
+    scale: float
+    zero_point: int
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Tensors of the torch program by name, in order of execution."""
+
+    computed: Mapping[str, Tensor]  # result of each operator for the inputs in `given`
+    given: Mapping[str, Tensor]  # input of its readers
+    quantizers: Mapping[str, Quantizer]  # by name of the integer tensor
+    clamped: Mapping[str, tuple[float, float]]  # ranges beyond which no reader distinguishes values
+
+
+def reference(
+    graph: GraphModule, images: Tensor, names: Collection[str] | None = None, *, float_type: FloatType = "f32"
+) -> Reference:
+    """Run a torch program on `images` (N, 3, S, S). Readers of the nodes in `names` (None: all) receive given values.
+
+    `float_type` is the type that the converted graph states: given values and stored tensors are rounded to it.
+    """
+    computed: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    quantizers: dict[str, Quantizer] = {}
+    clamped: dict[str, tuple[float, float]] = {}
+
+    class Forcing(torch.fx.Interpreter):
+        def run_node(self, node: Node) -> Any:
+            value = super().run_node(node)
+            if not isinstance(value, Tensor):
+                return value
+            if node.op == "get_attr" and value.dtype == torch.float32:
+                return _as_typed(value, float_type)  # a graph in half precision holds its weights in it
+            named = names is None or node.name in names
+            if node.op != "placeholder" and not (node.op == "call_function" and named):
+                return value
+            if node.op == "call_function":
+                computed[node.name] = value
+                if _is_quantizer(node):
+                    quantizers[node.name] = _quantizer(node)
+            given[node.name] = _given(node, value, float_type) if value.dtype == torch.float32 else value
+            if bounds := _clamped(node):
+                clamped[node.name] = bounds
+            return given[node.name]
+
+    with torch.no_grad():
+        Forcing(graph).run(images)
+    return Reference(computed=computed, given=given, quantizers=quantizers, clamped=clamped)
+
+
+def _is_quantizer(node: Node) -> bool:
+    return node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default
+
+
+def _quantizer(node: Node) -> Quantizer:
+    source, scale, zero_point, lowest, highest = cast("tuple[Node, float, int, int, int]", node.args[:5])
+    return Quantizer(
+        source=source.name,
+        scale=float(scale),
+        zero_point=int(zero_point),
+        lowest=(lowest - zero_point) * scale,
+        highest=(highest - zero_point) * scale,
+    )
+
+
+def _readers(node: Node) -> list[Quantizer]:
+    """The quantizers that read a node."""
+    return [_quantizer(user) for user in node.users if _is_quantizer(user)]
+
+
+def _is_clipping(node: Node) -> bool:
+    """Whether an operator bounds its own result: runtimes fuse such a bound with the range of a quantizer behind it."""
+    aten = torch.ops.aten
+    return node.target in (aten.relu.default, aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default)
+
+
+def _given(node: Node, value: Tensor, float_type: FloatType) -> Tensor:
+    """The value that readers of `node` receive in place of its result `value`."""
+    quantizers = _readers(node)
+    if not quantizers:
+        return _as_typed(_beyond_clipping(node, value), float_type)
+    if _is_clipping(node):
+        value = value.clamp(max=min(quantizer.highest for quantizer in quantizers))
+    else:
+        value = _beyond(value, quantizers)
+    for quantizer in (*quantizers, *quantizers[:-1]):  # what the second one moved may be a tie of the first
+        value = _away_from_ties(_as_typed(value, float_type), quantizer.scale)
+    return _as_typed(value, float_type)
+
+
+def _beyond_clipping(node: Node, value: Tensor) -> Tensor:
+    """Where a clipping operator stands between `node` and a quantizer, exceed the quantizer's range before it."""
+    behind = [quantizer for user in node.users if _is_clipping(user) for quantizer in _readers(user)]
+    return _beyond(value, behind) if behind else value
+
+
+def _beyond(value: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
+    """Move every 13th element out of the widest range among `quantizers`, upward if it is positive, else downward."""
+    lowest, highest = min(each.lowest for each in quantizers), max(each.highest for each in quantizers)
+    margin = _BEYOND * (highest - lowest)
+    moved = value.clone(memory_format=torch.contiguous_format).view(-1)
+    some = moved[::_EVERY]
+    moved[::_EVERY] = some.new_full((), lowest - margin).where(some <= 0, highest + margin)
+    return moved.view(value.shape)
+
+
+def _away_from_ties(value: Tensor, scale: float) -> Tensor:
+    """Move quotients of `scale` that lie near the middle between two integers to `_NUDGE` steps from it."""
+    quotients = value / scale
+    away = quotients - quotients.floor() - 0.5
+    near = away.abs() < _NUDGE
+    direction = away.sign() + (away == 0)
+    return value.where(~near, (quotients.floor() + 0.5 + direction * _NUDGE) * scale)
+
+
+def _as_typed(value: Tensor, float_type: FloatType) -> Tensor:
+    types = {"f16": torch.float16, "bf16": torch.bfloat16}
+    return value.to(types[float_type]).float() if float_type in types else value
+
+
+def _clamped(node: Node) -> tuple[float, float] | None:
+    """The range beyond which no reader of `node` distinguishes values: that of its quantizer, if all are equal ones."""
+    found = {(each.lowest, each.highest) for each in _readers(node)}
+    if len(found) != 1 or not all(_is_quantizer(user) for user in node.users):
+        return None
+    return found.pop()
