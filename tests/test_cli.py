@@ -73,6 +73,8 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         (["engine", "--weights=--"], r"^WEIGHTS=--: there is no such file; give a \.safetensors"),
         (["engine", "--model=--"], r"^MODEL=--: no such model; Known: "),
         (["engine", "--data", "a\x1b[31m\nb"], r"^DATA=a\\x1b\[31m\\nb: there is no such folder"),
+        (["engine", "--weights", "a\x1b[31m\nb"], r"^WEIGHTS=a\\x1b\[31m\\nb: there is no such file"),
+        (["engine", "--model", "a\x1b[31m\nb"], r"^MODEL=a\\x1b\[31m\\nb: no such model"),
         (["engine", "--labels", "natural"], r"^LABELS=natural: DATA=digits has its own ten classes; leave LABELS out$"),
         (
             ["engine", "--mean", "123 116 103"],
