@@ -29,7 +29,7 @@ from calibration import budget, families, placement
 from calibration.data import Described
 from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budgeted, with_ptq
 from models import external, hub
-from models.errors import BadRequest, CannotRunHere, EdgelineError, printable
+from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
 from pipeline import preprocessing, surroundings, verbs
 from pipeline.stages import Run
@@ -96,16 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             answer |= {"target": run.target.name}
             answer |= carry_out(run, request.store)
     except EdgelineError as error:
-        sentence = printable(error)  # names that the user gave may hold any character
-        answer |= {"error": sentence, **error.answer}
-        log.error("%s", sentence)
+        answer |= {"error": str(error), **error.answer}
+        log.error("%s", error)
         return _finish(answer, started, error.exit_code)
     except OSError as error:
         if error.errno not in _DENIED:
             raise
         refusal = _denied(error, request.store)
-        log.error("%s", printable(refusal))
-        return _finish(answer | {"error": printable(refusal)}, started, refusal.exit_code)
+        log.error("%s", refusal)
+        return _finish(answer | {"error": str(refusal)}, started, refusal.exit_code)
     except KeyboardInterrupt:
         log.error("interrupted; what was finished is kept, the same command goes on from there")
         return _finish(answer | {"error": "interrupted"}, started, 130)

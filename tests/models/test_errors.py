@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from models.errors import escaped, printable
+from models.errors import BadRequest, escaped, printable
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_what_moves_the_cursor_or_hides_text_is_escaped(text: str, expected: str
 
 def test_the_lines_of_a_log_stay_lines() -> None:
     assert escaped("a\n\tb\x1bc", keep="\n\t") == "a\n\tb\\x1bc"
+
+
+def test_a_refusal_is_one_line_whatever_is_named_in_it() -> None:
+    assert str(BadRequest("WEIGHTS=a\x1b[31m\nb: there is no such file")) == (
+        "WEIGHTS=a\\x1b[31m\\nb: there is no such file"
+    )
