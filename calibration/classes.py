@@ -54,10 +54,11 @@ def by_name(folders: Iterable[str], order: Order) -> Classes:
 
 
 def read(file: Path, folders: Collection[str]) -> Classes:
-    """The classes that a LABELS file gives `folders`. Text: a line for each output, in their order, with its folder or
-    its folder and a name; or a folder and the index of its output, from 0, in any order. JSON: a list of folders; an
-    object {folder: index}, {folder: name}, {index: folder} or {index: [folder, name]}; a Hugging Face configuration
-    with `id2label`.
+    """The classes that a LABELS file gives `folders`.
+
+    Text: a line for each output, in their order, with its folder, or its folder and a name; or, in any order, a folder,
+    the index of its output, from 0, and perhaps a name. JSON: a list of folders; an object {folder: index}, {folder:
+    name}, {index: folder} or {index: [folder, name]}; a Hugging Face configuration with `id2label`.
 
     The model may have more classes than there are folders; every folder needs its class. Raises BadRequest.
     """
@@ -102,6 +103,10 @@ def _of_rows(rows: Sequence[_Row], where: str) -> list[_Entry]:
     numbered = [_is_index(rest) for _, rest in rows]
     if rows and all(numbered):
         return [(int(rest), folder, folder) for folder, rest in rows]
+    led = [re.fullmatch(r"([0-9]{1,9})[\s,]+(.+)", rest) for _, rest in rows]
+    found = [(int(each[1]), folder, each[2]) for each, (folder, _) in zip(led, rows, strict=True) if each]
+    if rows and len(found) == len(rows) and sorted(index for index, _, _ in found) in _countings(len(rows)):
+        return found  # a folder, the index of its output, a name
     if any(numbered):
         line = numbered.index(not numbered[0])
         raise BadRequest(
@@ -109,6 +114,11 @@ def _of_rows(rows: Sequence[_Row], where: str) -> list[_Entry]:
             "every folder an index, or none"
         )
     return [(index, folder, name or folder) for index, (folder, name) in enumerate(rows)]
+
+
+def _countings(count: int) -> tuple[list[int], list[int]]:
+    """The indices of `count` outputs from 0, and from 1."""
+    return list(range(count)), list(range(1, count + 1))
 
 
 def _of_json(text: str, where: str, folders: Collection[str]) -> list[_Entry]:
@@ -169,7 +179,7 @@ def _checked(entries: Sequence[_Entry], where: str, folders: Collection[str]) ->
             f"{where} has no class for {len(missing)} of {len(folders)} folders: {listed(missing)}; it begins with "
             f"{listed(entry[1] for entry in entries) or 'nothing'}"
         )
-    if by_output and sorted(by_output) == list(range(1, len(by_output) + 1)):
+    if by_output and sorted(by_output) == _countings(len(by_output))[1]:
         raise BadRequest(f"{where}: indices run from 1 to {len(by_output)}; expected from 0, the model's first output")
     count = max(by_output) + 1
     names = [by_output[index][2] if index in by_output else f"output {index}" for index in range(count)]

@@ -19,8 +19,10 @@ class EdgelineError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, answer: Mapping[str, object] | None = None) -> None:
-        """`answer`: what was achieved all the same, for the machine-readable answer."""
-        super().__init__(message)
+        """`message`: made `printable`, as names in it may hold any character. `answer`: what was achieved all the same,
+        for the machine-readable answer.
+        """
+        super().__init__(printable(message))
         self.answer = dict(answer or {})
 
 

