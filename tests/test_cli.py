@@ -406,6 +406,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     [
         ("$PIPELINE models | true; exit ${PIPESTATUS[0]}", 141),
         ("$PIPELINE models >&-", 141),
+        ("$PIPELINE dashboard --store $STORE >&-", 141),
         ("$PIPELINE models >/dev/full", 3),
         ("$PIPELINE engine --batch 0 | true; exit ${PIPESTATUS[0]}", 2),
         ("$PIPELINE engine --batch 0 2>&- >&-", 2),
