@@ -5,6 +5,7 @@ standard streams that nobody reads any more.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -61,6 +62,8 @@ def open_streams() -> None:
             if opened != number:  # it has the lowest number that is free
                 os.dup2(opened, number)
                 os.close(opened)
+    if sys.stdout is None:
+        sys.stdout = _Closed()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - open until the process ends
     elif not isinstance(sys.stderr, _Unread):
@@ -69,7 +72,7 @@ def open_streams() -> None:
 
 def answered(line: str) -> bool:
     """Print the last line of stdout, and say whether somebody can have read it."""
-    if sys.stdout is None:
+    if isinstance(sys.stdout, _Closed):
         return False
     try:
         print(line, flush=True)
@@ -84,6 +87,13 @@ def discard_stdout() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
+
+
+class _Closed(io.TextIOWrapper):
+    """In place of a stdout that was closed before the program began: libraries expect one."""
+
+    def __init__(self) -> None:
+        super().__init__(open(os.devnull, "wb"))  # noqa: SIM115, PTH123 - open until the process ends
 
 
 class _Unread:

@@ -8,6 +8,7 @@ import sys
 import warnings
 
 from models.errors import escaped
+from targets._host import threads
 
 _CHATTY = ("torch", "torchao", "onnxscript", "onnx_ir", "coremltools", "openvino", "sqlalchemy", "httpx2")
 
@@ -39,5 +40,10 @@ def _be_quiet() -> None:
 def _share_the_machine() -> None:
     """Let OpenMP threads sleep while they wait. Spinning ones make a training step ten times slower as soon as another
     process wants the same cores, and gain a few percent where none does. Read when torch is imported: not before here.
+
+    OpenMP counts the processors of the affinity alone: with a CPU quota below that, as in containers, its threads would
+    spend most of each period waiting for the next one.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if hasattr(os, "sched_getaffinity") and threads() < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads()))

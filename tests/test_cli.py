@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import targets
-from pipeline import ending
+from pipeline import ending, integrity
 from tests.tiny import ROOT, python
 
 CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "seconds"}
@@ -293,6 +293,23 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(
     assert not (ROOT / "executed").exists()
 
 
+def test_a_damaged_artifact_of_ours_is_no_checkpoint(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "build" / "weights" / "somebody's"
+    folder.mkdir(parents=True)
+    file = folder / "weights.safetensors"
+    save_file(state(), file)
+    integrity.seal(folder, key="0" * 64, ingredients={}, seconds=0.1)
+    request = ["explain", "--model", "convmixer_mini", "--size", "16", "--weights", str(file)]
+    assert call(tmp_path, *request)[0] == 0
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    said = refused(tmp_path, 2, *request)
+    assert said.startswith(f"WEIGHTS={file}: its artifact is damaged: weights.safetensors: expected ")
+
+
 def test_a_link_to_a_checkpoint_is_read_as_what_it_is_called(tmp_path: Path) -> None:
     """The cache of the Hugging Face Hub is full of links to files whose names are digests."""
     (tmp_path / "0123abcd").write_bytes(b"\0" * 7)
@@ -477,6 +494,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     [
         ("$PIPELINE models | true; exit ${PIPESTATUS[0]}", 141),
         ("$PIPELINE models >&-", 141),
+        ("$PIPELINE dashboard --store $STORE >&-", 141),
         ("$PIPELINE models >/dev/full", 3),
         ("$PIPELINE engine --batch 0 | true; exit ${PIPESTATUS[0]}", 2),
         ("$PIPELINE engine --batch 0 2>&- >&-", 2),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from pipeline import environment, licenses, locks
 from tests.tiny import ROOT, VARIABLES, surroundings
 
 TEXT = (ROOT / "Makefile").read_text()
@@ -39,9 +44,10 @@ NASTY = (
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what make reads, without an environment."""
-    for name in ("Makefile", "requirements.lock"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    """A copy of what make reads and runs before there is an environment."""
+    (tmp_path / "pipeline").mkdir()
+    for path in (ROOT / "Makefile", *ROOT.glob("requirements*"), ROOT / "pipeline" / "environment.py"):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
     return tmp_path
 
 
@@ -88,7 +94,11 @@ def test_help_answers_at_once_without_an_environment(checkout: Path) -> None:
 
 def test_every_module_that_a_rule_runs_exists() -> None:
     ours = {name for name in re.findall(r"python -m ([\w.]+)", TEXT) if (ROOT / name.partition(".")[0]).is_dir()}
-    assert ours == {"pipeline", *(f"tests.{path.stem}" for path in (ROOT / "tests").glob("bench*.py"))}
+    assert ours == {
+        "pipeline",
+        "pipeline.licenses",
+        *(f"tests.{path.stem}" for path in (ROOT / "tests").glob("bench*.py")),
+    }
     assert (ROOT / "pipeline" / "__main__.py").is_file()
 
 
@@ -136,28 +146,52 @@ def test_a_nasty_name_is_a_wrong_name(checkout: Path) -> None:
 # --- The environment ------------------------------------------------------------------------------------------------
 
 
-def test_rules_set_up_the_environment_when_it_is_missing_or_the_lock_has_changed(checkout: Path) -> None:
-    planned = make(checkout, "-n", "engine").stdout
-    (stamp,) = set(re.findall(r"^touch (\S+)", planned, re.M))
-    assert stamp.startswith(".venv/.ready-")
-    (checkout / ".venv").mkdir()
+SETS_UP = r"-P pipeline/environment\.py (\S+) (\S+)$"
+
+
+def planned(checkout: Path, rule: str, *variables: str) -> tuple[str, str] | None:
+    """The stamp and the lock file of the environment that `rule` sets up first; None where it needs none."""
+    found = re.findall(SETS_UP, make(checkout, "-n", rule, *variables).stdout, re.M)
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def stamped(checkout: Path, stamp: str) -> None:
+    (checkout / stamp).parent.mkdir(exist_ok=True)
     (checkout / stamp).touch()
-    assert "pip install" not in make(checkout, "-n", "engine").stdout
+
+
+def test_rules_set_up_the_environment_when_it_is_missing_or_the_lock_has_changed(checkout: Path) -> None:
+    plan = planned(checkout, "engine")
+    assert plan is not None and plan[0].startswith(".venv/.ready-")
+    stamped(checkout, plan[0])
+    assert planned(checkout, "engine") is None
     assert make(checkout, "-n", "setup").stdout.strip() in ("", "make: Nothing to be done for 'setup'.")
 
     os.utime(checkout / "requirements.lock")  # the same lock, checked out again
-    assert "pip install" not in make(checkout, "-n", "engine").stdout
-    with (checkout / "requirements.lock").open("a") as lock:
+    assert planned(checkout, "engine") is None
+    with (checkout / plan[1]).open("a") as lock:
         lock.write("another==1.0\n")
-    planned = make(checkout, "-n", "engine").stdout
-    assert "pip install" in planned
-    assert f"touch {stamp}" not in planned
-    assert "touch .venv/.ready-" in planned
+    changed = planned(checkout, "engine")
+    assert changed is not None and changed[0] != plan[0] and changed[1] == plan[1]
+
+
+def test_the_lock_file_is_that_of_the_system_until_one_is_chosen(checkout: Path) -> None:
+    usual = "requirements-macos.lock" if sys.platform == "darwin" else "requirements.lock"
+    plan, chosen = planned(checkout, "engine"), planned(checkout, "engine", "LOCK=requirements-cuda.lock")
+    assert plan is not None and plan[1] == usual
+    assert chosen is not None and chosen[1] == "requirements-cuda.lock" and chosen[0] != plan[0]
+    stamped(checkout, chosen[0])
+    assert planned(checkout, "engine") is None  # what was chosen once stays
+    assert planned(checkout, "engine", f"LOCK={usual}") == plan
+    refused = make(checkout, "engine", "LOCK=$(shell touch made)")
+    assert refused.returncode == 2 and "no such lock file; there are requirements-cuda.lock " in refused.stderr
+    assert not (checkout / "made").exists()
 
 
 @pytest.mark.parametrize("rule", sorted(RULES - {"help", "lock", "system-packages", "clean"}))
 def test_every_rule_that_needs_the_environment_makes_it_first(checkout: Path, rule: str) -> None:
-    assert "pip install" in make(checkout, "-n", rule).stdout
+    assert planned(checkout, rule)
 
 
 def test_without_its_python_it_says_what_to_install(checkout: Path) -> None:
@@ -167,16 +201,106 @@ def test_without_its_python_it_says_what_to_install(checkout: Path) -> None:
     assert not (checkout / ".venv").exists()
 
 
-def test_a_failed_installation_is_not_taken_for_an_environment(checkout: Path) -> None:
-    """With a python whose venv has a pip that fails."""
-    tools = checkout / "tools"
-    tools.mkdir()
-    fake = tools / "python3.11"
-    fake.write_text('#!/bin/sh\nif [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; else exit 1; fi\n')
-    fake.chmod(0o755)
-    assert make(checkout, "setup", PATH=f"{tools}:{os.environ['PATH']}").returncode == 2
-    assert list((checkout / ".venv").glob(".ready-*")) == []
-    assert "pip install" in make(checkout, "-n", "setup").stdout
+@pytest.fixture
+def offline(checkout: Path) -> Path:
+    """The checkout with a lock file of one package, of our own making, that needs no registry."""
+    wheel = checkout / "wheels" / "edgeline_made_up-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    described = "edgeline_made_up-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("edgeline_made_up.py", "MADE = 'up'\n")
+        archive.writestr(f"{described}/METADATA", "Metadata-Version: 2.1\nName: edgeline-made-up\nVersion: 1.0\n")
+        archive.writestr(f"{described}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{described}/entry_points.txt", "[console_scripts]\nmade-up = edgeline_made_up:__doc__\n")
+        archive.writestr(f"{described}/RECORD", "")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    for path in checkout.glob("requirements*.lock"):
+        path.write_text(f"edgeline-made-up==1.0 \\\n    --hash=sha256:{digest}\n")
+    return checkout
+
+
+def setting_up(checkout: Path) -> subprocess.Popen[str]:
+    """`make setup` as it runs, with the processes that it starts as one group."""
+    return subprocess.Popen(
+        ["make", "--no-print-directory", "setup", f"PYTHON={sys.executable}"],
+        cwd=checkout,
+        env=surroundings() | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(checkout / "wheels")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def set_up(checkout: Path) -> str:
+    process = setting_up(checkout)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def environments(checkout: Path) -> list[Path]:
+    return [path for path in (checkout / ".cache" / "venvs").glob("*") if path.is_dir()]
+
+
+def works(checkout: Path) -> bool:
+    command = [".venv/bin/python", "-c", "import edgeline_made_up, sys; print(edgeline_made_up.MADE, sys.prefix)"]
+    found = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    script = (checkout / ".venv" / "bin" / "made-up").read_text().splitlines()[0].removeprefix("#!")
+    return found.stdout == f"up {checkout / '.venv'}\n" and Path(script).exists()
+
+
+def test_two_that_set_up_at_once_set_up_once(offline: Path) -> None:
+    running = [setting_up(offline) for _ in range(3)]
+    said = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    assert sum("Successfully installed" in text for text in said) == 1
+    assert works(offline) and len(environments(offline)) == 1
+
+
+def test_a_set_up_that_is_killed_leaves_nothing_half_made(offline: Path) -> None:
+    (offline / ".venv").mkdir()  # an environment of before, to be kept until there is another one
+    (offline / ".venv" / "kept").touch()
+    process = setting_up(offline)
+    deadline = time.monotonic() + 120
+    while not environments(offline):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert (offline / ".venv" / "kept").exists() and not list((offline / ".venv").glob(".ready-*"))
+    set_up(offline)
+    assert works(offline) and (offline / ".venv").is_symlink()
+    assert len(environments(offline)) == 1
+    assert "Nothing to be done" in set_up(offline)
+
+
+def test_a_set_up_that_is_ended_cleans_up(offline: Path) -> None:
+    process = setting_up(offline)
+    deadline = time.monotonic() + 120
+    while not environments(offline):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert environments(offline) == [] and not (offline / ".venv").exists()
+
+
+def test_another_file_than_the_lock_file_means_is_not_installed(offline: Path) -> None:
+    set_up(offline)
+    before = (offline / ".venv").resolve()
+    wheel = next((offline / "wheels").iterdir())
+    wheel.write_bytes(wheel.read_bytes() + b" ")
+    for path in offline.glob("requirements*.lock"):
+        path.write_text(path.read_text() + "# anew\n")
+    process = setting_up(offline)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert "DO NOT MATCH THE HASHES" in said
+    assert "was not installed, for the reason above; nothing is left of it, and .venv is as it was" in said
+    assert (offline / ".venv").resolve() == before and works(offline)
+    assert environments(offline) == [before]
 
 
 def test_no_rule_writes_outside_the_checkout(checkout: Path) -> None:
@@ -195,14 +319,99 @@ def test_no_rule_writes_outside_the_checkout(checkout: Path) -> None:
         assert Path(environment[name]).is_relative_to(checkout)
 
 
-def test_the_environment_is_pinned() -> None:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pinned = [line for line in lines if line and not line.startswith("#")]
-    assert "torch==2.13.0" in pinned
-    assert [line for line in pinned if not re.fullmatch(r"[\w.-]+==[\w.+!-]+( ; .+)?", line)] == []
+def test_the_environment_is_pinned_with_the_hashes_of_its_files() -> None:
     wanted = re.findall(r"^([A-Za-z][\w.-]*)", (ROOT / "requirements.in").read_text(), re.M)
-    names = {line.partition("==")[0].lower().replace("_", "-") for line in pinned}
-    assert {name.lower().replace("_", "-") for name in wanted} <= names
+    for name in ("requirements.lock", "requirements-cuda.lock", "requirements-macos.lock"):
+        text = (ROOT / name).read_text()
+        pinned = locks.entries(text)
+        assert "".join(pinned) == text  # nothing but requirements
+        for entry in pinned:
+            first, *hashes = [line.removesuffix(" \\") for line in entry.splitlines()]
+            assert re.fullmatch(r"[\w.-]+==[\w.+!-]+( ; .+)?", first)
+            assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", line) for line in hashes)
+            # torch's CPU build has other files wherever it is taken from.
+            assert hashes or (first, name) == ("torch==2.13.0", "requirements.lock")
+        names = {normalized(entry.partition("==")[0]) for entry in pinned}
+        missing = {normalized(name) for name in wanted} - names
+        assert missing == ({"tensorrt-rtx-cu13"} if "macos" in name else set())
+
+
+def normalized(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def test_the_lock_files_agree_on_what_they_share() -> None:
+    pins = [
+        dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / f"requirements{name}.lock").read_text(), re.M))
+        for name in ("", "-cuda", "-macos")
+    ]
+    for one in pins:
+        for other in pins:
+            assert {name: one[name] for name in one.keys() & other.keys()} == {
+                name: other[name] for name in one.keys() & other.keys()
+            }
+    assert [name for name in pins[0] if name.startswith(("nvidia-", "cuda-", "triton"))] == []
+    assert any(name.startswith("nvidia-") for name in pins[1])
+
+
+def test_a_lock_of_the_cpu_build_is_that_of_the_cuda_build_without_cuda() -> None:
+    digest = "0" * 64
+    given = "".join(
+        f"{name}==1.0 \\\n    --hash=sha256:{digest} \\\n    --hash=sha256:{digest}\n"
+        for name in ("numpy", "nvidia-cublas", "tensorrt-rtx", "torch", "torchao", "triton", "tritonclient")
+    )
+    marker = ' ; sys_platform == "linux" and platform_machine == "x86_64"'
+    found = [entry.splitlines() for entry in locks.entries(locks.cpu(given))]
+    assert [lines[0] for lines in found] == [
+        "numpy==1.0 \\",
+        f"tensorrt-rtx==1.0{marker} \\",
+        "torch==1.0",
+        "torchao==1.0 \\",
+        "tritonclient==1.0 \\",
+    ]
+    assert [len(lines) for lines in found] == [3, 3, 1, 3, 3]
+
+
+def test_what_has_hashes_is_installed_by_them_and_the_rest_after_it() -> None:
+    lock = f"b==2 \\\n    --hash=sha256:{'0' * 64}\ntorch==1 ; python_version > '3'\n# a comment\n"
+    hashed, plain = environment.steps(lock)
+    assert hashed == (("--require-hashes", "--no-deps"), f"b==2 \\\n    --hash=sha256:{'0' * 64}\n")
+    assert plain == ((), "torch==1 ; python_version > '3'\n")
+    assert environment.steps("a==1\n") == [((), "a==1\n")]
+    assert environment.pins(lock) == "b==2\ntorch==1\n"
+
+
+def test_every_package_is_listed_with_its_licence() -> None:
+    rows = {row.package.lower(): row for row in licenses.licenses()}
+    assert rows["pytest"].license == "MIT" and not rows["pytest"].proprietary
+    assert rows["torch"].version.startswith("2.13.0")
+    proprietary = {name for name, row in rows.items() if row.proprietary}
+    assert proprietary == {name for name in rows if name.startswith(("tensorrt", "nvidia-"))}
+    result = subprocess.run(
+        [sys.executable, "-m", "pipeline.licenses"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(result.stdout.splitlines()) == len(licenses.licenses()) + 2
+    for name in proprietary:
+        assert f"{rows[name].package} {rows[name].version} is proprietary (" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ("License-Expression: MIT\nLicense: something else\n", "MIT"),
+        ("Classifier: License :: OSI Approved :: BSD License\nLicense: BSD\n", "BSD License"),
+        ("Classifier: License :: OSI Approved\nLicense: Apache 2.0\n", "Apache 2.0"),
+        ("License: UNKNOWN\n", "not stated"),
+        ("License-File: LICENSE\n", "not stated, but in its LICENSE"),
+        ("", "not stated"),
+    ],
+)
+def test_a_licence_is_what_the_metadata_state_first(metadata: str, expected: str, tmp_path: Path) -> None:
+    folder = tmp_path / "x-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.4\nName: x\nVersion: 1.0\n{metadata}")
+    (found,) = licenses.licenses(importlib.metadata.distributions(path=[str(tmp_path)]))
+    assert (found.package, found.version, found.license) == ("x", "1.0", expected)
 
 
 def test_from_another_folder_nothing_of_it_is_touched(tmp_path: Path) -> None:

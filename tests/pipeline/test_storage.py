@@ -123,3 +123,15 @@ def test_without_room_a_failed_write_needs_no_reason_but_a_fault_stays_one(disk:
     assert storage.refusal(RuntimeError("basic_ios::clear: iostream error"), disk / "new" / "file") is not None
     assert storage.refusal(TypeError("unsupported operand"), disk) is None
     assert storage.refusal(CheckFailed("2 of 360 answers changed"), disk) is None
+
+
+def test_a_store_that_can_only_be_read_is_read(shared: Path, disk: Path) -> None:
+    step = stages.weights(tiny_run("fp32"))
+    shutil.copytree(Store(shared).get(step).path, Store(disk).path(step))
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    store = Store(disk)
+    assert store.get(step).cached and store.has(step)
+    assert store.explain(step) == ["nothing that it depends on has changed"]
+    with pytest.raises(OSError, match="Read-only file system") as error:
+        store.get(stages.quantized(tiny_run("fp32")))
+    assert error.value.errno == errno.EROFS  # which the command line puts into a sentence

@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from calibration.budget import Budget
+from calibration.data import Part
 from calibration.recipe import Float, Ptq, budgeted
 from models.errors import CannotRunHere
-from pipeline import integrity, stages
+from pipeline import integrity, stages, verbs
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Step, Store, plain, resumable
 from targets.onnxruntime import OnnxRuntimeTarget
@@ -186,7 +188,7 @@ import json
 import calibration.recipe, models, targets
 from calibration.data import Digits
 from models.errors import CannotRunHere
-from pipeline import integrity, stages
+from pipeline import integrity, stages, verbs
 run = stages.Run(model=models.ALL["mobilevit_xs"], recipe=calibration.recipe.ALL["int8_qat"],
                  target=targets.ALL["cpu"], data=Digits(), preprocess=models.ALL["mobilevit_xs"].preprocess)
 print(json.dumps({step.stage: step.key for step in stages.engine(run).chain()}))
@@ -636,6 +638,53 @@ def test_a_damaged_input_does_not_spread_into_another_recipe(shared: Path, tmp_p
     assert (Store(tmp_path).path(source) / "weights.safetensors").read_bytes() == (
         Store(shared).path(source) / "weights.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("verb", [verbs.engine, verbs.verify])
+def test_a_command_mends_whatever_stage_is_damaged(
+    shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, verb: Callable[[Run, Path], dict[str, object]]
+) -> None:
+    """Also where the engine itself is whole, so that nothing but the file would have been missed."""
+    run, store = tiny_run(), Store(tmp_path)
+    chain = list(stages.engine(run).chain())
+    Store(shared).get(chain[-1])
+    for step in chain:
+        shutil.copytree(Store(shared).path(step), store.path(step))
+    before = {step.stage: integrity.manifest_of(store.path(step)) for step in chain}
+    for step in chain:
+        flipped_in_secret(max(store.path(step).rglob("*.*"), key=lambda file: file.stat().st_size))
+    with caplog.at_level("INFO"):
+        assert verb(run, tmp_path)["key"] == chain[-1].key
+    assert [line.split()[0] for line in caplog.messages if " damaged " in line] == [step.stage for step in chain]
+    assert not [line for line in caplog.messages if " hit " in line]
+    after = {step.stage: integrity.manifest_of(store.path(step)) for step in chain}
+    for stage, manifest in before.items():
+        found = after[stage]
+        assert manifest is not None and found is not None
+        same = {name for name in manifest["files"] if manifest["files"][name] == found["files"][name]}
+        assert set(manifest["files"]) - same <= TIMED.get(stage, set())
+
+
+# What holds seconds, or when it was made.
+TIMED: dict[str, set[str]] = {"weights": {"report.json"}, "quantized": {"report.json"}, "engine": {"report.json"}}
+
+
+def test_a_weights_file_that_changes_while_it_is_read_makes_no_artifact(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "weights.safetensors"
+    save_file(tiny_run().model.build(4).state_dict(), file)
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Meanwhile(Colours):
+        def image(self, part: Part, index: int) -> Image.Image:
+            file.write_bytes(b"another one")
+            return Colours.image(self, part, index)
+
+    step = stages.weights(tiny_run(weights=file, data=Meanwhile()))
+    with pytest.raises(CannotRunHere, match=r"WEIGHTS=.* changed while it was read; run the command again"):
+        Store(tmp_path / "store").get(step)
+    assert not Store(tmp_path / "store").has(step)
 
 
 def test_processes_that_find_the_same_damage_mend_it_once(processes: Processes) -> None:
