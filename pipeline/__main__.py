@@ -102,6 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refusal = _denied(error, request.store)
         log.error("%s", refusal)
         return _finish(answer | {"error": str(refusal)}, started, refusal.exit_code)
+    except SystemExit as error:
+        if answer["verb"] is None:  # --help
+            raise
+        refusal = BadRequest(f"MODEL={answer['model']}: its code ended the process (SystemExit: {error.code})")
+        log.error("%s", refusal)
+        return _finish(answer | {"error": str(refusal)}, started, refusal.exit_code)
     except KeyboardInterrupt:
         log.error("interrupted; what was finished is kept, the same command goes on from there")
         return _finish(answer | {"error": "interrupted"}, started, 130)

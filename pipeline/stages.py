@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from calibration.budget import DEFAULT, Budget
 from calibration.data import Data, Part
 from calibration.recipe import Float, Recipe, WeightOnly
-from models.errors import CannotRunHere, CheckFailed
+from models.errors import CannotRunHere
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest, resumable
 from targets.base import Bundles, Export, Interface, Publishes, Target
@@ -353,11 +353,8 @@ def _evaluated(run: Run, model: nn.Module, out: Path, report: Mapping[str, objec
     from pipeline import contract
 
     logits, labels = predictions(model, run.images("test"))
-    if check and (wrong := contract.unfinite(run.images("test"), logits)):
-        raise CheckFailed(
-            f"the float network of MODEL={run.model.asked} cannot be used: {wrong}; keep its numbers finite (an "
-            "epsilon in divisions, logarithms and roots), or leave the picture out"
-        )
+    if check:
+        contract.check_answers(run, model, logits)
     np.savez_compressed(out / "test.npz", logits=logits, labels=labels)
     _write_json(out / "report.json", {**report, "test_top1": top1(logits, labels), "images": len(labels)})
 
