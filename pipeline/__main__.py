@@ -92,6 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", refusal)
         answer |= {"error": str(refusal), **refusal.answer}
         code = refusal.exit_code
+    except SystemExit as error:
+        if answer["verb"] is None:  # --help
+            raise
+        ended = BadRequest(f"MODEL={answer['model']}: its code ended the process (SystemExit: {error.code})")
+        log.error("%s", ended)
+        answer |= {"error": str(ended)}
+        code = ended.exit_code
     except KeyboardInterrupt as error:
         how = str(error) or "interrupted"
         log.error("%s; what was finished is kept, the same command goes on from there", how)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from models import foreign
+from models.errors import CheckFailed
 from models.external import External
 from targets.base import Checks, Export
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _FEW, _MORE = 2, 3  # images: a network that counts on one of these numbers fails with the other
 _PICTURES = 8  # of the data: their answers must be finite
+_SAMPLE = 32  # of the data, whose answers by the trained network must be finite
 _TIMES = 4  # evaluations of the same images
 _LARGE = 100.0  # deviations of the inputs that show a limit which is applied in place
 # Decibels between answers that must be the same. Of one network on one machine: bit by bit, but for sums whose order
@@ -350,14 +352,36 @@ def picture(pictures: Images, index: int) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
-def unfinite(pictures: Images, logits: npt.NDArray[np.float32]) -> str | None:
-    """What is wrong with the `logits` of all pictures of a part, where one is no number."""
+def check_answers(run: Run, network: nn.Module, logits: npt.NDArray[np.float32]) -> None:
+    """Raises CheckFailed where an answer of the trained `network` is no number, naming the picture: in the `logits` of
+    the test part, for the first pictures of the validation part, which every later step is compared on, and for a
+    sample of the training part, which calibrates.
+    """
+    from calibration import program
+
+    wrong = unfinite(run.images("test"), logits)
+    for part in ("val", "train"):
+        images = run.images(part)
+        order = images.stratified(_SAMPLE, run.seed) if part == "train" else range(min(_SAMPLE, len(images)))
+        # Of our own networks tests know that numbers stay numbers; weights of others are compared on the other parts.
+        if not wrong and len(order) and (part == "val" or isinstance(run.model, External)):
+            wrong = unfinite(images, program.logits(network, images.batches(_SAMPLE, list(order))), order)
+    if wrong:
+        raise CheckFailed(
+            f"the float network of MODEL={run.model.asked} cannot be used: {wrong}; keep its numbers finite (an "
+            "epsilon in divisions, logarithms and roots), or leave the picture out"
+        )
+
+
+def unfinite(pictures: Images, logits: npt.NDArray[np.float32], order: Sequence[int] | None = None) -> str | None:
+    """What is wrong with the `logits` of the pictures of a part, all or those of `order`, where one is no number."""
     import numpy as np
 
     wrong = np.flatnonzero(~np.isfinite(logits).all(1))
     if not len(wrong):
         return None
-    readable = (index for index in range(len(pictures)) if any(True for _ in pictures.batches(1, [index])))
+    order = range(len(pictures)) if order is None else order
+    readable = (index for index in order if any(True for _ in pictures.batches(1, [index])))
     index = next(index for place, index in enumerate(readable) if place == wrong[0])
     values = logits[wrong[0]]
     return (

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from calibration.budget import DEFAULT, Budget
 from calibration.data import Data, Described, Part
 from calibration.recipe import DEFAULT_SCHEDULE, Float, Recipe, Schedule, WeightOnly
-from models.errors import CannotRunHere, CheckFailed
+from models.errors import CannotRunHere
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest, resumable
 from targets.base import Bundles, Export, Half, Interface, Publishes, Target
@@ -400,11 +400,8 @@ def _evaluated(
     from pipeline import contract
 
     logits, labels = predictions(model, run.images("test"))
-    if check and (wrong := contract.unfinite(run.images("test"), logits)):
-        raise CheckFailed(
-            f"the float network of MODEL={run.model.asked} cannot be used: {wrong}; keep its numbers finite (an "
-            "epsilon in divisions, logarithms and roots), or leave the picture out"
-        )
+    if check:
+        contract.check_answers(run, model, logits)
     np.savez_compressed(out / "test.npz", logits=logits, labels=labels)
     if warnings is not None:
         judged = sanity.judge(run.data.classes, logits, labels, "test", given=run.weights is not None)

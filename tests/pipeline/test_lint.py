@@ -612,12 +612,12 @@ from dataclasses import replace
 import models
 models.ALL["faulty"] = replace(models.ALL["convmixer_mini"], name="faulty", network="tests.pipeline.test_lint:faulty")
 from pipeline.__main__ import main
-sys.exit(main(["lint-model", "--model", "faulty", "--size", "16"]))
+sys.exit(main(["lint-model", "--model", "faulty", "--size", "16", "--target", sys.argv[1]]))
 """
 
 
 def test_the_command_ends_with_4_where_there_are_errors() -> None:
-    result = python("-c", COMMAND)
+    result = python("-c", COMMAND, "coreml")
     answer = json.loads(result.stdout.splitlines()[-1])
     assert result.returncode == 4, result.stderr
     assert (answer["errors"], answer["warnings"], answer["size"]) == (1, 1, 16)
@@ -635,6 +635,14 @@ def test_the_command_ends_with_4_where_there_are_errors() -> None:
     ]
     assert last == answer["error"]
     assert last == "faulty at 16 pixels: errors: 1, warnings: 1; no export is made before the errors are mended"
+
+
+def test_the_command_warns_of_what_another_target_refuses() -> None:
+    result = python("-c", COMMAND, "cpu")
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert (result.returncode, answer["errors"], answer["warnings"]) == (0, 0, 2), result.stderr
+    reason = "im2col: an error for TARGET=coreml: coremltools 9.0 has no converter for Tensor.unfold"
+    assert answer["findings"][0]["reason"].startswith(reason)
 
 
 @pytest.mark.parametrize(("size", "expected"), [("", 64), ("32", 32)])
