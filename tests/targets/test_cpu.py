@@ -114,7 +114,7 @@ def test_what_fp16_cannot_hold_is_computed_in_float32(tmp_path: Path, monkeypatc
     assert TARGET.inspect(export, tmp_path)["precision_hint"] == "f32"
     with np.load(export.path / "sample.npz") as sample, TARGET.open(tmp_path) as session:
         assert snr_db(sample["logits"][:1], session.infer(sample["images"][:1])) > 80
-    with pytest.raises(CheckFailed, match=r"HALF=strict: FP16 cannot hold 3 operators: overflows FP16 .* at `node_pow_1`"):
+    with pytest.raises(CheckFailed, match=r"HALF=strict: FP16 cannot hold 3 operators: .* at `node_pow_1`"):
         TARGET.build(replace(export, half="strict"), tmp_path)
 
 
