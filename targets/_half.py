@@ -149,7 +149,7 @@ def sentence(found: Mapping[str, Unsafe]) -> str:
 
 def described(kept: Mapping[str, str]) -> dict[str, object]:
     """What a report has of the operators that stay in float32, given why each does: how many, and the first causes."""
-    first = {reason.partition(" at `")[0]: reason for reason in reversed(kept.values())}
+    first = {reason.partition(" at `")[0]: reason for reason in reversed([*kept.values()])}
     return {"float32_operators": len(kept), "why_float32": list(first.values())[::-1][:_SHOWN]}
 
 

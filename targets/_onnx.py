@@ -246,8 +246,8 @@ def to_fp16(model: ModelProto, float32: Mapping[str, str] = MappingProxyType({})
 
     FP16 scales need opset 19 or later; they are FP16 values already (`Scheme.fp16_scales`), so nothing is rounded.
 
-    Operators whose names are keys of `float32` keep that type, between casts; the values are the reasons, which stand in
-    the metadata of the graph.
+    Operators whose names are keys of `float32` keep that type, between casts; the values, the reasons, are kept in the
+    metadata of the graph.
     Raises CheckFailed where the graph has control flow.
     """
     from onnx import shape_inference
