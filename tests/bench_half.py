@@ -3,9 +3,9 @@ FP16, against the float32 graph.
 
     python -m tests.bench_half [MODEL ...] [--trained]
 
-The images are the digits' 360 test images at 64 pixels; weights are random, or trained on the digits (an hour; what was
-trained is kept in build/ and the bench goes on from there). Random networks amplify every rounding: that of their
-weights alone leaves some 30 dB. A row: operators of the graph, how many stay in float32, decibels between the logits and
+The images are the digits' 360 test images at 64 pixels; weights are random, or trained on the digits (an hour; all is
+kept in build/, where the bench goes on). Random networks amplify every rounding: that of their weights alone leaves
+some 30 dB. A row: operators of the graph, how many stay in float32, decibels between the logits and
 the share of equal classes, and seconds for all images.
 """
 

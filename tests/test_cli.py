@@ -65,6 +65,7 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         (["engine", "--seed", "-1"], r"^SEED=-1: expected a whole number from 0 to 4294967295$"),
         (["engine", "--seed", "²"], r"^SEED=²: expected"),
         (["engine", "--seed", "4294967296"], r"^SEED=4294967296: expected"),
+        (["engine", "--half", "maybe"], r"^HALF=maybe: no such choice; Known: auto, strict$"),
         (["engine", "--device", "board7"], r"^DEVICE=board7: no such device"),
         (["engine", "--data", "no/such folder"], r"^DATA=no/such folder: there is no such folder; give `digits`, or"),
         (["engine", "--data", "~nobody-of-this-name/x"], r"^DATA=~nobody-of-this-name/x: there is no such folder"),
