@@ -29,14 +29,13 @@ from targets._coreml_fixes import (
     transposes_told_apart,
 )
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
-from targets._half import described
-from targets._half_coreml import Selection
 from targets._host import in_queries
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Interface, Part
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from targets._half_coreml import Selection
     from targets.base import Executor, Images, Logits
 
 PACKAGE = "model.mlpackage"
@@ -84,6 +83,7 @@ class CoreMLTarget:
 
     def build(self, export: Export, out: Path) -> None:
         from calibration import program as programs
+        from targets._half_coreml import Selection
 
         coremltools = import_coremltools()
         program = _with_batch(programs.load(export.program), export)
@@ -112,6 +112,7 @@ class CoreMLTarget:
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         """Checks the interface, each layer's geometry, scales and int8 weights, and the types and ranks of the rest."""
         from calibration import program as programs
+        from targets._half import described
 
         package, program = read(engine / PACKAGE), programs.load(export.program)
         _check_interface(package.spec, export)
