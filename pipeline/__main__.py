@@ -186,7 +186,7 @@ def read(request: argparse.Namespace) -> Run:
         form=form_of(model, request.form),
         interface=interface,
         deployment=deployment,
-        half=pick("half", request.half, _HALVES),
+        half=pick("choice", request.half, _HALVES, variable="HALF"),
         max_drop=budget.parse(request.max_drop) if request.max_drop else budget.DEFAULT,
         verdict=pick("verdict", request.verdict, _SWITCH),
         training=training,

@@ -99,7 +99,7 @@ def typed(run: Run) -> Step:
         stage="typed",
         label=run.label(run.recipe.name),
         inputs={"exported": stages.exported(run)},
-        params={"batch": run.batch, "versions": stages.versions("onnx", "onnx-ir", "onnxruntime")},
+        params={"batch": run.batch, "half": run.half, "versions": stages.versions("onnx", "onnx-ir", "onnxruntime")},
         code=("targets._tensorrt",),
         build=build,
     )

@@ -147,6 +147,12 @@ def sentence(found: Mapping[str, Unsafe]) -> str:
     return "; ".join(map(str, listed[:_SHOWN])) + more
 
 
+def described(kept: Mapping[str, str]) -> dict[str, object]:
+    """What a report has of the operators that stay in float32, given why each does: how many, and the first causes."""
+    first = {reason.partition(" at `")[0]: reason for reason in reversed([*kept.values()])}
+    return {"float32_operators": len(kept), "why_float32": list(first.values())[::-1][:_SHOWN]}
+
+
 def refuse_if_strict(export: Export, found: Mapping[str, Unsafe]) -> None:
     """Raises CheckFailed where HALF=strict and some operators cannot be computed in FP16."""
     if found and export.half == "strict":

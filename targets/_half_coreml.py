@@ -47,6 +47,10 @@ class Selection:
             self.found = self._unsafe(list(operation.enclosing_block.operations))
         return operation.name not in self.found
 
+    def reasons(self) -> dict[str, str]:
+        """Why each operator that stays in float32 does, by its name."""
+        return {name: str(operator) for name, operator in self.found.items()}
+
     def check(self) -> None:
         """Raises CheckFailed where HALF=strict and some operators cannot be computed in FP16; reports them else."""
         refuse_if_strict(self._export, self.found)

@@ -73,7 +73,7 @@ def typed(model: ModelProto, export: Export) -> ModelProto:
     from targets._onnx import to_fp16
 
     model = limited(model, ranges_of(export).sentinels)
-    return to_fp16(model, kept_in_float32(model, export).keys())
+    return to_fp16(model, {name: str(operator) for name, operator in kept_in_float32(model, export).items()})
 
 
 def operators(model: ModelProto) -> list[Operator]:

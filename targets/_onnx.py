@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _origin(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def to_fp16(model: ModelProto, float32: Collection[str] = ()) -> ModelProto:
+def to_fp16(model: ModelProto, float32: Mapping[str, str] = MappingProxyType({})) -> ModelProto:
     """A copy of `model` with every float tensor typed FP16, input and output excepted: strongly typed TensorRT (10 on
     request, 11 and RTX always) computes in the types that the graph states.
 
@@ -245,7 +246,8 @@ def to_fp16(model: ModelProto, float32: Collection[str] = ()) -> ModelProto:
 
     FP16 scales need opset 19 or later; they are FP16 values already (`Scheme.fp16_scales`), so nothing is rounded.
 
-    Operators whose names are in `float32` keep that type, between casts; the metadata of the graph lists them.
+    Operators whose names are keys of `float32` keep that type, between casts; the values, the reasons, are kept in the
+    metadata of the graph.
     Raises CheckFailed where the graph has control flow.
     """
     from onnx import shape_inference
@@ -260,12 +262,12 @@ def to_fp16(model: ModelProto, float32: Collection[str] = ()) -> ModelProto:
     typed.graph.node.extend(nodes)
     typed.graph.initializer.extend(constants)
     if float32:
-        typed.metadata_props.add(key=_FLOAT32_OPERATORS, value=json.dumps(sorted(float32)))
+        typed.metadata_props.add(key=_FLOAT32_OPERATORS, value=json.dumps(dict(sorted(float32.items()))))
     return shape_inference.infer_shapes(typed, data_prop=True)
 
 
-def float32_operators(model: ModelProto) -> list[str]:
-    """The operators that `to_fp16` left in float32 on request, by name."""
+def float32_operators(model: ModelProto) -> dict[str, str]:
+    """The operators that `to_fp16` left in float32 on request, by name, with the reasons."""
     entries = {entry.key: entry.value for entry in model.metadata_props}
-    found: list[str] = json.loads(entries.get(_FLOAT32_OPERATORS, "[]"))
+    found: dict[str, str] = json.loads(entries.get(_FLOAT32_OPERATORS, "{}"))
     return found

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,6 +291,7 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     import onnx
     from onnx import TensorProto
 
+    from targets._half import described
     from targets._onnx import float32_operators
 
     model = onnx.load(file)
@@ -316,12 +317,12 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     return {
         "quantized_layers": layers,
         "operators": len(model.graph.node),
-        "float32_operators": len(kept),
+        **described(kept),
         "constants": dict(sorted(types.items())),
     }
 
 
-def _is_float32(node: NodeProto, kept: Sequence[str]) -> bool:
+def _is_float32(node: NodeProto, kept: Mapping[str, str]) -> bool:
     """Whether an operator of an FP16 graph was left in float32: one of `kept`, or what dequantizes for it."""
     return (node.name or node.output[0]) in kept or node.name.removesuffix("_float32") != node.name
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -41,13 +41,13 @@ from targets._coreml_fixes import (
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
 from targets._coreml_program import has_compounds
 from targets._coreml_refusals import explained
-from targets._half_coreml import Selection
 from targets._host import in_queries
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Interface, Part
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from targets._half_coreml import Selection
     from targets.base import Executor, Images, Logits
 
 PACKAGE = "model.mlpackage"
@@ -98,6 +98,7 @@ class CoreMLTarget:
 
     def build(self, export: Export, out: Path) -> None:
         from calibration import program as programs
+        from targets._half_coreml import Selection
 
         coremltools = import_coremltools()
         program = _with_batch(programs.load(export.program), export)
@@ -109,7 +110,7 @@ class CoreMLTarget:
             if export.storage:
                 model = _coreml_weights.compressed(model, read(Path(scratch) / PACKAGE), export.storage)
             spec = model.get_spec()
-            _describe(spec.description.metadata, export, self.toolchain(), sorted(selection.found))
+            _describe(spec.description.metadata, export, self.toolchain(), selection.reasons())
             # Not `model.save`: it leaves a file of ExecuTorch's in the package that no manifest lists.
             coremltools.utils.save_spec(spec, str(out / PACKAGE), weights_dir=model.weights_dir)
 
@@ -132,6 +133,7 @@ class CoreMLTarget:
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         """Checks the interface, each layer's geometry, scales and int8 weights, and the types and ranks of the rest."""
         from calibration import program as programs
+        from targets._half import described
 
         package, program = read(engine / PACKAGE), programs.load(export.program)
         _check_interface(package.spec, export)
@@ -150,7 +152,7 @@ class CoreMLTarget:
             "system": _coreml_systems.system_of(export).name,
             "specification": package.spec.specificationVersion,
             "operators": dict(operators.most_common()),
-            "float32_operators": len(_float32_operators(package)),
+            **described(_float32_operators(package)),
             "layers": len(found),
             "quantized_layers": sum(layer.activation_scale is not None for layer in found),
             "weight_bytes": package.weight_bytes,
@@ -241,11 +243,11 @@ def _converted(program: ExportedProgram, export: Export, selection: Selection, p
         )
 
 
-def _describe(metadata: Any, export: Export, toolchain: dict[str, str], float32_operators: Sequence[str]) -> None:
+def _describe(metadata: Any, export: Export, toolchain: dict[str, str], float32_operators: Mapping[str, str]) -> None:
     """Write into the package what Xcode shows and an app needs."""
     facts = {**export.description(), "precision": export.precision, "toolchain": toolchain}
     if float32_operators:
-        facts[_FLOAT32_OPERATORS] = list(float32_operators)
+        facts[_FLOAT32_OPERATORS] = dict(float32_operators)
     metadata.shortDescription = f"{facts['model']}, {export.precision}, {export.size()} pixels"
     write_facts(metadata, facts)
 
@@ -289,12 +291,13 @@ def _check_types(package: Package, export: Export) -> None:
                 )
 
 
-def _float32_operators(package: Package) -> frozenset[str]:
-    """The operators of an FP16 program that compute in float32, since FP16 cannot hold their numbers."""
-    return frozenset(read_facts(package.spec.description.metadata).get(_FLOAT32_OPERATORS, ()))
+def _float32_operators(package: Package) -> dict[str, str]:
+    """The operators of an FP16 program that compute in float32, by name, and why FP16 cannot hold their numbers."""
+    found: dict[str, str] = read_facts(package.spec.description.metadata).get(_FLOAT32_OPERATORS, {})
+    return found
 
 
-def _is_kept(operation: Any, kept: frozenset[str]) -> bool:
+def _is_kept(operation: Any, kept: Mapping[str, str]) -> bool:
     """Whether an operator is one of `kept`, or a cast or constant for these alone."""
     if operation.op_type not in ("cast", "const"):
         return operation.name in kept

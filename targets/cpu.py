@@ -53,24 +53,25 @@ class CpuTarget:
         import onnx
         import openvino
 
-        from targets._half_onnx import kept_in_float32
+        from targets._half_onnx import kept_in_float32, limited, ranges_of
         from targets._onnx import with_own_quantizers, with_padding_before_rounding, with_unsigned_activations
 
         # Two faults of OpenVINO 2026.4: it leaves a convolution in float32 where it shares a zero point with a linear
         # layer (half of the layers of a MobileViT); and where it turns a quantized concatenation into uint8, it pads
         # the convolution behind it with 0 instead of the zero point (MobileViT's fusions: 17 dB instead of 40).
-        graph = with_padding_before_rounding(with_own_quantizers(onnx.load(export.onnx)))
+        source = onnx.load(export.onnx)
+        hint = "f32" if export.precision == "fp32" else half_precision()  # of what is not INT8
+        if hint == "f16":  # bfloat16 has the range of float32
+            source = limited(source, ranges_of(export).sentinels)
+            if kept_in_float32(source, export):
+                log.warning("OpenVINO takes no type for a single operator: what is not INT8 is computed in float32")
+                hint = "f32"
+        graph = with_padding_before_rounding(with_own_quantizers(source))
         graph = with_unsigned_activations(graph)
         model = openvino.Core().read_model(graph.SerializeToString())
         model.reshape([export.batch, *list(model.input(0).partial_shape)[1:]])
         openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
         # Always explicit: left to itself, OpenVINO runs float32 models in bfloat16 where the CPU has it.
-        hint = "f32" if export.precision == "fp32" else half_precision()  # of what is not INT8
-        # The hint holds for all operators alike. bfloat16 has the range of float32.
-        kept = len(kept_in_float32(onnx.load(export.onnx), export)) if hint == "f16" else 0
-        if kept:
-            log.warning("OpenVINO takes no type for a single operator: what is not INT8 is computed in float32")
-            hint = "f32"
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         (out / _OPTIONS).write_text(json.dumps(options, indent=1) + "\n")
 

@@ -57,12 +57,13 @@ class OnnxRuntimeTarget:
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         import onnx
 
+        from targets._half import described
         from targets._onnx import float32_operators
 
         model = onnx.load(engine / "model.onnx")
         onnx.checker.check_model(model, full_check=True)
         kept = float32_operators(model)
-        return {"threads": threads(), "operators": len(model.graph.node), "float32_operators": len(kept)}
+        return {"threads": threads(), "operators": len(model.graph.node), **described(kept)}
 
     def half(self) -> bool:
         return False

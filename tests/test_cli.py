@@ -82,6 +82,7 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         (["engine", "--rate", "inf"], r"^RATE=inf: expected a positive number"),
         (["engine", "--rate", "1e-400"], r"^RATE=1e-400: expected a positive number"),
         (["qat", "--rate", "fast"], r"^RATE=fast: expected a positive number"),
+        (["engine", "--half", "maybe"], r"^HALF=maybe: no such choice; Known: auto, strict$"),
         (["engine", "--device", "board7"], r"^DEVICE=board7: no such device"),
         (["engine", "--data", "no/such folder"], r"^DATA=no/such folder: there is no such folder; give `digits`, or"),
         (["engine", "--data", "~nobody-of-this-name/x"], r"^DATA=~nobody-of-this-name/x: there is no such folder"),

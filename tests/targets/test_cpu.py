@@ -20,6 +20,7 @@ from targets._onnx import with_own_quantizers
 from targets.base import Export, Probes
 from targets.cpu import TARGET, half_precision
 from targets.onnxruntime import reference_logits
+from tests.half_networks import GeneralizedMean, net
 from tests.toys import CLASSES, LAYERS, toy_export
 
 
@@ -104,6 +105,17 @@ def test_half_precision_is_what_the_processor_computes_in(
 def test_a_system_that_does_not_tell_computes_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "nothing")
     assert half_precision() == "f32"
+
+
+def test_what_fp16_cannot_hold_is_computed_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "half_precision", lambda: "f16")
+    export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
+    TARGET.build(export, tmp_path)
+    assert TARGET.inspect(export, tmp_path)["precision_hint"] == "f32"
+    with np.load(export.path / "sample.npz") as sample, TARGET.open(tmp_path) as session:
+        assert snr_db(sample["logits"][:1], session.infer(sample["images"][:1])) > 80
+    with pytest.raises(CheckFailed, match=r"HALF=strict: FP16 cannot hold 3 operators: .* at `node_pow_1`"):
+        TARGET.build(replace(export, half="strict"), tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -12,14 +12,16 @@ import onnx
 import pytest
 from onnx import parser
 from onnx.reference import ReferenceEvaluator
-from torch import nn
+from torch import Tensor, nn
 
 from calibration.metrics import snr_db
 from calibration.recipe import Precision
 from models.errors import CheckFailed
-from targets._half_reference import half_reference
+from pipeline.divergence import onnx_tensors
+from targets._half_onnx import ranges_of
+from targets._half_reference import executor, half_reference
 from targets._onnx import float32_operators, to_fp16, with_batch
-from targets._tensorrt import typed_onnx
+from targets._tensorrt import check_graph, typed_onnx, weak_onnx
 from targets.base import Export
 from tests.half_networks import FLUSHED, MASKS, OVERFLOWING, GeneralizedMean, LogSum, net
 from tests.toys import toy_export
@@ -61,7 +63,7 @@ def test_masks_beyond_fp16_mask_alike_in_fp16(tmp_path: Path, name: str) -> None
     images, logits = sample(export)
     typed = typed_onnx(export)
     # A row that is masked as a whole becomes uniform by the size of -1e9, which no number of FP16 has.
-    assert float32_operators(typed) == [] or name.startswith("added")
+    assert float32_operators(typed) == {} or name.startswith("added")
     assert snr_db(logits, evaluated(typed, images)) > LEAST_DB
     assert snr_db(logits, half_reference(typed)(images)) > LEAST_DB
 
@@ -73,7 +75,7 @@ def test_the_typed_graph_of_a_generalised_mean_is_right_in_fp16(tmp_path: Path, 
     typed = typed_onnx(export)
     found = evaluated(typed, images)
     assert np.isfinite(found).all() and snr_db(logits, found) > 25
-    assert float32_operators(typed) == ["node_mean", "node_pow_1", "node_pow_2"]
+    assert list(float32_operators(typed)) == ["node_mean", "node_pow_1", "node_pow_2"]
     types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
     assert {types[name] for name in ("pow_1", "mean")} == {onnx.TensorProto.FLOAT}
     assert types["conv2d"] == onnx.TensorProto.FLOAT16
@@ -90,7 +92,7 @@ def test_strict_refuses_with_operator_and_line(tmp_path: Path) -> None:
 
 
 def test_strict_takes_what_fp16_holds(float_export: Export) -> None:
-    assert float32_operators(typed_onnx(replace(float_export, precision="fp16", half="strict"))) == []
+    assert float32_operators(typed_onnx(replace(float_export, precision="fp16", half="strict"))) == {}
 
 
 @pytest.mark.parametrize("fixture", ["float_export", "int8_export"])
@@ -123,3 +125,64 @@ def test_the_executor_overflows_and_flushes() -> None:
     found = half_reference(typed)(images)
     assert np.isinf(found[0, 2:]).all() and np.isfinite(found[0, :2]).all()
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_report_counts_them_and_says_why(tmp_path: Path) -> None:
+    export = toy_export(tmp_path, "int8", network=net(GeneralizedMean))
+    onnx.save(typed_onnx(export), tmp_path / "typed.onnx")
+    found = check_graph(export, tmp_path / "typed.onnx")
+    assert (found["float32_operators"], found["quantized_layers"]) == (3, 2)
+    reasons = found["why_float32"]
+    assert isinstance(reasons, list)
+    assert any(reason.startswith("overflows FP16 (peak ") and "half_networks.py:" in reason for reason in reasons)
+
+
+def test_another_float32_constant_is_a_stray(tmp_path: Path) -> None:
+    export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
+    typed = typed_onnx(export)
+    del typed.metadata_props[:]
+    onnx.save(typed, tmp_path / "typed.onnx")
+    with pytest.raises(CheckFailed, match=r"has 2 constants of type FLOAT .* expects FLOAT16"):
+        check_graph(export, tmp_path / "typed.onnx")
+
+
+def test_tensorrt_8_gets_no_graph_that_its_fp16_cannot_hold(tmp_path: Path) -> None:
+    export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
+    with pytest.raises(CheckFailed, match=r"FP16 cannot hold 3 operators, and TensorRT 8.x takes no type for a single"):
+        weak_onnx(export)
+    weak_onnx(replace(export, precision="fp32"))
+
+
+def test_the_executor_of_a_graph_is_that_of_its_types(tmp_path: Path) -> None:
+    export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
+    images, logits = sample(export)
+    onnx.save(typed_onnx(export), tmp_path / "typed.onnx")
+    name, execute = executor(tmp_path / "typed.onnx")
+    assert name == "ONNX graph evaluated with FP16 rounding"
+    assert 40 < snr_db(logits, execute(images)) < 90  # ONNX Runtime alone is at 120 and more
+    name, execute = executor(export.onnx)
+    assert name == "onnxruntime, on the compiled graph" and snr_db(logits, execute(images)) > 100
+
+
+def test_the_ranges_of_a_network_are_those_of_its_tensors(tmp_path: Path) -> None:
+    export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
+    ranges = ranges_of(export)
+    images, _ = sample(export)
+    tensors = onnx_tensors(export.onnx, images)
+    assert ranges.images == len(images)
+    assert {"conv2d", "pow_1", "mean", "logits"} <= ranges.peaks.keys()
+    for name, peak in ranges.peaks.items():
+        if name in tensors:
+            assert peak == pytest.approx(np.abs(tensors[name]).max(), rel=1e-4)
+    assert ranges.sums["mean"] == pytest.approx(np.abs(tensors["pow_1"]).sum((2, 3)).max(), rel=1e-4)
+
+
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-9, 1e-12])
+def test_small_constants_survive_the_conversion(tmp_path: Path, epsilon: float) -> None:
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.mean((2, 3)) + epsilon).log()
+
+    export = toy_export(tmp_path, "fp32", network=net(Part))
+    model = onnx.load(export.onnx)
+    assert [node.op_type for node in model.graph.node if node.op_type in ("Add", "Log")] == ["Add", "Log"]
