@@ -25,13 +25,16 @@ PLACEMENT  ?=
 MAX_DROP   ?=
 FORCE      ?=
 VERDICT    ?= yes
+CASES      ?=
+COUNT      ?= 10000
+START      ?= 0
 PYTHON  ?= python3.11
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
           CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
-export $(VALUES)
+export $(VALUES) CASES COUNT START
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
       --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
       --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" \
@@ -149,7 +152,7 @@ bench-qat: $(READY) ## what a step of quantization-aware training costs, in floa
 bench-dashboard: $(READY) ## the cost of the dashboard of 100,000 measurements: seconds, memory, size of the page
 	@$(VENV)/bin/python -m tests.bench_dashboard
 
-fuzz: $(READY) ## hostile values and damaged files for every reader, 10,000 cases each (CASES="data onnx" COUNT=10000 START=0)
+fuzz: $(READY) ## hostile values and damaged files for every reader, 10,000 cases each (CASES="values onnx" COUNT=10000 START=0)
 	@$(VENV)/bin/python -m tests.fuzz --kinds="$$CASES" --count="$$COUNT" --start="$$START"
 
 test: $(READY) ## the tests (a quarter of an hour on two cores)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.carried import Activation, Carried, Weight, first_nonzero
+from models.errors import CheckFailed
+from targets._onnx_files import first_line, read
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -20,10 +22,17 @@ _LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # what may stand between 
 
 
 def carried(path: Path) -> list[Carried]:
-    """The operators of an ONNX file that read rounded tensors, in its order."""
-    import onnx
-
-    return list(_Graph(onnx.load(path)).carried())
+    """The operators of an ONNX file that read rounded tensors, in its order. Raises CheckFailed where the file is no
+    ONNX model, or its quantizers have no constant scales.
+    """
+    model = read(path)
+    try:
+        return list(_Graph(model).carried())
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise CheckFailed(
+            f"{path}: the quantizers of the graph cannot be read ({type(error).__name__}: {first_line(error)}); "
+            "expected scales, zero points and integers that are constants of the graph: build the engine again"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -185,7 +185,7 @@ _BODY: Final = (
 def source(rng: random.Random) -> str:
     """A file with a function `net`, or nearly so."""
     one = {
-        name: rng.choice(choices) if rng.random() < 0.35 else choices[0]
+        name: rng.choice(choices) if rng.random() < 0.18 else choices[0]
         for name, choices in (
             ("top", _TOP),
             ("init", _INIT),

@@ -118,7 +118,8 @@ def _command(draw: st.DrawFn) -> list[str]:
 
 
 _BUILDING: Final = frozenset(
-    "engine calibrate qat sensitivity tune prove verify profile placement lint-model zoo multifunction".split()
+    {"engine", "calibrate", "qat", "sensitivity", "tune", "prove", "verify", "profile", "placement", "lint-model"}
+    | {"zoo", "multifunction"}
 )
 
 
