@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import calibration.data
 import calibration.recipe
@@ -261,7 +261,19 @@ def _or_default(text: str, *, default: str) -> str:
     return text.strip() or default
 
 
+def _folder(text: str) -> Path:
+    return Path(text.strip())
+
+
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse does, but `--data=--` is a value: argparse removes a `--` even where it is one, and leaves an
+        empty list in its place. Every type strips the space that is put behind it.
+        """
+        given = [str(text) for text in (sys.argv[1:] if args is None else args)]
+        kept = [f"{text} " if text.startswith("--") and text.endswith("=--") else text for text in given]
+        return super().parse_known_args(kept, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise BadRequest(f"{message}; `make help` lists what there is")
 
@@ -293,7 +305,9 @@ def _parser() -> argparse.ArgumentParser:
         ("verdict", "yes"),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
-    parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")
+    parser.add_argument(
+        "--store", type=_folder, default=Path("build"), help="where artifacts and measurements are kept"
+    )
     return parser
 
 

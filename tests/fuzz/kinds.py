@@ -71,7 +71,8 @@ class Values:
         arguments = json.loads((folder / "arguments.json").read_text())
         os.chdir(folder)
         _main(arguments)
-        if any(argument.startswith(("--sizes=", "--recipes=")) for argument in arguments):
+        named = any(argument.startswith(("--sizes=", "--recipes=")) for argument in arguments)
+        if named and not {"-h", "--help"} & set(arguments):
             from pipeline.__main__ import _parser, read_several
 
             read_several(_parser().parse_args(arguments))  # what `multifunction` reads before it builds
