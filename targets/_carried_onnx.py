@@ -28,7 +28,7 @@ def carried(path: Path) -> list[Carried]:
     model = read(path)
     try:
         return list(_Graph(model).carried())
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckFailed(
             f"{path}: the quantizers of the graph cannot be read ({type(error).__name__}: {first_line(error)}); "
             "expected scales, zero points and integers that are constants of the graph: build the engine again"

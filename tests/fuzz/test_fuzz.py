@@ -16,13 +16,13 @@ from tests.fuzz.kinds import ALL
 
 COUNTS: Final = {
     "values": 300,
-    "folders": 150,
+    "folders": 100,
     "checkpoints": 300,
-    "packages": 150,
+    "packages": 100,
     "onnx": 300,
     "caches": 300,
     "databases": 300,
-    "models": 150,
+    "models": 100,
 }
 
 
