@@ -95,6 +95,8 @@ class _Graph:
     def _weight(self, source: NodeProto) -> Weight:
         integers, axis = self._value(source, 0), next((item.i for item in source.attribute if item.name == "axis"), 1)
         scales = self._value(source, 1)
+        if scales.ndim == 1 and not -integers.ndim <= axis < integers.ndim:
+            raise ValueError(f"{source.name} has its scales on axis {axis} of a tensor of {integers.ndim}")
         moved = scales.ndim == 1 and axis % integers.ndim != 0
         return Weight(
             integers=np.moveaxis(integers, axis, 0) if moved else integers,
