@@ -225,13 +225,14 @@ class Results:
         """Turn the errors of the database's driver into one sentence with the database's name and the next step; and
         those of `decoding`.
         """
+        caught: tuple[type[Exception], ...] = (OSError, *decoding)
         try:
             if self._url.get_backend_name() == "sqlite" and self._url.database and not self._read_only:
                 Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
             yield
         except exc.DatabaseError as e:
             raise _refusal(_shown(self._url), e.orig) from e
-        except (OSError, *decoding) as e:
+        except caught as e:
             cause = f"a row cannot be read ({type(e).__name__}: {e})" if isinstance(e, decoding) else e
             raise _refusal(_shown(self._url), cause) from e
 

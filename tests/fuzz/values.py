@@ -95,9 +95,9 @@ _ODD: Final = st.one_of(
 def _value(draw: st.DrawFn, name: str) -> str:
     kind = draw(st.integers(0, 5))
     if kind <= 1:
-        return draw(st.sampled_from(_VALID[name]))
+        return str(draw(st.sampled_from(_VALID[name])))
     if kind <= 3:
-        return draw(_ODD)
+        return str(draw(_ODD))
     valid, odd = draw(st.sampled_from(_VALID[name])), draw(_ODD)[:40]
     at = draw(st.integers(0, len(valid)))
     return valid[:at] + odd + valid[at + draw(st.integers(0, 2)) :]
