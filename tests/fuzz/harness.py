@@ -124,15 +124,15 @@ def fuzz(
     chunks = [(at, min(_PER_WORKER, start + count - at)) for at in range(start, start + count, _PER_WORKER)]
     report = Report(kind=kind.name)
     with ThreadPoolExecutor(jobs) as pool:
-        for outcomes in pool.map(lambda chunk: list(_chunk(kind, *chunk, seeds, sandbox, limits)), chunks):
+        for outcomes in pool.map(lambda chunk: list(_chunk(kind, chunk[0], chunk[1], seeds, sandbox, limits)), chunks):
             for outcome in outcomes:
                 report.add(outcome)
     step = max(1, count // commands) if commands else count + 1
     for case in range(start, start + count, step)[:commands]:
-        if outcome := _by_command(kind, case, seeds, sandbox):
+        if commanded := _by_command(kind, case, seeds, sandbox):
             report.commands += 1
-            if outcome.verdict == "fault":
-                report.add(outcome)
+            if commanded.verdict == "fault":
+                report.add(commanded)
     for outcome in report.faults:
         _keep(kind, outcome, seeds, work / "failures" / f"{kind.name}-{outcome.case}")
     shutil.rmtree(sandbox, ignore_errors=True)
