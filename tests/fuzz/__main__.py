@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     request = parser.parse_args()
     start, count = int(request.start or 0), int(request.count or _COUNT)
-    known = ALL | {Faulty.name: Faulty()}
+    known: dict[str, harness.Kind] = ALL | {Faulty().name: Faulty()}
     if unknown := set(request.kinds.split()) - known.keys():
         parser.error(f"no such kind: {', '.join(sorted(unknown))}; known: {', '.join(ALL)}")
     kinds = [known[name] for name in request.kinds.split() or ALL]

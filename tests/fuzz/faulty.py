@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from models.errors import BadRequest
 
@@ -31,7 +30,7 @@ WAYS = (
 class Faulty:
     """Case N misbehaves in way N of WAYS."""
 
-    name: ClassVar[str] = "faulty"
+    name: str = "faulty"
 
     def prepare(self, seeds: Path) -> None:
         pass

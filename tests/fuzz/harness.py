@@ -41,7 +41,8 @@ _PROGRAMS: Final = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"
 class Kind(Protocol):
     """Inputs of one kind and the readers that they are for. `case` alone decides what is written."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def prepare(self, seeds: Path) -> None:
         """Write the valid inputs that mutation starts from. Called once."""

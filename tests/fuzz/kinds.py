@@ -442,7 +442,7 @@ class Onnx:
         from onnx import TensorProto, helper, numpy_helper
 
         rng = np.random.default_rng(0)
-        constants = {
+        constants: dict[str, Any] = {
             "scale": np.array(0.05, np.float32),
             "zero": np.array(0, np.int8),
             "scales": np.full(4, 0.01, np.float32),

@@ -42,7 +42,8 @@ def test_the_same_numbers_are_the_same_inputs(tmp_path: Path) -> None:
     assert values.arguments(7) == values.arguments(7)
     assert len({tuple(values.arguments(case)) for case in range(100)}) > 70  # Hypothesis repeats some
     for name in ("caches", "databases"):
-        kind, found = ALL[name], []
+        kind = ALL[name]
+        found: list[list[bytes]] = []
         (seeds := tmp_path / name).mkdir()
         kind.prepare(seeds)
         for case in (11, 12, 11):
