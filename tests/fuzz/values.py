@@ -100,7 +100,7 @@ def _value(draw: st.DrawFn, name: str) -> str:
         return str(draw(_ODD))
     valid, odd = draw(st.sampled_from(_VALID[name])), draw(_ODD)[:40]
     at = draw(st.integers(0, len(valid)))
-    return valid[:at] + odd + valid[at + draw(st.integers(0, 2)) :]
+    return f"{valid[:at]}{odd}{valid[at + draw(st.integers(0, 2)) :]}"
 
 
 @st.composite

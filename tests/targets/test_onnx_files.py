@@ -73,4 +73,5 @@ def test_an_axis_that_the_weight_does_not_have_is_refused(tmp_path: Path, model:
 def test_the_first_axis_may_be_counted_from_either_end(tmp_path: Path, model: Any, axis: int) -> None:
     next(item for item in model.graph.node[2].attribute if item.name == "axis").i = axis
     (operator,) = carried(saved(tmp_path, model))
-    assert operator.weight is not None and operator.weight.integers.shape == (4, 3, 3, 3)
+    assert operator.weight is not None and operator.weight.integers is not None
+    assert operator.weight.integers.shape == (4, 3, 3, 3)
