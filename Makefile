@@ -36,6 +36,9 @@ EPOCHS  ?=
 RATE    ?=
 DAYS    ?=
 APPLY   ?= no
+CASES   ?=
+COUNT   ?= 10000
+START   ?= 0
 PYTHON  ?= python3.11
 LOCK    ?=
 
@@ -44,7 +47,7 @@ VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE
           CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT DAYS APPLY \
           LABELS MEAN STD CROP INTERPOLATION BACKGROUND HALF EPOCHS RATE
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
-export $(VALUES)
+export $(VALUES) CASES COUNT START
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
       --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
       --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" --half="$$HALF" \
@@ -197,7 +200,7 @@ bench-faults: $(READY) ## verification put to the test: planted wrong conversion
 bench-dashboard: $(READY) ## the cost of the dashboard of 100,000 measurements: seconds, memory, size of the page
 	@$(VENV)/bin/python -m tests.bench_dashboard
 
-fuzz: $(READY) ## hostile values and damaged files for every reader, 10,000 cases each (CASES="data onnx" COUNT=10000 START=0)
+fuzz: $(READY) ## hostile values and damaged files for every reader, 10,000 cases each (CASES="values onnx" COUNT=10000 START=0)
 	@$(VENV)/bin/python -m tests.fuzz --kinds="$$CASES" --count="$$COUNT" --start="$$START"
 
 test: $(READY) ## the tests (a quarter of an hour on two cores)

@@ -49,6 +49,11 @@ def parse(text: str) -> Placement:
     additions. Raises BadRequest where a kind is unknown.
     """
     chosen, *kept = text.split("-")
+    if not all(kept):
+        raise BadRequest(
+            f"PLACEMENT={text}: a `-` is followed by no module; give the path of one that stays float, such as "
+            "conv-stages.0, or leave the `-` out"
+        )
     named: dict[str, tuple[Kind, ...]] = {"all": KINDS, "layers": LAYERS.kinds, "none": ()}
     if chosen in named:
         return Placement(kinds=named[chosen], keep_float=tuple(kept))

@@ -345,6 +345,10 @@ def _or_default(text: str, *, default: str) -> str:
     return text.strip() or default
 
 
+def _folder(text: str) -> Path:
+    return Path(text.strip())
+
+
 class _Parser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.option_strings and arg_strings == ["--"]:
@@ -389,7 +393,9 @@ def _parser() -> argparse.ArgumentParser:
         ("rate", ""),
     ):
         parser.add_argument(f"--{name}", default=default, type=partial(_or_default, default=default))
-    parser.add_argument("--store", type=Path, default=Path("build"), help="where artifacts and measurements are kept")
+    parser.add_argument(
+        "--store", type=_folder, default=Path("build"), help="where artifacts and measurements are kept"
+    )
     return parser
 
 

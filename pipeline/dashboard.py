@@ -457,7 +457,7 @@ def _labels(rows: Sequence[Row]) -> Iterator[str]:
         if len({one.weights for one in same}) > 1 and len({(one.network, one.data_digest) for one in same}) == 1:
             parts.append(f"weights {(row.identity.weights or 'unknown')[:_DIGEST]}")
         parts += [f"({row.size} px, batch {row.batch})"] * (len(sizes) > 1)
-        yield " ".join([_cut(part, 40) for part in parts] + [row.unit] * bool(row.unit))
+        yield " ".join([*(_cut(part, 40) for part in parts), *([row.unit] if row.unit else [])])
 
 
 def _short(name: str | None) -> str:

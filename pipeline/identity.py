@@ -9,12 +9,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import calibration.recipe
 from calibration import families
-from calibration.recipe import Ptq, Qat, budgeted, with_ptq
+from calibration.recipe import Ptq, Qat, Recipe, with_ptq
 from pipeline import stages
 from pipeline.results import Identity
 from pipeline.store import plain
@@ -60,7 +61,7 @@ def _choices(run: Run) -> dict[str, str]:
     found = {name: value for name, value in default.items() if name not in _APART and getattr(run, name) != value}
     chosen = {name: _text(getattr(run, name)) for name in found}
     usual = run.data.preprocess(run.model)
-    ours, theirs = (dict(_leaves(plain(dataclasses.replace(one, size=0)))) for one in (run.preprocess, usual))
+    ours, theirs = (dict(_leaves(plain(replace(one, size=0)))) for one in (run.preprocess, usual))
     chosen |= {name: _text(value) for name, value in ours.items() if theirs.get(name) != value}
     return chosen | _of_recipe(run)
 
@@ -72,18 +73,22 @@ def _of_recipe(run: Run) -> dict[str, str]:
         return {}
     runtime: families.Runtime = "cpu" if run.target.name in ("cpu", "onnxruntime") else "accelerator"
     usual = with_ptq(usual, placement=families.default(run.model.family, runtime))
-    ours, theirs = run.recipe, usual
+    ours: Recipe = run.recipe
+    theirs: Recipe = usual
     chosen = {}
     if isinstance(ours, Ptq | Qat) and isinstance(theirs, Ptq | Qat):
         if ours.budget is not None:
             chosen["max_drop"] = str(ours.budget)
-            theirs = budgeted(theirs, ours.budget)
-        placement = (ours.warm_start if isinstance(ours, Qat) else ours).placement
-        if placement != (theirs.warm_start if isinstance(theirs, Qat) else theirs).placement:
+            theirs = replace(theirs, budget=ours.budget)
+        if (placement := _ptq(ours).placement) != _ptq(theirs).placement:
             chosen["placement"] = str(placement)
             theirs = with_ptq(theirs, placement=placement)
     left, right = dict(_leaves(plain(ours))), dict(_leaves(plain(theirs)))
     return chosen | {name: _text(value) for name, value in left.items() if right.get(name) != value}
+
+
+def _ptq(recipe: Ptq | Qat) -> Ptq:
+    return recipe.warm_start if isinstance(recipe, Qat) else recipe
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:

@@ -7,7 +7,6 @@ nothing at all: `Results(..., read_only=True)` works on a read-only file of any 
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
 import zlib
 from collections import defaultdict
@@ -225,13 +224,14 @@ class Results:
         """Turn the errors of the database's driver into one sentence with the database's name and the next step; and
         those of `decoding`.
         """
+        caught: tuple[type[Exception], ...] = (OSError, *decoding)
         try:
             if self._url.get_backend_name() == "sqlite" and self._url.database and not self._read_only:
                 Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
             yield
         except exc.DatabaseError as e:
             raise _refusal(_shown(self._url), e.orig) from e
-        except (OSError, *decoding) as e:
+        except caught as e:
             cause = f"a row cannot be read ({type(e).__name__}: {e})" if isinstance(e, decoding) else e
             raise _refusal(_shown(self._url), cause) from e
 
@@ -385,6 +385,11 @@ _TYPES: Final = {
     for column in _MEASUREMENTS.columns
     if isinstance(column.type, sa.Integer | sa.Float | sa.String)
 }
+# What can be drawn: a picosecond to eleven days, and percent.
+_RANGES: Final = (
+    (_LATENCIES, (1e-9, 1e9), "milliseconds above 0"),
+    (("top1", "float_top1", "agreement"), (0, 100), "percent from 0 to 100"),
+)
 _GIVEN_BY_APPEND: Final = ("id", "created", "valid")
 _ROW_COLUMNS: Final = tuple(
     column.name
@@ -436,9 +441,11 @@ def _past(found: Mapping[Any, Any]) -> Past:
 def _summary(found: Mapping[Any, Any]) -> Summary:
     """Raises ValueError where another program has written a value of another type: SQLite takes any type anywhere."""
     _check_types(found)
-    for name in _LATENCIES:
-        if not 0 < found[name] < math.inf:
-            raise ValueError(f"row {found['id']} has {found[name]} in {name}, expected milliseconds above 0")
+    for names, (low, high), words in _RANGES:
+        for name in names:
+            value = found.get(name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"row {found['id']} has {value} in {name}, expected {words}")
     return Summary(**{name: found[name] for name in _SUMMARY_COLUMNS})
 
 

@@ -67,7 +67,9 @@ class Candidate:
 
 
 class Log:
-    """Finished candidates, a line each. A line that was cut short by the end of its process is dropped."""
+    """Finished candidates, a line each. A line that was cut short by the end of its process is dropped; a damaged one
+    is passed over, and its candidate measured again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +77,7 @@ class Log:
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
         if path.exists():
             os.truncate(path, len(whole) + bool(whole))
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        self.lines: list[dict[str, Any]] = [found for line in whole.splitlines() if (found := _decoded(line))]
 
     def find(self, what: Mapping[str, object]) -> dict[str, Any] | None:
         """The line that holds all of `what`, and was not measured under doubtful conditions."""
@@ -364,6 +366,16 @@ class Search:
                     right += (found == labels.numpy()).tolist()
             self._answered[engine] = 100 * float(np.mean(right))
         return self._answered[engine]
+
+
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    """A line of a log; None where it is not what `Log.append` writes."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(found, dict) and ("placement" not in found or found.keys() == set(Candidate.__slots__))
+    return found if whole else None
 
 
 def _modules(graph: GraphModule) -> dict[Kind, list[str]]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.carried import Activation, Carried, Weight, first_nonzero
+from models.errors import CheckFailed
+from targets._onnx_files import first_line, read
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -20,10 +22,17 @@ _LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # what may stand between 
 
 
 def carried(path: Path) -> list[Carried]:
-    """The operators of an ONNX file that read rounded tensors, in its order."""
-    import onnx
-
-    return list(_Graph(onnx.load(path)).carried())
+    """The operators of an ONNX file that read rounded tensors, in its order. Raises CheckFailed where the file is no
+    ONNX model, or its quantizers have no constant scales.
+    """
+    model = read(path)
+    try:
+        return list(_Graph(model).carried())
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckFailed(
+            f"{path}: the quantizers of the graph cannot be read ({type(error).__name__}: {first_line(error)}); "
+            "expected scales, zero points and integers that are constants of the graph: build the engine again"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +95,8 @@ class _Graph:
     def _weight(self, source: NodeProto) -> Weight:
         integers, axis = self._value(source, 0), next((item.i for item in source.attribute if item.name == "axis"), 1)
         scales = self._value(source, 1)
+        if scales.ndim == 1 and not -integers.ndim <= axis < integers.ndim:
+            raise ValueError(f"{source.name} has its scales on axis {axis} of a tensor of {integers.ndim}")
         moved = scales.ndim == 1 and axis % integers.ndim != 0
         return Weight(
             integers=np.moveaxis(integers, axis, 0) if moved else integers,

@@ -97,6 +97,7 @@ def test_every_module_that_a_rule_runs_exists() -> None:
     assert ours == {
         "pipeline",
         "pipeline.licenses",
+        "tests.fuzz",
         *(f"tests.{path.stem}" for path in (ROOT / "tests").glob("bench*.py")),
     }
     assert (ROOT / "pipeline" / "__main__.py").is_file()

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from tests.fuzz import harness
+from tests.fuzz.faulty import Faulty
 from tests.fuzz.kinds import ALL
 from tests.tiny import ROOT
 
@@ -34,9 +35,10 @@ def main() -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     request = parser.parse_args()
     start, count = int(request.start or 0), int(request.count or _COUNT)
-    if unknown := set(request.kinds.split()) - ALL.keys():
+    known: dict[str, harness.Kind] = ALL | {Faulty().name: Faulty()}
+    if unknown := set(request.kinds.split()) - known.keys():
         parser.error(f"no such kind: {', '.join(sorted(unknown))}; known: {', '.join(ALL)}")
-    kinds = [ALL[name] for name in request.kinds.split() or ALL]
+    kinds = [known[name] for name in request.kinds.split() or ALL]
     if request.prepare:
         kinds[0].prepare(request.prepare)
         return 0

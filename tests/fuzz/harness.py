@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
-from models.errors import EdgelineError
+from models.errors import EdgelineError, printable
 from tests.tiny import ROOT, surroundings
 
 MAX_SECONDS: Final = 60.0
@@ -41,7 +41,8 @@ _PROGRAMS: Final = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"
 class Kind(Protocol):
     """Inputs of one kind and the readers that they are for. `case` alone decides what is written."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def prepare(self, seeds: Path) -> None:
         """Write the valid inputs that mutation starts from. Called once."""
@@ -94,7 +95,25 @@ class Report:
         )
 
 
-def fuzz(kind: Kind, *, start: int, count: int, work: Path, jobs: int = 1, commands: int = 0) -> Report:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Of one case in a worker."""
+
+    seconds: float = MAX_SECONDS
+    bytes: int = MAX_BYTES
+    importing: float = 120.0  # seconds more for the first case of a worker, which waits for imports
+
+
+def fuzz(
+    kind: Kind,
+    *,
+    start: int,
+    count: int,
+    work: Path,
+    jobs: int = 1,
+    commands: int = 0,
+    limits: Limits = Limits(),
+) -> Report:
     """Cases `start` to `start + count` of a kind, and `commands` of them by a real command. Inputs with a fault are
     kept in `work/failures`.
     """
@@ -106,15 +125,15 @@ def fuzz(kind: Kind, *, start: int, count: int, work: Path, jobs: int = 1, comma
     chunks = [(at, min(_PER_WORKER, start + count - at)) for at in range(start, start + count, _PER_WORKER)]
     report = Report(kind=kind.name)
     with ThreadPoolExecutor(jobs) as pool:
-        for outcomes in pool.map(lambda chunk: list(_chunk(kind, *chunk, seeds, sandbox)), chunks):
+        for outcomes in pool.map(lambda chunk: list(_chunk(kind, chunk[0], chunk[1], seeds, sandbox, limits)), chunks):
             for outcome in outcomes:
                 report.add(outcome)
     step = max(1, count // commands) if commands else count + 1
     for case in range(start, start + count, step)[:commands]:
-        if outcome := _by_command(kind, case, seeds, sandbox):
+        if commanded := _by_command(kind, case, seeds, sandbox):
             report.commands += 1
-            if outcome.verdict == "fault":
-                report.add(outcome)
+            if commanded.verdict == "fault":
+                report.add(commanded)
     for outcome in report.faults:
         _keep(kind, outcome, seeds, work / "failures" / f"{kind.name}-{outcome.case}")
     shutil.rmtree(sandbox, ignore_errors=True)
@@ -138,7 +157,10 @@ def repeat(name: str, case: int) -> str:
 
 def _spawn(name: str, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "tests.fuzz", f"--kinds={name}", *arguments]
-    return subprocess.run(command, cwd=cwd, env=_environment(cwd), check=False, timeout=600)
+    said = subprocess.run(command, cwd=cwd, env=_environment(cwd), check=False, timeout=600, capture_output=True)
+    if said.returncode:
+        sys.stderr.write(said.stderr.decode(errors="replace"))
+    return said
 
 
 def _environment(sandbox: Path) -> dict[str, str]:
@@ -153,7 +175,7 @@ def _environment(sandbox: Path) -> dict[str, str]:
     }
 
 
-def _chunk(kind: Kind, start: int, count: int, seeds: Path, sandbox: Path) -> Iterator[Outcome]:
+def _chunk(kind: Kind, start: int, count: int, seeds: Path, sandbox: Path, limits: Limits) -> Iterator[Outcome]:
     """The outcomes of a chunk: a worker that dies, or is ended, is followed by one for the cases after that."""
     end = start + count
     while start < end:
@@ -164,16 +186,16 @@ def _chunk(kind: Kind, start: int, count: int, seeds: Path, sandbox: Path) -> It
         with subprocess.Popen(
             command, cwd=folder, env=_environment(sandbox), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as worker:
-            for outcome in _watched(worker, start):
+            for outcome in _watched(worker, start, limits):
                 yield outcome
                 start = outcome.case + 1
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watched(worker: subprocess.Popen[bytes], case: int) -> Iterator[Outcome]:
+def _watched(worker: subprocess.Popen[bytes], case: int, limits: Limits) -> Iterator[Outcome]:
     """The outcomes that a worker prints, one JSON object a line; a fault of the case that ended it, if one did."""
     assert worker.stdout
-    began, rest, why = time.monotonic() + 120, b"", ""  # the first case waits for imports
+    began, rest, why = time.monotonic() + limits.importing, b"", ""
     while not why:
         ready, _, _ = select.select([worker.stdout], [], [], _LOOK_SECONDS)
         if ready:
@@ -184,10 +206,10 @@ def _watched(worker: subprocess.Popen[bytes], case: int) -> Iterator[Outcome]:
                 outcome = Outcome(**json.loads(line))
                 began, case = time.monotonic(), outcome.case + 1
                 yield outcome
-        if time.monotonic() - began > MAX_SECONDS:
-            why = f"took more than {MAX_SECONDS:.0f} s"
-        elif _resident(worker.pid) > MAX_BYTES:
-            why = f"took more than {MAX_BYTES >> 30} GiB of memory"
+        if time.monotonic() - began > limits.seconds:
+            why = f"took more than {limits.seconds:.0f} s"
+        elif _resident(worker.pid) > limits.bytes:
+            why = f"took more than {limits.bytes / (1 << 30):.1f} GiB of memory"
     if why:
         worker.kill()
     if why or worker.wait():
@@ -283,7 +305,7 @@ def judged(kind: Kind, case: int, folder: Path, guard: Guard | None = None) -> O
             kind.run(folder)
     except EdgelineError as error:
         verdict, why = "refused", str(error)
-        if not why.strip() or len(why.splitlines()) > 1 or not why.isprintable():
+        if not why.strip() or len(why.splitlines()) > 1 or why != printable(why):
             verdict, why = "fault", f"the refusal is no printable line: {why!r:.500}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and not guard:

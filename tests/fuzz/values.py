@@ -95,12 +95,12 @@ _ODD: Final = st.one_of(
 def _value(draw: st.DrawFn, name: str) -> str:
     kind = draw(st.integers(0, 5))
     if kind <= 1:
-        return draw(st.sampled_from(_VALID[name]))
+        return str(draw(st.sampled_from(_VALID[name])))
     if kind <= 3:
-        return draw(_ODD)
+        return str(draw(_ODD))
     valid, odd = draw(st.sampled_from(_VALID[name])), draw(_ODD)[:40]
     at = draw(st.integers(0, len(valid)))
-    return valid[:at] + odd + valid[at + draw(st.integers(0, 2)) :]
+    return f"{valid[:at]}{odd}{valid[at + draw(st.integers(0, 2)) :]}"
 
 
 @st.composite
@@ -118,20 +118,8 @@ def _command(draw: st.DrawFn) -> list[str]:
 
 
 _BUILDING: Final = frozenset(
-    [
-        "engine",
-        "calibrate",
-        "qat",
-        "sensitivity",
-        "tune",
-        "prove",
-        "verify",
-        "profile",
-        "placement",
-        "lint-model",
-        "zoo",
-        "multifunction",
-    ]
+    {"engine", "calibrate", "qat", "sensitivity", "tune", "prove", "verify", "profile", "placement", "lint-model"}
+    | {"zoo", "multifunction"}
 )
 
 

@@ -536,10 +536,10 @@ def _scatter_names(text: str) -> list[str]:
 def test_a_page_of_many_rows_is_written_quickly_in_little_memory(tmp_path: Path) -> None:
     """A twentieth of what `make bench-dashboard` measures; before aggregation in the database, 5,000 rows took 11 s."""
     bench_dashboard.generate(tmp_path / "measurements.sqlite", rows=5_000, samples=1_000, cells=1_200)
-    seconds, memory, size = min(bench_dashboard.measured(tmp_path) for _ in range(2))
-    assert seconds < 5
-    assert memory < 300e6
-    assert 1e6 < size < 8e6
+    cost = bench_dashboard.measured(tmp_path)
+    assert cost.processor_seconds < 5  # of the processor: other processes may slow the tests
+    assert cost.memory < 300e6
+    assert 1e6 < cost.page < 8e6
     text = (tmp_path / "dashboard.html").read_text()
     left_out = Results(tmp_path / "measurements.sqlite", read_only=True).overview().left_out
     assert left_out > 200

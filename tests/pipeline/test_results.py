@@ -425,6 +425,9 @@ def spoilt(database: Path, column: str, value: object) -> Path:
         ("p50_ms", "soon", "row 2 has 'soon' in p50_ms, expected milliseconds above 0"),
         ("p90_ms", 0.0, "row 2 has 0.0 in p90_ms"),
         ("p99_ms", math.inf, "row 2 has inf in p99_ms"),
+        ("max_ms", 1e300, r"row 2 has 1e.300 in max_ms"),
+        ("top1", 1e38, r"row 2 has 1e.38 in top1, expected percent from 0 to 100"),
+        ("float_top1", -1, "row 2 has -1.0 in float_top1, expected percent"),
         ("plan", b"xyz", "incorrect header check"),
         ("plan", zlib.compress(b"[{}]"), "a row cannot be read .KeyError: 'cost'"),
         (

@@ -229,6 +229,14 @@ def test_half_a_last_line_is_dropped_before_the_next_one_is_written(tmp_path: Pa
     assert path.read_bytes() == b""
 
 
+def test_damaged_lines_of_a_log_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(
+        b'{"a": 1}\n\x00\xff\n[1]\n7\n{"placement": "conv"}\n' + b"[" * 100_000 + b'\n{"confirmed": "x"}\n'
+    )
+    assert Log(path).lines == [{"a": 1}, {"confirmed": "x"}]
+
+
 def test_a_recipe_without_integers_has_no_placement(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match=r"RECIPE=fp32 computes in no integers.*use RECIPE=int8_ptq"):
         tune(tiny_run("fp32", "cpu"), tmp_path)
