@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import BadRequest, CheckFailed
 from targets._coreml_fixes import import_coremltools
-from targets._coreml_pairs import PRODUCT, Layer, Pair, content, paired
+from targets._coreml_pairs import PRODUCT, Layer, content, paired
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,12 +199,12 @@ def compare(expected: list[Layer], found: list[Layer], *, compounds: bool = Fals
             )
 
 
-def layer_pairs(package: Package, graph: GraphModule) -> list[Pair]:
-    """The layers of a package that `compare` has accepted, and those of the torch program that they come from."""
+def layer_pairs(package: Package, graph: GraphModule) -> list[tuple[Layer, Layer]]:
+    """The layers of a torch program and what they are in a package that `compare` has accepted."""
     from targets import _coreml_program
 
     pairs = paired(_coreml_program.graph_layers(graph), layers(package, arithmetic=False))
-    return [pair for pair in pairs if pair.expected is not None and pair.found is not None]
+    return [(pair.expected, pair.found) for pair in pairs if pair.expected is not None and pair.found is not None]
 
 
 def check_powers(package: Package) -> None:

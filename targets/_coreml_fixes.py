@@ -457,8 +457,8 @@ def bilinear(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = Non
     from torch.nn import functional
 
     outputs, _, columns = weight.shape
-    mixed = functional.linear(x, weight.transpose(1, 2).flatten(0, 1)).unflatten(-1, (outputs, columns))
-    found = (mixed * other.unsqueeze(-2)).sum(-1)
+    mixed = functional.linear(x, weight.transpose(1, 2).flatten(0, 1))
+    found = (mixed.reshape(*mixed.shape[:-1], outputs, columns) * other.unsqueeze(-2)).sum(-1)
     return found if bias is None else found + bias
 
 
@@ -502,7 +502,7 @@ def divide(x: Tensor, other: Tensor | float, *, rounding_mode: str | None = None
 
     if rounding_mode == "floor" and isinstance(other, float | int) and other == 1:
         return x.floor()
-    return torch.div(x, other, rounding_mode=rounding_mode)  # type: ignore[arg-type, call-overload, no-any-return]
+    return torch.div(x, other, rounding_mode=rounding_mode)
 
 
 def remainder(x: Tensor, other: Tensor | float) -> Tensor:
@@ -515,11 +515,6 @@ def remainder(x: Tensor, other: Tensor | float) -> Tensor:
 def fmod(x: Tensor, other: Tensor | float) -> Tensor:
     """The remainder of a division towards zero, which has the sign of `x`. Version 9.0 has no converter for it."""
     return x - trunc(x / other) * other
-
-
-def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
-    """Version 9.0 chooses between float32 and an integer zero, and refuses that itself."""
-    return x.masked_fill(x.abs() <= lambd, 0.0)
 
 
 def instance_norm(
@@ -647,6 +642,15 @@ def upsample_bilinear2d(
         torch.tensor(_bilinear_weights(size, factor)) for size, factor in zip(x.shape[-2:], scale_factors, strict=True)
     )
     return rows @ (x @ columns.mT)
+
+
+def where(condition: Tensor, x: Tensor | float, other: Tensor | float) -> Tensor:
+    """A choice between floats and an integer, which version 9.0 refuses itself: torch composes hardshrink of it."""
+    import torch
+
+    floats = any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in (x, other))
+    one, two = (float(each) if floats and isinstance(each, int) else each for each in (x, other))
+    return torch.where(condition, one, two)
 
 
 def _bilinear_weights(size: int, factor: float) -> list[list[float]]:
@@ -862,7 +866,6 @@ _REWRITTEN: dict[str, Callable[..., Any]] = {
     "aten.fmod.Tensor": fmod,
     "aten.gelu.default": gelu,
     "aten.group_norm.default": group_norm,
-    "aten.hardshrink.default": hardshrink,
     "aten.instance_norm.default": instance_norm,
     "aten.log_sigmoid.default": log_sigmoid,
     "aten.log_softmax.int": log_softmax,
@@ -886,4 +889,6 @@ _REWRITTEN: dict[str, Callable[..., Any]] = {
     "aten.upsample_nearest2d.vec": upsample_nearest2d,
     "aten.var_mean.correction": var_mean_correction,
     "aten.var_mean.dim": var_mean,
+    "aten.where.ScalarOther": where,
+    "aten.where.ScalarSelf": where,
 }

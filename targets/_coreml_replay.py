@@ -15,7 +15,7 @@ from calibration.metrics import snr_db
 from calibration.recipe import Precision
 from models.errors import CheckFailed
 from targets._coreml import Package, layer_pairs, quantizers
-from targets._coreml_pairs import PRODUCT, Layer, Pair
+from targets._coreml_pairs import PRODUCT, Layer
 from targets.base import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def replay(package: Package, program: ExportedProgram, image: Tensor, *, layers:
     paired = layer_pairs(package, graph)
     pairs = dict(_pairs(package, graph, paired))
     found: list[Comparison] = []
-    left_out = set() if layers else {cast("Layer", pair.found).name for pair in paired}
+    left_out = set() if layers else {found.name for _, found in paired}
 
     def compare(operation: Any, name: str, value: Tensor) -> None:
         if name in pairs and operation.name not in left_out:
@@ -133,7 +133,7 @@ def _recorded(graph: GraphModule, image: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _pairs(package: Package, graph: GraphModule, layers: Iterable[Pair]) -> Iterator[tuple[str, str]]:
+def _pairs(package: Package, graph: GraphModule, layers: Iterable[tuple[Layer, Layer]]) -> Iterator[tuple[str, str]]:
     """The values of the package and the nodes that compute the same.
 
     Layers go by `layers`, and their quantizers with them; all other values by name, which coremltools keeps but for the
@@ -142,8 +142,7 @@ def _pairs(package: Package, graph: GraphModule, layers: Iterable[Pair]) -> Iter
     nodes = _named(graph)
     places = {name: place for place, name in enumerate(nodes)}
     by_layer: dict[str, str] = {}
-    for pair in layers:
-        layer, found = cast("Layer", pair.expected), cast("Layer", pair.found)
+    for layer, found in layers:
         if layer.kind != PRODUCT:
             operation, node = found.source, layer.source
             by_layer[operation.outputs[0].name] = _computed_by(operation, node, nodes, places)
