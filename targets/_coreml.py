@@ -30,6 +30,12 @@ _LARGEST_MANIFEST = 2**20  # bytes
 _QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT = "quantize", "dequantize", "constexpr_blockwise_shift_scale"
 
 
+class Operations(tuple[Any, ...]):
+    """Operators with the descriptions of the inputs that they read: the shapes that these may have."""
+
+    described: tuple[Any, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
     """An .mlpackage in memory."""
@@ -73,10 +79,13 @@ def read(path: Path, function: str | None = None) -> Package:
     chosen = function or spec.description.defaultFunctionName or "main"
     if chosen not in program.functions:
         raise BadRequest(f"{path} has no function {chosen}; it has {', '.join(program.functions)}")
+    inputs = tuple(several.get(chosen, spec.description).input)
+    operations = Operations(program.functions[chosen].operations)
+    operations.described = inputs
     return Package(
         spec=spec,
-        inputs=tuple(several.get(chosen, spec.description).input),
-        operations=tuple(program.functions[chosen].operations),
+        inputs=inputs,
+        operations=operations,
         outputs=tuple(value.name for value in program.functions[chosen].outputs),
         weight_bytes=sum(file.stat().st_size for file in weights.iterdir()) if weights.is_dir() else 0,
     )

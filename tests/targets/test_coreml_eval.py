@@ -258,7 +258,7 @@ def test_a_range_of_shapes_ends_where_it_says(tmp_path: Path, picture: Path) -> 
         assert asked(path, picture, "--size", size).code == code
     assert "the package takes 1x3x(16 to 64)x(16 to 64)" in asked(path, picture, "--size", "100x100").error
     package = read(path)
-    evaluator = Evaluator(package.operations, package.outputs, described=package.inputs)
+    evaluator = Evaluator(package.operations, package.outputs)
     with pytest.raises(BadRequest, match=r"\(1, 3, 65, 16\); the package takes 1x3x\(16 to 64\)"):
         evaluator.run({"x": torch.zeros(1, 3, 65, 16)})
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from calibration import program as programs
 from calibration.recipe import ALL, Precision, WeightOnly
 from models.errors import CheckFailed
+from pipeline import proof
 from targets import _coreml, _coreml_pairs
 from targets._coreml_pairs import Layer, content, paired
 from targets._coreml_program import exported_layers
@@ -201,6 +202,10 @@ def test_every_layer_has_its_counterpart(name: str, precision: Precision, tmp_pa
     found = TARGET.inspect(export, engine)
     computed_twice = ["blocks.1.conv#2"] if name == "shared" and precision == "int8" else []
     assert found["quantized_layers"] == len(export.scales().keys() - computed_twice)
+    if precision == "int8" and not computed_twice:
+        proved = proof.rows(export.program, export.path / "scales.json", {"coreml": engine / PACKAGE})
+        assert {row.module for row in proved if row.artifact == "coreml"} == export.scales().keys()
+        assert {row.verdict for row in proved} <= {"identical", "folded"}
     images = np.random.default_rng(0).normal(size=(1, 3, SIZE, SIZE)).astype(np.float32)
     replayed = TARGET.replay(export, engine, images)
     assert replayed["least_db"] > (100 if precision == "fp32" else 50)  # type: ignore[operator]
