@@ -41,7 +41,13 @@ _ADDS_OR_CHOOSES = frozenset(
     | {"full", "full_like", "pad", "constant_pad_nd", "expand", "repeat", "clone"}
 )
 # Where a stored number is as good as one that is written out, and some numbers are computed otherwise.
-_KNOWS_NUMBERS = frozenset({"pow", "floor_divide", "remainder", "div"})
+# By operator, the place of that argument.
+_KNOWS_NUMBERS = {
+    "aten.div.Tensor_mode": 1,
+    "aten.floor_divide.default": 1,
+    "aten.pow.Tensor_Tensor": 0,
+    "aten.remainder.Tensor": 1,
+}
 _SPELLED_OUT = frozenset({"hardtanh", "leaky_relu", "elu", "threshold", "clamp_min", "clamp_max", "cosine_similarity"})
 
 
@@ -348,18 +354,16 @@ def rewrite(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
-        for place, argument in enumerate(node.args):
-            if _operator(node) in _KNOWS_NUMBERS and argument in constants.nodes:
-                value = constants.value(argument)
-                if value.dim() == 0:
-                    node.update_arg(place, value.item())
-        if str(node.target) == "aten.pow.Tensor_Tensor" and node.args[0] not in constants.nodes:
-            if isinstance(node.args[0], int | float):
-                node.target = power_of_number
-        elif str(node.target) == "aten.pow.Tensor_Tensor" and (constants.value(node.args[0]) > 0).all():
-            node.target = power_of_stored
-        else:
-            node.target = _REWRITTEN.get(str(node.target), node.target)
+        name = str(node.target)
+        node.target = _REWRITTEN.get(name, node.target)
+        place = _KNOWS_NUMBERS.get(name)
+        if place is None or node.args[place] not in constants.nodes:
+            continue
+        value = constants.value(node.args[place])
+        if value.dim() == 0:
+            node.update_arg(place, value.item())
+        if name == "aten.pow.Tensor_Tensor" and (value.dim() == 0 or (value > 0).all()):
+            node.target = power_of_number if value.dim() == 0 else power_of_stored
     graph.recompile()
 
 
@@ -567,7 +571,7 @@ def power_of_number(base: float, exponent: Tensor) -> Tensor:
 
 
 def power_of_stored(base: Tensor, exponent: Tensor) -> Tensor:
-    """base ** exponent for a stored `base` above zero: as `power_of_number`."""
+    """base ** exponent for a stored `base` of several numbers above zero: as `power_of_number`."""
     return (exponent * base.log()).exp()
 
 
