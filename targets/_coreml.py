@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.errors import BadRequest, CheckFailed
 from targets._coreml_fixes import import_coremltools
-from targets._coreml_pairs import PRODUCT, Layer, Pair, content, paired
+from targets._coreml_pairs import PRODUCT, Layer, content, paired
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,12 @@ _LARGEST_MANIFEST = 2**20  # bytes
 
 # Operators of MIL, Core ML's intermediate language, in the order that is followed from a layer to its quantizers.
 _QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT = "quantize", "dequantize", "constexpr_blockwise_shift_scale"
+
+
+class Operations(tuple[Any, ...]):
+    """Operators with the descriptions of the inputs that they read: the shapes that these may have."""
+
+    described: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +79,13 @@ def read(path: Path, function: str | None = None) -> Package:
     chosen = function or spec.description.defaultFunctionName or "main"
     if chosen not in program.functions:
         raise BadRequest(f"{path} has no function {chosen}; it has {', '.join(program.functions)}")
+    inputs = tuple(several.get(chosen, spec.description).input)
+    operations = Operations(program.functions[chosen].operations)
+    operations.described = inputs
     return Package(
         spec=spec,
-        inputs=tuple(several.get(chosen, spec.description).input),
-        operations=tuple(program.functions[chosen].operations),
+        inputs=inputs,
+        operations=operations,
         outputs=tuple(value.name for value in program.functions[chosen].outputs),
         weight_bytes=sum(file.stat().st_size for file in weights.iterdir()) if weights.is_dir() else 0,
     )
@@ -199,12 +208,12 @@ def compare(expected: list[Layer], found: list[Layer], *, compounds: bool = Fals
             )
 
 
-def layer_pairs(package: Package, graph: GraphModule) -> list[Pair]:
-    """The layers of a package that `compare` has accepted, and those of the torch program that they come from."""
+def layer_pairs(package: Package, graph: GraphModule) -> list[tuple[Layer, Layer]]:
+    """The layers of a torch program and what they are in a package that `compare` has accepted."""
     from targets import _coreml_program
 
     pairs = paired(_coreml_program.graph_layers(graph), layers(package, arithmetic=False))
-    return [pair for pair in pairs if pair.expected is not None and pair.found is not None]
+    return [(pair.expected, pair.found) for pair in pairs if pair.expected is not None and pair.found is not None]
 
 
 def check_powers(package: Package) -> None:

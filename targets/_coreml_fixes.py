@@ -41,7 +41,13 @@ _ADDS_OR_CHOOSES = frozenset(
     | {"full", "full_like", "pad", "constant_pad_nd", "expand", "repeat", "clone"}
 )
 # Where a stored number is as good as one that is written out, and some numbers are computed otherwise.
-_KNOWS_NUMBERS = frozenset({"pow", "floor_divide", "remainder", "div"})
+# By operator, the place of that argument.
+_KNOWS_NUMBERS = {
+    "aten.div.Tensor_mode": 1,
+    "aten.floor_divide.default": 1,
+    "aten.pow.Tensor_Tensor": 0,
+    "aten.remainder.Tensor": 1,
+}
 _SPELLED_OUT = frozenset({"hardtanh", "leaky_relu", "elu", "threshold", "clamp_min", "clamp_max", "cosine_similarity"})
 
 
@@ -348,18 +354,16 @@ def rewrite(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
-        for place, argument in enumerate(node.args):
-            if _operator(node) in _KNOWS_NUMBERS and argument in constants.nodes:
-                value = constants.value(argument)
-                if value.dim() == 0:
-                    node.update_arg(place, value.item())
-        if str(node.target) == "aten.pow.Tensor_Tensor" and node.args[0] not in constants.nodes:
-            if isinstance(node.args[0], int | float):
-                node.target = power_of_number
-        elif str(node.target) == "aten.pow.Tensor_Tensor" and (constants.value(node.args[0]) > 0).all():
-            node.target = power_of_stored
-        else:
-            node.target = _REWRITTEN.get(str(node.target), node.target)
+        name = str(node.target)
+        node.target = _REWRITTEN.get(name, node.target)
+        place = _KNOWS_NUMBERS.get(name)
+        if place is None or node.args[place] not in constants.nodes:
+            continue
+        value = constants.value(node.args[place])
+        if value.dim() == 0:
+            node.update_arg(place, value.item())
+        if name == "aten.pow.Tensor_Tensor" and (value.dim() == 0 or (value > 0).all()):
+            node.target = power_of_number if value.dim() == 0 else power_of_stored
     graph.recompile()
 
 
@@ -457,8 +461,8 @@ def bilinear(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = Non
     from torch.nn import functional
 
     outputs, _, columns = weight.shape
-    mixed = functional.linear(x, weight.transpose(1, 2).flatten(0, 1)).unflatten(-1, (outputs, columns))
-    found = (mixed * other.unsqueeze(-2)).sum(-1)
+    mixed = functional.linear(x, weight.transpose(1, 2).flatten(0, 1))
+    found = (mixed.reshape(*mixed.shape[:-1], outputs, columns) * other.unsqueeze(-2)).sum(-1)
     return found if bias is None else found + bias
 
 
@@ -502,7 +506,7 @@ def divide(x: Tensor, other: Tensor | float, *, rounding_mode: str | None = None
 
     if rounding_mode == "floor" and isinstance(other, float | int) and other == 1:
         return x.floor()
-    return torch.div(x, other, rounding_mode=rounding_mode)  # type: ignore[arg-type, call-overload, no-any-return]
+    return torch.div(x, other, rounding_mode=rounding_mode)
 
 
 def remainder(x: Tensor, other: Tensor | float) -> Tensor:
@@ -515,11 +519,6 @@ def remainder(x: Tensor, other: Tensor | float) -> Tensor:
 def fmod(x: Tensor, other: Tensor | float) -> Tensor:
     """The remainder of a division towards zero, which has the sign of `x`. Version 9.0 has no converter for it."""
     return x - trunc(x / other) * other
-
-
-def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
-    """Version 9.0 chooses between float32 and an integer zero, and refuses that itself."""
-    return x.masked_fill(x.abs() <= lambd, 0.0)
 
 
 def instance_norm(
@@ -572,7 +571,7 @@ def power_of_number(base: float, exponent: Tensor) -> Tensor:
 
 
 def power_of_stored(base: Tensor, exponent: Tensor) -> Tensor:
-    """base ** exponent for a stored `base` above zero: as `power_of_number`."""
+    """base ** exponent for a stored `base` of several numbers above zero: as `power_of_number`."""
     return (exponent * base.log()).exp()
 
 
@@ -647,6 +646,15 @@ def upsample_bilinear2d(
         torch.tensor(_bilinear_weights(size, factor)) for size, factor in zip(x.shape[-2:], scale_factors, strict=True)
     )
     return rows @ (x @ columns.mT)
+
+
+def where(condition: Tensor, x: Tensor | float, other: Tensor | float) -> Tensor:
+    """A choice between floats and an integer, which version 9.0 refuses itself: torch composes hardshrink of it."""
+    import torch
+
+    floats = any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in (x, other))
+    one, two = (float(each) if floats and isinstance(each, int) else each for each in (x, other))
+    return torch.where(condition, one, two)
 
 
 def _bilinear_weights(size: int, factor: float) -> list[list[float]]:
@@ -862,7 +870,6 @@ _REWRITTEN: dict[str, Callable[..., Any]] = {
     "aten.fmod.Tensor": fmod,
     "aten.gelu.default": gelu,
     "aten.group_norm.default": group_norm,
-    "aten.hardshrink.default": hardshrink,
     "aten.instance_norm.default": instance_norm,
     "aten.log_sigmoid.default": log_sigmoid,
     "aten.log_softmax.int": log_softmax,
@@ -886,4 +893,6 @@ _REWRITTEN: dict[str, Callable[..., Any]] = {
     "aten.upsample_nearest2d.vec": upsample_nearest2d,
     "aten.var_mean.correction": var_mean_correction,
     "aten.var_mean.dim": var_mean,
+    "aten.where.ScalarOther": where,
+    "aten.where.ScalarSelf": where,
 }

@@ -100,7 +100,7 @@ class Constants:
         if node.op == "get_attr":
             return cast("Tensor", attrgetter(str(node.target))(self.graph)).detach()
         with torch.no_grad():
-            args, kwargs = (map_arg(given, self.value) for given in (node.args, node.kwargs))
+            args, kwargs = (cast("Any", map_arg(given, self.value)) for given in (node.args, node.kwargs))
             return cast("Tensor", cast("Any", node.target)(*args, **kwargs))
 
 
@@ -109,7 +109,7 @@ def _identity(graph: GraphModule, node: Node, same: Mapping[Node, Node]) -> Hash
     if node.op == "get_attr":
         value = attrgetter(str(node.target))(graph)
         place = getattr(value, "data_ptr", None)
-        return (place(), tuple(value.shape), value.stride()) if place else node
+        return (place(), value.dtype, tuple(value.shape), value.stride()) if place else node
     if node.op != "call_function" or "rand" in str(node.target) or operator_name(node).endswith("_"):
         return node
     return node.target, _frozen(node.args, same), _frozen(node.kwargs, same)
@@ -122,7 +122,7 @@ def _frozen(value: Any, same: Mapping[Node, Node]) -> Hashable:
         return tuple((name, _frozen(each, same)) for name, each in value.items())
     if isinstance(value, bool | int | float | str):
         return type(value), value
-    return same.get(value, value)
+    return cast("Hashable", same.get(value, value))
 
 
 def _weight(node: Node, constants: Constants) -> Node | None:
@@ -158,9 +158,10 @@ def _layer(graph: GraphModule, node: Node, weight: Tensor, scales: Mapping[str, 
 def _geometry(node: Node) -> dict[str, Any]:
     """Stride, padding, dilation and groups of a convolution, one number an axis where torch has one for all."""
     axes = cast("Node", node.args[1]).meta["val"].dim() - 2
-    defaults: tuple[Any, ...] = (1, "valid", 1, 1) if node.target._overloadname == "padding" else (1, 0, 1, 1)  # type: ignore[union-attr]
-    given = tuple(node.args[3:])
-    stride, padding, dilation, groups = (*given, *defaults[len(given) :])
+    named = cast("Any", node.target)._overloadname == "padding"
+    defaults: tuple[Any, ...] = (1, "valid" if named else 0, 1, 1)
+    given: tuple[Any, ...] = tuple(node.args[3:])
+    stride, padding, dilation, groups = given + defaults[len(given) :]
     stride, dilation = _each(stride, axes), _each(dilation, axes)
     if isinstance(padding, str):
         kernel = cast("Node", node.args[1]).meta["val"].shape[2:]

@@ -15,7 +15,7 @@ from calibration.metrics import noisiest_channel_db, snr_db
 from calibration.recipe import FloatType, Precision
 from models.errors import CheckFailed
 from targets._coreml import Package, layer_pairs, quantizers
-from targets._coreml_pairs import PRODUCT, Layer, Pair
+from targets._coreml_pairs import PRODUCT, Layer
 from targets.base import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def replay(
     package: Package, program: ExportedProgram, image: Tensor, *, layers: bool = True, float_type: FloatType = "f16"
 ) -> Replay:
     """Compute every operator of `package` from inputs that `program` gives it for `image`, one query of the input that
-    both take (see `calibration.forcing`), exactly as it is stored and without the rounding of FP16. `float_type`: of the
-    package's constants.
+    both take (see `calibration.forcing`), exactly as it is stored and without the rounding of FP16.
 
+    `float_type`: of the package's constants.
     `layers`: whether those that have weights are compared, too. With weights in fewer bits they answer otherwise.
     """
     import torch
@@ -107,7 +107,7 @@ def replay(
     pairs = dict(_pairs(package, graph, paired))
     expected = forcing.reference(graph, image, set(pairs.values()), float_type=float_type)
     found: list[Comparison] = []
-    left_out = set() if layers else {cast("Layer", pair.found).name for pair in paired}
+    left_out = set() if layers else {found.name for _, found in paired}
 
     def compare(operation: Any, name: str, value: Tensor) -> None:
         if name in pairs and operation.name not in left_out:
@@ -128,7 +128,7 @@ def replay(
     )
 
 
-def _pairs(package: Package, graph: GraphModule, layers: Iterable[Pair]) -> Iterator[tuple[str, str]]:
+def _pairs(package: Package, graph: GraphModule, layers: Iterable[tuple[Layer, Layer]]) -> Iterator[tuple[str, str]]:
     """The values of the package and the nodes that compute the same.
 
     Layers go by `layers`, and their quantizers with them; all other values by name, which coremltools keeps but for the
@@ -137,8 +137,7 @@ def _pairs(package: Package, graph: GraphModule, layers: Iterable[Pair]) -> Iter
     nodes = _named(graph)
     places = {name: place for place, name in enumerate(nodes)}
     by_layer: dict[str, str] = {}
-    for pair in layers:
-        layer, found = cast("Layer", pair.expected), cast("Layer", pair.found)
+    for layer, found in layers:
         if layer.kind != PRODUCT:
             operation, node = found.source, layer.source
             by_layer[operation.outputs[0].name] = _computed_by(operation, node, nodes, places)

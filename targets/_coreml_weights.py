@@ -200,16 +200,16 @@ def _stored(package: Package, program: ExportedProgram, storage: WeightOnly) -> 
 
     values = weight_values(package)
     found = []
-    for pair in layer_pairs(package, program.module()):
-        operation = pair.found.source
+    for layer, stored in layer_pairs(package, program.module()):
+        operation = stored.source
         if operation.op_type == "matmul":
             continue
-        exported = arranged(pair.expected, tuple(operation.weight.shape))
+        exported = arranged(layer, tuple(operation.weight.shape))
         if exported is None:
             continue  # a product that was rearranged: the replay compares what it computes
         found.append(
             _Stored(
-                name=pair.expected.name,
+                name=layer.name,
                 exported=exported,
                 value=values[operation.weight.name],
                 form=form_of(tuple(exported.shape), storage),

@@ -76,8 +76,7 @@ def evaluate(
     _check_path(path)
     package = read(path, function)
     name, picture = _input(package, image, size)
-    rounding = "exact" if exact else "fp16"
-    evaluator = Evaluator(package.operations, package.outputs, rounding=rounding, described=package.inputs)  # type: ignore[arg-type]
+    evaluator = Evaluator(package.operations, package.outputs, rounding="exact" if exact else "fp16")
     found = evaluator.run({name: torch.from_numpy(picture)})
     classes, label = _classes(package)
     for scores in found.values():

@@ -66,9 +66,9 @@ class _Step:
 class Evaluator:
     """One function of a package, prepared once and run as often as wanted.
 
-    `operations`: as `targets._coreml.read` gives them; `outputs`: the names that `run` returns. `described`: the inputs
-    of the package, whose enumerated shapes and ranges are then held, and whose optional ones may be left out. Raises
-    CheckFailed naming the operators that are not implemented, or one that puts out more than memory is made for.
+    `operations`: as `targets._coreml.read` gives them; `outputs`: the names that `run` returns. Inputs that the package
+    describes are held to its enumerated shapes and ranges, and optional ones may be left out. Raises CheckFailed naming
+    the operators that are not implemented, or one that puts out more than memory is made for.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class Evaluator:
         outputs: Sequence[str],
         *,
         rounding: Rounding = "fp16",
-        described: Iterable[Any] = (),
     ) -> None:
         if unknown := sorted({operation.op_type for operation in operations} - OPERATORS.keys() - {"const"}):
             raise CheckFailed(
@@ -85,11 +84,12 @@ class Evaluator:
                 "run on a Mac, or write them in targets/_mil"
             )
         self.rounding = rounding
-        self.described = {value.name: value for value in inputs(described)}
         self.outputs = tuple(outputs)
         self._inputs = {
             value.name: _declared(value) for operation in operations for value in _inputs(operation) if _is_fed(value)
         }
+        described = getattr(operations, "described", ())
+        self._described = {value.name: value for value in inputs(described) if value.name in self._inputs}
         self._states = {
             value.name: _initial(value) for operation in operations for value in _inputs(operation) if _is_state(value)
         }
@@ -138,17 +138,17 @@ class Evaluator:
 
     def _fed(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs in the types that the program declares. (One that no operator reads is not known here.)"""
-        left_out = [value for name, value in self.described.items() if name not in given and value.default is not None]
+        left_out = [value for name, value in self._described.items() if name not in given and value.default is not None]
         found = {value.name: value.filled() for value in left_out} | dict(given)
         if self._inputs.keys() - found.keys():
             came = ", ".join(sorted(given)) or "none"
             raise BadRequest(f"the package takes the inputs {', '.join(sorted(self._inputs))}; got {came}")
-        check(self.described, found)
         for name, declared in self._inputs.items():
             if not declared.fits(found[name]):
                 shape = tuple(found[name].shape)
                 raise BadRequest(f"input {name} has the shape {shape}; the package takes {declared}")
             found[name] = declared.rounded(found[name].to(declared.dtype), self.rounding)
+        check(self._described, found)
         return found
 
     def _prepared(self, operations: Sequence[Any]) -> Iterator[_Step]:

@@ -65,7 +65,7 @@ def affine(
     matrix = transform_matrix.double().reshape(-1, 2, 3).expand(len(x), -1, -1)
     points = torch.stack((x_, y, torch.ones_like(y)), -1)  # (H2, W2, 3)
     coordinates = torch.einsum("hwk,bck->bhwc", points, matrix)
-    return resample(
+    found: Tensor = resample(
         x,
         coordinates,
         sampling_mode=sampling_mode,
@@ -74,6 +74,7 @@ def affine(
         coordinates_mode=coordinates_mode,
         align_corners=True,
     )
+    return found
 
 
 @operator("crop_resize")

@@ -372,7 +372,7 @@ def non_zero(x: Tensor) -> Tensor:
 def reverse_sequence(x: Tensor, lengths: Tensor, *, seq_axis: int, batch_axis: int) -> Tensor:
     """Of each slice along `batch_axis`, so many first elements along `seq_axis` backwards."""
     slices = []
-    for one, length in zip(x.split(1, batch_axis), lengths.tolist(), strict=True):
+    for one, length in zip(x.tensor_split(x.shape[batch_axis], batch_axis), lengths.tolist(), strict=True):
         rest = one.shape[seq_axis] - length
         slices.append(
             torch.cat((one.narrow(seq_axis, 0, length).flip(seq_axis), one.narrow(seq_axis, length, rest)), seq_axis)

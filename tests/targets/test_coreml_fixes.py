@@ -57,8 +57,17 @@ def unbiased_moments(x: Tensor) -> Tensor:
 VECTOR = torch.arange(SIZE, dtype=torch.float32) / SIZE
 
 
+class Paired(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bilinear = nn.Bilinear(SIZE, SIZE, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bilinear(x, x.tanh())  # type: ignore[no-any-return]
+
+
 REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "bilinear": (nn.Bilinear(SIZE, SIZE, 8), "Unsupported fx node _trilinear|Unsupported fx node bilinear"),
+    "bilinear": (Paired(), "Unsupported fx node bilinear"),
     "bilinear interpolation by 1.6": (
         Of(lambda x: functional.interpolate(x, scale_factor=1.6, mode="bilinear")),
         "float output size is not supported",
@@ -250,9 +259,9 @@ class Statistics(nn.Module):
 
 
 WRONG: dict[str, tuple[Function, float]] = {  # and how many decibels of it are right
-    "argmax of all": (lambda x: torch.argmax(x).reshape(1).float(), 0),
+    "argmax of all, its axes kept": (lambda x: torch.argmax(x, keepdim=True).float(), 0),
     "argmin of all, its axes kept": (lambda x: torch.argmin(x, keepdim=True).float(), 0),
-    "atan2": (lambda x: torch.atan2(x, x.flip(2)), 60),
+    "atan2": (lambda x: torch.atan2(x.relu(), x), 60),
     "atan2 of an axis": (angle_of_axis, 10),
     "a division by 1 that rounds": (lambda x: torch.floor_divide(3 * x, 1.0) + x, 30),
     "a division by a stored 1 that rounds": (lambda x: torch.floor_divide(3 * x, torch.tensor(1.0)) + x, 30),
@@ -284,7 +293,7 @@ POWERS: dict[str, Function] = {
     "of an integer": lambda x: 3**x,
     "of less than 1": lambda x: 0.5**x,
     "of 1": lambda x: 1.0**x,
-    "of 0": lambda x: 0.0 ** x.abs(),
+    "of 0": lambda x: 0.0 ** x.relu(),
     "of a tensor": lambda x: torch.pow(torch.tensor(2.5), x),
     "of a vector": lambda x: torch.tensor([0.5, 2.0, 3.0]).reshape(3, 1, 1) ** x,
 }

@@ -16,6 +16,7 @@ from torch.nn import functional
 from calibration import program as programs
 from calibration.recipe import ALL, Precision, WeightOnly
 from models.errors import CheckFailed
+from pipeline import proof
 from targets import _coreml, _coreml_pairs
 from targets._coreml_pairs import Layer, content, paired
 from targets._coreml_program import exported_layers
@@ -33,7 +34,8 @@ class ChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.conv(x.mean((2, 3)).unsqueeze(1)).sigmoid().squeeze(1)[:, :, None, None]
+        gates: Tensor = self.conv(x.mean((2, 3)).unsqueeze(1)).sigmoid()
+        return x * gates.squeeze(1)[:, :, None, None]
 
 
 class Product(nn.Module):
@@ -67,7 +69,7 @@ class Called(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.conv(x)
-        return self.conv(first.relu()) if self.again else first.relu() * self.conv(x).sigmoid()
+        return self.conv(first.relu()) if self.again else first.relu() * self.conv(x).sigmoid()  # type: ignore[no-any-return]
 
 
 class Tied(nn.Module):
@@ -102,7 +104,7 @@ class Queries(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.keys(x.flatten(2).transpose(1, 2))
-        mixed = (self.queries @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+        mixed: Tensor = (self.queries @ tokens.transpose(1, 2)).softmax(-1) @ tokens
         return x * mixed.mean(1)[:, :, None, None]
 
 
@@ -115,7 +117,8 @@ class Unbiased(nn.Module):
         self.bias = nn.Parameter(torch.randn(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.linear(x.permute(0, 2, 3, 1)) + self.bias).permute(0, 3, 1, 2)
+        found: Tensor = self.linear(x.permute(0, 2, 3, 1)) + self.bias
+        return found.permute(0, 3, 1, 2)
 
 
 class Gated(nn.Module):
@@ -199,11 +202,15 @@ def test_every_layer_has_its_counterpart(name: str, precision: Precision, tmp_pa
     found = TARGET.inspect(export, engine)
     computed_twice = ["blocks.1.conv#2"] if name == "shared" and precision == "int8" else []
     assert found["quantized_layers"] == len(export.scales().keys() - computed_twice)
+    if precision == "int8" and not computed_twice:
+        proved = proof.rows(export.program, export.path / "scales.json", {"coreml": engine / PACKAGE})
+        assert {row.module for row in proved if row.artifact == "coreml"} == export.scales().keys()
+        assert {row.verdict for row in proved} <= {"identical", "folded"}
     images = np.random.default_rng(0).normal(size=(1, 3, SIZE, SIZE)).astype(np.float32)
     replayed = TARGET.replay(export, engine, images)
     assert replayed["least_db"] > (100 if precision == "fp32" else 50)  # type: ignore[operator]
     pairs = _coreml.layer_pairs(_coreml.read(engine / PACKAGE), programs.load(export.program).module())
-    paired_names = {pair.expected.name for pair in pairs if pair.expected}
+    paired_names = {layer.name for layer, _ in pairs}
     expected = {layer.name for layer in exported_layers(programs.load(export.program), export.scales())}
     assert paired_names == expected
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration import program as programs
 from calibration.recipe import Precision
@@ -125,6 +125,30 @@ def test_nothing_is_blamed_for_truth_values_infinities_or_names(tmp_path: Path, 
     found = replay(package, traced, image)
     assert found.first_diverging() is None
     assert {"greater", "select", "softmax", "sub", "real_div"} <= {comparison.kind for comparison in found.comparisons}
+
+
+class Assertive(nn.Module):
+    """Conversions of type, of which torch keeps assertions without a value, and the largest of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(packages.SIZE, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x.float()).to(torch.float32)
+        return x + torch.argmax(x).float() + x.argmin(keepdim=True).type_as(x)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_nodes_without_a_value_are_passed_by(tmp_path: Path, half: bool) -> None:
+    program = packages.exported(Assertive())
+    package = packages.converted(program, tmp_path, half=half)
+    image = torch.randn(1, 3, packages.SIZE, packages.SIZE, generator=torch.Generator().manual_seed(4))
+    traced = decomposed(torch.export.export(mended(program, half=half), (image,)))
+    assert any("val" not in node.meta for node in traced.graph.nodes if node.op == "call_function")
+    found = replay(package, traced, image)
+    assert found.first_diverging() is None and found.logits_db > 50
+    assert {"linear", "reduce_argmax", "reduce_argmin"} <= {comparison.kind for comparison in found.comparisons}
 
 
 def test_a_float32_package_that_is_far_from_torch_as_a_whole_is_refused(

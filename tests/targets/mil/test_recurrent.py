@@ -24,9 +24,13 @@ def started(directions: int = 1) -> Tensor:
     return torch.randn(BATCH, directions * HIDDEN, generator=torch.Generator().manual_seed(1))
 
 
-def turned(parameter: Tensor, order: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def parameter(layer: nn.Module, name: str) -> Tensor:
+    return layer.get_parameter(name)
+
+
+def turned(gates: Tensor, order: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """The gates of torch's parameter in another order."""
-    parts = parameter.detach().chunk(len(order))
+    parts = gates.detach().chunk(len(order))
     return torch.cat([parts[place] for place in order]).numpy()
 
 
@@ -105,12 +109,12 @@ def test_gru_is_that_of_torch_where_the_hidden_bias_of_its_new_state_is_zero() -
     torch.manual_seed(0)
     layer = nn.GRU(INPUTS, HIDDEN)
     with torch.no_grad():
-        layer.bias_hh_l0[2 * HIDDEN :] = 0
+        parameter(layer, "bias_hh_l0")[2 * HIDDEN :] = 0
     order = (0, 2, 1)  # torch: reset, update, new; MIL: reset, output, update
     weights = {
-        "weight_ih": turned(layer.weight_ih_l0, order),
-        "weight_hh": turned(layer.weight_hh_l0, order),
-        "bias": turned(layer.bias_ih_l0 + layer.bias_hh_l0, order),
+        "weight_ih": turned(parameter(layer, "weight_ih_l0"), order),
+        "weight_hh": turned(parameter(layer, "weight_hh_l0"), order),
+        "bias": turned(parameter(layer, "bias_ih_l0") + parameter(layer, "bias_hh_l0"), order),
     }
     expected, last = layer(X, started().unsqueeze(0))
     found = computed(
@@ -127,9 +131,9 @@ def test_rnn_is_that_of_torch(activation: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer = nn.RNN(INPUTS, HIDDEN, nonlinearity=activation)
     weights = {
-        "weight_ih": layer.weight_ih_l0.detach().numpy(),
-        "weight_hh": layer.weight_hh_l0.detach().numpy(),
-        "bias": (layer.bias_ih_l0 + layer.bias_hh_l0).detach().numpy(),
+        "weight_ih": parameter(layer, "weight_ih_l0").detach().numpy(),
+        "weight_hh": parameter(layer, "weight_hh_l0").detach().numpy(),
+        "bias": (parameter(layer, "bias_ih_l0") + parameter(layer, "bias_hh_l0")).detach().numpy(),
     }
     expected, last = layer(X, started().unsqueeze(0))
     run = saved(
@@ -158,7 +162,7 @@ def test_what_coremltools_makes_of_torch_layers_is_computed_as_torch_does(tmp_pa
     model = Recurrent().eval()
     x = X.transpose(0, 1).contiguous()
     coremltools.convert(
-        torch.jit.trace(model, x),
+        torch.jit.trace(model, x),  # type: ignore[no-untyped-call]
         inputs=[coremltools.TensorType(name="x", shape=x.shape)],
         minimum_deployment_target=coremltools.target.iOS17,
         compute_precision=coremltools.precision.FLOAT32,
@@ -171,13 +175,15 @@ def test_what_coremltools_makes_of_torch_layers_is_computed_as_torch_does(tmp_pa
 
 
 class Counter(nn.Module):
+    total: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros(3))
 
     def forward(self, x: Tensor) -> Tensor:
         self.total.mul_(0.5).add_(x)
-        return self.total * 2  # type: ignore[no-any-return]
+        return self.total * 2
 
 
 def test_a_state_is_zero_at_first_and_keeps_what_is_written(tmp_path: Path) -> None:
@@ -185,7 +191,7 @@ def test_a_state_is_zero_at_first_and_keeps_what_is_written(tmp_path: Path) -> N
     from coremltools import StateType, TensorType
 
     coremltools.convert(
-        torch.jit.trace(Counter().eval(), torch.ones(3)),
+        torch.jit.trace(Counter().eval(), torch.ones(3)),  # type: ignore[no-untyped-call]
         inputs=[TensorType(name="x", shape=(3,))],
         outputs=[TensorType(name="y")],
         states=[StateType(wrapped_type=TensorType(shape=(3,)), name="total")],
