@@ -66,7 +66,7 @@ help: ## this list
 	@echo "  INT8: CALIBRATOR=auto (minmax moving_average percentile entropy mse) FORCE= (1: calibrate on fewer than 128 images)"
 	@echo "    PLACEMENT= (what computes in integers, such as conv+linear-stages.0; or layers, or all; or the family's own)"
 	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
-	@echo "  Training: EPOCHS= RATE= (of float training and QAT; a pair such as EPOCHS=20,5 gives float training, then QAT)"
+	@echo "  Training: EPOCHS= RATE= (of float training and QAT; a pair such as 20,5: of float training, then of QAT)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET
