@@ -344,7 +344,7 @@ def _chance(one: Sequence[bool], other: Sequence[bool]) -> float:
     """
     gained = sum(ours and not theirs for ours, theirs in zip(one, other, strict=True))
     lost = sum(theirs and not ours for ours, theirs in zip(one, other, strict=True))
-    return sum(math.comb(gained + lost, count) for count in range(gained + 1)) / 2 ** (gained + lost)
+    return float(sum(math.comb(gained + lost, count) for count in range(gained + 1)) / 2 ** (gained + lost))
 
 
 def diverged(epochs: list[QatEpoch], start_top1: float) -> str | None:

@@ -38,9 +38,11 @@ from tests.toys import CLASSES, Hybrid, images, seeded
 if TYPE_CHECKING:
     from PIL import Image
 
+EPOCHS = 4
+
 # Not repaired, so that there is something to learn.
 PTQ = Ptq(name="int8_ptq", samples=64, force=True, calibrator="mse", equalize=False, bias_correction=False)
-QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=4, learning_rate=0.03, freeze_ranges_at=0.5)
+QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=EPOCHS, learning_rate=0.03, freeze_ranges_at=0.5)
 
 State = dict[str, Any]
 
@@ -128,9 +130,9 @@ def test_the_report_tells_what_it_cost(whole: tuple[GraphModule, dict[str, Any]]
     epochs, cost = whole[1]["qat"], whole[1]["qat_cost"]
     assert [set(epoch) for epoch in epochs] == [
         {"loss", "val_top1", "val_db", "val_chance", "rate", "seconds"}
-    ] * QAT.epochs
+    ] * EPOCHS
     assert cost["seconds"] == pytest.approx(sum(epoch["seconds"] for epoch in epochs), abs=0.01)
-    assert cost["images_per_second"] == pytest.approx(len(images("train")) * QAT.epochs / cost["seconds"], rel=0.01)
+    assert cost["images_per_second"] == pytest.approx(len(images("train")) * EPOCHS / cost["seconds"], rel=0.01)
     assert cost["mixed_precision"] == "not used on cpu" and cost["resumed_after_epoch"] == 0
 
 
@@ -206,9 +208,8 @@ def test_the_same_network_at_other_scales_is_trained_to_the_same_integers() -> N
     fit(teacher, images("train"), images("val"), TrainingPlan(epochs=2, learning_rate=1e-2), seed=0, title="toy")
     scaled = copy.deepcopy(teacher)
     with torch.no_grad():
-        for parameter in scaled.first.parameters():
-            parameter.mul_(2.0**-4)
-        scaled.second.weight.mul_(2.0**4)
+        for name, factor in (("first.weight", 2.0**-4), ("first.bias", 2.0**-4), ("second.weight", 2.0**4)):
+            scaled.get_parameter(name).mul_(factor)
     reports, integers = [], []
     for model in (teacher, scaled):
         prepared, report = run(model, replace(QAT, epochs=2, freeze_ranges_at=0.0))
@@ -233,7 +234,7 @@ def test_logits_that_are_not_kept_are_asked_for_again_to_the_same_end(
 
 def test_an_image_that_cannot_be_read_keeps_the_others_with_their_own_logits(teacher: nn.Module) -> None:
     class Broken(Colours):
-        def image(self, part: Part, index: int) -> Image.Image | None:
+        def image(self, part: Part, index: int) -> Image.Image | None:  # type: ignore[override]
             return None if (part, index) == ("train", 5) else super().image(part, index)
 
     train = replace(images("train"), data=Broken(), _kept={})
