@@ -97,7 +97,7 @@ help: ## this list
 	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
 	@echo "  DAYS= (gc: artifacts not used for so long, too) APPLY=no (yes: gc deletes) LOCK= (setup: requirements-cuda.lock)"
 	@echo "  HALF=auto (operators that FP16 cannot hold stay in float32; or strict: they are refused)"
-	@echo "  Training: EPOCHS= RATE= (of float training and QAT; a pair such as EPOCHS=20,5 gives float training, then QAT)"
+	@echo "  Training: EPOCHS= RATE= (of float training and QAT; a pair such as 20,5: of float training, then of QAT)"
 	@echo "  WEIGHTS= (trains on DATA; or a checkpoint, timm's or the authors'; or timm: from the Hugging Face Hub)"
 
 engine: $(READY) ## train or load, quantize, export, compile and verify MODEL for TARGET

@@ -158,7 +158,7 @@ class PerTensorFakeQuant(ActivationFakeQuant):
         self.seen = Statistics()
 
     def limit(self) -> float:
-        return float(self.scale) * self.quant_max
+        return float(self.scale * self.quant_max)
 
     def choose(self, calibrator: str) -> None:
         limit = ALL[calibrator](self.seen)

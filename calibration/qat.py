@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +44,7 @@ from calibration.train import predictions
 log = logging.getLogger("edgeline")
 
 _BATCH: Final = 32
+_KEPT_LOGITS: Final = 2**27  # of the teacher, 512 MiB
 _LEAST_STEPS, _LEAST_EPOCHS = 80, 2  # of a training whose epochs nobody asked for
 _WARM_UP: Final = 0.1  # share of the steps until the learning rate is at its peak
 _MEMORY: Final = 0.9  # of the running average: about the last ten steps
@@ -126,6 +127,7 @@ def train(
     set_mode(prepared, "frozen")
     reference, labels = predictions(teacher, val)
     start = _judged(prepared, reference, labels, val)
+    power = max(float(np.square(reference).mean()), 1e-12)
     epochs = epochs_of(recipe, len(train))
     if recipe.learned_scales:
         for quantizer in _activations(prepared):
@@ -136,16 +138,16 @@ def train(
     steps = math.ceil(len(train) / _BATCH)
     with bar(total=epochs * steps, title="QAT", unit="step") as progress:
         progress.update(len(at.epochs) * steps)
-        targets = _targets(teacher, train, device) if len(at.epochs) < epochs else None
-        while targets is not None and len(at.epochs) < epochs and at.stopped is None:
+        asked = _Teacher.asked(teacher, train, device, reference.shape[1]) if len(at.epochs) < epochs else None
+        while asked is not None and len(at.epochs) < epochs and at.stopped is None:
             index = len(at.epochs)
             following = index < round(recipe.freeze_ranges_at * epochs)
             set_mode(prepared, ("learn" if recipe.learned_scales else "train") if following else "frozen")
             began = time.monotonic()
             losses: list[float] = []
-            for images, expected in targets.batches(train, seed, index):
+            for images, expected in asked.epoch(seed, index):
                 _set_rate(optimizer, (index * steps + len(losses)) / (epochs * steps), at.rate)
-                losses.append(step(prepared, images.to(device), expected, targets.power, optimizer))
+                losses.append(step(prepared, images.to(device), expected, power, optimizer))
                 average.add()
                 progress.update()
                 if not math.isfinite(losses[-1]):
@@ -254,36 +256,50 @@ def _exchange(prepared: GraphModule, average: Average) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Targets:
-    """The teacher's logits of all training images, asked once: images are not augmented, so they never change."""
+class _Teacher:
+    """The float model and its logits of training images. Images are not augmented, so each is asked about once, unless
+    all logits take more memory than is kept for them.
+    """
 
-    logits: Tensor  # (N, classes)
-    readable: Tensor  # (N,) bool
-    power: float  # mean square of the logits
+    model: nn.Module
+    train: Images
+    device: torch.device
+    logits: Tensor | None  # (N, classes); zeros for images that cannot be read
 
-    def batches(self, train: Images, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (n, 3, S, S) and logits (n, classes) of one epoch, in the order of that epoch."""
-        order = np.random.default_rng((seed, epoch)).permutation(len(train)).tolist()
-        for chosen in _chunks(order):
-            for images, _ in train.batches(_BATCH, chosen):
-                rows = torch.tensor(chosen)
-                yield images, self.logits[rows[self.readable[rows]].to(self.logits.device)]
-
-
-def _targets(teacher: nn.Module, train: Images, device: torch.device) -> _Targets:
-    """Ask the teacher. An image that cannot be read is left out of its batch, so such batches are read one by one."""
-    found: dict[int, Tensor] = {}
-    with torch.no_grad():
+    @classmethod
+    def asked(cls, model: nn.Module, train: Images, device: torch.device, classes: int) -> _Teacher:
+        teacher = cls(model=model, train=train, device=device, logits=None)
+        if len(train) * classes > _KEPT_LOGITS:
+            return teacher
+        logits = torch.zeros(len(train), classes, device=device)
         for chosen in _chunks(range(len(train))):
-            parts = [(chosen, images) for images, _ in train.batches(_BATCH, chosen) if len(images) == len(chosen)]
-            parts = parts or [([each], images) for each in chosen for images, _ in train.batches(1, [each])]
-            for indices, images in parts:
-                found |= zip(indices, teacher(images.to(device)).float(), strict=True)
-    blank = torch.zeros_like(next(iter(found.values())))
-    logits = torch.stack([found.get(index, blank) for index in range(len(train))])
-    readable = torch.tensor([index in found for index in range(len(train))])
-    power = float(logits[readable.to(device)].square().mean())
-    return _Targets(logits=logits, readable=readable, power=max(power, 1e-12))
+            for indices, images in teacher.read(chosen):
+                logits[indices] = teacher.answers(images)
+        return replace(teacher, logits=logits)
+
+    def answers(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            answers: Tensor = self.model(images.to(self.device)).float()
+        return answers
+
+    def epoch(self, seed: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (n, 3, S, S) and logits (n, classes), in the order of that epoch."""
+        order = np.random.default_rng((seed, number)).permutation(len(self.train)).tolist()
+        for chosen in _chunks(order):
+            for indices, images in self.read(chosen):
+                yield images, self.answers(images) if self.logits is None else self.logits[indices]
+
+    def read(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """The images of `chosen` that can be read, with their indices: as one batch where that is all of them, or one
+        by one.
+        """
+        for images, _ in self.train.batches(_BATCH, chosen):
+            if len(images) == len(chosen):
+                yield list(chosen), images
+                return
+        singles = [(each, image) for each in chosen for image, _ in self.train.batches(1, [each])]
+        if singles:
+            yield [each for each, _ in singles], torch.cat([image for _, image in singles])
 
 
 def _chunks(order: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -293,8 +309,8 @@ def _chunks(order: Sequence[int]) -> Iterator[Sequence[int]]:
 def step(
     prepared: GraphModule, images: Tensor, targets: Tensor, power: float, optimizer: torch.optim.Optimizer
 ) -> float:
-    """One step on `images` towards the logits `targets`, whose mean square over all images is `power`; returns its
-    loss, and leaves the weights alone where that is not finite.
+    """One step on `images` towards the logits `targets`; the loss is their mean squared error over `power`, the mean
+    square of logits. Returns the loss, and leaves the weights alone where that is not finite.
     """
     with _precision(images.device):
         loss = nn.functional.mse_loss(prepared(images).float(), targets) / power
@@ -328,7 +344,7 @@ def _chance(one: Sequence[bool], other: Sequence[bool]) -> float:
     """
     gained = sum(ours and not theirs for ours, theirs in zip(one, other, strict=True))
     lost = sum(theirs and not ours for ours, theirs in zip(one, other, strict=True))
-    return sum(math.comb(gained + lost, count) for count in range(gained + 1)) / 2 ** (gained + lost)
+    return float(sum(math.comb(gained + lost, count) for count in range(gained + 1)) / 2 ** (gained + lost))
 
 
 def diverged(epochs: list[QatEpoch], start_top1: float) -> str | None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from calibration import qat
 from calibration.calibrate import fake_quants
 from calibration.checkpoints import Checkpoint
+from calibration.data import Part
 from calibration.fake_quant import ActivationFakeQuant
 from calibration.metrics import snr_db
 from calibration.program import logits
@@ -31,12 +32,17 @@ from calibration.quantize import calibrated, quantize
 from calibration.recipe import Ptq, Qat
 from calibration.scheme import AFFINE, SHARED, Scheme
 from calibration.train import TrainingPlan, fit, predictions
-from tests.tiny import ROOT, surroundings
+from tests.tiny import ROOT, Colours, surroundings
 from tests.toys import CLASSES, Hybrid, images, seeded
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EPOCHS = 4
 
 # Not repaired, so that there is something to learn.
 PTQ = Ptq(name="int8_ptq", samples=64, force=True, calibrator="mse", equalize=False, bias_correction=False)
-QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=4, learning_rate=0.03, freeze_ranges_at=0.5)
+QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=EPOCHS, learning_rate=0.03, freeze_ranges_at=0.5)
 
 State = dict[str, Any]
 
@@ -124,9 +130,9 @@ def test_the_report_tells_what_it_cost(whole: tuple[GraphModule, dict[str, Any]]
     epochs, cost = whole[1]["qat"], whole[1]["qat_cost"]
     assert [set(epoch) for epoch in epochs] == [
         {"loss", "val_top1", "val_db", "val_chance", "rate", "seconds"}
-    ] * QAT.epochs
+    ] * EPOCHS
     assert cost["seconds"] == pytest.approx(sum(epoch["seconds"] for epoch in epochs), abs=0.01)
-    assert cost["images_per_second"] == pytest.approx(len(images("train")) * QAT.epochs / cost["seconds"], rel=0.01)
+    assert cost["images_per_second"] == pytest.approx(len(images("train")) * EPOCHS / cost["seconds"], rel=0.01)
     assert cost["mixed_precision"] == "not used on cpu" and cost["resumed_after_epoch"] == 0
 
 
@@ -181,6 +187,62 @@ def test_mixed_precision_trains_and_rounds_in_float32(teacher: nn.Module, monkey
     monkeypatch.setattr(qat, "_mixed", lambda device: True)
     _, report = run(teacher, replace(QAT, epochs=1))
     assert report["qat_cost"]["mixed_precision"] == "bfloat16" and math.isfinite(report["qat"][0]["loss"])
+
+
+class Homogeneous(nn.Module):
+    """conv - ReLU - conv - ReLU - mean - linear: a factor on the first layer can be taken back by the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+        return found
+
+
+def test_the_same_network_at_other_scales_is_trained_to_the_same_integers() -> None:
+    """Scales of layers that differ by 2**8, and the same float answers, to the bit."""
+    teacher = seeded(Homogeneous)
+    fit(teacher, images("train"), images("val"), TrainingPlan(epochs=2, learning_rate=1e-2), seed=0, title="toy")
+    scaled = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for name, factor in (("first.weight", 2.0**-4), ("first.bias", 2.0**-4), ("second.weight", 2.0**4)):
+            scaled.get_parameter(name).mul_(factor)
+    reports, integers = [], []
+    for model in (teacher, scaled):
+        prepared, report = run(model, replace(QAT, epochs=2, freeze_ranges_at=0.0))
+        reports.append([(epoch["loss"], epoch["val_db"]) for epoch in report["qat"]])
+        units = qat._units(prepared)
+        integers.append([(weight / scale).round() for weight, scale in units.items()])
+        assert report["qat_bought"]["kept_epoch"] >= 1
+    assert reports[0] == reports[1] and len(integers[0]) == 3
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*integers, strict=True))
+
+
+def test_logits_that_are_not_kept_are_asked_for_again_to_the_same_end(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, _ = run(teacher, replace(QAT, epochs=1))
+    monkeypatch.setattr(qat, "_KEPT_LOGITS", 0)
+    asked, report = run(teacher, replace(QAT, epochs=1))
+    assert report["qat_bought"]["kept_epoch"] == 1
+    expected, found = (predictions(graph, images("val"))[0] for graph in (kept, asked))
+    assert snr_db(expected, found) > 40  # batches of another order, so other sums
+
+
+def test_an_image_that_cannot_be_read_keeps_the_others_with_their_own_logits(teacher: nn.Module) -> None:
+    class Broken(Colours):
+        def image(self, part: Part, index: int) -> Image.Image | None:  # type: ignore[override]
+            return None if (part, index) == ("train", 5) else super().image(part, index)
+
+    train = replace(images("train"), data=Broken(), _kept={})
+    asked = qat._Teacher.asked(teacher, train, torch.device("cpu"), CLASSES)
+    batches = list(asked.epoch(0, 0))
+    assert sum(len(found) for found, _ in batches) == len(train) - 1
+    with torch.no_grad():
+        assert all(torch.allclose(teacher(found), logits, atol=1e-4) for found, logits in batches)
 
 
 # --- What it keeps --------------------------------------------------------------------------------------------------
