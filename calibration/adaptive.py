@@ -8,7 +8,8 @@ layers before. With H = E[z z^T] and C = E[(x - z) z^T], both without their mean
   W C (H + ridge)^-1. Each output channel takes the ridge that does best on the half of the images that it was not
   fitted on, or no change where none does better.
 - Adaptive rounding: integers Q, each next to the fitted weight F over its scale s, with little (F - s Q) H (F - s Q)^T,
-  by cyclic coordinate descent from the nearest ones (Behdin et al., "QuantEase", arXiv 2309.01885, algorithm 1). The
+  in order with feedback of the errors (GPTQ), then by cyclic coordinate descent (Behdin et al., "QuantEase", arXiv
+  2309.01885, algorithm 1). The
   objective is the one of AdaRound (Nagel et al., arXiv 2004.10568, section 3.2), without its relaxation; inputs from
   the rounded network and outputs from the float one are those of its section 3.3.
 
@@ -39,7 +40,8 @@ _SWEEPS: Final = 4  # of coordinate descent, over all weights of a channel
 
 def reconstruct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
     """Fit and round the weights of `prepared`, whose ranges are fixed and frozen, and correct its biases, on `images`
-    (N, 3, S, S), in place. Returns weights and biases as they were, by name of their attribute, for `bias.restore`.
+    (N, 3, S, S), in place. Returns weights, their scales and biases as they were, by name of their attribute, for
+    `bias.restore`.
 
     A weight that several operators read stays as it is, and so do layers in float.
     """
@@ -66,6 +68,7 @@ class _Reconstruction(bias.Pair):
             return
         floats, rounded = self.env[cast(Node, layer.args[0])]
         self.before[str(source.target)] = exact = weight.detach().clone()
+        self.before[f"{quantized.target}.scale"] = quantizer.scale.clone()
         moments = [_moments(layer, floats[half::2], rounded[half::2], weight) for half in (0, 1)]
         rows = exact.reshape(len(moments[0][0]), -1, moments[0][0].shape[-1])
         fitted = fit(rows, moments)
@@ -106,10 +109,13 @@ def round_adaptively(rows: Tensor, second_moments: Tensor, scales: Tensor, highe
     damping = _DAMPING * diagonal.mean(1).clamp_min(1e-20)
     curvature = second_moments + torch.diag_embed(damping[:, None].expand_as(diagonal))
     steps = rows / scales
-    integers = steps.round().clamp(-highest, highest)
-    fixed = integers.abs() == highest
-    low = torch.where(fixed, integers, steps.floor().clamp(-highest, highest))
-    high = torch.where(fixed, integers, steps.ceil().clamp(-highest, highest))
+    nearest = steps.round().clamp(-highest, highest)
+    fixed = nearest.abs() == highest
+    low = torch.where(fixed, nearest, steps.floor().clamp(-highest, highest))
+    high = torch.where(fixed, nearest, steps.ceil().clamp(-highest, highest))
+    integers = _one_by_one(steps, curvature, low, high)
+    worse = _error(integers - steps, curvature) >= _error(nearest - steps, curvature)
+    integers = torch.where(worse[..., None], nearest, integers)
     slope = (integers - steps) @ curvature  # of the error, by each integer
     for _ in range(_SWEEPS):
         before = integers.clone()
@@ -122,6 +128,24 @@ def round_adaptively(rows: Tensor, second_moments: Tensor, scales: Tensor, highe
         if torch.equal(integers, before):
             break
     return integers * scales
+
+
+def _one_by_one(steps: Tensor, curvature: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`steps` rounded in order, each error made up for by the weights that are still to be rounded (Frantar et al.,
+    "GPTQ", arXiv 2210.17323, section 3.3, step 3).
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    left, found = steps.clone(), torch.empty_like(steps)
+    for place in range(steps.shape[-1]):
+        found[..., place] = left[..., place].round().clamp(low[..., place], high[..., place])
+        error = (left[..., place] - found[..., place]) / factor[:, place, place, None]
+        left[..., place:] -= error[..., None] * factor[:, None, place, place:]
+    return found
+
+
+def _error(change: Tensor, curvature: Tensor) -> Tensor:
+    return ((change @ curvature) * change).sum(-1)
 
 
 def _solved(second_moments: Tensor, wanted: Tensor, ridge: float) -> Tensor:

@@ -4,13 +4,14 @@ stays where it brings the logits nearer to float on calibration images that it h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from calibration import bias, program
+from calibration import adaptive, bias, program
 from calibration import equalize as equalizing
 from calibration.batches import Batch, Images
 from calibration.calibrate import CalibrationSplit, choose, fix_weights, observe, set_mode, split
@@ -22,6 +23,8 @@ _BATCH: Final = 32
 _PEAK_IMAGES: Final = 128  # that show the peaks of channels
 _TRIAL_IMAGES: Final = 64  # that the ranges of each trial come from
 _SAME_DB: Final = 80.0  # of float logits before and after: they differ by the order of sums
+_FIT_IMAGES: Final = 128  # that weights are fitted to, all at once
+AMPLE_DB: Final = 32.0  # of the rounded logits against float: from there on, ROUNDING=auto does not round adaptively
 BIAS_IMAGES: Final = 64  # that show the means of layers, all at once
 
 
@@ -86,6 +89,28 @@ def correct_biases(
         bias.restore(prepared, before)
         before = {}
     return {"calibrated": round(calibrated_db, 2), "bias": round(max(calibrated_db, corrected), 2)}, before
+
+
+def reconstruct(
+    prepared: GraphModule, recipe: Ptq, drawn: CalibrationSplit, biases: dict[str, Tensor], found_db: float | None
+) -> dict[str, float]:
+    """Fit and round the weights of `prepared`, whose ranges are fixed, adaptively where `recipe` asks for it and it
+    helps. `biases`: as they were before `correct_biases`, which gave `found_db` decibels; adaptive rounding corrects
+    them itself. Returns the decibels after it; nothing where it was not tried.
+    """
+    if recipe.rounding == "nearest" or found_db is None:
+        return {}
+    if recipe.rounding == "auto" and not (recipe.bias_correction and found_db < AMPLE_DB):
+        return {}
+    kept, meta = copy.deepcopy(prepared.state_dict()), dict(prepared.meta)
+    bias.restore(prepared, biases)
+    set_mode(prepared, "frozen")
+    adaptive.reconstruct(prepared, drawn.images(_FIT_IMAGES))
+    reached = _rounded_db(prepared, drawn.reference, drawn.batches)
+    if reached <= found_db:
+        prepared.load_state_dict(kept)
+        prepared.meta.update(meta)
+    return {"adaptive": round(max(reached, found_db), 2)}
 
 
 def _rounded_db(prepared: GraphModule, reference: Logits, batches: Iterable[Batch]) -> float:

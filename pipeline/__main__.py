@@ -26,7 +26,7 @@ import calibration.recipe
 import models
 import targets
 from calibration import budget, families, placement
-from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, WeightOnly, budgeted, with_ptq
+from calibration.recipe import CALIBRATORS, ROUNDINGS, Ptq, Qat, Recipe, WeightOnly, budgeted, with_ptq
 from models import external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
@@ -157,12 +157,14 @@ def read(request: argparse.Namespace) -> Run:
 
 
 def adjusted(recipe: Recipe, request: argparse.Namespace) -> Recipe:
-    """The recipe with what CALIBRATOR, PLACEMENT, FORCE and MAX_DROP ask of it. Raises BadRequest where it has no such
-    choice, as it rounds nothing.
+    """The recipe with what CALIBRATOR, ROUNDING, PLACEMENT, FORCE and MAX_DROP ask of it. Raises BadRequest where it
+    has no such choice, as it rounds nothing.
     """
     changes: dict[str, object] = {}
     if request.calibrator != "auto":
         changes["calibrator"] = pick("calibrator", request.calibrator, CALIBRATORS)
+    if request.rounding != "auto":
+        changes["rounding"] = pick("rounding", request.rounding, ROUNDINGS)
     if request.placement:
         changes["placement"] = placement.parse(request.placement)
     if request.force:
@@ -287,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         ("sizes", ""),
         ("recipes", ""),
         ("calibrator", "auto"),
+        ("rounding", "auto"),
         ("placement", ""),
         ("max_drop", ""),
         ("force", ""),
