@@ -50,7 +50,7 @@ READY    := $(VENV)/.ready-$(shell cksum < requirements.lock | cut -d' ' -f1)
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat test lint setup lock \
+        bench-calibration bench-families bench-outliers bench-seeds bench-real bench-prove bench-qat test lint setup lock \
         system-packages clean
 
 help: ## this list
@@ -140,6 +140,9 @@ bench-outliers: $(READY) ## INT8 of trained networks whose channels differ by fa
 
 bench-seeds: $(READY) ## what INT8 costs in accuracy over three seeds, for the small model of every family (an hour)
 	@$(VENV)/bin/python -m tests.bench_seeds $$MODELS
+
+bench-real: $(READY) ## INT8 of a really trained MobileNetV2 (fetched, MIT licence) on crops of photographs, for SEEDS="100 200 300"
+	@$(VENV)/bin/python -m tests.bench_real --seeds $${SEEDS:-100 200 300}
 
 bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line for each artifact
 	@$(VENV)/bin/python -m tests.bench_prove $${MODELS:-mobilevit_xs}

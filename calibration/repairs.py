@@ -23,7 +23,8 @@ _BATCH: Final = 32
 _PEAK_IMAGES: Final = 128  # that show the peaks of channels
 _TRIAL_IMAGES: Final = 64  # that the ranges of each trial come from
 _SAME_DB: Final = 80.0  # of float logits before and after: they differ by the order of sums
-_FIT_IMAGES: Final = 128  # that weights are fitted to, all at once
+_FIT_IMAGES: Final = 128  # that weights are fitted to, all at once: of up to 160 pixels, fewer of larger ones, for
+_FIT_PIXELS: Final = _FIT_IMAGES * 160**2  # memory grows with their number
 AMPLE_DB: Final = 32.0  # of the rounded logits against float: from there on, ROUNDING=auto does not round adaptively
 BIAS_IMAGES: Final = 64  # that show the means of layers, all at once
 
@@ -105,7 +106,8 @@ def reconstruct(
     kept, meta = copy.deepcopy(prepared.state_dict()), dict(prepared.meta)
     bias.restore(prepared, biases)
     set_mode(prepared, "frozen")
-    adaptive.reconstruct(prepared, drawn.images(_FIT_IMAGES))
+    count = min(_FIT_IMAGES, max(BIAS_IMAGES // 2, _FIT_PIXELS // drawn.train.preprocess.size**2))
+    adaptive.reconstruct(prepared, drawn.images(count))
     reached = _rounded_db(prepared, drawn.reference, drawn.batches)
     if reached <= found_db:
         prepared.load_state_dict(kept)

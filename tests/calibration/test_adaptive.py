@@ -100,7 +100,8 @@ def test_the_fit_undoes_a_linear_error_of_the_inputs() -> None:
     mixing = torch.eye(5) + 0.05 * torch.randn(5, 5, generator=generator)
     x = torch.randn(2, 5, 5000, generator=generator)
     z = mixing @ x
-    moments = [((z[half] @ z[half].T)[None] / 5000, ((x[half] - z[half]) @ z[half].T)[None] / 5000) for half in (0, 1)]
+    errors = rows @ (x - z)
+    moments = [((z[half] @ z[half].T)[None] / 5000, (errors[half] @ z[half].T)[None] / 5000) for half in (0, 1)]
     expected = rows[0] @ torch.linalg.inv(mixing)
     found = fit(rows, moments)[0]
     assert float((found - expected).norm()) < 0.05 * float((rows[0] - expected).norm())
@@ -108,7 +109,7 @@ def test_the_fit_undoes_a_linear_error_of_the_inputs() -> None:
 
 def test_the_fit_of_what_the_other_half_does_not_confirm_is_dropped() -> None:
     rows, second = torch.ones(1, 2, 3), torch.eye(3)[None]
-    errors = 0.3 * torch.randn(1, 3, 3, generator=torch.Generator().manual_seed(0))
+    errors = 0.3 * torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(fit(rows, [(second, errors), (second, -errors)]), rows)
     assert not torch.equal(fit(rows, [(second, errors), (second, errors)]), rows)
 
