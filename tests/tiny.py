@@ -36,6 +36,7 @@ VARIABLES = (
     "INTERFACE",
     "DEPLOYMENT",
     "CALIBRATOR",
+    "ROUNDING",
     "PLACEMENT",
     "MAX_DROP",
     "FORCE",

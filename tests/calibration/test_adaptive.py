@@ -10,10 +10,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from calibration import program, repairs
-from calibration.adaptive import fit, reconstruct, round_adaptively
+from calibration.adaptive import (
+    _columns,
+    _moments,
+    _outputs,
+    _Reconstruction,
+    fit,
+    reconstruct,
+    round_adaptively,
+)
 from calibration.bias import correct, restore
 from calibration.calibrate import calibrate, set_mode, split
 from calibration.fake_quant import PerChannelFakeQuant
@@ -218,3 +226,72 @@ def test_the_artifact_computes_what_was_fitted_and_twice_the_same() -> None:
     assert isinstance(told, dict) and told["adaptive"] >= told["bias"] >= told["calibrated"]
     prepared = calibrated(model, recipe, SHARED, images("train"), seed=0)
     assert snr_db(program.logits(prepared, batches), first) > 100
+
+
+def test_a_residual_layer_makes_up_for_the_errors_of_what_it_is_added_to() -> None:
+    """The block's input is clipped where it is read and where it is added: the layer sees what was lost only there."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1)
+            self.head = nn.Linear(8, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            found: Tensor = self.head((x + self.last(x)).mean((2, 3)))
+            return found
+
+    seen: dict[str, int] = {}
+    prepared = ranged(seeded(Residual))
+
+    class Spy(_Reconstruction):
+        def beside(self, layer: Node) -> tuple[Tensor, ...]:
+            found = super().beside(layer)
+            seen[program.module_path(layer)] = len(found)
+            return found
+
+    with torch.no_grad():
+        Spy(prepared).run(shown())
+    assert seen == {"first": 0, "last": 2, "head": 0}
+
+
+def test_a_layer_makes_up_for_a_linear_error_beside_it() -> None:
+    layer = _layer_of(nn.Conv2d(4, 3, 3, 2, 1, bias=False))
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(8, 4, 9, 9, generator=generator), torch.randn(3, 4, 3, 3, generator=generator)
+    lost = 0.1 * torch.randn(3, 4, 3, 3, generator=generator)
+    beside = nn.functional.conv2d(x, lost, None, 2, 1)  # what rounding takes from the sum
+    moments = [
+        _moments(layer, weight, *(each[half::2] for each in (x, x, beside, torch.zeros_like(beside))))
+        for half in (0, 1)
+    ]
+    found = fit(weight.reshape(1, 3, 36), moments).reshape(weight.shape)
+    assert float((found - weight - lost).norm()) < 0.1 * float(lost.norm())
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(4, 6, 3, 2, 1),
+        nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4),
+        nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2),
+        nn.Conv2d(4, 6, 1, stride=(1, 2)),
+    ],
+)
+def test_the_columns_of_a_convolution_times_its_weight_are_its_outputs(convolution: nn.Conv2d) -> None:
+    x = torch.randn(3, 4, 9, 7, generator=torch.Generator().manual_seed(0))
+    layer, weight = _layer_of(convolution), convolution.weight.detach()
+    columns = _columns(layer, x, weight)
+    rows = weight.reshape(convolution.groups, -1, columns.shape[1])
+    expected = nn.functional.conv2d(
+        x, weight, None, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+    )
+    found = _outputs(layer, expected, x.shape, weight)
+    assert found is not None and torch.allclose((rows @ columns).flatten(0, 1), found, atol=1e-5)
+
+
+def _layer_of(convolution: nn.Conv2d) -> Node:
+    """The node of a convolution in a traced graph."""
+    graph = torch.export.export(convolution, (torch.zeros(2, 4, 9, 9),)).graph
+    return next(node for node in graph.nodes if node.target is torch.ops.aten.conv2d.default)
