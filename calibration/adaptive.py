@@ -180,7 +180,8 @@ def _solved(second_moments: Tensor, wanted: Tensor, ridge: float) -> Tensor:
     diagonal = second_moments.diagonal(dim1=1, dim2=2)
     damping = ridge * diagonal.mean(1).clamp_min(1e-20)
     damped = second_moments + torch.diag_embed(damping[:, None].expand_as(diagonal))
-    return torch.linalg.solve(damped, wanted.transpose(1, 2)).transpose(1, 2)
+    found: Tensor = torch.linalg.solve(damped, wanted.transpose(1, 2)).transpose(1, 2)
+    return found
 
 
 def _moments(layer: Node, weight: Tensor, floats: Tensor, rounded: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import calibration.recipe
 import models
@@ -56,8 +56,6 @@ def main() -> int:
 
 def _measured(seed: int, recipe: str, weights: Path, crops: Path, store: Store) -> tuple[float, float]:
     """Prints a row; returns top-1 in percent and decibels against float."""
-    import numpy as np
-
     from tests.real_checkpoint import MODEL, SIZE
 
     spec, folder = models.ALL[MODEL], data.load(str(crops), 0)
@@ -74,14 +72,14 @@ def _measured(seed: int, recipe: str, weights: Path, crops: Path, store: Store) 
     (expected, labels), (found, _) = ((each["logits"], each["labels"]) for each in map(_test, (floats, made)))
     report = json.loads((made / "report.json").read_text())
     seconds = json.loads((made / MANIFEST).read_text())["seconds"]
-    accuracy, decibels = top1(found, labels), snr_db(np.asarray(expected), np.asarray(found))
+    accuracy, decibels = top1(found, labels), snr_db(expected, found)
     repairs = ", ".join(f"{name} {value}" for name, value in report["repairs_db"].items())
     cells = (f"{top1(expected, labels):.2f}", f"{accuracy:.2f}", f"{decibels:.1f}", f"{seconds:.0f}")
     print(_ROW.format(seed, recipe, *cells, repairs), flush=True)
     return accuracy, decibels
 
 
-def _test(artifact: Path) -> dict[str, object]:
+def _test(artifact: Path) -> dict[str, Any]:
     import numpy as np
 
     with np.load(artifact / "test.npz") as file:

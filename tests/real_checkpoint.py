@@ -185,5 +185,6 @@ def _labels(network: nn.Module, spec: ModelSpec, crops: list[Image.Image]) -> li
     pixels = np.stack([np.asarray(crop.crop(box), np.float32) / 255 for crop in crops])
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) - mean) / std
     with torch.no_grad():
-        found: list[int] = torch.cat([network(batch) for batch in images.split(32)]).argmax(1).tolist()
+        logits = [network(images[start : start + 32]) for start in range(0, len(images), 32)]
+    found: list[int] = torch.cat(logits).argmax(1).tolist()
     return found

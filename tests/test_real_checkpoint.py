@@ -61,7 +61,7 @@ def test_every_tensor_finds_its_place_and_computes_what_keras_does() -> None:
         expected = normed(tensors, "bn_Conv1", nn.functional.conv2d(2 * pixels - 1, kernel, stride=2))
         found = network.bn1(nn.functional.conv2d((pixels - mean) / std, network.conv_stem.weight, stride=2))
     assert torch.allclose(found, expected, atol=1e-4)
-    block = network.blocks[1][0]
+    block = network.get_submodule("blocks.1.0")
     for ours, theirs in (("conv_pw", "expand"), ("conv_dw", "depthwise"), ("conv_pwl", "project")):
         weight = getattr(block, ours).weight.flatten(2).amax(2)
         kernel_name = "depthwise_kernel" if theirs == "depthwise" else "kernel"
