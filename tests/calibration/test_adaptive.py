@@ -294,5 +294,5 @@ def test_the_columns_of_a_convolution_times_its_weight_are_its_outputs(convoluti
 def _layer_of(convolution: nn.Conv2d) -> Node:
     """The node of a convolution in a traced graph."""
     graph = torch.export.export(convolution, (torch.zeros(2, 4, 9, 9),)).graph
-    (found,) = graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
-    return found
+    found: list[Node] = graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+    return found[0]
