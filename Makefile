@@ -22,6 +22,7 @@ MODELS  ?=
 SIZES   ?=
 RECIPES ?=
 CALIBRATOR ?= auto
+ROUNDING   ?= auto
 PLACEMENT  ?=
 MAX_DROP   ?=
 FORCE      ?=
@@ -44,14 +45,15 @@ LOCK    ?=
 
 # Values reach the commands as they were typed, through the environment: neither make nor a shell expands a `$` in them.
 VALUES := MODEL TARGET RECIPE DATA WEIGHTS SIZE BATCH DEVICE SEED FORM INTERFACE DEPLOYMENT MODELS SIZES RECIPES \
-          CALIBRATOR PLACEMENT MAX_DROP FORCE VERDICT DAYS APPLY \
+          CALIBRATOR ROUNDING PLACEMENT MAX_DROP FORCE VERDICT DAYS APPLY \
           LABELS MEAN STD CROP INTERPOLATION BACKGROUND HALF EPOCHS RATE
 $(foreach name,$(VALUES),$(eval override $(name) := $$(value $(name))))
 export $(VALUES) CASES COUNT START
 RUN = --model="$$MODEL" --target="$$TARGET" --recipe="$$RECIPE" --data="$$DATA" --weights="$$WEIGHTS" \
       --size="$$SIZE" --batch="$$BATCH" --device="$$DEVICE" --seed="$$SEED" --form="$$FORM" \
       --interface="$$INTERFACE" --deployment="$$DEPLOYMENT" --half="$$HALF" \
-      --calibrator="$$CALIBRATOR" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" --force="$$FORCE" --verdict="$$VERDICT" \
+      --calibrator="$$CALIBRATOR" --rounding="$$ROUNDING" --placement="$$PLACEMENT" --max_drop="$$MAX_DROP" \
+      --force="$$FORCE" --verdict="$$VERDICT" \
       --labels="$$LABELS" --mean="$$MEAN" --std="$$STD" --crop="$$CROP" --interpolation="$$INTERPOLATION" \
       --background="$$BACKGROUND" --epochs="$$EPOCHS" --rate="$$RATE"
 
@@ -79,8 +81,8 @@ READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call sta
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain gc lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
-        bench-calibration bench-families bench-outliers bench-seeds bench-prove bench-qat bench-qat-gain bench-store \
-        bench-half bench-dashboard bench-faults fuzz test lint setup lock licenses system-packages clean
+        bench-calibration bench-families bench-outliers bench-seeds bench-real bench-prove bench-qat bench-qat-gain \
+        bench-store bench-half bench-dashboard bench-faults fuzz test lint setup lock licenses system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -93,6 +95,7 @@ help: ## this list
 	@echo "  FORM=tokens (or channels: as the Neural Engine computes a MobileViT, CoAtNet or Swin best)"
 	@echo "  Core ML only: RECIPE= (w8a16 w4a16 palette6 palette4) INTERFACE=tensor (image classifier) DEPLOYMENT= (iOS16 and later)"
 	@echo "  INT8: CALIBRATOR=auto (minmax moving_average percentile entropy mse) FORCE= (1: calibrate on fewer than 128 images)"
+	@echo "    ROUNDING=auto (nearest adaptive: weights fitted to rounded inputs; auto: where the network is below 32 dB)"
 	@echo "    PLACEMENT= (what computes in integers, such as conv+linear-stages.0; or layers, or all; or the family's own)"
 	@echo "    MAX_DROP= (points such as 0.5, or 99% of float: sensitive modules stay float until it holds) VERDICT=yes (or no)"
 	@echo "  DAYS= (gc: artifacts not used for so long, too) APPLY=no (yes: gc deletes) LOCK= (setup: requirements-cuda.lock)"
@@ -176,6 +179,9 @@ bench-outliers: $(READY) ## INT8 of trained networks whose channels differ by fa
 
 bench-seeds: $(READY) ## what INT8 costs in accuracy over three seeds, for the small model of every family (an hour)
 	@$(VENV)/bin/python -m tests.bench_seeds $$MODELS
+
+bench-real: $(READY) ## INT8 of a really trained MobileNetV2 (fetched, MIT licence) on crops of photographs, for SEEDS="100 200 300"
+	@$(VENV)/bin/python -m tests.bench_real --seeds $${SEEDS:-100 200 300}
 
 bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line for each artifact
 	@$(VENV)/bin/python -m tests.bench_prove $${MODELS:-mobilevit_xs}

@@ -9,6 +9,7 @@ corrections before it have left.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any, Final, cast
 
@@ -40,8 +41,13 @@ def restore(prepared: GraphModule, before: dict[str, Tensor]) -> None:
     """Undo a correction of `prepared`."""
     with torch.no_grad():
         for name, bias in before.items():
-            prepared.get_parameter(name).copy_(bias)
+            _stored(prepared, name).copy_(bias)
     forget(prepared)
+
+
+def _stored(prepared: GraphModule, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    return cast(Tensor, getattr(prepared.get_submodule(owner), last))
 
 
 def forget(prepared: GraphModule) -> None:
@@ -50,22 +56,38 @@ def forget(prepared: GraphModule) -> None:
 
 
 def uncorrect(graph: GraphModule) -> None:
-    """Give `graph`, on the tensors of a corrected one but with another part of it rounded, the biases from before: each
-    correction is for the error of all layers up to it.
+    """Give `graph`, on the tensors of a corrected one but with another part of it rounded, the biases and weights from
+    before: each correction is for the error of all layers up to it.
     """
     before: dict[str, Tensor] = graph.meta.pop(BEFORE, {})
     for layer in [node for node in graph.graph.nodes if node.target in WEIGHTED]:
-        bias = layer.args[2] if len(layer.args) > 2 else None
-        if not isinstance(bias, Node) or str(bias.target) not in before:
-            continue
-        name = f"{bias.target}_before".replace(".", "_")
-        graph.register_parameter(name, nn.Parameter(before[str(bias.target)].clone()))
-        with graph.graph.inserting_before(layer):
-            own = graph.graph.get_attr(name)
-        own.meta = dict(bias.meta)
-        layer.replace_input_with(bias, own)
-        graph.graph.erase_node(bias)
+        for argument in layer.args[1:3]:
+            if isinstance(argument, Node):
+                layer.replace_input_with(argument, _from_before(graph, argument, before))
+    graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _from_before(graph: GraphModule, argument: Node, before: dict[str, Tensor]) -> Node:
+    """The node that reads a weight, rounded or not, or a bias as it was; `argument` where that never changed."""
+    source = argument.all_input_nodes[0] if argument.op == "call_module" else argument
+    if source.op != "get_attr" or str(source.target) not in before:
+        return argument
+    name = f"{source.target}_before".replace(".", "_")
+    graph.register_parameter(name, nn.Parameter(before[str(source.target)].clone()))
+    with graph.graph.inserting_before(argument):
+        own = graph.graph.get_attr(name)
+    own.meta = dict(source.meta)
+    if argument is source:
+        return own
+    quantizer = copy.deepcopy(graph.get_submodule(str(argument.target)))
+    scale = cast(Tensor, quantizer.scale)
+    scale.copy_(before.get(f"{argument.target}.scale", scale))
+    graph.add_submodule(f"{argument.target}_before", quantizer)
+    with graph.graph.inserting_before(argument):
+        rounded = graph.graph.call_module(f"{argument.target}_before", (own,))
+    rounded.meta = dict(argument.meta)
+    return rounded
 
 
 class Pair(Interpreter):

@@ -190,6 +190,7 @@ def identity(model: nn.Module, recipe: Ptq, train: Images, order: list[int], *, 
             "placement": str(recipe.placement),
             "equalize": recipe.equalize,
             "bias_correction": recipe.bias_correction,
+            "rounding": recipe.rounding,
         },
         "versions": {package: version(package) for package in ("torch", "torchao", "numpy", "pillow")},
     }

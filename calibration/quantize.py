@@ -155,9 +155,12 @@ def _calibrated(
     prepared, report = equalized(model, recipe, scheme, train, seed=seed, drawn=drawn)
     report |= calibrate(prepared, model, recipe, train, seed=seed, drawn_split=drawn)
     errors = cast("dict[str, float]", report["calibrators_db"])
-    repaired, _ = repairs.correct_biases(
-        prepared, model, recipe, train, seed=seed, drawn=drawn, calibrated_db=errors.get(str(report["calibrator"]))
+    calibrated_db = errors.get(str(report["calibrator"]))
+    repaired, biases = repairs.correct_biases(
+        prepared, model, recipe, train, seed=seed, drawn=drawn, calibrated_db=calibrated_db
     )
+    found_db = repaired.get("bias", calibrated_db)
+    repaired |= repairs.reconstruct(prepared, recipe, drawn, biases, found_db)
     report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | repaired
     return prepared, report
 

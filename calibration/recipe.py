@@ -23,6 +23,11 @@ CALIBRATORS: Final[Mapping[str, str]] = {
     "mse": "mse",
 }
 
+# How weights become integers: each the nearest one, or chosen so that the layer's outputs err least. `auto`: adaptive
+# where the network errs enough for it to matter.
+Rounding: TypeAlias = Literal["auto", "nearest", "adaptive"]
+ROUNDINGS: Final[Mapping[str, Rounding]] = {"auto": "auto", "nearest": "nearest", "adaptive": "adaptive"}
+
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 # Floating-point types that engines compute in where they do not compute in INT8.
 FloatType: TypeAlias = Literal["f32", "f16", "bf16"]
@@ -59,6 +64,9 @@ class Ptq:
     placement: Placement = LAYERS
     equalize: bool = True  # give channels like ranges first, where that helps; float outputs stay
     bias_correction: bool = True  # take the mean error of each layer out of its bias, where that helps
+    # Fit weights to rounded inputs and round them adaptively, where that helps; `auto`: where the network errs and
+    # `bias_correction`, which is part of it, is on.
+    rounding: Rounding = "auto"
     budget: Budget | None = None  # the most sensitive modules stay float until it holds; None: nothing else does
 
 

@@ -28,7 +28,18 @@ import models
 import targets
 from calibration import budget, families, placement
 from calibration.data import Described
-from calibration.recipe import CALIBRATORS, Ptq, Qat, Recipe, Schedule, WeightOnly, budgeted, scheduled, with_ptq
+from calibration.recipe import (
+    CALIBRATORS,
+    ROUNDINGS,
+    Ptq,
+    Qat,
+    Recipe,
+    Schedule,
+    WeightOnly,
+    budgeted,
+    scheduled,
+    with_ptq,
+)
 from models import checkpoint, external, hub
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from models.spec import Form, ModelSpec
@@ -203,12 +214,14 @@ def tell(run: Run) -> None:
 
 
 def adjusted(recipe: Recipe, request: argparse.Namespace) -> Recipe:
-    """The recipe with what CALIBRATOR, PLACEMENT, FORCE and MAX_DROP ask of it. Raises BadRequest where it has no such
-    choice, as it rounds nothing.
+    """The recipe with what CALIBRATOR, ROUNDING, PLACEMENT, FORCE and MAX_DROP ask of it. Raises BadRequest where it
+    has no such choice, as it rounds nothing.
     """
     changes: dict[str, object] = {}
     if request.calibrator != "auto":
         changes["calibrator"] = pick("calibrator", request.calibrator, CALIBRATORS)
+    if request.rounding != "auto":
+        changes["rounding"] = pick("rounding", request.rounding, ROUNDINGS)
     if request.placement:
         changes["placement"] = placement.parse(request.placement)
     if request.force:
@@ -381,6 +394,7 @@ def _parser() -> argparse.ArgumentParser:
         ("sizes", ""),
         ("recipes", ""),
         ("calibrator", "auto"),
+        ("rounding", "auto"),
         ("placement", ""),
         ("max_drop", ""),
         ("force", ""),

@@ -112,6 +112,7 @@ _REPAIRS: Final = {  # as `calibration.repairs` reports them: the first two with
     "equalized": "channels of like ranges",
     "calibrated": "with the ranges below",
     "bias": "biases corrected",
+    "adaptive": "weights fitted and rounded adaptively",
 }
 
 

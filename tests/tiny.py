@@ -38,6 +38,7 @@ VARIABLES = (
     "INTERFACE",
     "DEPLOYMENT",
     "CALIBRATOR",
+    "ROUNDING",
     "PLACEMENT",
     "MAX_DROP",
     "FORCE",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.fx import GraphModule
@@ -112,3 +113,16 @@ def test_other_weights_are_another_identity() -> None:
         next(other.parameters()).mul_(1.0001)
     found = [calibrate.identity(model, PTQ, images("train"), [0], seed=0) for model in (one, other)]
     assert found[0]["weights"] != found[1]["weights"]
+
+
+def test_a_split_is_what_calibration_draws_with_the_float_logits_of_the_held_out_images(
+    chosen: dict[str, Any],
+) -> None:
+    model, train = seeded(Hybrid).eval(), images("train")
+    drawn = calibrate.split(model, PTQ, train, seed=0)
+    order = train.stratified(PTQ.samples, 0)
+    assert (*drawn.held_out, *drawn.observed) == tuple(order) and len(drawn.held_out) == chosen["held_out_images"]
+    assert np.array_equal(drawn.reference, program.logits(model, train.batches(32, list(drawn.held_out))))
+    assert len(drawn.images(10)) == 10
+    prepared = prepare(model, SHARED, 16, PTQ.placement)
+    assert calibrate.calibrate(prepared, model, PTQ, train, seed=0, drawn_split=drawn) == chosen

@@ -13,14 +13,15 @@ from torch.fx import GraphModule
 
 from calibration import program
 from calibration.batches import Images
-from calibration.calibrate import fake_quants
+from calibration.calibrate import fake_quants, split
 from calibration.data import Part
 from calibration.equalize import Peaks, equalize, factors
 from calibration.metrics import snr_db
 from calibration.placement import parse
-from calibration.quantize import calibrated, equalized, quantize, traced
+from calibration.quantize import calibrated, equalized, equalized_again, quantize, traced
 from calibration.recipe import Ptq
 from calibration.scheme import AFFINE, SHARED, Scheme
+from calibration.sufficiency import sufficiency
 from models._layers import Attention
 from tests.tiny import SIDE
 from tests.toys import CLASSES, PREPROCESS, Hybrid, Untested, images, seeded
@@ -228,3 +229,30 @@ def test_the_report_tells_what_was_repaired() -> None:
 def test_a_few_forced_images_are_no_obstacle(samples: int) -> None:
     prepared = calibrated(seeded(Hybrid).eval(), replace(PTQ, samples=samples), SHARED, images("train"), seed=0)
     assert all(torch.isfinite(quantizer.scale).all() for quantizer in fake_quants(prepared))
+
+
+@pytest.mark.parametrize("scheme", [SHARED, AFFINE], ids=["symmetric", "affine"])
+def test_the_choice_can_be_repeated_without_the_trials(scheme: Scheme) -> None:
+    network = seeded(Chain).eval()
+    spread(network)
+    drawn = split(network, PTQ, images("train"), seed=0)
+    prepared, report = equalized(network, PTQ, scheme, images("train"), seed=0, drawn=drawn)
+    chosen = report["equalized"]
+    assert isinstance(chosen, dict) and chosen["strength"] is not None
+    again = equalized_again(network, PTQ, scheme, drawn, chosen["strength"])
+    plain = equalized_again(network, PTQ, scheme, drawn, None)
+    pairs = list(zip(prepared.parameters(), again.parameters(), strict=True))
+    assert pairs and all(torch.equal(one, other) for one, other in pairs)
+    assert not all(torch.equal(one, other) for one, other in zip(plain.parameters(), again.parameters(), strict=True))
+
+
+def test_the_curve_ends_at_the_network_that_was_calibrated() -> None:
+    network, recipe = seeded(Chain).eval(), replace(PTQ, rounding="nearest")
+    spread(network)
+    train, val = images("train"), images("val")
+    made = quantize(network, recipe, SHARED, train, val, seed=0)
+    points = sufficiency(network, recipe, made.report, SHARED, train, val, seed=0)
+    batches = list(val.batches(32))
+    found = snr_db(program.logits(network, batches), program.logits(made.program.module(), batches))
+    assert points[-1].snr_db == pytest.approx(found, abs=0.1)
+    assert len(points) > 1

@@ -1,4 +1,4 @@
-"""A calibration is cached under all that it depends on: each of seven ingredients changes its key."""
+"""A calibration is cached under all that it depends on: each ingredient changes its key."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "seed and order": {"seed": 1},
     "number of images": {"recipe": replace(PTQ, samples=128)},
     "algorithm": {"recipe": replace(PTQ, calibrator="entropy")},
+    "rounding": {"recipe": replace(PTQ, rounding="nearest")},
     "force": {"recipe": replace(PTQ, force=True)},
     "untrained weights": {"trained": False},
 }
@@ -73,7 +74,7 @@ def test_each_version_changes_the_key(monkeypatch: pytest.MonkeyPatch, package: 
     assert key(tiny_run()) != before
 
 
-@pytest.mark.parametrize("module", ["calibration.calibrate", "calibration.calibrators"])
+@pytest.mark.parametrize("module", ["calibration.calibrate", "calibration.calibrators", "calibration.adaptive"])
 def test_the_code_of_the_calibrators_is_part_of_the_key(module: str) -> None:
     code = stages.quantized(tiny_run()).ingredients["code"]
     assert isinstance(code, dict) and module in code
