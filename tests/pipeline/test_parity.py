@@ -150,7 +150,8 @@ class Rounding(torch.nn.Module):
         x = image * 2
         x = x.relu() if self.relu else x
         rounded = ops.quantize_per_tensor(x, 0.5, 0, -128, 127, torch.int8)
-        return ops.dequantize_per_tensor(rounded, 0.5, 0, -128, 127, torch.int8).mean((2, 3))
+        restored: torch.Tensor = ops.dequantize_per_tensor(rounded, 0.5, 0, -128, 127, torch.int8)
+        return restored.mean((2, 3))
 
 
 def forced_reference(relu: bool) -> forcing.Reference:
@@ -217,7 +218,7 @@ def test_names_are_shared_where_both_programs_compute_equal_tensors() -> None:
 
     def traced(forward: Callable[[torch.Tensor], torch.Tensor]) -> torch.fx.GraphModule:
         module = torch.nn.Module()
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         return programs.export(module, 8).module()
 
     one = traced(lambda x: ((x + 1) * 2 + 3).mean((2, 3)))
