@@ -149,7 +149,7 @@ bench-prove: $(READY) ## the proofs of MODELS="mobilevit_xs swin_mini": one line
 bench-qat: $(READY) ## what a step of quantization-aware training costs, in float steps; needs no data
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
 
-bench-qat-gain: $(READY) ## the worth of training where PTQ is not enough: weights of 4 bits on the digits, three seeds
+bench-qat-gain: $(READY) ## the worth of training where PTQ is not enough: weights of 3 bits on the digits, three seeds
 	@$(VENV)/bin/python -m tests.bench_qat_gain $$MODELS
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
 
