@@ -190,7 +190,7 @@ bench-qat: $(READY) ## what a step of quantization-aware training costs, in floa
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL"
 	@$(VENV)/bin/python -m tests.bench_qat "$$MODEL" 256 10
 
-bench-qat-gain: $(READY) ## the worth of training where PTQ is not enough: weights of 4 bits on the digits, three seeds
+bench-qat-gain: $(READY) ## the worth of training where PTQ is not enough: weights of 3 bits on the digits, three seeds
 	@$(VENV)/bin/python -m tests.bench_qat_gain $$MODELS
 
 bench-store: $(READY) ## what it costs to check the digests of artifacts, in percent of a cached make engine

@@ -1,7 +1,8 @@
 """Quantization-aware training: fine-tune a calibrated graph through its rounding, to answer as the float model does.
 
-It starts from the ranges and the weights of post-training quantization, and is judged by the same measure: of that
-start and of every epoch, the best one on the validation part is kept, so that training never costs accuracy there.
+It starts from the ranges and the weights of post-training quantization, and is judged by the same measure, on the
+validation part: the latest epoch that is better than that start, and no worse beyond chance than the best epoch, is
+kept, so that training never costs accuracy there.
 BatchNorms are folded before, so there are no statistics to freeze; the few that stay (behind an activation) were traced
 in evaluation mode and stand still from the first step.
 
@@ -57,6 +58,7 @@ _STEP_SIZE_RATE: Final = 40.0
 # below the start and beyond chance. (A loss that is no number stops the training where it is met.)
 _LOSS_GROWTH: Final = 3.0
 _POINTS_BELOW, _EPOCHS_BELOW = 5.0, 3
+_STANDARD_ERRORS: Final = 2.0  # of a mean difference in squared error: above these it counts
 _CHANCE: Final = 0.01  # of a difference in top-1: below this probability it counts
 
 
@@ -79,6 +81,7 @@ class _Judgement:
     top1: float  # percent
     db: float
     right: tuple[bool, ...]  # for each image
+    errors: tuple[float, ...]  # mean squared error of the logits, for each image
 
     def better_than(self, other: _Judgement) -> bool:
         """By top-1 where that differs beyond chance, otherwise by decibels, whose noise is far smaller: three answers
@@ -88,13 +91,21 @@ class _Judgement:
             return False
         return _chance(other.right, self.right) < _CHANCE or (self.db, self.top1) >= (other.db, other.top1)
 
+    def keeps_up_with(self, other: _Judgement) -> bool:
+        """Whether neither top-1 nor the squared error is worse beyond chance."""
+        if _chance(self.right, other.right) < _CHANCE:
+            return False
+        grown = np.subtract(self.errors, other.errors)
+        noise = float(grown.std()) / math.sqrt(len(grown))
+        return float(grown.mean()) <= _STANDARD_ERRORS * noise
+
 
 @dataclass(kw_only=True, slots=True)
 class _Progress:
     """Where a training stands."""
 
     best: dict[str, Any]  # weights and ranges
-    judged: _Judgement  # of the best
+    peak: _Judgement  # of the epoch with the most decibels, or of the start
     rate: float = 1.0  # the factor of the learning rate
     best_epoch: int = 0  # counted from 1; 0: the start
     epochs: list[QatEpoch] = field(default_factory=list)
@@ -197,9 +208,13 @@ def _note(
             seconds=round(seconds, 3),
         )
     )
-    if found.better_than(at.judged):
-        at.best, at.judged, at.best_epoch = copy.deepcopy(prepared.state_dict()), found, len(at.epochs)
-    if not found.better_than(start):
+    if found.better_than(start):
+        # Rates fall and losses with them, so a later epoch is kept unless it is worse beyond chance: the best of many
+        # epochs by a few dozen images is a lucky one.
+        if not at.best_epoch or found.keeps_up_with(at.peak):
+            at.best, at.best_epoch = copy.deepcopy(prepared.state_dict()), len(at.epochs)
+        at.peak = max(at.peak, found, key=lambda judged: judged.db)
+    else:
         at.rate /= _BACK_OFF
     at.stopped = diverged(at.epochs, start.top1)
 
@@ -334,7 +349,8 @@ def _mixed(device: torch.device) -> bool:
 def _judged(prepared: GraphModule, reference: Logits, labels: Labels, val: Images) -> _Judgement:
     found, _ = predictions(prepared, val)
     right = tuple((found.argmax(1) == labels).tolist())
-    return _Judgement(top1=top1(found, labels), db=round(snr_db(reference, found), 3), right=right)
+    errors = tuple(np.square(found - reference, dtype=np.float64).mean(1).tolist())
+    return _Judgement(top1=top1(found, labels), db=round(snr_db(reference, found), 3), right=right, errors=errors)
 
 
 def _chance(one: Sequence[bool], other: Sequence[bool]) -> float:
@@ -375,17 +391,17 @@ def _begun(
     """Where to go on: from the checkpoint, which the networks and the optimizer are set to, or from the start."""
     saved = checkpoint.load() if checkpoint else None
     if saved is None:
-        return _Progress(best=copy.deepcopy(prepared.state_dict()), judged=start)
+        return _Progress(best=copy.deepcopy(prepared.state_dict()), peak=start)
     prepared.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     for value, kept in zip(average.values, saved["average"], strict=True):
         value.copy_(kept)
     epochs = [QatEpoch(**epoch) for epoch in saved["epochs"]]
     log.info("QAT goes on after epoch %d, from %s", len(epochs), checkpoint.path if checkpoint else "")
-    judged = {**saved["judged"], "right": tuple(saved["judged"]["right"])}
+    peak = {**saved["peak"], **{name: tuple(saved["peak"][name]) for name in ("right", "errors")}}
     return _Progress(
         best=saved["best"],
-        judged=_Judgement(**judged),
+        peak=_Judgement(**peak),
         rate=saved["rate"],
         best_epoch=saved["best_epoch"],
         epochs=epochs,
@@ -403,7 +419,7 @@ def _save(
             "optimizer": optimizer.state_dict(),
             "average": average.values,
             "best": at.best,
-            "judged": {**asdict(at.judged), "right": list(at.judged.right)},
+            "peak": {**asdict(at.peak), "right": list(at.peak.right), "errors": list(at.peak.errors)},
             "rate": at.rate,
             "best_epoch": at.best_epoch,
             "epochs": [asdict(epoch) for epoch in at.epochs],

@@ -2,9 +2,8 @@
 taken in turns.
 
 Run it with `make bench-qat`, or `python -m tests.bench_qat [MODEL] [SIZE] [ROUNDS]`. Only ratios are printed, the
-median of all rounds and the 10th and 90th percentile: on a shared machine, seconds say little. Where it is not said
-otherwise, a quantized step asks the float teacher, too, which a float step does not. Ends with what was missed of the
-figure asked for.
+median of all rounds and the 10th and 90th percentile: on a shared machine, seconds say little. The float teacher is no
+part of a step: a training asks it once for every image. Ends with what was missed of the figure asked for.
 """
 
 from __future__ import annotations
@@ -90,9 +89,7 @@ def steps(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Step]:
         _FOLLOWING: _step(_calibrated(model, images, "train"), model, images),
         _FROZEN: _step(_calibrated(model, images, "frozen"), model, images),
         _LEARNED: _step(_calibrated(model, images, "learn"), model, images),
-        f"{_FOLLOWING}, no teacher": _float_step(_calibrated(model, images, "train"), images, labels),
         "torchao's own": _step(plain, model, images),
-        "torchao's own, no teacher": _float_step(copy.deepcopy(plain), images, labels),
     }
 
 

@@ -1,6 +1,6 @@
-"""The worth of quantization-aware training where post-training quantization is not enough: weights of 4 bits.
+"""The worth of quantization-aware training where post-training quantization is not enough: weights of 3 bits.
 
-    python -m tests.bench_qat_gain [MODEL ...] [--seeds 0 1 2] [--bits 4] [--size 32] [--epochs N] [--rate R]
+    python -m tests.bench_qat_gain [MODEL ...] [--seeds 0 1 2] [--bits 3] [--size 32] [--epochs N] [--rate R]
 
 Small models on the digits at 32 pixels, in torch, on the test part; activations keep 8 bits. A seed decides the float
 weights, the calibration images and the order of training. A row is a model and a seed: top-1 in percent of float, of
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from calibration.metrics import Logits
     from calibration.scheme import Scheme
 
-MODELS = ("transcnn_mini", "hatnet_mini")
-BITS, SIZE, EPOCHS, RATE = 4, 32, 8, 0.03
+MODELS = ("transcnn_mini",)
+BITS, SIZE, EPOCHS, RATE = 3, 32, 5, 0.03
 
 _ROW = "{:18} {:>4} {:>7}   {:>7} {:>6}   {:>7} {:>6}   {:>6} {:>8}"
 
