@@ -151,6 +151,17 @@ def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
         assert answer["key"] == stages.quantized(tiny_run(recipe, "cpu")).key
 
 
+def test_calibrate_gives_the_top1_of_the_float_model_beside_its_own(
+    shared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run("int8_ptq", "cpu")
+    with caplog.at_level("INFO", logger="edgeline"):
+        answer = verbs.calibrate(run, shared)
+    report = json.loads((Store(shared).path(stages.weights(run)) / "report.json").read_text())
+    assert answer["float_top1"] == report["test_top1"] == 100
+    assert "float model: top-1 100.00 % on the same images" in caplog.text
+
+
 def test_verify_looks_at_the_engine_again(shared: Path) -> None:
     answer = verbs.verify(tiny_run("int8_ptq", "onnxruntime"), shared)
     assert answer.keys() >= {"artifact", "key", "cached", "files"} | VERIFIED
