@@ -36,7 +36,7 @@ ADDITIONS: Final = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 _RIDGES: Final = (1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal of H
 _DAMPING: Final = 1e-2  # of H where rounding is chosen, times its mean diagonal, for inputs that never vary
 _POSITIONS: Final = 16384  # of a layer's outputs that its moments are taken from, evenly spaced over all images
-_LARGEST: Final = 4608  # inputs of an output channel, such as 512 channels of 3x3; beyond, a layer keeps its weights
+_LARGEST: Final = 2304  # inputs of an output channel, such as 256 channels of 3x3; others stay: solving takes the cube
 _SWEEPS: Final = 4  # of coordinate descent, over all weights of a channel
 
 

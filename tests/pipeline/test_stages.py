@@ -172,6 +172,17 @@ def test_qat_and_float_training_take_the_epochs_that_are_asked_for(tmp_path: Pat
     assert isinstance(answer["float_top1"], float)
 
 
+def test_calibrate_gives_the_top1_of_the_float_model_beside_its_own(
+    shared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run("int8_ptq", "cpu")
+    with caplog.at_level("INFO", logger="edgeline"):
+        answer = verbs.calibrate(run, shared)
+    report = json.loads((Store(shared).path(stages.weights(run)) / "report.json").read_text())
+    assert answer["float_top1"] == report["test_top1"] == 100
+    assert "float model: top-1 100.00 % on the same images" in caplog.text
+
+
 def test_verify_looks_at_the_engine_again(shared: Path) -> None:
     answer = verbs.verify(tiny_run("int8_ptq", "onnxruntime"), shared)
     assert answer.keys() >= {"artifact", "key", "cached", "files"} | VERIFIED
