@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 from calibration import program
 from calibration.carried import Activation, Carried, Weight, carried
+from calibration.recipe import Ptq
 from models.errors import BadRequest, CheckFailed
 from pipeline import proof as proofs
 from pipeline.prove import checked, made, proof, prove, typed
@@ -105,6 +107,19 @@ def test_all_artifacts_of_one_checkpoint_carry_its_numbers(shared: Path, caplog:
     assert again == {name: value for name, value in answer.items() if name != "cached"}
     listed = json.loads((Path(str(answer["artifact"])) / "proof.json").read_text())
     assert listed["modules"] == answer["modules"]
+
+
+def test_weights_that_were_rounded_adaptively_are_carried_as_they_are(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rising = itertools.count(100.0)  # decibels: every correction is kept
+    monkeypatch.setattr("calibration.repairs._rounded_db", lambda *_: next(rising))
+    assert isinstance(RUN.recipe, Ptq)
+    run = replace(RUN, recipe=replace(RUN.recipe, rounding="adaptive", bias_correction=False))
+    answer: dict[str, Any] = prove(run, shared)
+    report = json.loads((Store(shared).get(made(run)["quantized"]).path / "report.json").read_text())
+    assert report["repairs_db"]["adaptive"] > report["calibrators_db"][report["calibrator"]]  # it was kept
+    assert [answer[verdict] for verdict in proofs.VERDICTS] == [3, 0, 0, 0]
 
 
 def test_every_number_is_compared(folders: Folders, layers: dict[str, Carried]) -> None:
