@@ -304,7 +304,8 @@ def _is_colour(value: object) -> bool:
         isinstance(value, tuple | list)
         and len(value) == 3
         and all(
-            isinstance(part, numbers.Integral) and not isinstance(part, bool) and 0 <= part <= 255 for part in value
+            isinstance(part, numbers.Integral) and not isinstance(part, bool) and int(part) in range(256)
+            for part in value
         )
     )
 

@@ -311,7 +311,7 @@ def test_what_was_computed_for_two_operators_in_place_serves_both(call: Callable
 
 
 def seen_before_and_after(m: Any, x: Tensor) -> Tensor:
-    y = m.a(x)
+    y: Tensor = m.a(x)
     view = y[:, :2]
     before = view.relu()
     y.mul_(-1)
@@ -319,7 +319,7 @@ def seen_before_and_after(m: Any, x: Tensor) -> Tensor:
 
 
 def changed_between(m: Any, x: Tensor) -> Tensor:
-    y = m.a(x)
+    y: Tensor = m.a(x)
     before = y.relu()
     y.add_(1)
     return before + y.relu()
