@@ -1,5 +1,7 @@
 """Exact simplifications of a traced network, made before anything is quantized, so that every artifact has them.
 
+- Equal operators of equal inputs, such as a module called twice on one tensor, become one operator: every converter
+  merges them, and layers are held against the artifacts one by one.
 - What depends on parameters and constants alone becomes one constant: relative position biases with their shift masks,
   products of two convolutions' weights.
 - A BatchNorm becomes part of the convolution before it, or of all convolutions and linear layers that follow it
@@ -11,7 +13,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, cast
 
 import torch
@@ -37,6 +39,7 @@ _RANDOM = frozenset({_ATEN.rand.default, _ATEN.randn.default, _ATEN.bernoulli.de
 def fold(graph: GraphModule) -> None:
     """Simplify `graph`, traced in evaluation mode, in place."""
     spell_out_padding(graph)
+    merge_equal_operators(graph)
     fold_constants(graph)
     fold_batch_norms(graph)
     _drop_unused(graph)
@@ -60,6 +63,109 @@ def spell_out_padding(graph: GraphModule) -> None:
         bias, stride = _argument(node, 2, None), _argument(node, 3, [1, 1])
         node.args = (*node.args[:2], bias, stride, padding, dilation, _argument(node, 6, 1))
     graph.recompile()
+
+
+def merge_equal_operators(graph: GraphModule) -> None:
+    """Compute equal operators of equal inputs once (common subexpression elimination). Random operators stay, and so do
+    those that read or write what an operator changes in place, except where that operator is the only reader.
+    """
+    changing = _unstable(graph)
+    first: dict[Hashable, Node] = {}
+    for node in list(graph.graph.nodes):
+        if node in changing or any(entry in changing for entry in node.all_input_nodes):
+            continue
+        key = _identity(graph, node)
+        if key is None:
+            continue
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            for user in (*kept.users, *node.users):
+                _leave_input(user)  # it is no longer the only reader
+            node.replace_all_uses_with(kept)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _identity(graph: GraphModule, node: Node) -> Hashable | None:
+    """Equal for nodes that compute the same value; None where a node is random, or no operator."""
+    if node.op == "get_attr":
+        return id(stored_tensor(graph, node))
+    if node.target is not operator.getitem and not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    return None if _is_random(node) else (_functional(node) or node.target, _frozen(node.args), _frozen(node.kwargs))
+
+
+def _frozen(value: object) -> Hashable:
+    """An argument of an operator as a key: 1, 1.0 and True differ."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((name, _frozen(value[name])) for name in sorted(value))
+    return value if isinstance(value, Node) else (type(value), repr(value))
+
+
+def _is_random(node: Node) -> bool:
+    """Whether an operator draws random numbers; dropout does so in training alone."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = [argument.name for argument in node.target._schema.arguments[: len(node.args)]]
+    values = dict(zip(given, node.args, strict=True)) | node.kwargs
+    if "train" in values:
+        return bool(values["train"])
+    draws_by_default = all(argument.name != "dropout_p" for argument in node.target._schema.arguments)
+    return bool(values.get("dropout_p", draws_by_default))
+
+
+def _unstable(graph: GraphModule) -> set[Node]:
+    """What some operator writes to, its views before and behind; not what its only reader writes to, as an in-place
+    activation does.
+    """
+    unstable = _changed_in_place(graph, written=lambda node: not _owns_input(node))
+    for node in graph.graph.nodes:
+        if unstable.intersection(node.all_input_nodes) and _is_view(node):
+            unstable.add(node)
+    return unstable
+
+
+def _owns_input(node: Node) -> bool:
+    """Whether an operator, in place, is the only reader of a value that is no view of another one."""
+    before = node.args[0] if node.args else None
+    if not isinstance(before, Node) or before.op != "call_function" or len(before.users) > 1:
+        return False
+    if _functional(node) is None or before.target in (_ATEN.dropout.default, operator.getitem):
+        return False
+    return not _is_view(before) or (_is_mutable(before) and _owns_input(before))
+
+
+def _leave_input(node: Node) -> None:
+    """Exchange an operator in place for its like that returns a new tensor."""
+    functional = _functional(node)
+    if functional is not None:
+        node.target = functional
+
+
+def _functional(node: Node) -> torch._ops.OpOverload | None:
+    """`relu` of `relu_`: an operator of the same arguments that leaves its input; None where there is none."""
+    if not _is_mutable(node):
+        return None
+    target = cast("torch._ops.OpOverload", node.target)
+    name = target._schema.name.partition("::")[2].removesuffix("_")
+    found = getattr(getattr(_ATEN, name, None), target._overloadname, None)
+    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
+        return None
+    kinds = [[argument.real_type.kind() for argument in made._schema.arguments] for made in (found, target)]
+    return found if kinds[0] == kinds[1] and not node.kwargs else None  # dropout_(self, ...), dropout(input, ...)
+
+
+def _is_mutable(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_view(node: Node) -> bool:
+    """Whether the result may share memory with an input."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return any(returned.alias_info for returned in node.target._schema.returns)
 
 
 def fold_constants(graph: GraphModule) -> None:
@@ -246,14 +352,14 @@ def _is_stored(value: object) -> bool:
     return isinstance(value, Node) and value.op == "get_attr"
 
 
-def _changed_in_place(graph: GraphModule) -> set[Node]:
-    """What some operator writes to, and all that it is a view of."""
+def _changed_in_place(graph: GraphModule, written: Callable[[Node], bool] = lambda node: True) -> set[Node]:
+    """What some operator writes to, and all that it is a view of; `written`: which of the operators in place count."""
     changing: set[Node] = set()
     for node in reversed(graph.graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         schema = node.target._schema
-        if schema.is_mutable:
+        if schema.is_mutable and written(node):
             changing |= {node, *node.all_input_nodes[:1]}
         elif node in changing and any(returned.alias_info for returned in schema.returns):
             changing |= set(node.all_input_nodes[:1])

@@ -271,6 +271,10 @@ def _problem(spec: ModelSpec) -> str | None:
         return f"has crop={_short(preprocess.crop)}, expected a crop above 0 and up to 1"
     if preprocess.interpolation not in ("bilinear", "bicubic"):
         return f"has interpolation={_short(preprocess.interpolation)}, expected the interpolation bilinear or bicubic"
+    if not _is_colour(preprocess.background):
+        return (
+            f"has background={_short(preprocess.background)}, expected three integers from 0 to 255: red, green, blue"
+        )
     for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
         numbers_of_colours = isinstance(values, tuple | list) and len(values) == 3 and all(map(_is_number, values))
         if not numbers_of_colours or (name == "std" and min(values) <= 0):
@@ -295,12 +299,30 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_colour(value: object) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 3
+        and all(
+            isinstance(part, numbers.Integral) and not isinstance(part, bool) and int(part) in range(256)
+            for part in value
+        )
+    )
+
+
 def _plain(preprocess: Preprocess) -> Preprocess:
     """The same numbers as Python's own: numpy's are no part of a key."""
     red, green, blue = map(float, preprocess.mean)
     deviations = tuple(map(float, preprocess.std))
     crop = float(preprocess.crop)
-    return replace(preprocess, crop=crop, mean=(red, green, blue), std=(deviations[0], deviations[1], deviations[2]))
+    background = tuple(map(int, preprocess.background))
+    return replace(
+        preprocess,
+        crop=crop,
+        mean=(red, green, blue),
+        std=(deviations[0], deviations[1], deviations[2]),
+        background=(background[0], background[1], background[2]),
+    )
 
 
 def _short(value: object) -> str:

@@ -275,3 +275,79 @@ def test_what_did_not_train_does_not_train_when_folded() -> None:
     conv = nn.Conv2d(3, 4, 1).requires_grad_(False)
     graph = folded(nn.Sequential(conv, nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1)))
     assert sorted(tuple(parameter.shape) for parameter in graph.parameters()) == [(5,), (5, 4, 1, 1)]
+
+
+def operators(graph: GraphModule) -> list[str]:
+    return [str(node.target).split(".")[1] for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_module_called_twice_on_one_tensor_is_computed_once(inplace: bool) -> None:
+    block = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace), nn.Dropout(0.5, inplace))
+    graph = folded(Net(lambda m, x: m.block(x) + m.block(x), block=block))
+    assert [name.rstrip("_") for name in operators(graph)] == ["conv2d", "relu", "dropout", "add"]
+
+
+def test_weights_that_are_computed_twice_are_one() -> None:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3))
+    assert operators(folded(Net(lambda m, x: m.conv(x).sin() * m.conv(x).cos(), conv=conv))) == [
+        "conv2d",
+        "sin",
+        "cos",
+        "mul",
+    ]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: m.a(x).relu_() + m.a(x).sigmoid_(),
+        lambda m, x: m.a(x).relu_() + m.a(x),
+        lambda m, x: m.a(x) + m.a(x).relu_().mul_(3),
+    ],
+)
+def test_what_was_computed_for_two_operators_in_place_serves_both(call: Callable[[Any, Tensor], Tensor]) -> None:
+    assert count(folded(Net(call, a=nn.Conv2d(3, 3, 1))), aten.conv2d.default) == 1
+
+
+def seen_before_and_after(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m.a(x)
+    view = y[:, :2]
+    before = view.relu()
+    y.mul_(-1)
+    return before + view.relu()
+
+
+def changed_between(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m.a(x)
+    before = y.relu()
+    y.add_(1)
+    return before + y.relu()
+
+
+@pytest.mark.parametrize("call", [seen_before_and_after, changed_between])
+def test_a_value_that_changes_between_two_operators_is_read_twice(call: Callable[[Any, Tensor], Tensor]) -> None:
+    assert count(folded(Net(call, a=nn.Conv2d(3, 3, 1))), aten.relu.default) == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: m.a(x) + m.b(x),
+        lambda m, x: x.clamp(0, 1).sum(1, keepdim=True) + x.clamp(0, 2).sum(1, keepdim=True),
+        lambda m, x: x.sum(1, keepdim=True) + x.sum(1, keepdim=True, dtype=torch.float64),
+    ],
+)
+def test_operators_that_differ_are_left_alone(call: Callable[[Any, Tensor], Tensor]) -> None:
+    net = Net(call, a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1))
+    graph = program.export(net.eval(), SIDE).module()
+    before = operators(graph)
+    fold(graph)
+    assert operators(graph) == before
+
+
+def test_random_numbers_are_drawn_twice() -> None:
+    net = Net(lambda m, x: nn.functional.dropout(x, 0.5) * nn.functional.dropout(x, 0.5) + torch.rand_like(x))
+    graph = program.export(net.eval(), SIDE).module()
+    fold(graph)
+    assert operators(graph) == ["dropout", "dropout", "mul", "rand_like", "add"]

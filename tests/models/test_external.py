@@ -182,6 +182,17 @@ def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypat
             NET + SPEC.replace("crop=1.0", "interpolation=2"),
             r"has interpolation=2, expected the interpolation bilinear",
         ),
+        (NET + SPEC.replace("crop=1.0", "background='white'"), r"has background='white', expected three integers from"),
+        (NET + SPEC.replace("crop=1.0", "background=None"), r"has background=None, expected three integers from 0 to"),
+        (NET + SPEC.replace("crop=1.0", "background=(0, 0)"), r"has background=\(0, 0\), expected three integers from"),
+        (
+            NET + SPEC.replace("crop=1.0", "background=(0, 0, 256)"),
+            r"has background=\(0, 0, 256\), expected three inte",
+        ),
+        (
+            NET + SPEC.replace("crop=1.0", "background=(0, 0.5, 1)"),
+            r"has background=\(0, 0\.5, 1\), expected three int",
+        ),
         (NET + SPEC.replace("crop=1.0", "interpolation=[]"), r"has interpolation=\[\], expected the interpolation"),
         (
             NET + SPEC.replace('network="net"', "network=None"),
@@ -223,10 +234,17 @@ def test_a_format_whose_pattern_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_numbers_of_numpy_become_pythons(tmp_path: Path) -> None:
     numbers = "import numpy\nONE = numpy.float32(1)\n"
-    text = NET + numbers + SPEC.replace("crop=1.0", "crop=ONE, mean=numpy.zeros(3).tolist(), std=[ONE, ONE, 2]")
+    text = (
+        NET
+        + numbers
+        + SPEC.replace(
+            "crop=1.0", "crop=ONE, mean=numpy.zeros(3).tolist(), std=[ONE, ONE, 2], background=[numpy.uint8(9)] * 3"
+        )
+    )
     preprocess = found(f"{written(tmp_path, text)}:net").preprocess
-    assert preprocess == Preprocess(size=48, crop=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 2.0))
+    assert preprocess == Preprocess(size=48, crop=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 2.0), background=(9, 9, 9))
     assert {type(number) for number in (preprocess.crop, *preprocess.mean, *preprocess.std)} == {float}
+    assert {type(number) for number in preprocess.background} == {int}
 
 
 CLASS = """
