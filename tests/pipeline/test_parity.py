@@ -27,7 +27,7 @@ from targets.base import Export
 from targets.cpu import CpuTarget
 from tests import faults
 from tests.faults import ALL as FAULTS
-from tests.half_networks import GeneralizedMean, net
+from tests.half_networks import GeneralizedMean, LogOfZeros, NormalizedZeros, net
 from tests.toys import toy_export
 
 INTEGER_FAULTS = {"two channels' scales swapped", "saturation off by one"}  # that a float graph has no place for
@@ -206,7 +206,7 @@ def test_a_wrong_operator_that_stays_in_float32_is_found(tmp_path: Path) -> None
     model = typed_onnx(export)
     (root,) = (node for node in model.graph.node if node.name == "node_pow_2")
     (exponent,) = (tensor for tensor in model.graph.initializer if tensor.name == root.input[1])
-    exponent.CopyFrom(onnx.numpy_helper.from_array(np.float32(0.34), exponent.name))
+    exponent.CopyFrom(onnx.numpy_helper.from_array(np.array(0.34, np.float32), exponent.name))
     with pytest.raises(CheckFailed, match=r"^operator `pow_2` of typed does not match the torch program"):
         typed_parity(export, tmp_path, model)
 
