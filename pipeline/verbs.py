@@ -153,7 +153,7 @@ def _as(run: Run, recipe: str) -> Run:
     from pipeline.sensitivity import calibrating
 
     ptq, made = calibrating(run), calibration.recipe.ALL[recipe]
-    kept = {name: getattr(ptq, name) for name in ("calibrator", "placement", "force")}
+    kept = {name: getattr(ptq, name) for name in ("calibrator", "rounding", "placement", "force")}
     made = calibration.recipe.scheduled(made, run.tuning)
     return replace(run, recipe=calibration.recipe.with_ptq(made, **kept))
 
