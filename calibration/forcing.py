@@ -45,11 +45,17 @@ class Reference:
 
 
 def reference(
-    graph: GraphModule, images: Tensor, names: Collection[str] | None = None, *, float_type: FloatType = "f32"
+    graph: GraphModule,
+    images: Tensor,
+    names: Collection[str] | None = None,
+    *,
+    float_type: FloatType = "f32",
+    wide: Collection[str] = (),
 ) -> Reference:
     """Run a torch program on `images` (N, 3, S, S). Readers of the nodes in `names` (None: all) receive given values.
 
-    `float_type` is the type that the converted graph states: given values and stored tensors are rounded to it.
+    `float_type` is the type that the converted graph states: given values and stored tensors are rounded to it, except
+    the results of the nodes in `wide`, which that graph holds in float32, and constants that these nodes alone read.
     """
     computed: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
@@ -61,7 +67,10 @@ def reference(
             value = super().run_node(node)
             if not isinstance(value, Tensor):
                 return value
+            stated: FloatType = "f32" if node.name in wide else float_type
             if node.op == "get_attr" and value.dtype == torch.float32:
+                if all(user.name in wide for user in node.users):
+                    return value
                 return _as_typed(value, float_type)  # a graph in half precision holds its weights in it
             named = names is None or node.name in names
             if node.op != "placeholder" and not (node.op == "call_function" and named):
@@ -70,7 +79,7 @@ def reference(
                 computed[node.name] = value
                 if _is_quantizer(node):
                     quantizers[node.name] = _quantizer(node)
-            given[node.name] = _given(node, value, float_type) if value.dtype == torch.float32 else value
+            given[node.name] = _given(node, value, stated) if value.dtype == torch.float32 else value
             if bounds := _clamped(node):
                 clamped[node.name] = bounds
             return given[node.name]

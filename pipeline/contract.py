@@ -348,7 +348,8 @@ def _examples(pictures: Images | None, size: int) -> tuple[Tensor, list[str]]:
 def picture(pictures: Images, index: int) -> str:
     """How the picture at `index` of a part of the data is called: its file, where it has one."""
     parts = getattr(pictures.data, "parts", None)
-    name = str(parts[pictures.part][index][0]) if parts else f"picture {index} of {pictures.data.name}, {pictures.part}"
+    unnamed = f"picture {index} of {pictures.data.name}, {pictures.part}"
+    name = parts[pictures.part][index].file.name if parts else unnamed
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 

@@ -143,7 +143,7 @@ def check(program: ExportedProgram, target: str | None = None) -> None:
     from pipeline.lint import lint
 
     _refuse_errors(lint(program, target))
-    _onnx_program(program)
+    _onnx_program(with_open_rows(program))
 
 
 def _lint(program: ExportedProgram, description: Mapping[str, object], target: str | None) -> None:

@@ -100,16 +100,18 @@ def check(
     *,
     float_type: FloatType = "f32",
     least_db: float | None = None,
+    wide: Collection[str] = (),
 ) -> dict[str, object]:
     """Compare every operator of a converted graph with the torch program `graph` and return the summary.
 
     `images` (N, 3, S, S) are one query. `names` are the tensors that both graphs name. `forced` evaluates the converted
-    graph, `converted` names it in messages, `float_type` is the type that it states for what is not INT8.
+    graph, `converted` names it in messages, `float_type` is the type that it states for what is not INT8, and `wide`
+    are the tensors that it holds in float32 nevertheless.
 
     Raises CheckFailed naming the first operator that differs: integers other than ties, floats below `least_db`
     (default: `LEAST_DB`).
     """
-    expected = reference(graph, images, names, float_type=float_type)
+    expected = reference(graph, images, names, float_type=float_type, wide=wide)
     given = {name: tensor.numpy() for name, tensor in expected.given.items()}
     found = compare(expected, forced(given, expected.computed), float_type=float_type, least_db=least_db)
     found.check(converted)
@@ -117,7 +119,12 @@ def check(
 
 
 def reference(
-    graph: GraphModule, images: Images, names: Collection[str], *, float_type: FloatType = "f32"
+    graph: GraphModule,
+    images: Images,
+    names: Collection[str],
+    *,
+    float_type: FloatType = "f32",
+    wide: Collection[str] = (),
 ) -> Reference:
     """`calibration.forcing.reference` by the names that tensors have in converted graphs; `images` are (N, 3, S, S)."""
     import torch
@@ -127,7 +134,8 @@ def reference(
     (last,) = graph.graph.output_node().all_input_nodes
     renamed = {node.name: _name(node, last) for node in graph.graph.nodes}
     wanted = {name for name, new in renamed.items() if new in names}
-    found = forcing.reference(graph, torch.from_numpy(images), wanted, float_type=float_type)
+    kept = {name for name, new in renamed.items() if new in wide}
+    found = forcing.reference(graph, torch.from_numpy(images), wanted, float_type=float_type, wide=kept)
     quantizers = {renamed[name]: replace(each, source=renamed[each.source]) for name, each in found.quantizers.items()}
     return replace(
         found,

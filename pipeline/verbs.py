@@ -130,11 +130,7 @@ def calibrate(run: Run, root: Path) -> Answer:
     from pipeline import calibration_report
 
     calibrated = _as(run, "int8_ptq")
-    answer = _quantized(calibrated, root)
-    floats = Store(root).get(stages.quantized(calibrated).inputs["weights"])
-    float_top1 = json.loads((floats.path / "report.json").read_text())["test_top1"]
-    log.info("float model: top-1 %.2f %% on the same images", float_top1)
-    return answer | {"float_top1": float_top1} | calibration_report.write(calibrated, root)
+    return _quantized(calibrated, root) | calibration_report.write(calibrated, root)
 
 
 def qat(run: Run, root: Path) -> Answer:
@@ -157,7 +153,7 @@ def _as(run: Run, recipe: str) -> Run:
     from pipeline.sensitivity import calibrating
 
     ptq, made = calibrating(run), calibration.recipe.ALL[recipe]
-    kept = {name: getattr(ptq, name) for name in ("calibrator", "placement", "force")}
+    kept = {name: getattr(ptq, name) for name in ("calibrator", "rounding", "placement", "force")}
     made = calibration.recipe.scheduled(made, run.tuning)
     return replace(run, recipe=calibration.recipe.with_ptq(made, **kept))
 

@@ -183,14 +183,16 @@ def _engine_parity(run: Run, export: Export, engine: Path, program: GraphModule)
     Raises CheckFailed naming the operator that differs.
     """
     float_type: FloatType = run.target.float_type(export.precision)
+    wide: set[str] = set()
     if isinstance(run.target, Forces):
         forced, float_type = partial(run.target.forced, engine), "f32"
     elif graph := run.target.graph(engine):
-        forced = partial(_forced.onnx_tensors, graph)
+        forced, wide = partial(_forced.onnx_tensors, graph), _forced.wide(graph)
     else:
         return None
     name = f"{run.target.name}'s graph"
-    return parity.check(program, _query(run, export), export.tensors(), forced, name, float_type=float_type)
+    names = export.tensors()
+    return parity.check(program, _query(run, export), names, forced, name, float_type=float_type, wide=wide)
 
 
 def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, object]:
@@ -216,7 +218,13 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
     proven = {
         "export": _export_parity(run, export, program),
         run.target.name: parity.check(
-            program, query, export.tensors(), forced, "the bundle's graph", float_type=float_type
+            program,
+            query,
+            export.tensors(),
+            forced,
+            "the bundle's graph",
+            float_type=float_type,
+            wide=_forced.wide(graph),
         ),
     }
 

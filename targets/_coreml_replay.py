@@ -105,7 +105,8 @@ def replay(
     nodes = {node.name: node for node in graph.graph.nodes}
     paired = layer_pairs(package, graph)
     pairs = dict(_pairs(package, graph, paired))
-    expected = forcing.reference(graph, image, set(pairs.values()), float_type=float_type)
+    wide = {pairs[value.name] for value in _values(package) if value.name in pairs and _is_float32(value)}
+    expected = forcing.reference(graph, image, set(pairs.values()), float_type=float_type, wide=wide)
     found: list[Comparison] = []
     left_out = set() if layers else {found.name for _, found in paired}
 
@@ -126,6 +127,17 @@ def replay(
         # A classifier's probabilities follow its logits.
         logits_db=round(snr_db((made if isinstance(made, torch.Tensor) else made[0]).numpy(), logits.numpy()), 1),
     )
+
+
+def _values(package: Package) -> Iterator[Any]:
+    for operation in package.operations:
+        yield from operation.outputs
+
+
+def _is_float32(value: Any) -> bool:
+    from coremltools.converters.mil.mil import types
+
+    return bool(value.dtype == types.fp32)
 
 
 def _pairs(package: Package, graph: GraphModule, layers: Iterable[tuple[Layer, Layer]]) -> Iterator[tuple[str, str]]:

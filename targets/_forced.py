@@ -60,6 +60,13 @@ def onnx_tensors(model: Path | ModelProto, given: Mapping[str, Array], wanted: C
     return dict(zip(shown, session.run(shown, {name: feeds[name] for name in feeds.keys() & read}), strict=True))
 
 
+def wide(model: Path) -> set[str]:
+    """The tensors that an ONNX graph computes in float32."""
+    import onnx
+
+    return {name for name, kind in _element_types(onnx.load(model)).items() if kind == onnx.TensorProto.FLOAT}
+
+
 def _element_types(model: ModelProto) -> dict[str, int]:
     """ONNX element types of the tensors of `model` by name, as far as they can be inferred."""
     import onnx

@@ -151,13 +151,16 @@ def _proved_graph(copy: Export, target: str, fault: str, engine: Path) -> tuple[
     made.build(copy, engine)
     forced: parity.Forced = partial(_forced.onnx_tensors, engine / "model.onnx")
     float_type = made.float_type(copy.precision)
+    wide: set[str] = set()
     if isinstance(made, CpuTarget):
         forced, float_type = partial(made.forced, engine), "f32"
+    else:
+        wide = _forced.wide(engine / "model.onnx")
     with np.load(copy.path / "sample.npz") as sample:
         image = np.ascontiguousarray(sample["images"][:1])
     program = programs.load(copy.program).module()
     return expected, _refusal(
-        lambda: parity.check(program, image, copy.tensors(), forced, "the graph", float_type=float_type)
+        lambda: parity.check(program, image, copy.tensors(), forced, "the graph", float_type=float_type, wide=wide)
     )
 
 

@@ -24,8 +24,9 @@ SIDE, TOKENS = 16, 16
 class Masked(nn.Module):
     """Attention over 16 tokens whose fourth may attend to none; the answer depends on that token alone."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, heads: bool = True) -> None:
         super().__init__()
+        self.heads = heads
         self.stem, self.qkv, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48), nn.Linear(16, 5)
         allowed = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
         allowed[3] = False
@@ -36,26 +37,34 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).flatten(2).transpose(1, 2)
-        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.heads:
+            q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in (q, k, v))
         mask = self.mask
         if self.kind == "computed":
-            mask = (q.mean((1, 3)) > 0)[:, None, None, :].expand(-1, 1, TOKENS, TOKENS) & mask
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+            if self.heads:
+                mask = (q.mean((1, 3)) > 0)[:, None, None, :].expand(-1, 1, TOKENS, TOKENS) & mask
+            else:
+                mask = (q.mean(2) > 0)[:, None, :].expand(-1, TOKENS, TOKENS) & mask
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=None if self.kind == "none" else mask)
+        mixed = mixed.transpose(1, 2).flatten(2) if self.heads else mixed
         logits: Tensor = self.head(mixed[:, 3] + 0.1 * x[:, 3])
         return logits
 
 
-def traced(kind: str) -> tuple[Any, npt.NDArray[np.float32]]:
+def traced(kind: str, *, heads: bool = True) -> tuple[Any, npt.NDArray[np.float32]]:
     torch.manual_seed(0)
     images = torch.randn(4, 3, SIDE, SIDE)
-    return programs.export(Masked(kind).eval(), SIDE), images.numpy()
+    return programs.export(Masked(kind, heads=heads).eval(), SIDE), images.numpy()
 
 
-@pytest.mark.parametrize("kind", ["bool", "float", "computed"])
-def test_a_query_that_may_attend_to_nothing_gets_zeros_in_onnx(kind: str, tmp_path: Path) -> None:
-    program, images = traced(kind)
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "computed"])
+def test_a_query_that_may_attend_to_nothing_gets_zeros_in_onnx(kind: str, heads: bool, tmp_path: Path) -> None:
+    program, images = traced(kind, heads=heads)
     with torch.no_grad():
         expected = program.module()(torch.from_numpy(images)).numpy()
+    exporting.check(programs.export(Masked(kind, heads=heads).eval(), SIDE))
     exporting.export(program, images, {"size": SIDE}, tmp_path)
     assert np.isfinite(expected).all()
     assert snr_db(expected, reference_logits(tmp_path / "model.onnx", images)) > 100

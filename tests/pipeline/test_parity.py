@@ -17,15 +17,18 @@ import targets
 from calibration import forcing
 from calibration import program as programs
 from calibration.metrics import noisiest_channel_db
-from calibration.recipe import FloatType
+from calibration.recipe import FloatType, Precision
 from models.errors import CheckFailed
 from pipeline import parity
 from pipeline.parity import Tensors
 from targets import _forced
+from targets._tensorrt import typed_onnx
 from targets.base import Export
 from targets.cpu import CpuTarget
 from tests import faults
 from tests.faults import ALL as FAULTS
+from tests.half_networks import GeneralizedMean, LogOfZeros, NormalizedZeros, net
+from tests.toys import toy_export
 
 INTEGER_FAULTS = {"two channels' scales swapped", "saturation off by one"}  # that a float graph has no place for
 
@@ -176,6 +179,36 @@ def test_behind_a_clipping_operator_values_are_moved_before_it() -> None:
     assert found.given["mul"].max() > 64 and found.computed["relu"].max() > 64
     assert found.given["relu"].max() <= 63.5 and found.given["relu"].min() == 0
     assert found.clamped["relu"] == (-64.0, 63.5)
+
+
+# --- Operators in float32 in a graph in FP16 -------------------------------------------------------------------------
+
+
+def typed_parity(export: Export, path: Path, model: onnx.ModelProto) -> dict[str, object]:
+    onnx.save(model, path / "typed.onnx")
+    forced, wide = partial(_forced.onnx_tensors, path / "typed.onnx"), _forced.wide(path / "typed.onnx")
+    program = programs.load(export.program).module()
+    return parity.check(program, query(export), export.tensors(), forced, "typed", float_type="f16", wide=wide)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("part", [GeneralizedMean, NormalizedZeros, LogOfZeros], ids=lambda part: str(part.__name__))
+def test_operators_that_stay_in_float32_match(
+    tmp_path: Path, part: type[torch.nn.Module], precision: Precision
+) -> None:
+    export = toy_export(tmp_path, precision, network=net(part))
+    assert typed_parity(export, tmp_path, typed_onnx(export))["operators"]
+
+
+def test_a_wrong_operator_that_stays_in_float32_is_found(tmp_path: Path) -> None:
+    """Its inputs are beyond FP16: rounded to it, all of them would be infinite, and every result of them equal."""
+    export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
+    model = typed_onnx(export)
+    (root,) = (node for node in model.graph.node if node.name == "node_pow_2")
+    (exponent,) = (tensor for tensor in model.graph.initializer if tensor.name == root.input[1])
+    exponent.CopyFrom(onnx.numpy_helper.from_array(np.array(0.34, np.float32), exponent.name))
+    with pytest.raises(CheckFailed, match=r"^operator `pow_2` of typed does not match the torch program"):
+        typed_parity(export, tmp_path, model)
 
 
 # --- Comparisons ------------------------------------------------------------------------------------------------------

@@ -6,14 +6,15 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 import calibration.recipe
-from calibration.recipe import Schedule, WeightOnly
+from calibration.recipe import Schedule, WeightOnly, with_ptq
 from models.errors import BadRequest, CannotRunHere
 from pipeline import stages, verbs
 from pipeline.store import MANIFEST, Store
@@ -152,6 +153,14 @@ def test_explain_tells_hits_from_builds_and_builds_nothing(shared: Path) -> None
 def test_a_batch_that_does_not_divide_the_test_part_sees_every_image(shared: Path, target: str) -> None:
     answer = verbs.engine(tiny_run("int8_ptq", target, batch=7), shared)
     assert (answer["images"], answer["top1"]) == (TEST_IMAGES, 100)
+
+
+def test_calibrate_keeps_the_choices_of_a_recipe_that_trains(shared: Path) -> None:
+    choices: dict[str, Any] = {"rounding": "nearest", "calibrator": "minmax"}
+    trains, calibrates = (
+        replace(run, recipe=with_ptq(run.recipe, **choices)) for run in map(tiny_run, ("int8_qat", "int8_ptq"))
+    )
+    assert verbs.calibrate(trains, shared)["key"] == stages.quantized(calibrates).key
 
 
 def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
