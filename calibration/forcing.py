@@ -42,6 +42,7 @@ class Reference:
     given: Mapping[str, Tensor]  # input of its readers
     quantizers: Mapping[str, Quantizer]  # by name of the integer tensor
     clamped: Mapping[str, tuple[float, float]]  # ranges beyond which no reader distinguishes values
+    quotients: Mapping[str, Tensor]  # that were rounded, by name of the integer tensor
 
 
 def reference(
@@ -51,16 +52,19 @@ def reference(
     *,
     float_type: FloatType = "f32",
     wide: Collection[str] = (),
+    natural: bool = False,
 ) -> Reference:
     """Run a torch program on `images` (N, 3, S, S). Readers of the nodes in `names` (None: all) receive given values.
 
     `float_type` is the type that the converted graph states: given values and stored tensors are rounded to it, except
     the results of the nodes in `wide`, which that graph holds in float32, and constants that these nodes alone read.
+    `natural`: given values are the results themselves.
     """
     computed: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     quantizers: dict[str, Quantizer] = {}
     clamped: dict[str, tuple[float, float]] = {}
+    quotients: dict[str, Tensor] = {}
 
     class Forcing(torch.fx.Interpreter):
         def run_node(self, node: Node) -> Any:
@@ -79,14 +83,19 @@ def reference(
                 computed[node.name] = value
                 if _is_quantizer(node):
                     quantizers[node.name] = _quantizer(node)
-            given[node.name] = _given(node, value, stated) if value.dtype == torch.float32 else value
+                    rounded, scale = self.fetch_args_kwargs_from_env(node)[0][:2]
+                    quotients[node.name] = rounded / scale
+            if value.dtype == torch.float32:
+                given[node.name] = _as_typed(value, stated) if natural else _given(node, value, stated)
+            else:
+                given[node.name] = value
             if bounds := _clamped(node):
                 clamped[node.name] = bounds
             return given[node.name]
 
     with torch.no_grad():
         Forcing(graph).run(images)
-    return Reference(computed=computed, given=given, quantizers=quantizers, clamped=clamped)
+    return Reference(computed=computed, given=given, quantizers=quantizers, clamped=clamped, quotients=quotients)
 
 
 def _is_quantizer(node: Node) -> bool:

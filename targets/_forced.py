@@ -6,8 +6,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from targets._host import threads
 from targets.base import INPUT_NAME
 
@@ -80,6 +78,7 @@ def _element_types(model: ModelProto) -> dict[str, int]:
 
 
 def _typed(value: Array, element_type: int) -> Array:
+    import numpy as np
     import onnx
 
     return np.ascontiguousarray(value.astype(onnx.helper.tensor_dtype_to_np_dtype(element_type)))
@@ -93,6 +92,7 @@ def openvino_tensors(
     Weights are compared and not replaced: OpenVINO's convolutions want constants. Tensors of another shape (padded
     ahead of their quantizer, see `targets._onnx`) are neither.
     """
+    import numpy as np
     import openvino
     from openvino import opset13 as ops
 

@@ -494,14 +494,7 @@ def coreml(spec: External) -> Run:
 
 
 REFUSED = {
-    "y = torch.fmod(y, 0.7)": "fmod",
     "y = y.clone(); y[:, [1, 3]] = 0.5": r"\w+",
-    "y = y * (y.permute(0, 2, 3, 1) @ torch.ones(8))[:, None]": r"\w+",
-    "y = y + torch.einsum('...ij,...kj->...ik', y, y)": r"\w+",
-    "y = y * y.prod(1, keepdim=True)": "prod",
-    "y = y + y.diagonal(dim1=2, dim2=3)[..., None]": r"diagonal\w*",
-    "y = nn.functional.hardshrink(y)": r"\w+",
-    "y = torch.round(y, decimals=1)": "round",
 }
 
 

@@ -241,7 +241,9 @@ def test_infinite_values_must_be_equal(found: float, db: float) -> None:
 def test_an_integer_may_differ_by_one_at_a_tie_alone(quotient: float, found: int, wrong: int, ties: int) -> None:
     x, q = torch.tensor([quotient]), torch.tensor([2], dtype=torch.int8)
     quantizer = forcing.Quantizer(source="x", scale=1.0, zero_point=0, lowest=-128.0, highest=127.0)
-    expected = forcing.Reference(computed={"q": q}, given={"x": x}, quantizers={"q": quantizer}, clamped={})
+    expected = forcing.Reference(
+        computed={"q": q}, given={"x": x}, quantizers={"q": quantizer}, clamped={}, quotients={"q": x}
+    )
     (comparison,) = parity.compare(expected, {"q": np.array([found], np.int8)}).comparisons
     assert (comparison.wrong, comparison.ties) == (wrong, ties)
 
@@ -261,7 +263,7 @@ def test_names_are_shared_where_both_programs_compute_equal_tensors() -> None:
 
 
 def test_a_shape_that_differs_is_a_difference() -> None:
-    expected = forcing.Reference(computed={"x": torch.ones(1, 4)}, given={}, quantizers={}, clamped={})
+    expected = forcing.Reference(computed={"x": torch.ones(1, 4)}, given={}, quantizers={}, clamped={}, quotients={})
     found: Tensors = {"x": np.ones((4, 1), np.float32)}
     assert parity.compare(expected, found).diverging()[0].db == -200
 

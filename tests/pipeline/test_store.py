@@ -678,7 +678,7 @@ def test_a_weights_file_that_changes_while_it_is_read_makes_no_artifact(tmp_path
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Meanwhile(Colours):
         def image(self, part: Part, index: int) -> Image.Image:
-            file.write_bytes(b"another one")
+            save_file(tiny_run().model.build(4).state_dict(), file)
             return Colours.image(self, part, index)
 
     step = stages.weights(tiny_run(weights=file, data=Meanwhile()))

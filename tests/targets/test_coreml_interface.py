@@ -268,7 +268,7 @@ def test_coremltools_still_converts_no_classifier_with_other_outputs(
 
     import_coremltools()
     monkeypatch.setattr("targets.coreml.labels_beside_logits", nullcontext)
-    with pytest.raises(IndexError):
+    with pytest.raises(CheckFailed, match="IndexError"):
         built(tmp_path / "engine", made["fp16", "classifier"][0])
 
 

@@ -789,7 +789,7 @@ def test_what_is_saved_computes_the_same(tmp_path: Path) -> None:
     for name, found, expected in zip(names, loaded, made, strict=True):
         assert torch.equal(found, expected), name
     here = {name for name, found in OPERATORS.items() if found.__module__ == "targets._mil.shapes"}
-    assert {*names} == here
+    assert {*names} == here - {"fill_like", "non_zero", "reverse_sequence", "slice_update"}  # tested by themselves
 
 
 # What coremltools has no formula for. (It has one for concat, and forgets in it that slices can be interleaved.)
