@@ -43,6 +43,7 @@ class Reference:
     quantizers: Mapping[str, Quantizer]  # by name of the integer tensor
     clamped: Mapping[str, tuple[float, float]]  # ranges beyond which no reader distinguishes values
     quotients: Mapping[str, Tensor]  # that were rounded, by name of the integer tensor
+    floors: Mapping[str, float]  # mean power of the inputs of sums, whose terms may cancel to nothing but noise
 
 
 def reference(
@@ -52,19 +53,18 @@ def reference(
     *,
     float_type: FloatType = "f32",
     wide: Collection[str] = (),
-    natural: bool = False,
 ) -> Reference:
     """Run a torch program on `images` (N, 3, S, S). Readers of the nodes in `names` (None: all) receive given values.
 
     `float_type` is the type that the converted graph states: given values and stored tensors are rounded to it, except
     the results of the nodes in `wide`, which that graph holds in float32, and constants that these nodes alone read.
-    `natural`: given values are the results themselves.
     """
     computed: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     quantizers: dict[str, Quantizer] = {}
     clamped: dict[str, tuple[float, float]] = {}
     quotients: dict[str, Tensor] = {}
+    floors: dict[str, float] = {}
 
     class Forcing(torch.fx.Interpreter):
         def run_node(self, node: Node) -> Any:
@@ -81,21 +81,28 @@ def reference(
                 return value
             if node.op == "call_function":
                 computed[node.name] = value
+                if _is_sum(node):
+                    terms = [self.env[each] for each in node.all_input_nodes if isinstance(self.env[each], Tensor)]
+                    floors[node.name] = max(float(term.double().square().mean()) for term in terms)
                 if _is_quantizer(node):
                     quantizers[node.name] = _quantizer(node)
                     rounded, scale = self.fetch_args_kwargs_from_env(node)[0][:2]
                     quotients[node.name] = rounded / scale
-            if value.dtype == torch.float32:
-                given[node.name] = _as_typed(value, stated) if natural else _given(node, value, stated)
-            else:
-                given[node.name] = value
+            given[node.name] = _given(node, value, stated) if value.dtype == torch.float32 else value
             if bounds := _clamped(node):
                 clamped[node.name] = bounds
             return given[node.name]
 
     with torch.no_grad():
         Forcing(graph).run(images)
-    return Reference(computed=computed, given=given, quantizers=quantizers, clamped=clamped, quotients=quotients)
+    return Reference(
+        computed=computed, given=given, quantizers=quantizers, clamped=clamped, quotients=quotients, floors=floors
+    )
+
+
+def _is_sum(node: Node) -> bool:
+    aten = torch.ops.aten
+    return node.target in (aten.mean.dim, aten.sum.dim_IntList, aten.sub.Tensor, aten.add.Tensor)
 
 
 def _is_quantizer(node: Node) -> bool:

@@ -95,12 +95,13 @@ def losing_classes(names: Sequence[str], labels: Labels, reference: Logits, foun
     return f"{'; '.join(named[:3])}{more} (all: {100 * right.mean():.0f} -> {100 * kept.mean():.0f} %)"
 
 
-def noisiest_channel_db(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+def noisiest_channel_db(expected: npt.NDArray[Any], found: npt.NDArray[Any], least_power: float = 0.0) -> float:
     """Signal-to-noise ratio in decibels of the noisiest slice along axis 1 or the last axis, -200 where either is not
     finite and they differ.
 
     A single wrong channel of a thousand is 30 dB in its own slice and 60 dB in the whole tensor. Slices quieter than a
-    hundredth of the tensor's mean power are measured against that.
+    hundredth of the tensor's mean power are measured against that; `least_power` is the power that noise is measured
+    against where the signal has less.
     """
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -111,8 +112,8 @@ def noisiest_channel_db(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> 
         signal, noise = np.square(expected), np.square(expected - found)
     if not noise.any():
         return IDENTICAL_DB
-    floor = max(float(signal.mean()) * _QUIET, 1e-300)
-    worst = _ratio_db(float(signal.mean()), float(noise.mean()))
+    floor = max(float(signal.mean()) * _QUIET, least_power, 1e-300)
+    worst = _ratio_db(max(float(signal.mean()), least_power), float(noise.mean()))
     for axis in {1, expected.ndim - 1} if expected.ndim > 1 else ():
         if expected.size // expected.shape[axis] < _SLICE:
             continue

@@ -112,30 +112,11 @@ def check(
     Raises CheckFailed naming the first operator that differs: integers other than ties, floats below `least_db`
     (default: `LEAST_DB`).
     """
-
-    def compared(natural: bool) -> Parity:
-        expected = reference(graph, images, names, float_type=float_type, wide=wide, natural=natural)
-        given = {name: tensor.numpy() for name, tensor in expected.given.items()}
-        return compare(expected, forced(given, expected.computed), float_type=float_type, least_db=least_db)
-
-    found = compared(natural=False)
-    if found.diverging():
-        found = _confirmed(found, compared(natural=True))
+    expected = reference(graph, images, names, float_type=float_type, wide=wide)
+    given = {name: tensor.numpy() for name, tensor in expected.given.items()}
+    found = compare(expected, forced(given, expected.computed), float_type=float_type, least_db=least_db)
     found.check(converted)
     return found.summary()
-
-
-def _confirmed(found: Parity, natural: Parity) -> Parity:
-    """`found` without float operators that match on natural values.
-
-    A converter may read a tensor that equals the one that torch reads, such as its copy: the two are given different
-    values where one of them feeds a quantizer. A fault of a float operator shows on natural values as well.
-    """
-    wrong = {each.name for each in natural.diverging()}
-    dismissed = {each.name for each in found.diverging() if not each.count and each.name not in wrong}
-    kept = [each for each in found.comparisons if each.name not in dismissed]
-    kept += [each for each in natural.comparisons if each.name in dismissed]
-    return replace(found, comparisons=tuple(kept))
 
 
 def reference(
@@ -145,7 +126,6 @@ def reference(
     *,
     float_type: FloatType = "f32",
     wide: Collection[str] = (),
-    natural: bool = False,
 ) -> Reference:
     """`calibration.forcing.reference` by the names that tensors have in converted graphs; `images` are (N, 3, S, S)."""
     import torch
@@ -156,9 +136,7 @@ def reference(
     renamed = {node.name: _name(node, last) for node in graph.graph.nodes}
     wanted = {name for name, new in renamed.items() if new in names}
     kept = {name for name, new in renamed.items() if new in wide}
-    found = forcing.reference(
-        graph, torch.from_numpy(images), wanted, float_type=float_type, wide=kept, natural=natural
-    )
+    found = forcing.reference(graph, torch.from_numpy(images), wanted, float_type=float_type, wide=kept)
     quantizers = {renamed[name]: replace(each, source=renamed[each.source]) for name, each in found.quantizers.items()}
     return replace(
         found,
@@ -167,6 +145,7 @@ def reference(
         quantizers=quantizers,
         clamped={renamed[name]: bounds for name, bounds in found.clamped.items()},
         quotients={renamed[name]: value for name, value in found.quotients.items()},
+        floors={renamed[name]: power for name, power in found.floors.items()},
     )
 
 
@@ -228,7 +207,7 @@ def _comparison(name: str, expected: Array, found: Array, reference: Reference, 
         if name in reference.clamped:
             lowest, highest = reference.clamped[name]
             expected, found = expected.clip(lowest, highest), found.astype(np.float32).clip(lowest, highest)
-        return Comparison(name=name, db=round(noisiest_channel_db(expected, found), 1))
+        return Comparison(name=name, db=round(noisiest_channel_db(expected, found, reference.floors.get(name, 0.0)), 1))
     apart = np.abs(found.astype(np.int64) - expected.astype(np.int64))
     ties = np.zeros_like(apart, dtype=bool)
     if name in reference.quotients:

@@ -214,7 +214,9 @@ def _comparison(operation: Any, node: Node, value: Tensor, reference: Reference)
         if node.name in reference.clamped:
             lowest, highest = reference.clamped[node.name]
             expected, value = expected.clamp(lowest, highest), value.clamp(lowest, highest)
-        return made(db=round(noisiest_channel_db(expected.numpy(), value.numpy()), 1))
+        return made(
+            db=round(noisiest_channel_db(expected.numpy(), value.numpy(), reference.floors.get(node.name, 0.0)), 1)
+        )
     apart = (value.int() - expected.int()).abs()
     ties = torch.zeros_like(apart, dtype=torch.bool)
     quantizer = reference.quantizers.get(node.name)

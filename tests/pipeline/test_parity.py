@@ -214,6 +214,24 @@ def test_a_wrong_operator_that_stays_in_float32_is_found(tmp_path: Path) -> None
 # --- Comparisons ------------------------------------------------------------------------------------------------------
 
 
+def test_a_sum_whose_terms_cancel_is_measured_against_its_terms() -> None:
+    """The mean of what was centred before is nothing but the noise of sums."""
+
+    class Centred(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x - x.mean((2, 3), keepdim=True)).mean((2, 3))
+
+    graph = programs.export(Centred(), 8).module()
+    images = np.random.default_rng(0).normal(0, 10, (1, 3, 8, 8)).astype(np.float32)
+    names = [node.name for node in graph.graph.nodes if node.op == "call_function"]
+    expected = forcing.reference(graph, torch.from_numpy(images), names)
+    found = {name: value.numpy().copy() for name, value in expected.computed.items()}
+    found[names[-1]] += np.float32(1e-6)
+    assert parity.compare(expected, found).diverging() == []
+    found[names[-1]] += np.float32(1e-2)
+    assert [each.name for each in parity.compare(expected, found).diverging()] == names[-1:]
+
+
 def test_one_wrong_channel_of_many_is_measured_by_itself() -> None:
     expected = np.random.default_rng(0).normal(size=(1, 1000, 8, 8)).astype(np.float32)
     found = expected.copy()
@@ -242,7 +260,7 @@ def test_an_integer_may_differ_by_one_at_a_tie_alone(quotient: float, found: int
     x, q = torch.tensor([quotient]), torch.tensor([2], dtype=torch.int8)
     quantizer = forcing.Quantizer(source="x", scale=1.0, zero_point=0, lowest=-128.0, highest=127.0)
     expected = forcing.Reference(
-        computed={"q": q}, given={"x": x}, quantizers={"q": quantizer}, clamped={}, quotients={"q": x}
+        computed={"q": q}, given={"x": x}, quantizers={"q": quantizer}, clamped={}, quotients={"q": x}, floors={}
     )
     (comparison,) = parity.compare(expected, {"q": np.array([found], np.int8)}).comparisons
     assert (comparison.wrong, comparison.ties) == (wrong, ties)
@@ -263,7 +281,9 @@ def test_names_are_shared_where_both_programs_compute_equal_tensors() -> None:
 
 
 def test_a_shape_that_differs_is_a_difference() -> None:
-    expected = forcing.Reference(computed={"x": torch.ones(1, 4)}, given={}, quantizers={}, clamped={}, quotients={})
+    expected = forcing.Reference(
+        computed={"x": torch.ones(1, 4)}, given={}, quantizers={}, clamped={}, quotients={}, floors={}
+    )
     found: Tensors = {"x": np.ones((4, 1), np.float32)}
     assert parity.compare(expected, found).diverging()[0].db == -200
 
