@@ -84,7 +84,7 @@ def reference(
                 if _is_sum(node):
                     terms = [self.env[each] for each in node.all_input_nodes if isinstance(self.env[each], Tensor)]
                     floors[node.name] = max(float(term.double().square().mean()) for term in terms)
-                if _is_quantizer(node):
+                if is_quantizer(node):
                     quantizers[node.name] = _quantizer(node)
                     rounded, scale = self.fetch_args_kwargs_from_env(node)[0][:2]
                     quotients[node.name] = rounded / scale
@@ -105,7 +105,8 @@ def _is_sum(node: Node) -> bool:
     return node.target in (aten.mean.dim, aten.sum.dim_IntList, aten.sub.Tensor, aten.add.Tensor)
 
 
-def _is_quantizer(node: Node) -> bool:
+def is_quantizer(node: Node) -> bool:
+    """Whether a node rounds an activation to integers."""
     return node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default
 
 
@@ -122,7 +123,7 @@ def _quantizer(node: Node) -> Quantizer:
 
 def _readers(node: Node) -> list[Quantizer]:
     """The quantizers that read a node."""
-    return [_quantizer(user) for user in node.users if _is_quantizer(user)]
+    return [_quantizer(user) for user in node.users if is_quantizer(user)]
 
 
 def _is_clipping(node: Node) -> bool:
@@ -178,6 +179,6 @@ def _as_typed(value: Tensor, float_type: FloatType) -> Tensor:
 def _clamped(node: Node) -> tuple[float, float] | None:
     """The range beyond which no reader of `node` distinguishes values: that of its quantizer, if all are equal ones."""
     found = {(each.lowest, each.highest) for each in _readers(node)}
-    if len(found) != 1 or not all(_is_quantizer(user) for user in node.users):
+    if len(found) != 1 or not all(is_quantizer(user) for user in node.users):
         return None
     return found.pop()

@@ -55,11 +55,12 @@ def most_sensitive(program: GraphModule, images: Images, count: int) -> list[str
 
     Each module is measured alone on `images` (N, 3, S, S): its inputs are rounded, all other activations are not.
     """
+    from calibration.forcing import is_quantizer
     from calibration.metrics import snr_db
     from calibration.program import module_path
 
     modules: dict[str, set[Node]] = {}
-    for quantize in (node for node in program.graph.nodes if _is_quantizer(node)):
+    for quantize in (node for node in program.graph.nodes if is_quantizer(node)):
         for dequantize in quantize.users:
             for reader in dequantize.users:
                 modules.setdefault(module_path(reader), set()).add(quantize)
@@ -72,9 +73,11 @@ def _rounding(program: GraphModule, images: Images, rounded: Collection[Node]) -
     """Logits of `program` with the quantizers in `rounded` alone; others pass their inputs on."""
     import torch
 
+    from calibration.forcing import is_quantizer
+
     class Partly(torch.fx.Interpreter):
         def run_node(self, node: Node) -> Any:
-            if _is_quantizer(node) and node not in rounded:
+            if is_quantizer(node) and node not in rounded:
                 return self.fetch_args_kwargs_from_env(node)[0][0]
             if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
                 (value, *_), _ = self.fetch_args_kwargs_from_env(node)
@@ -85,9 +88,3 @@ def _rounding(program: GraphModule, images: Images, rounded: Collection[Node]) -
     with torch.no_grad():
         found: Logits = Partly(program).run(torch.from_numpy(images)).numpy()
     return found
-
-
-def _is_quantizer(node: Node) -> bool:
-    import torch
-
-    return node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default

@@ -12,7 +12,7 @@ Given values avoid ties and exercise saturation, see `calibration.forcing`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -223,8 +223,3 @@ def _between(quotients: Array, relative: float) -> npt.NDArray[np.bool_]:
     """Quotients in the middle between two integers, but for an error `relative` to their size."""
     away = np.abs(quotients - np.floor(quotients) - 0.5)
     return np.asarray(away <= relative * np.maximum(np.abs(quotients), 1))
-
-
-def worst(comparisons: Collection[Comparison], count: int) -> Iterator[Comparison]:
-    """The `count` noisiest comparisons."""
-    yield from sorted(comparisons, key=lambda found: (-found.wrong, found.db))[:count]
