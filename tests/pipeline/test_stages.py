@@ -189,7 +189,7 @@ def test_calibrate_gives_the_top1_of_the_float_model_beside_its_own(
         answer = verbs.calibrate(run, shared)
     report = json.loads((Store(shared).path(stages.weights(run)) / "report.json").read_text())
     assert answer["float_top1"] == report["test_top1"] == 100
-    assert "float model: top-1 100.00 % on the same images" in caplog.text
+    assert "in torch: top-1" in caplog.text and ", float 100.00 %" in caplog.text
 
 
 def test_verify_looks_at_the_engine_again(shared: Path) -> None:
