@@ -1,21 +1,23 @@
-"""Fit the weights of each layer to the rounded inputs that it reads, and choose which way each weight is rounded.
+"""Adaptive rounding: fit the weights of each layer to its quantized inputs, then round each weight up or down.
 
-Layer by layer, in order of execution, with a float and a rounded run side by side as in `calibration.bias`. A layer
-with weights W computes W x in float and should compute the same from the rounded inputs z, which have the errors of all
-layers before. Where the outputs are added to others, as at the end of a residual block, they should make up for the
-errors of those as well. With the errors e that the outputs then have, H = E[z z^T] and C = E[e z^T], both without their
-means, which the bias takes up:
+Layer by layer, in order of execution, a float and a quantized network run side by side as in `calibration.bias`. A
+layer with weights W computes W x in float and should compute the same from the quantized inputs z, which have the
+errors of all layers before it. If its outputs are added to other values, as at the end of a residual block, they should
+also compensate the errors of these values. With the resulting output errors e, H = E[z z^T] and C = E[e z^T], both
+without their means, which the bias absorbs:
 
-- Fit: the change D of W with the least E|e - D z|^2 + ridge * mean(diag H) * |D|^2, which is C (H + ridge)^-1. Each
-  output channel takes the ridge that does best on the half of the images that it was not fitted on, or no change where
-  none does better.
-- Adaptive rounding: integers Q, each next to the fitted weight F over its scale s, with little (F - s Q) H (F - s Q)^T,
-  in order with feedback of the errors (GPTQ), then by cyclic coordinate descent (Behdin et al., "QuantEase", arXiv
-  2309.01885, algorithm 1). The objective is the one of AdaRound (Nagel et al., arXiv 2004.10568, section 3.2),
-  without its relaxation; inputs from the rounded network and outputs from the float one are those of its section 3.3.
+- Fit: the change D of W that minimizes E|e - D z|^2 + ridge * mean(diag H) * |D|^2, which is C (H + ridge)^-1. Each
+  output channel uses the ridge with the least error on the half of the images that it was not fitted to, or no change
+  if no ridge reduces the error.
+- Adaptive rounding: integers Q, each adjacent to the fitted weight F over its scale s, with small
+  (F - s Q) H (F - s Q)^T, first in order with error feedback (GPTQ), then by cyclic coordinate descent (Behdin et al.,
+  "QuantEase", arXiv 2309.01885, algorithm 1). The objective is that of AdaRound (Nagel et al., arXiv 2004.10568,
+  section 3.2), without its relaxation; inputs from the quantized network and outputs from the float network follow its
+  section 3.3.
 
-Scales of weights are the peaks of the fitted channels, so that every stored integer is as without adaptive rounding:
-symmetric int8, from -127 to 127. The weight at the peak stays, and with it the scale where ranges follow later.
+Weight scales are set to the peaks of the fitted channels, so that stored integers have the same format as without
+adaptive rounding: symmetric int8, from -127 to 127. The weight at the peak does not change, and neither does the scale
+if ranges follow the weights later.
 """
 
 from __future__ import annotations
@@ -34,18 +36,19 @@ from calibration.program import stored_tensor
 _ATEN: Final = torch.ops.aten
 ADDITIONS: Final = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 _RIDGES: Final = (1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal of H
-_DAMPING: Final = 1e-2  # of H where rounding is chosen, times its mean diagonal, for inputs that never vary
-_POSITIONS: Final = 16384  # of a layer's outputs that its moments are taken from, evenly spaced over all images
-_LARGEST: Final = 2304  # inputs of an output channel, such as 256 channels of 3x3; others stay: solving takes the cube
-_SWEEPS: Final = 4  # of coordinate descent, over all weights of a channel
+_DAMPING: Final = 1e-2  # of H in rounding, times its mean diagonal, for inputs that never vary
+_POSITIONS: Final = 16384  # output positions for the moments of a layer, evenly spaced over all images
+# Most inputs per output channel, such as 256 channels of 3x3; larger layers do not change, since the cost is cubic.
+_LARGEST: Final = 2304
+_SWEEPS: Final = 4  # passes of coordinate descent over all weights of a channel
 
 
 def reconstruct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
     """Fit and round the weights of `prepared`, whose ranges are fixed and frozen, and correct its biases, on `images`
-    (N, 3, S, S), in place. Returns weights, their scales and biases as they were, by name of their attribute, for
+    (N, 3, S, S), in place. Return the original weights, weight scales and biases by attribute name, for
     `bias.restore`.
 
-    A weight that several operators read stays as it is, and so do layers in float.
+    Layers in float and weights that several operators read do not change.
     """
     pair = _Reconstruction(prepared)
     with torch.no_grad():
@@ -55,7 +58,7 @@ def reconstruct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
 
 
 class _Reconstruction(bias.Pair):
-    """Changes the weights of each layer before both networks run it."""
+    """Interpreter that changes the weights of each layer before both networks run it."""
 
     def prepare_layer(self, layer: Node) -> None:
         quantized = cast(Node, layer.args[1])
@@ -83,8 +86,8 @@ class _Reconstruction(bias.Pair):
         self.env[quantized] = exact, quantizer.round(weight)
 
     def beside(self, layer: Node) -> tuple[Tensor, ...]:
-        """What an addition adds to the outputs of `layer` and to nothing else, in float and rounded; empty where there
-        is no such addition, or the sum is not known yet.
+        """Return the values (float, quantized) that an addition adds to the outputs of `layer`; empty if anything else
+        reads these outputs, or if the values are not computed yet.
         """
         node = layer
         while len(node.users) == 1:
@@ -109,28 +112,28 @@ class _Reconstruction(bias.Pair):
 
 
 def fit(rows: Tensor, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The fitted weights. `rows`: (groups, outputs, inputs). `moments`, of both halves of the images: E[z z^T]
+    """Return the fitted weights. `rows`: (groups, outputs, inputs). `moments`, for each half of the images: E[z z^T]
     (groups, inputs, inputs), and E[e z^T] (groups, outputs, inputs) with the errors e of the outputs.
     """
-    total, wanted = (one + other for one, other in zip(*moments, strict=True))
+    total, cross = (one + other for one, other in zip(*moments, strict=True))
     best_error = torch.zeros(rows.shape[:2])  # relative to no change
     best = torch.zeros_like(rows)
     for ridge in _RIDGES:
         error = torch.zeros(rows.shape[:2])
-        for (own, own_wanted), (other, other_wanted) in (moments, moments[::-1]):
-            change = _solved(own, own_wanted, ridge)
-            error += _error(change, other) - 2 * (change * other_wanted).sum(-1)
+        for (own, own_cross), (other, other_cross) in (moments, moments[::-1]):
+            change = _solved(own, own_cross, ridge)
+            error += _error(change, other) - 2 * (change * other_cross).sum(-1)
         better = error < best_error
         if better.any():
-            change = _solved(total, wanted, ridge / 2)
+            change = _solved(total, cross, ridge / 2)
             best = torch.where(better[..., None], change, best)
             best_error = torch.where(better, error, best_error)
     return rows + best
 
 
 def round_adaptively(rows: Tensor, second_moments: Tensor, scales: Tensor, highest: int) -> Tensor:
-    """`rows` (groups, outputs, inputs) as multiples of their `scales` (groups, outputs, 1), each of the two next to the
-    weight, so that the outputs err least on inputs with `second_moments` (groups, inputs, inputs).
+    """Return `rows` (groups, outputs, inputs), each element rounded up or down to a multiple of its `scales` (groups,
+    outputs, 1), with a small output error for inputs with `second_moments` (groups, inputs, inputs).
     """
     diagonal = second_moments.diagonal(dim1=1, dim2=2)
     damping = _DAMPING * diagonal.mean(1).clamp_min(1e-20)
@@ -143,12 +146,12 @@ def round_adaptively(rows: Tensor, second_moments: Tensor, scales: Tensor, highe
     integers = _one_by_one(steps, curvature, low, high)
     worse = _error(integers - steps, curvature) >= _error(nearest - steps, curvature)
     integers = torch.where(worse[..., None], nearest, integers)
-    slope = (integers - steps) @ curvature  # of the error, by each integer
+    slope = (integers - steps) @ curvature  # half the gradient of the error with respect to the integers
     for _ in range(_SWEEPS):
         before = integers.clone()
         for place in range(rows.shape[-1]):
-            wanted = integers[..., place] - slope[..., place] / curvature[:, place, place, None]
-            moved = wanted.round().clamp(low[..., place], high[..., place]) - integers[..., place]
+            optimum = integers[..., place] - slope[..., place] / curvature[:, place, place, None]
+            moved = optimum.round().clamp(low[..., place], high[..., place]) - integers[..., place]
             if moved.any():
                 integers[..., place] += moved
                 slope += moved[..., None] * curvature[:, place, None]
@@ -158,8 +161,8 @@ def round_adaptively(rows: Tensor, second_moments: Tensor, scales: Tensor, highe
 
 
 def _one_by_one(steps: Tensor, curvature: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`steps` rounded in order, each error made up for by the weights that are still to be rounded (Frantar et al.,
-    "GPTQ", arXiv 2210.17323, section 3.3, step 3).
+    """Return `steps` rounded in order, where the weights not yet rounded compensate each error (Frantar et al., "GPTQ",
+    arXiv 2210.17323, section 3.3, step 3).
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
     factor = torch.linalg.cholesky(inverse, upper=True)
@@ -175,18 +178,19 @@ def _error(change: Tensor, curvature: Tensor) -> Tensor:
     return ((change @ curvature) * change).sum(-1)
 
 
-def _solved(second_moments: Tensor, wanted: Tensor, ridge: float) -> Tensor:
-    """`wanted` (H + ridge * mean(diag H))^-1."""
+def _solved(second_moments: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Return `cross` (H + ridge * mean(diag H))^-1."""
     diagonal = second_moments.diagonal(dim1=1, dim2=2)
     damping = ridge * diagonal.mean(1).clamp_min(1e-20)
     damped = second_moments + torch.diag_embed(damping[:, None].expand_as(diagonal))
-    found: Tensor = torch.linalg.solve(damped, wanted.transpose(1, 2)).transpose(1, 2)
+    found: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2)).transpose(1, 2)
     return found
 
 
 def _moments(layer: Node, weight: Tensor, floats: Tensor, rounded: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what `layer` reads: E[z z^T] (groups, inputs, inputs), and E[e z^T] (groups, outputs, inputs) with the errors
-    e that its outputs have by the errors of its inputs and of `beside`, what is added to them: in float, and rounded.
+    """Return E[z z^T] (groups, inputs, inputs) of the quantized inputs z of `layer`, and E[e z^T] (groups, outputs,
+    inputs) with the output errors e that result from its inputs and from `beside`: the values added to its outputs, in
+    float and quantized.
     """
     x, z = (_columns(layer, values, weight) for values in (floats, rounded))
     groups, count = len(z), z.shape[-1]
@@ -201,7 +205,7 @@ def _moments(layer: Node, weight: Tensor, floats: Tensor, rounded: Tensor, *besi
 
 
 def _columns(layer: Node, values: Tensor, weight: Tensor) -> Tensor:
-    """The inputs (groups, inputs of an output channel, positions) of output positions, evenly spaced where many."""
+    """Return the inputs (groups, inputs per output channel, positions) of evenly spaced output positions."""
     if layer.target is _ATEN.linear.default:
         flat = values.reshape(-1, values.shape[-1])
         return flat[:: len(flat) // _POSITIONS + 1].T[None]
@@ -218,8 +222,8 @@ def _columns(layer: Node, values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _outputs(layer: Node, values: Tensor, shape: torch.Size, weight: Tensor) -> Tensor | None:
-    """`values` (outputs, positions), of the shape of what `layer` computes from inputs of `shape`, at the positions of
-    `_columns`; None where they have another shape.
+    """Return `values` (outputs, positions) at the positions of `_columns`. `values` has the output shape of `layer` for
+    inputs of `shape`; None is returned for any other shape.
     """
     if layer.target is _ATEN.linear.default:
         if values.shape != (*shape[:-1], len(weight)):
@@ -233,7 +237,7 @@ def _outputs(layer: Node, values: Tensor, shape: torch.Size, weight: Tensor) -> 
 
 
 def _places(layer: Node, shape: torch.Size, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, row and column of evenly spaced outputs of a convolution of inputs of `shape`."""
+    """Return image, row and column of evenly spaced outputs of a convolution with inputs of `shape`."""
     height, width = _sides(layer, shape, weight)
     total = shape[0] * height * width
     places = torch.arange(0, total, total // _POSITIONS + 1)
@@ -241,7 +245,7 @@ def _places(layer: Node, shape: torch.Size, weight: Tensor) -> tuple[Tensor, Ten
 
 
 def _sides(layer: Node, shape: torch.Size, weight: Tensor) -> tuple[int, int]:
-    """Height and width of the outputs of a convolution."""
+    """Return height and width of the outputs of a convolution."""
     stride, padding, dilation = (_pair(layer, place, default) for place, default in ((3, 1), (4, 0), (5, 1)))
     height, width = (
         (shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1) // stride[axis] + 1
@@ -251,6 +255,6 @@ def _sides(layer: Node, shape: torch.Size, weight: Tensor) -> tuple[int, int]:
 
 
 def _pair(layer: Node, place: int, default: int) -> list[int]:
-    """An argument of a convolution for height and width."""
+    """Return a convolution argument for height and width."""
     found = list(cast("list[int]", layer.args[place])) if len(layer.args) > place else [default]
     return found * 2 if len(found) == 1 else found

@@ -1,4 +1,4 @@
-"""An affine range, uint8 with a zero point: a range that need not be the same on both sides of zero."""
+"""Affine fake quantization: uint8 with a zero point, for ranges that are not symmetric around zero."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from calibration.calibrators import Statistics
 from calibration.fake_quant import ActivationFakeQuant, snap
 from models.errors import CheckFailed
 
-STEPS: Final = 255  # from the lowest to the highest value
+STEPS: Final = 255  # quantization steps from the lowest to the highest value
 _BINS: Final = 2048
-_SAMPLES: Final = 2**17  # values of each tensor that are counted, evenly spaced; its ends are always exact
-_MEMORY: Final = 0.99  # of the moving averages that let ranges follow the training
-_LEAST_SHARE: Final = 0.2  # of a tensor's range that may be left after clipping
+_SAMPLES: Final = 2**17  # evenly spaced values counted per tensor; its minimum and maximum are always exact
+_MEMORY: Final = 0.99  # decay of the moving averages by which ranges follow the training
+_LEAST_SHARE: Final = 0.2  # of the range of a tensor that must remain after clipping
 
 
 class PerTensorAffineFakeQuant(ActivationFakeQuant):
-    """For activations of runtimes that execute zero points: the range has the least squared error over all images
-    seen, and always holds zero, which padding writes.
+    """Fake quantization of an activation for runtimes that support zero points. With the calibrator `mse`, the range
+    has the least squared error over all observed images. Every range contains zero, the value of padding.
     """
 
-    widest = 1.0  # as `_set_range` says: a wider range would reach beyond a ReLU6
+    widest = 1.0  # a wider range would exceed the bound of a ReLU6, see `_set_range`
 
     def __init__(self, **spec: Any) -> None:
         super().__init__(**spec)
         self.counts = Counts()
-        # Means over batches of the smallest and largest value, and the shares of them that the range covers.
+        # Smallest and largest value, averaged over batches, and the ratios of the range limits to them.
         self.register_buffer("ends", torch.zeros(2))
         self.register_buffer("covered", torch.ones(2))
         self.batches = 0
@@ -47,10 +47,10 @@ class PerTensorAffineFakeQuant(ActivationFakeQuant):
             clip = calibrators.ALL[calibrator](self.statistics)
             limits = self.counts.ends.clamp(-clip, clip)
         self._set_range(limits)
-        self.covered.copy_(limits / self.ends.where(self.ends != 0, 1.0))  # an end of zero stays there
+        self.covered.copy_(limits / self.ends.where(self.ends != 0, 1.0))  # an end at zero stays zero
 
     def fix_range(self, calibrator: str = "mse") -> None:
-        if self.batches:  # one that stands on several edges is asked once for each
+        if self.batches:  # called once for each edge that shares this module
             super().fix_range(calibrator)
 
     def forget(self) -> None:
@@ -58,7 +58,7 @@ class PerTensorAffineFakeQuant(ActivationFakeQuant):
 
     @property
     def statistics(self) -> Statistics:
-        """Both sides of zero as one."""
+        """Statistics of absolute values, with both sides of zero merged."""
         seen = Statistics()
         seen.peak, seen.mean_peak = float(self.counts.ends.abs().amax()), float(self.ends.abs().amax())
         seen.batches = self.batches
@@ -76,19 +76,19 @@ class PerTensorAffineFakeQuant(ActivationFakeQuant):
         self._set_range(self.ends * self.covered)
 
     def _set_range(self, limits: Tensor) -> None:
-        """`limits`: the smallest and largest value that are represented, of shape (2,)."""
+        """Set scale and zero point from `limits`: the smallest and largest representable value, of shape (2,)."""
         low, high = limits
         exact = (high - low) / STEPS
         scale = snap(exact)
-        if scale > exact:  # rounded up, a range would reach beyond a ReLU6, which could not be left to the rounding
+        if scale > exact:  # rounded up, the range would exceed the bound of a ReLU6 and could not replace its clipping
             scale = snap(scale * (1 - 2.0**-11))
         self.scale.copy_(scale)
         self.zero_point.copy_((-low / scale).round().clamp(0, STEPS))
 
 
 class Counts:
-    """Counts of values in equal bins between -limit and limit, which doubles when it must: constant memory, one
-    pass, and no second look at the images.
+    """Histogram of values in equal bins from -limit to limit. The limit doubles when necessary: constant memory, one
+    pass over the images.
     """
 
     def __init__(self) -> None:
@@ -112,12 +112,12 @@ class Counts:
             quarter = torch.zeros(_BINS // 4)
             self.counts = torch.cat((quarter, self.counts.view(-1, 2).sum(1), quarter))
             self.limit *= 2
-        step = len(values) // _SAMPLES | 1  # odd, so that it does not keep step with power-of-two shapes
+        step = len(values) // _SAMPLES | 1  # odd, so that it does not align with power-of-two shapes
         self.counts += torch.histc(values[::step], _BINS, -self.limit, self.limit).cpu()
 
     def best_range(self) -> Tensor:
-        """The two ends with the least mean squared error of clipping and rounding between them: both are drawn in
-        together, and then each on its own.
+        """Return the minimum and maximum (2,) with the least mean squared error of clipping and rounding. The search
+        first shrinks both together, then each separately.
         """
         shares = torch.linspace(_LEAST_SHARE, 1.0, 81)
         found = self.ends
@@ -127,7 +127,7 @@ class Counts:
         return found
 
     def _errors(self, ranges: Tensor) -> Tensor:
-        """The squared error of each of the `ranges` (n, 2), on the centres of the bins that are not empty."""
+        """Return the squared error of each of the `ranges` (n, 2), evaluated at the centres of non-empty bins."""
         seen = self.counts.nonzero().flatten()
         centres = (seen + 0.5) * (2 * self.limit / _BINS) - self.limit
         low, high = ranges[:, :1], ranges[:, 1:]
@@ -137,6 +137,6 @@ class Counts:
 
 
 def _ends(x: Tensor) -> Tensor:
-    """The smallest and largest value; zero in place of one that lies beyond it."""
+    """Return the smallest value, at most 0, and the largest value, at least 0, of `x`."""
     low, high = x.float().aminmax()
     return torch.stack((low.clamp_max(0), high.clamp_min(0))).cpu()

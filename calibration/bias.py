@@ -1,10 +1,10 @@
-"""Give layers back the mean that rounding takes from them.
+"""Bias correction: remove the mean quantization error of each layer.
 
-Rounding moves the mean of what a layer computes, per channel: clipped activations, and weights whose errors add up.
-Layer by layer, in order of execution, the bias takes up the difference to the mean in float (Nagel et al., "Data-Free
-Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2 and appendix D: with images
-instead of BatchNorm statistics). Both networks run side by side, once, so that a layer is corrected for what the
-corrections before it have left.
+Quantization shifts the mean of each output channel of a layer, by clipping of activations and by weight errors that do
+not cancel. Layer by layer, in order of execution, the bias absorbs the difference to the mean in float (Nagel et al.,
+"Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2 and appendix D:
+with images instead of BatchNorm statistics). The float and the quantized network run side by side, once, so that each
+layer is corrected for the error that the corrections before it have left.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from calibration.fake_quant import FakeQuant
 from calibration.program import WEIGHTED, stored_tensor
 
 _ATEN: Final = torch.ops.aten
-BEFORE: Final = "before_corrections"  # in the meta of a graph: biases and weights from before, by attribute
+BEFORE: Final = "before_corrections"  # key in graph.meta: the original biases and weights, by attribute name
 
 
 def correct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
-    """Correct the biases of `prepared`, whose ranges are fixed and frozen, on `images` (N, 3, S, S), in place. Returns
-    the biases as they were, by name of their attribute.
+    """Correct the biases of `prepared`, whose ranges are fixed and frozen, on `images` (N, 3, S, S), in place. Return
+    the original biases by attribute name.
 
-    Layers in float, without a bias, or with one that others add as well, stay as they are.
+    Layers in float, layers without a bias, and layers whose bias other operators also read do not change.
     """
     pair = Pair(prepared)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def correct(prepared: GraphModule, images: Tensor) -> dict[str, Tensor]:
 
 
 def restore(prepared: GraphModule, before: dict[str, Tensor]) -> None:
-    """Undo a correction of `prepared`."""
+    """Undo a correction of `prepared`, which returned `before`."""
     with torch.no_grad():
         for name, bias in before.items():
             _stored(prepared, name).copy_(bias)
@@ -51,13 +51,13 @@ def _stored(prepared: GraphModule, name: str) -> Tensor:
 
 
 def forget(prepared: GraphModule) -> None:
-    """Take the biases of `prepared` for its own: once they are trained, those before the correction mean nothing."""
+    """Discard the original biases of `prepared`: after training they no longer apply."""
     prepared.meta.pop(BEFORE, None)
 
 
 def uncorrect(graph: GraphModule) -> None:
-    """Give `graph`, on the tensors of a corrected one but with another part of it rounded, the biases and weights from
-    before: each correction is for the error of all layers up to it.
+    """Make `graph` read the original biases and weights. `graph` shares the tensors of a corrected graph but quantizes
+    other operators, and each correction compensates the error of all layers up to its own.
     """
     before: dict[str, Tensor] = graph.meta.pop(BEFORE, {})
     for layer in [node for node in graph.graph.nodes if node.target in WEIGHTED]:
@@ -69,7 +69,7 @@ def uncorrect(graph: GraphModule) -> None:
 
 
 def _from_before(graph: GraphModule, argument: Node, before: dict[str, Tensor]) -> Node:
-    """The node that reads a weight, rounded or not, or a bias as it was; `argument` where that never changed."""
+    """Return a node that reads the original weight (quantized or not) or bias; `argument` if it was not changed."""
     source = argument.all_input_nodes[0] if argument.op == "call_module" else argument
     if source.op != "get_attr" or str(source.target) not in before:
         return argument
@@ -91,17 +91,17 @@ def _from_before(graph: GraphModule, argument: Node, before: dict[str, Tensor]) 
 
 
 class Pair(Interpreter):
-    """Runs a prepared graph on two sets of values, in float and rounded: every value is a pair."""
+    """Interpreter that runs a prepared graph in float and quantized: every value is a pair (float, quantized)."""
 
     def __init__(self, prepared: GraphModule) -> None:
         super().__init__(prepared)
         self.prepared, self.before = prepared, dict[str, Tensor]()
-        # A tensor may have several names: it counts by where it lies.
+        # A tensor may have several names: reads are counted by memory address.
         stored = (node for node in prepared.graph.nodes if node.op == "get_attr")
         self.reads = Counter(stored_tensor(prepared, node).data_ptr() for node in stored for _ in node.users)
 
     def run_node(self, n: Node) -> Any:
-        if not n.all_input_nodes:  # the images, and what is stored
+        if not n.all_input_nodes:  # images and stored tensors
             return (super().run_node(n),) * 2
         rounding = self.rounds(n)
         pairs = self.env
@@ -116,16 +116,16 @@ class Pair(Interpreter):
         return floats, rounded
 
     def prepare_layer(self, layer: Node) -> None:
-        """Called before both networks run `layer`, with the pairs that it reads in `env`."""
+        """Hook before both networks run `layer`; `env` holds the pairs that `layer` reads."""
 
     def alone(self, n: Node, pairs: dict[Node, Any], side: int) -> Any:
         self.env = {source: pairs[source][side] for source in n.all_input_nodes}
-        found = super().run_node(n)
+        value = super().run_node(n)
         self.env = pairs
-        return found
+        return value
 
     def corrected(self, layer: Node, floats: Tensor, rounded: Tensor) -> Tensor | float:
-        """What was added to the bias of `layer`, as it is added to its output."""
+        """Correct the bias of `layer`; return the change, broadcastable to its output, or 0.0 if it is not corrected."""
         bias = layer.args[2] if len(layer.args) > 2 else None
         if not isinstance(bias, Node) or bias.op != "get_attr" or not self.rounds(cast(Node, layer.args[1])):
             return 0.0

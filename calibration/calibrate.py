@@ -1,4 +1,4 @@
-"""Show training images to a prepared graph and fix its ranges, by the calibrator that is asked for or the best one."""
+"""Calibrate a prepared graph: observe training images and set activation ranges with the given or best calibrator."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from models.errors import BadRequest
 LEAST_IMAGES: Final = 128
 
 _BATCH = 32
-_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # of the images, and how many: they compare calibrators, ranges never see them
+_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # share and greatest number of images that compare calibrators, unobserved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CalibrationSplit:
-    """The training images of one calibration, drawn once, with the float logits of those that decide."""
+    """The training images of one calibration, drawn once, with the float logits of the held-out ones."""
 
     train: Images
-    held_out: tuple[int, ...]  # indices of the images that calibrators and corrections are compared on
-    observed: tuple[int, ...]  # indices of the images that corrections are computed from
-    batches: tuple[Batch, ...]  # the held-out images that could be read, in batches of 32
+    held_out: tuple[int, ...]  # image indices for comparing calibrators and corrections
+    observed: tuple[int, ...]  # image indices for computing corrections
+    batches: tuple[Batch, ...]  # readable held-out images, in batches of 32
     reference: Logits  # (N, classes) float logits of the held-out images; (0, 0) where there are none
 
     def images(self, count: int) -> Tensor:
-        """The first `count` observed images (N, 3, S, S); N is smaller where fewer were drawn, or could be read."""
+        """Return the first `count` observed images (N, 3, S, S); N < `count` if fewer were drawn or could be read."""
         found = [images for images, _ in self.train.batches(_BATCH, self.observed[:count])]
         return torch.cat(found) if found else torch.zeros(0, 3, *[self.train.preprocess.size] * 2)
 
 
 def split(model: nn.Module, recipe: Ptq, train: Images, *, seed: int) -> CalibrationSplit:
-    """Draw `recipe.samples` images of `train`, evenly by class, and run the float `model` on those held out."""
+    """Draw `recipe.samples` images of `train`, balanced by class, and run the float `model` on the held-out ones."""
     kept, seen = held_out(train, recipe, seed=seed)
     batches = tuple(train.batches(_BATCH, kept))
     reference = program.logits(model, batches) if batches else np.zeros((0, 0), np.float32)
@@ -64,11 +64,11 @@ def calibrate(
     seed: int,
     drawn_split: CalibrationSplit | None = None,
 ) -> dict[str, object]:
-    """Fix the ranges of `prepared` from `recipe.samples` training images, drawn evenly by class. Returns what there is
-    to report: the calibrator, how each did against the float `model` where one was chosen, `ranges` and `identity`.
-    `drawn_split`: as `split` draws it with the same arguments, which then draws nothing again.
+    """Set the ranges of `prepared` from `recipe.samples` training images, balanced by class, and return the report: the
+    calibrator, the SQNR of each calibrator in dB (if they were compared), `ranges` and `identity`. `drawn_split`: the
+    result of `split` for the same arguments, if it was drawn before.
 
-    Leaves the quantizers observing. Raises BadRequest where fewer than 128 images could be read.
+    Leaves the fake-quantize modules in mode `observe`. Raises BadRequest if fewer than 128 images could be read.
     """
     name = recipe.calibrator
     kept, seen = drawn(train, recipe, seed=seed)
@@ -98,22 +98,22 @@ def calibrate(
 
 
 def held_out(train: Images, recipe: Ptq, *, seed: int) -> tuple[list[int], list[int]]:
-    """The training images of a calibration: those that repairs and calibrators are compared on, and the others."""
+    """Return two lists of image indices: held out, to compare calibrators and corrections on, and all others."""
     chosen = train.stratified(recipe.samples, seed)
     count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT))
     return chosen[:count], chosen[count:]
 
 
 def drawn(train: Images, recipe: Ptq, *, seed: int) -> tuple[list[int], list[int]]:
-    """The training images of a calibration: those that the ranges never see, where calibrators are compared, and those
-    that the ranges come from.
+    """Return two lists of image indices: held out, to compare calibrators on (empty unless the calibrator is `auto`),
+    and observed, to compute the ranges from.
     """
     kept, seen = held_out(train, recipe, seed=seed)
     return (kept, seen) if recipe.calibrator == AUTO else ([], kept + seen)
 
 
 def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
-    """Let the quantizers of `prepared` see the images in `order`; returns how many could be read."""
+    """Run the images of `order` through `prepared` in mode `observe`; return the number of readable images."""
     read = 0
     with torch.no_grad(), bar(total=len(order), title="calibration", unit="image") as progress:
         for images, _ in train.batches(_BATCH, order):
@@ -124,29 +124,29 @@ def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
 
 
 def fix_weights(prepared: GraphModule) -> None:
-    """Set the ranges of all weights: their peaks, whatever the calibrator."""
+    """Set the ranges of all weights to their peaks, which no calibrator affects."""
     for quantizer in fake_quants(prepared):
         if not isinstance(quantizer, ActivationFakeQuant):
             quantizer.fix_range()
 
 
 def choose(prepared: GraphModule, calibrator: str) -> None:
-    """Set the range of every activation by `calibrator`; the statistics stay."""
+    """Set the range of every activation with `calibrator`; keep the statistics."""
     for _, quantizer in named_quantizers(prepared):
         quantizer.choose(calibrator)
 
 
 def ranges(prepared: GraphModule, calibrator: str) -> list[TensorRange]:
-    """What `choose` made of the statistics, in order of execution."""
+    """Return the activation ranges that `choose` set, in order of execution."""
     return [_range(name, quantizer, calibrator) for name, quantizer in named_quantizers(prepared)]
 
 
 def named_quantizers(prepared: GraphModule) -> Iterator[tuple[str, ActivationFakeQuant]]:
-    """The quantizers of activations by path of the first layer that reads them: `path#2` where the module computes a
-    second layer, as `program.named_layers` says it; `path:operator:input` for products and additions.
+    """Yield the activation quantizers with the path of the first layer that reads them: `path#2` if the module calls a
+    second layer, as in `program.named_layers`; `path:operator:input` for operators without weights.
     """
     times: Counter[str] = Counter()
-    done: set[ActivationFakeQuant] = set()  # one may stand on several edges, under several names
+    done: set[ActivationFakeQuant] = set()  # a quantizer may serve several edges under several names
     for node in prepared.graph.nodes:
         path = program.module_path(node)
         weighted = node.target in program.WEIGHTED
@@ -174,7 +174,7 @@ def set_mode(prepared: nn.Module, mode: Mode) -> None:
 
 
 def identity(model: nn.Module, recipe: Ptq, train: Images, order: list[int], *, seed: int) -> dict[str, object]:
-    """What a calibration depends on: equal identities are equal ranges. The same is in the key of its artifact."""
+    """Return the inputs that determine a calibration: equal identities give equal ranges. Part of the cache key."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -199,21 +199,21 @@ def identity(model: nn.Module, recipe: Ptq, train: Images, order: list[int], *, 
 def _enough(read: int, recipe: Ptq) -> None:
     if read < LEAST_IMAGES and not recipe.force:
         raise BadRequest(
-            f"calibration read {read} images, expected at least {LEAST_IMAGES}: ranges of fewer say little about other "
-            "images; give DATA more training images, or FORCE=1 to calibrate on these"
+            f"calibration read {read} images, expected at least {LEAST_IMAGES}: ranges of fewer images may not fit "
+            "other images; give DATA more training images, or FORCE=1 to calibrate on these"
         )
 
 
 def _output_errors(prepared: GraphModule, reference: Logits, batches: list[torch.Tensor]) -> dict[str, float]:
-    """Decibels between `reference` and what `prepared` answers with the ranges of each calibrator."""
-    found: dict[str, float] = {}
+    """Return the SQNR, in dB, of the logits of `prepared` against `reference` for each calibrator."""
+    sqnr_db: dict[str, float] = {}
     for name in calibrators.ALL:
         choose(prepared, name)
         set_mode(prepared, "frozen")
         with torch.no_grad():
-            found[name] = snr_db(reference, torch.cat([prepared(images) for images in batches]).numpy())
+            sqnr_db[name] = snr_db(reference, torch.cat([prepared(images) for images in batches]).numpy())
         set_mode(prepared, "observe")
-    return found
+    return sqnr_db
 
 
 def _range(name: str, quantizer: ActivationFakeQuant, calibrator: str) -> TensorRange:

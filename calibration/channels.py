@@ -1,9 +1,9 @@
-"""Which channels of a traced network may be multiplied by a factor, and divided by it again, without changing what the
-network computes.
+"""Channel scales: channels of a traced network that may be multiplied by a factor and divided by it again, so that the
+output of the network is unchanged.
 
-Each output channel of a layer or norm has a free factor of its own; operators hand it on, or tie it to others, see
-`calibration.commuting`, and those that are unknown leave what they read as it is, so that nothing is assumed. In the
-end every stored tensor has the factors that it may be multiplied by:
+Each output channel of a layer or norm has its own free factor. Operators propagate factors or require them to be equal,
+see `calibration.commuting`. Inputs and outputs of unknown operators keep the factor 1, so that no operator is assumed
+to preserve factors. The result is the factors by which each stored tensor may be multiplied:
 
     conv (outputs * f) -> relu -> depthwise (inputs / f, outputs * g) -> mean -> linear (inputs / g)
 """
@@ -24,17 +24,17 @@ from calibration.labels import Labels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Channels:
-    """What takes factors in a graph, with resolved labels: equal ones must have equal factors."""
+    """Tensors of a graph that take factors, with resolved labels: equal labels require equal factors."""
 
     stored: tuple[Stored, ...]
     reads: tuple[Read, ...] = ()
 
     def layers(self) -> Iterator[Stored]:
-        """Convolutions and linear layers, whose `inputs` are known, in order of execution."""
+        """Yield the convolutions and linear layers, whose `inputs` are set, in order of execution."""
         return (each for each in self.stored if each.groups is not None)
 
     def free(self) -> list[int]:
-        """The labels whose factor may be chosen, in rising order."""
+        """Return the labels with a free factor, in ascending order."""
         found = {
             abs(int(label))
             for each in self.stored
@@ -46,7 +46,7 @@ class Channels:
 
 
 def find_channels(graph: GraphModule, size: int) -> Channels:
-    """The factors that `graph`, traced in evaluation mode and folded, leaves free for images of `size` pixels."""
+    """Return the free channel factors of `graph`, traced in evaluation mode and folded, for images of `size` pixels."""
     tracer = Tracer(graph)
     with torch.no_grad():
         tracer.run(torch.zeros(1, 3, size, size))
@@ -55,7 +55,7 @@ def find_channels(graph: GraphModule, size: int) -> Channels:
 
 
 def rescale(graph: GraphModule, channels: Channels, factors: Mapping[int, float]) -> None:
-    """Multiply the tensors of `graph`, in place, by the `factors` of their labels; one that is not given is 1."""
+    """Multiply the tensors of `graph`, in place, by the `factors` of their labels; a missing factor is 1."""
     for each in channels.stored:
         outputs = factors_of(each.outputs, factors)
         inputs = torch.ones(()) if each.inputs is None else factors_of(each.inputs, factors)
@@ -69,13 +69,13 @@ def rescale(graph: GraphModule, channels: Channels, factors: Mapping[int, float]
 
 
 def factors_of(labels: Labels, factors: Mapping[int, float]) -> Tensor:
-    """The factor of every element, float32."""
+    """Return the factor of every element of `labels`, as float32."""
     chosen = [factors.get(abs(int(label)), 1.0) ** (1 if label >= 0 else -1) for label in labels.flatten().tolist()]
     return torch.tensor(chosen).reshape(labels.shape)
 
 
 def _spread(outputs: Tensor, inputs: Tensor, groups: int | None, shape: torch.Size) -> Tensor:
-    """The factors of a weight of `shape`, or of a scale (`groups` None)."""
+    """Return the factors of a layer weight of `shape`, or of an elementwise scale (`groups` is None)."""
     if groups is None:
         return outputs / inputs
     rows = inputs.reshape(groups, -1).repeat_interleave(shape[0] // groups, 0)

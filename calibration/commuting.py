@@ -1,8 +1,8 @@
-"""How operators pass on factors of channels: what they move, what they tie, and what they leave as it is.
+"""Propagation of channel factors: the operators that move factors, require equal factors, or require the factor 1.
 
-A graph runs once, on one image, and beside every tensor run labels, see `calibration.labels`. Each rule answers with
-the labels of what its operator computes; where it answers with none, or there is no rule, the inputs of the operator
-keep the factor 1, and so do its outputs.
+A graph runs once, on one image, with labels computed beside every tensor, see `calibration.labels`. Each rule returns
+the labels of the output of its operator. If it returns None, or if an operator has no rule, the inputs and outputs of
+the operator keep the factor 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from calibration.labels import ANY, Labels, Ties
 from calibration.program import WEIGHTED, stored_tensor
 
 _ATEN: Final = torch.ops.aten
-_MOVES: Final = frozenset(  # elements, and computes nothing
+_MOVES: Final = frozenset(  # move elements and compute nothing
     {
         operator.getitem,
         _ATEN.reshape.default,
@@ -61,7 +61,7 @@ _SAME: Final = frozenset(  # f(factor * x) = factor * f(x), element by element
         _ATEN.neg.default,
     }
 )
-_OVER_SPACE: Final = frozenset(  # commutes where the pixels of a channel have one factor; zero padding has any
+_OVER_SPACE: Final = frozenset(  # commute if all pixels of a channel have one factor
     {
         _ATEN.max_pool2d.default,
         _ATEN.avg_pool2d.default,
@@ -78,46 +78,47 @@ _MATMULS: Final = frozenset({_ATEN.matmul.default, _ATEN.bmm.default})
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Stored:
-    """Tensors of the graph that take factors: those of a layer, a norm, or a constant.
+    """Stored tensors that take factors: of a layer, of a norm, or a constant operand.
 
-    A weight (outputs, inputs of a group, ...) is multiplied by the factor of its output and divided by that of its
-    input; a scale of channels, likewise, has an output and an input for each element; what is added has outputs alone.
+    A layer weight (outputs, inputs per group, ...) is multiplied by the factor of its output channel and divided by
+    that of its input channel. A channel scale likewise has an output and an input factor per element. A shift, which is
+    added, is multiplied by its output factor.
     """
 
-    node: Node  # the operator that reads them
-    weight: str | None  # attribute of the graph; None where there is none
+    node: Node  # the operator that reads the tensors
+    weight: str | None  # attribute of the graph; None: no weight
     shift: str | None
-    outputs: Labels  # of the weight's first axis, or of the shape of a scale or shift
-    inputs: Labels | None = None  # (channels,) of all groups, or of the shape of a scale; None: its inputs have 1
-    mean: str | None = None  # of a BatchNorm, which follows its input
-    groups: int | None = None  # of a layer; None: weight and shift are one element a channel
+    outputs: Labels  # of the first axis of a weight, or in the shape of a scale or shift
+    inputs: Labels | None = None  # (channels,) of all groups, or in the shape of a scale; None: 1
+    mean: str | None = None  # running mean of a BatchNorm, multiplied by its input factor
+    groups: int | None = None  # of a layer; None: weight and shift are elementwise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Read:
-    """An activation that an operator without weights reads: a side of a product or an addition."""
+    """An activation that an addition or a matrix multiplication reads, operators without weights."""
 
     node: Node
-    place: int  # among the arguments of `node`
+    place: int  # position among the arguments of `node`
     labels: Labels  # of the activation for one image
 
 
 class Tracer(Interpreter):
-    """Runs a graph on one image, with labels beside the values; `None` beside what is no tensor of floats."""
+    """Interpreter that computes labels beside the values of one image; None beside values that are not float tensors."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
         self.graph_module = graph
         self.ties, self.found, self.reads = Ties(), list[Stored](), list[Read]()
         self.labels: dict[Node, Any] = {}
-        # A tensor may have several names: it counts by where it lies.
+        # A tensor may have several names: uses are counted by memory address.
         self.uses = Counter(self.place(node) for node in graph.graph.nodes if node.op == "get_attr")
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         known = n.op == "call_function" and n.target in _RULES and _is_float(value)
         labels = _RULES[n.target](self, n, value) if known else None
-        if labels is None:  # unknown, or computed from no labels: nothing may change before or behind it
+        if labels is None:  # no rule, or no result: all factors before and after the operator are 1
             for entry in n.all_input_nodes:
                 self.fix(self.labels.get(entry))
             labels = _zeros(value)
@@ -139,17 +140,17 @@ class Tracer(Interpreter):
                 self.fix(part)
 
     def read(self, node: Node) -> None:
-        """Note both sides of a product or an addition, where they are activations."""
+        """Record both operands of an addition or a matrix multiplication, if they are activations."""
         for place, side in enumerate(node.args[:2]):
             if isinstance(side, Node) and side.op != "get_attr":
                 self.reads.append(Read(node=node, place=place, labels=self.labels[side]))
 
     def of(self, argument: Any) -> Any:
-        """`argument` with labels in place of tensors; sizes are what they are."""
+        """Return `argument` with labels in place of float tensors; sizes are kept."""
         return map_arg(argument, lambda node: self.labels[node] if self.labels[node] is not None else self.env[node])
 
     def own(self, argument: object) -> str | None:
-        """The name of a stored tensor that nothing else reads."""
+        """Return the name of a stored float tensor if no other operator reads it; None otherwise."""
         if not isinstance(argument, Node) or argument.op != "get_attr":
             return None
         if self.uses[self.place(argument)] > 1 or len(argument.users) > 1:
@@ -203,7 +204,7 @@ def _add(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
 
 def _multiply(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
     first, second = node.args[:2]
-    if not isinstance(first, Node) or not isinstance(second, Node):  # by a number
+    if not isinstance(first, Node) or not isinstance(second, Node):  # by a scalar
         return cast(Labels, tracer.of(first if isinstance(first, Node) else second))
     for factor, other in ((first, second), (second, first)):
         if (name := tracer.own(factor)) and tracer.of(factor).numel() > 1:
@@ -220,7 +221,7 @@ def _multiply(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
 def _scaled(
     tracer: Tracer, node: Node, name: str, shape: torch.Size, labels: Labels, result: torch.Size
 ) -> Labels | None:
-    """A product with a stored tensor: every element of that has an input and an output."""
+    """Propagate through a product with a stored tensor, whose elements each have an input and an output factor."""
     if len(shape) > len(result) or labels.shape != result:
         return None
     aligned = (1,) * (len(result) - len(shape)) + tuple(shape)
@@ -237,16 +238,16 @@ def _matmul(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
         return None
     ties = tracer.ties
     tracer.read(node)
-    if ties.are_fixed(one):  # probabilities times values
+    if ties.are_fixed(one):  # attention probabilities times values
         return ties.tie_along(other, (-2,)).expand(value.shape)
     if ties.are_fixed(other):
         return ties.tie_along(one, (-1,)).expand(value.shape)
-    ties.tie(ties.tie_along(one, (-2,)), -ties.tie_along(other, (-1,)).transpose(-2, -1))  # queries times keys
+    ties.tie(ties.tie_along(one, (-2,)), -ties.tie_along(other, (-1,)).transpose(-2, -1))  # queries times keys: inverse
     return torch.zeros(value.shape, dtype=torch.float64)
 
 
 def _einsum(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
-    """As `_matmul`, by the letters of two operands."""
+    """Propagate as `_matmul` does, for an einsum of two operands."""
     letters, _, result = cast(str, node.args[0]).replace(" ", "").partition("->")
     sides = cast("Sequence[Node]", node.args[1])
     if len(sides) != 2 or not result or any(len(set(each)) < len(each) for each in letters.split(",")):
@@ -264,7 +265,7 @@ def _einsum(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
 
 
 def _summed(ties: Ties, labels: Labels, letters: str, result: str) -> Labels:
-    """Labels with the axes `letters`, those that are not in `result` tied, in its order; others have length 1."""
+    """Tie the axes of `letters` that are not in `result`; return the others in the order of `result`, absent ones as 1."""
     kept = [letter for letter in letters if letter in result]
     tied = ties.tie_along(labels, [axis for axis, letter in enumerate(letters) if letter not in result])
     flat = tied.reshape([labels.shape[letters.index(letter)] for letter in kept])
@@ -328,7 +329,7 @@ _RULES: Final[Mapping[Any, _Rule]] = {
 
 
 def _channel_axis(node: Node) -> int:
-    """The axis of the channels of what a layer reads and writes."""
+    """Return the channel axis of the input and output of a layer."""
     return -1 if node.target is _ATEN.linear.default else -3
 
 

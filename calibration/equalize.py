@@ -1,17 +1,17 @@
-"""Give the channels of a network like ranges, so that one scale a tensor serves them all; what it computes in float
-stays.
+"""Cross-layer equalization and SmoothQuant: balance channel ranges; the float output is unchanged.
 
-Activations have one scale a tensor, weights one an output channel. A channel whose values are small beside those of its
-tensor's largest channel is left with few steps, and so is a weight whose column is small beside the largest of its row.
-Both are mended by the same factors, which layers and norms before a tensor take in and layers behind it give back:
-Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1,
-between layers; Xiao et al., "SmoothQuant", arXiv 2211.10438, section 4, from activations into weights. The factor of a
-channel with peaks a of its activations and w of its weights' columns, both relative to the median of their tensor, is
+Activations have one scale per tensor, weights one per output channel. A channel whose values are small relative to the
+largest channel of its tensor has few quantization steps, and so does a weight column (input channel) that is small
+relative to the largest weight of its row. Both are corrected by the same factors: layers and norms before a tensor
+multiply its channels by them, and the layers after it divide by them. Nagel et al., "Data-Free Quantization Through
+Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.1, between layers; Xiao et al., "SmoothQuant",
+arXiv 2211.10438, section 4, from activations into weights. The factor of a channel with activation peak a and weight
+column peak w, both relative to the median over their tensor, is
 
-    f = w ** (1 - strength) / a ** strength        (SmoothQuant's alpha is our strength)
+    f = w ** (1 - strength) / a ** strength        (`strength` is SmoothQuant's alpha)
 
-with the mean of its logarithm where several operators read the channel. A depthwise layer has a weight scale for each
-channel, and products and additions have no weights, so that only a counts there.
+If several operators read the channel, it is the geometric mean of their factors. A depthwise layer has a weight scale
+per channel, and additions and matrix multiplications have no weights: for these operators f = 1 / a.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from calibration.labels import Labels
 from calibration.program import stored_tensor
 
 STRENGTHS: Final = (0.5, 0.75, 1.0)
-_LARGEST: Final = 16.0  # octaves that a factor may reach; further, sums in float32 would suffer
-_SMALLEST_PEAK: Final = 2.0**-20  # of a channel, relative to its tensor: below it, a channel counts as dead
+_LARGEST: Final = 16.0  # limit of the factors, in octaves (log2); beyond it, sums in float32 lose accuracy
+_SMALLEST_PEAK: Final = 2.0**-20  # of a channel, relative to its tensor; channels below it count as dead
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peaks:
-    """The largest absolute values of the channels that one operator reads, each (channels,)."""
+    """Largest absolute values of the channels that one operator reads, each of shape (channels,)."""
 
     labels: Labels
     activations: Tensor
-    weights: Tensor | None  # of the columns, each row relative to its own peak; None: they do not count
+    weights: Tensor | None  # of the columns, with each row divided by its own peak; None: not used
 
 
 def peaks(
     graph: GraphModule, channels: Channels, images: Iterable[Tensor], rounds: Callable[[Node], bool]
 ) -> list[Peaks]:
-    """What every operator of `graph` with a free input reads on `images`, batches of (N, 3, S, S). `rounds` says of an
-    operator whether it reads integers; what is in float needs no like ranges.
+    """Return the channel peaks that the operators of `graph` read on `images`, batches of (N, 3, S, S), for inputs with
+    free factors. `rounds` returns whether an operator reads quantized inputs; only these need balanced ranges.
     """
     layers = {each.node: each for each in channels.layers() if _is_free(each.inputs) and rounds(each.node)}
     reads = [read for read in channels.reads if _is_free(read.labels) and rounds(read.node)]
@@ -65,16 +65,16 @@ def peaks(
 
 
 def factors(found: Iterable[Peaks], strength: float) -> dict[int, float]:
-    """The factors that give channels with the peaks `found` like ranges, by label."""
-    wanted: defaultdict[int, list[float]] = defaultdict(list)
+    """Return the factors, by label, that balance the ranges of channels with the peaks `found`."""
+    by_label: defaultdict[int, list[float]] = defaultdict(list)
     for each in found:
         octaves = -_octaves(each.activations)
         if each.weights is not None:
             octaves = strength * octaves + (1 - strength) * _octaves(each.weights)
         for label, octave in zip(each.labels.long().tolist(), octaves.tolist(), strict=True):
             if label:
-                wanted[abs(label)].append(octave if label > 0 else -octave)
-    means = {label: sum(octaves) / len(octaves) for label, octaves in wanted.items()}
+                by_label[abs(label)].append(octave if label > 0 else -octave)
+    means = {label: sum(octaves) / len(octaves) for label, octaves in by_label.items()}
     return {label: 2.0 ** min(max(mean, -_LARGEST), _LARGEST) for label, mean in means.items()}
 
 
@@ -85,9 +85,10 @@ def equalize(
     error_db: Callable[[GraphModule], float],
     rounds: Callable[[Node], bool],
 ) -> dict[str, Any]:
-    """Give the channels of `graph`, in place, like ranges, where `error_db` says that rounding costs less then: of a
-    copy, decibels of its rounded logits against float. `rounds`: as for `peaks`. Returns what to report: the decibels
-    before and after, the strength (None: the graph stays as it was) and how many rounded channels are free.
+    """Balance the channel ranges of `graph`, in place, with the strength of the highest SQNR, if it exceeds the SQNR of
+    the unchanged graph. `error_db` returns the SQNR, in dB, of the quantized logits of a copy against float. `rounds`:
+    as for `peaks`. Returns the report: the SQNR before and after, the strength (None: `graph` is unchanged) and the
+    number of quantized channels with a free factor.
     """
     channels = find_channels(graph, size)
     found = peaks(graph, channels, images, rounds)
@@ -111,14 +112,14 @@ def equalize(
 def apply(
     graph: GraphModule, size: int, images: Iterable[Tensor], rounds: Callable[[Node], bool], strength: float
 ) -> None:
-    """Give the channels of `graph`, in place, like ranges by `strength`, as `equalize` does where it chooses that."""
+    """Balance the channel ranges of `graph`, in place, with `strength`, as `equalize` does if it selects `strength`."""
     channels = find_channels(graph, size)
     rescale(graph, channels, factors(peaks(graph, channels, images, rounds), strength))
 
 
 class _Watch(Interpreter):
-    """Runs a graph and keeps the largest absolute values that operators read, by operator and place of the argument: of
-    a layer one a channel, of `reads` one an element.
+    """Interpreter that records the largest absolute values that operators read, by operator and argument position: one
+    per channel for layers, one per element for `reads`.
     """
 
     def __init__(self, graph: GraphModule, layers: Collection[Node], reads: Iterable[Read]) -> None:
@@ -135,7 +136,7 @@ class _Watch(Interpreter):
             self.keep(n, 0, x.abs().amax([axis for axis in range(x.ndim) if axis != channel]))
         for read in self.reads.get(n, ()):
             x = self.env[cast(Node, n.args[read.place])]
-            self.keep(n, read.place, x.abs().reshape(-1, *read.labels.shape).amax(0))  # an image may be many rows
+            self.keep(n, read.place, x.abs().reshape(-1, *read.labels.shape).amax(0))  # an image may have several rows
         return super().run_node(n)
 
     def keep(self, node: Node, place: int, found: Tensor) -> None:
@@ -154,13 +155,13 @@ def _of_layer(graph: GraphModule, layer: Stored, activations: Tensor) -> Peaks:
     if groups > 1 and weight.shape[1] == 1:
         return Peaks(labels=layer.inputs, activations=activations, weights=None)
     size = weight.abs().flatten(2).amax(2) if weight.ndim > 2 else weight.abs()
-    relative = size / size.amax(1, keepdim=True).clamp_min(1e-30)  # rows have a scale of their own
+    relative = size / size.amax(1, keepdim=True).clamp_min(1e-30)  # each row has its own scale
     columns = relative.reshape(groups, len(weight) // groups, -1).amax(1).flatten()
     return Peaks(labels=layer.inputs, activations=activations, weights=columns)
 
 
 def _of_read(read: Read, elements: Tensor) -> Peaks:
-    """One value for each label."""
+    """Return the peaks of a read tensor, reduced from one per element to one per label."""
     labels = sorted(set(read.labels.flatten().tolist()))
     places = torch.bucketize(read.labels.flatten(), torch.tensor(labels, dtype=torch.float64))
     largest = torch.zeros(len(labels)).scatter_reduce(0, places, elements.flatten(), "amax")
@@ -168,7 +169,7 @@ def _of_read(read: Read, elements: Tensor) -> Peaks:
 
 
 def _octaves(values: Tensor) -> Tensor:
-    """Base-2 logarithms of `values`, relative to their median; of a dead channel 0."""
+    """Return log2 of `values` relative to their median; 0 for dead channels."""
     living = values > _SMALLEST_PEAK * values.max()
     if not math.isfinite(float(values.max())) or not living.any():
         return torch.zeros_like(values)

@@ -1,7 +1,7 @@
-"""What stands on a quantized edge: watch a tensor, fix its range, then round it as the device will.
+"""Fake-quantize modules: observe a tensor, set its range, then simulate the rounding of the device.
 
-One module serves post-training quantization and quantization-aware training, and its scale is the scale of every
-artifact: whatever the fake-quantized model computes, the converted one computes too.
+The same modules serve post-training quantization and quantization-aware training. Their scales are the scales of every
+artifact, so that the converted model computes the same values as the fake-quantized model.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from calibration.calibrators import ALL, Statistics
 
 Mode = Literal["observe", "train", "learn", "frozen"]
 
-# The normal FP16 numbers: beyond them an FP16 graph would round the scale itself, flush it to zero, or overflow.
+# Normal FP16 numbers. Outside them an FP16 graph would round the scale, flush it to zero, or overflow.
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0
-_PEAK_MEMORY = 0.99  # of the moving average that lets ranges follow the training
+_PEAK_MEMORY = 0.99  # decay of the moving average by which ranges follow the training
 
 
 class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
-    """Symmetric int8 with zero point 0 on one edge of the graph.
+    """Symmetric INT8 fake quantization, with zero point 0, on one edge of the graph.
 
-    In mode `observe` it passes the tensor through and collects statistics; `fix_range` turns them into a scale. In
-    `train` it rounds, and lets the scale follow the tensor wherever gradients are recorded; in `learn` the scale of an
-    activation is trained instead, see `ActivationFakeQuant.learn`; in `frozen` it rounds with the scale as it stands.
-    So evaluating, which records no gradients, never moves a range, whatever the mode.
+    Modes: `observe` passes the tensor through and collects statistics, from which `fix_range` computes the scale.
+    `train` rounds, and updates the scale from the tensor while gradients are recorded. `learn` trains the scale of an
+    activation instead, see `ActivationFakeQuant.learn`. `frozen` rounds with the current scale. Evaluation records no
+    gradients and therefore never changes a range, in any mode.
     """
 
     scale: Tensor
     zero_point: Tensor
 
     def __init__(self, *, dtype: torch.dtype, qscheme: torch.qscheme, **spec: Any) -> None:
-        """Called by `prepare_pt2e` with the fields of a QuantizationSpec."""
+        """`prepare_pt2e` passes the fields of a QuantizationSpec."""
         super().__init__()
         self.dtype, self.qscheme = dtype, qscheme
         self.quant_min, self.quant_max = spec["quant_min"], spec["quant_max"]
@@ -55,7 +55,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         return self.round(x)
 
     def moving(self, x: Tensor) -> Tensor:
-        """Let the range follow `x`, then round it."""
+        """Update the range from `x`, then round `x`."""
         self.follow(x.detach())
         return self.round(x)
 
@@ -64,7 +64,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 
     @abstractmethod
     def fix_range(self, calibrator: str = "mse") -> None:
-        """Choose the scale from what was observed; `calibrator` names how, for activations."""
+        """Compute the scale from the observed values; `calibrator` selects the method for activations."""
 
     @abstractmethod
     def follow(self, x: Tensor) -> None: ...
@@ -76,7 +76,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         return self.scale, self.zero_point
 
     def _set_limits(self, limits: Tensor) -> None:
-        """`limits`: the largest absolute value that is represented, one a channel or one for all, of shape (n,)."""
+        """Set the scale from `limits`: the largest absolute representable value per channel or per tensor, (n,)."""
         scale = snap(limits / self.quant_max)
         if self.scale.shape != scale.shape:
             self.scale.resize_(scale.shape)
@@ -85,9 +85,9 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 
 
 class ActivationFakeQuant(FakeQuant):
-    """For activations: the range is what a calibrator makes of the statistics of all images seen."""
+    """Fake quantization of an activation: a calibrator computes the range from statistics over all observed images."""
 
-    widest = math.inf  # that a learned scale may become, as a factor of where it started
+    widest = math.inf  # largest learned scale, as a multiple of its initial value
 
     def __init__(self, **spec: Any) -> None:
         super().__init__(**spec)
@@ -100,25 +100,25 @@ class ActivationFakeQuant(FakeQuant):
 
     @abstractmethod
     def choose(self, calibrator: str) -> None:
-        """Set the range by `calibrator` and keep the statistics, for another one to try."""
+        """Set the range with `calibrator`; keep the statistics, so that other calibrators can be compared."""
 
     @abstractmethod
     def forget(self) -> None:
-        """Drop the statistics: their memory is not needed any more."""
+        """Delete the statistics to free their memory."""
 
     @abstractmethod
     def limit(self) -> float:
-        """The largest absolute value that is represented."""
+        """Return the largest absolute representable value."""
 
     def learn(self) -> None:
-        """Make the scale trainable in mode `learn`: `factor` times where it stands now. A factor, because Adam moves
-        every parameter by about the learning rate, however small the parameter is. A zero point stays.
+        """Make the scale trainable in mode `learn`, as `factor` times its current value. A factor, because Adam moves
+        every parameter by about the learning rate, regardless of its magnitude. The zero point does not change.
         """
         self.start = float(self.scale)
         self.factor = nn.Parameter(torch.ones_like(self.scale))
 
     def settle(self) -> None:
-        """Set the scale to the stored value of the trained one; a scale that is not trained stays."""
+        """Set the scale to the trained value, rounded to FP16; a scale that is not trained does not change."""
         if self.factor is not None:
             self.scale.copy_(snap(self.factor.detach().clamp(max=self.widest) * self.start))
 
@@ -138,12 +138,12 @@ class ActivationFakeQuant(FakeQuant):
 
 
 class PerTensorFakeQuant(ActivationFakeQuant):
-    """Symmetric, as every target reads it."""
+    """Symmetric INT8, per-tensor: supported by every target."""
 
     def __init__(self, **spec: Any) -> None:
         super().__init__(**spec)
         self.seen = Statistics()
-        # Mean over batches of the largest absolute value, and the share of it that the range covers.
+        # Largest absolute value, averaged over batches, and the ratio of the range to it.
         self.register_buffer("peak", torch.zeros(()))
         self.register_buffer("covered", torch.ones(()))
 
@@ -173,9 +173,9 @@ class PerTensorFakeQuant(ActivationFakeQuant):
 
 
 class PerChannelFakeQuant(FakeQuant):
-    """For weights: the range of each channel is its exact peak.
+    """Fake quantization of a weight: the range of each channel is its exact peak.
 
-    The name matters: `prepare_pt2e` passes `ch_axis` only to classes whose name contains "PerChannel".
+    `prepare_pt2e` passes `ch_axis` only to classes whose name contains "PerChannel".
     """
 
     def __init__(self, *, ch_axis: int, **spec: Any) -> None:
@@ -194,17 +194,17 @@ class PerChannelFakeQuant(FakeQuant):
         self._set_limits(x.abs().transpose(0, self.ch_axis).flatten(1).amax(1))
 
     def moving(self, x: Tensor) -> Tensor:
-        """A range that has just followed holds every weight: none is clipped, and all gradients pass."""
+        """Set the range to the peaks of `x` and round: no weight is clipped, and all gradients pass."""
         self.follow(x.detach())
         return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max, whole=True)
 
     def round(self, x: Tensor) -> Tensor:
-        """Weights that have moved beyond their range since it was set are clipped: within one step of training where it
-        follows, within all of them where it stands still.
+        """Round with the current range and clip weights outside it: by at most one training step if the range follows
+        the weights, by all training steps since the range was frozen otherwise.
         """
         return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max)
 
 
 def snap(scale: Tensor) -> Tensor:
-    """The nearest FP16 value, as float32: a graph typed in FP16 and one typed in FP32 then carry the same scale."""
+    """Return the nearest normal FP16 value, as float32, so that graphs in FP16 and in FP32 have the same scale."""
     return scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16).to(torch.float32)

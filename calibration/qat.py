@@ -1,18 +1,17 @@
-"""Quantization-aware training: fine-tune a calibrated graph through its rounding, to answer as the float model does.
+"""Quantization-aware training (QAT): fine-tune a calibrated graph by knowledge distillation from the float model.
 
-It starts from the ranges and the weights of post-training quantization, and is judged by the same measure, on the
-validation part: the latest epoch that is better than that start, and no worse beyond chance than the best epoch, is
-kept, so that training never costs accuracy there.
-BatchNorms are folded before, so there are no statistics to freeze; the few that stay (behind an activation) were traced
-in evaluation mode and stand still from the first step.
+Training starts from the ranges and weights of post-training quantization. Start and epochs are compared on the
+validation part. The result is the latest epoch that is better than the start and not significantly worse than the best
+epoch, so that training never reduces accuracy there. Batch norms are folded before training, so there are no statistics
+to freeze; the few that remain (behind an activation) were traced in evaluation mode and are constant.
 
-Four choices keep a good start from being lost in the first steps. Steps are a share of the integer step of each output
-channel (`relative_adam`). The loss is the squared error of the logits, whose gradient vanishes where the float model is
-matched. The epoch is judged by the running average of its weights. Where an epoch is worse than the start
-nevertheless, training returns to the best weights and goes on at a quarter of the rate.
+Four measures prevent that the first steps lose a good start. Step sizes are relative to the quantization step of each
+output channel (`relative_adam`). The loss is the squared error of the logits, whose gradient vanishes where the float
+model is matched. Epochs are evaluated with the running average of their weights. After an epoch that is worse than the
+start, training returns to the best weights and continues at a quarter of the learning rate.
 
-The order of the images is drawn for each epoch from the seed and the number of the epoch: a training that goes on from
-a checkpoint needs no state of any generator, and comes to the same bits.
+The order of the images is drawn for each epoch from the seed and the epoch number: a training that resumes from a
+checkpoint needs no generator state and gives bit-identical results.
 """
 
 from __future__ import annotations
@@ -45,54 +44,54 @@ from calibration.train import predictions
 log = logging.getLogger("edgeline")
 
 _BATCH: Final = 32
-_KEPT_LOGITS: Final = 2**27  # of the teacher, 512 MiB
-_LEAST_STEPS, _LEAST_EPOCHS = 80, 2  # of a training whose epochs nobody asked for
-_WARM_UP: Final = 0.1  # share of the steps until the learning rate is at its peak
-_MEMORY: Final = 0.9  # of the running average: about the last ten steps
-_BACK_OFF: Final = 4.0  # what the rate is divided by after an epoch that is worse than the start
-# Times the learning rate, for learned scales in units of a 127th of themselves: FP16 stores a scale in steps of a
-# two-thousandth of it, which the steps of a short training must exceed.
+_KEPT_LOGITS: Final = 2**27  # of the teacher in memory, 512 MiB
+_LEAST_STEPS, _LEAST_EPOCHS = 80, 2  # of a training, if the recipe sets no epochs
+_WARM_UP: Final = 0.1  # share of the steps until the learning rate peaks
+_MEMORY: Final = 0.9  # decay of the running average: about the last ten steps
+_BACK_OFF: Final = 4.0  # divisor of the learning rate after an epoch that is worse than the start
+# Multiple of the learning rate for learned activation scales. Their unit is 1/127 of the scale; FP16 stores a scale in
+# steps of about 1/2000 of it, which the updates of a short training must exceed.
 _STEP_SIZE_RATE: Final = 40.0
 
-# Divergence: a mean loss of an epoch so many times the first one's, or so many epochs in a row so many points of top-1
-# below the start and beyond chance. (A loss that is no number stops the training where it is met.)
+# Divergence: the mean loss of an epoch is this multiple of that of the first epoch, or top-1 is this many points below
+# the start, significantly, for this many epochs in a row. (A loss that is not finite stops the training at once.)
 _LOSS_GROWTH: Final = 3.0
 _POINTS_BELOW, _EPOCHS_BELOW = 5.0, 3
-_STANDARD_ERRORS: Final = 2.0  # of a mean difference in squared error: above these it counts
-_CHANCE: Final = 0.01  # of a difference in top-1: below this probability it counts
+_STANDARD_ERRORS: Final = 2.0  # of a mean difference in squared error, above which it is significant
+_CHANCE: Final = 0.01  # probability of a difference in top-1, below which it is significant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QatEpoch:
-    """What one epoch came to."""
+    """Results of one epoch."""
 
     loss: float  # mean squared error of the logits over their mean square
     val_top1: float  # percent
-    val_db: float  # decibels of the logits against the teacher's, on the validation part
-    val_chance: float  # of losing as many of the start's right answers, if the epoch were as good as the start
-    rate: float  # the factor of the learning rate: 1, or less after epochs that were worse than the start
-    seconds: float  # of training, without evaluation
+    val_db: float  # SQNR of the logits against the teacher, dB, on the validation part
+    val_chance: float  # of a top-1 this far below the start, if the epoch were as good as the start
+    rate: float  # factor of the learning rate: 1, or less after epochs that were worse than the start
+    seconds: float  # training time, without evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Judgement:
-    """The validation part through the prepared graph."""
+    """Results of the prepared graph on the validation part."""
 
     top1: float  # percent
-    db: float
-    right: tuple[bool, ...]  # for each image
-    errors: tuple[float, ...]  # mean squared error of the logits, for each image
+    db: float  # SQNR of the logits against the teacher
+    right: tuple[bool, ...]  # per image: whether the prediction is correct
+    errors: tuple[float, ...]  # per image: mean squared error of the logits
 
     def better_than(self, other: _Judgement) -> bool:
-        """By top-1 where that differs beyond chance, otherwise by decibels, whose noise is far smaller: three answers
-        of sixty are five points.
+        """Compare by top-1 if it differs significantly, otherwise by SQNR, which is far less noisy: three predictions
+        of 60 are five points of top-1.
         """
         if _chance(self.right, other.right) < _CHANCE:
             return False
         return _chance(other.right, self.right) < _CHANCE or (self.db, self.top1) >= (other.db, other.top1)
 
     def keeps_up_with(self, other: _Judgement) -> bool:
-        """Whether neither top-1 nor the squared error is worse beyond chance."""
+        """Return whether neither top-1 nor the squared error is significantly worse."""
         if _chance(self.right, other.right) < _CHANCE:
             return False
         grown = np.subtract(self.errors, other.errors)
@@ -102,11 +101,11 @@ class _Judgement:
 
 @dataclass(kw_only=True, slots=True)
 class _Progress:
-    """Where a training stands."""
+    """State of a training."""
 
     best: dict[str, Any]  # weights and ranges
-    peak: _Judgement  # of the epoch with the most decibels, or of the start
-    rate: float = 1.0  # the factor of the learning rate
+    peak: _Judgement  # of the epoch with the highest SQNR, or of the start
+    rate: float = 1.0  # factor of the learning rate
     best_epoch: int = 0  # counted from 1; 0: the start
     epochs: list[QatEpoch] = field(default_factory=list)
     stopped: str | None = None
@@ -123,13 +122,13 @@ def train(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> dict[str, object]:
-    """Train the weights of `prepared`, whose ranges are fixed, to answer with the logits of the float `teacher` (Ba &
-    Caruana, arXiv 1312.6184), and leave it with the best of its epochs, or as it was where none is better. Returns what
-    there is to report.
+    """Train the weights of `prepared`, whose ranges are fixed, by knowledge distillation from the logits of the float
+    `teacher` (Ba & Caruana, arXiv 1312.6184). Leave the best epoch in `prepared`, or the start if no epoch is better,
+    and return the report.
 
-    Ranges follow, or are learned, until `recipe.freeze_ranges_at`. Computes on a GPU where there is one, in mixed
-    precision. With a `checkpoint`, goes on from what that holds, and saves there after every epoch. A training that
-    diverges is stopped with a warning, and keeps its best epoch, too.
+    Ranges follow the training, or are learned, until `recipe.freeze_ranges_at`. Training runs on a GPU if there is one,
+    in mixed precision. It resumes from `checkpoint` and saves to it after every epoch. A training that diverges is
+    stopped with a warning and also keeps its best epoch.
     """
     teacher.eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,14 +148,14 @@ def train(
     steps = math.ceil(len(train) / _BATCH)
     with bar(total=epochs * steps, title="QAT", unit="step") as progress:
         progress.update(len(at.epochs) * steps)
-        asked = _Teacher.asked(teacher, train, device, reference.shape[1]) if len(at.epochs) < epochs else None
-        while asked is not None and len(at.epochs) < epochs and at.stopped is None:
+        targets = _Teacher.cached(teacher, train, device, reference.shape[1]) if len(at.epochs) < epochs else None
+        while targets is not None and len(at.epochs) < epochs and at.stopped is None:
             index = len(at.epochs)
             following = index < round(recipe.freeze_ranges_at * epochs)
             set_mode(prepared, ("learn" if recipe.learned_scales else "train") if following else "frozen")
             began = time.monotonic()
             losses: list[float] = []
-            for images, expected in asked.epoch(seed, index):
+            for images, expected in targets.epoch(seed, index):
                 _set_rate(optimizer, (index * steps + len(losses)) / (epochs * steps), at.rate)
                 losses.append(step(prepared, images.to(device), expected, power, optimizer))
                 average.add()
@@ -186,7 +185,7 @@ def train(
 
 
 def epochs_of(recipe: Qat, images: int) -> int:
-    """The epochs of a training on `images`: those of the recipe, or as many as make 80 steps, and two at least."""
+    """Return the number of epochs: that of the recipe, or the number that makes 80 steps, and at least 2."""
     steps = math.ceil(images / _BATCH)
     return recipe.epochs or max(_LEAST_EPOCHS, math.ceil(_LEAST_STEPS / max(1, steps)))
 
@@ -194,8 +193,8 @@ def epochs_of(recipe: Qat, images: int) -> int:
 def _note(
     at: _Progress, prepared: GraphModule, loss: float, found: _Judgement, start: _Judgement, seconds: float
 ) -> None:
-    """Add an epoch; keep it where it is the best so far, lower the rate where it is worse than the start, and stop a
-    training that has diverged.
+    """Record an epoch. Keep it if it is the best so far, lower the learning rate if it is worse than the start, and
+    stop a training that has diverged.
     """
     chance = _chance(found.right, start.right)
     at.epochs.append(
@@ -209,8 +208,8 @@ def _note(
         )
     )
     if found.better_than(start):
-        # Rates fall and losses with them, so a later epoch is kept unless it is worse beyond chance: the best of many
-        # epochs by a few dozen images is a lucky one.
+        # Learning rate and loss decrease, so a later epoch is kept unless it is significantly worse: an epoch that is
+        # the best of many by a few dozen images is so by chance.
         if not at.best_epoch or found.keeps_up_with(at.peak):
             at.best, at.best_epoch = copy.deepcopy(prepared.state_dict()), len(at.epochs)
         at.peak = max(at.peak, found, key=lambda judged: judged.db)
@@ -220,7 +219,7 @@ def _note(
 
 
 def _return(prepared: GraphModule, optimizer: RelativeAdam, average: Average, at: _Progress) -> None:
-    """Back to the best weights and ranges; the moments of other weights mean nothing there."""
+    """Return to the best weights and ranges, and reset the optimizer moments, which belong to other weights."""
     prepared.load_state_dict(at.best)
     optimizer.state.clear()
     average.reset()
@@ -231,7 +230,7 @@ def _activations(prepared: GraphModule) -> Iterator[ActivationFakeQuant]:
 
 
 def _groups(prepared: GraphModule) -> list[dict[str, Any]]:
-    """Parameters by how many times the learning rate they have. Without weight decay: the start is trained, and the
+    """Return parameter groups by multiple of the learning rate. There is no weight decay: the start is trained, and the
     scales of weights are fixed.
     """
     sizes = [quantizer.factor for quantizer in _activations(prepared) if quantizer.factor is not None]
@@ -242,7 +241,7 @@ def _groups(prepared: GraphModule) -> list[dict[str, Any]]:
 
 
 def _units(prepared: GraphModule) -> dict[Tensor, Tensor]:
-    """The scales of weights that are rounded, by weight, each in the shape that broadcasts to it."""
+    """Return the scales of quantized weights, by weight, each in a shape that broadcasts to the weight."""
     found: dict[Tensor, Tensor] = {}
     for node in prepared.graph.nodes:
         quantizer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -255,8 +254,8 @@ def _units(prepared: GraphModule) -> dict[Tensor, Tensor]:
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, done: float, factor: float) -> None:
-    """A linear warm-up, then half a cosine to zero (Loshchilov & Hutter, arXiv 1608.03983), times `factor`; `done`:
-    share of all steps so far. A function of these alone, so a checkpoint keeps no scheduler.
+    """Set the learning rate: linear warm-up, then half a cosine to zero (Loshchilov & Hutter, arXiv 1608.03983), times
+    `factor`. `done`: share of all steps completed. The rate depends on these only, so a checkpoint stores no scheduler.
     """
     share = done / _WARM_UP if done < _WARM_UP else (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP))) / 2
     for group in optimizer.param_groups:
@@ -264,7 +263,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, done: float, factor: float) -> N
 
 
 def _exchange(prepared: GraphModule, average: Average) -> None:
-    """Exchange the parameters of `prepared` and their average, with the scales that belong to them."""
+    """Exchange the parameters of `prepared` and their average, and update the learned scales."""
     average.swap()
     for quantizer in _activations(prepared):
         quantizer.settle()
@@ -272,8 +271,8 @@ def _exchange(prepared: GraphModule, average: Average) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Teacher:
-    """The float model and its logits of training images. Images are not augmented, so each is asked about once, unless
-    all logits take more memory than is kept for them.
+    """The float model and its logits on the training images. Images are not augmented, so that logits are computed once
+    per image, unless all logits exceed the memory limit `_KEPT_LOGITS`.
     """
 
     model: nn.Module
@@ -282,31 +281,31 @@ class _Teacher:
     logits: Tensor | None  # (N, classes); zeros for images that cannot be read
 
     @classmethod
-    def asked(cls, model: nn.Module, train: Images, device: torch.device, classes: int) -> _Teacher:
+    def cached(cls, model: nn.Module, train: Images, device: torch.device, classes: int) -> _Teacher:
         teacher = cls(model=model, train=train, device=device, logits=None)
         if len(train) * classes > _KEPT_LOGITS:
             return teacher
         logits = torch.zeros(len(train), classes, device=device)
         for chosen in _chunks(range(len(train))):
             for indices, images in teacher.read(chosen):
-                logits[indices] = teacher.answers(images)
+                logits[indices] = teacher.predict(images)
         return replace(teacher, logits=logits)
 
-    def answers(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            answers: Tensor = self.model(images.to(self.device)).float()
-        return answers
+            logits: Tensor = self.model(images.to(self.device)).float()
+        return logits
 
     def epoch(self, seed: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (n, 3, S, S) and logits (n, classes), in the order of that epoch."""
+        """Yield images (n, 3, S, S) and target logits (n, classes), in the order of epoch `number`."""
         order = np.random.default_rng((seed, number)).permutation(len(self.train)).tolist()
         for chosen in _chunks(order):
             for indices, images in self.read(chosen):
-                yield images, self.answers(images) if self.logits is None else self.logits[indices]
+                yield images, self.predict(images) if self.logits is None else self.logits[indices]
 
     def read(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """The images of `chosen` that can be read, with their indices: as one batch where that is all of them, or one
-        by one.
+        """Yield the readable images of `chosen` and their indices, as one batch. If some cannot be read, images are
+        read one by one to find their indices.
         """
         for images, _ in self.train.batches(_BATCH, chosen):
             if len(images) == len(chosen):
@@ -324,8 +323,8 @@ def _chunks(order: Sequence[int]) -> Iterator[Sequence[int]]:
 def step(
     prepared: GraphModule, images: Tensor, targets: Tensor, power: float, optimizer: torch.optim.Optimizer
 ) -> float:
-    """One step on `images` towards the logits `targets`; the loss is their mean squared error over `power`, the mean
-    square of logits. Returns the loss, and leaves the weights alone where that is not finite.
+    """Run one optimizer step on `images` towards the logits `targets`. The loss is the mean squared error divided by
+    `power`, the mean square of the teacher's logits. Return the loss; if it is not finite, weights do not change.
     """
     with _precision(images.device):
         loss = nn.functional.mse_loss(prepared(images).float(), targets) / power
@@ -338,7 +337,7 @@ def step(
 
 
 def _precision(device: torch.device) -> AbstractContextManager[None]:
-    """Mixed precision where the hardware has it: bfloat16 needs no scaling of the loss. Rounding stays in float32."""
+    """Return mixed precision on CUDA, in bfloat16, which needs no loss scaling. Rounding stays in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=_mixed(device))
 
 
@@ -354,9 +353,9 @@ def _judged(prepared: GraphModule, reference: Logits, labels: Labels, val: Image
 
 
 def _chance(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """The probability that, of the answers in which both differ, so few or fewer are right in `one`, were both equally
-    good: an exact one-sided sign test (McNemar, "Note on the sampling error of the difference between correlated
-    proportions or percentages"). 1 where no answer differs.
+    """Return the probability that `one` is correct on at most as many images as observed, of those on which exactly one
+    of the two is correct, if both were equally good: an exact one-sided sign test (McNemar, "Note on the sampling error
+    of the difference between correlated proportions or percentages"). 1 if there are no such images.
     """
     gained = sum(ours and not theirs for ours, theirs in zip(one, other, strict=True))
     lost = sum(theirs and not ours for ours, theirs in zip(one, other, strict=True))
@@ -364,7 +363,7 @@ def _chance(one: Sequence[bool], other: Sequence[bool]) -> float:
 
 
 def diverged(epochs: list[QatEpoch], start_top1: float) -> str | None:
-    """Why to stop, or None."""
+    """Return the reason to stop, or None."""
     number, last = len(epochs), epochs[-1]
     if last.loss > _LOSS_GROWTH * epochs[0].loss:
         return f"the loss of epoch {number} was {last.loss:.3g}, more than {_LOSS_GROWTH:.0f} times the first one's"
@@ -388,7 +387,7 @@ def _begun(
     start: _Judgement,
     checkpoint: Checkpoint | None,
 ) -> _Progress:
-    """Where to go on: from the checkpoint, which the networks and the optimizer are set to, or from the start."""
+    """Return the state to continue from: the checkpoint, which is loaded into all arguments, or the start."""
     saved = checkpoint.load() if checkpoint else None
     if saved is None:
         return _Progress(best=copy.deepcopy(prepared.state_dict()), peak=start)
@@ -429,7 +428,7 @@ def _save(
 
 
 def _report(at: _Progress, start: _Judgement, device: torch.device, images: int) -> dict[str, object]:
-    """What training bought over post-training quantization, and what it cost."""
+    """Return the gain of training over post-training quantization, and its cost."""
     kept = at.epochs[at.best_epoch - 1] if at.best_epoch else None
     seconds = sum(epoch.seconds for epoch in at.epochs)
     return {

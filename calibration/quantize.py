@@ -1,11 +1,10 @@
-"""Carry out a recipe: from a trained float model to the program that targets compile.
+"""Execute a recipe: turn a trained float model into the program that targets compile.
 
-All recipes work on one graph, traced in evaluation mode with its BatchNorms and constants folded (static folding: Nagel
-et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295, section 5.2). So quantization-aware training
-divides by no gamma, counts no batches, and trains the very weights that are rounded:
+All recipes work on one graph, traced in evaluation mode with batch norms and constants folded (static folding: Nagel
+et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295, section 5.2). Quantization-aware training
+therefore divides by no gamma, uses no batch statistics, and trains exactly the weights that are quantized:
 
-    float model -> traced and folded -> FakeQuant on every quantized edge -> ranges observed -> [trained] -> frozen
-                -> converted
+    float model -> trace and fold -> insert fake quantization -> calibrate -> [train] -> freeze ranges -> convert
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from calibration.train import evaluate
 from models.errors import CheckFailed
 
 _CALIBRATION_BATCH = 32
-_FOLDED_DB = 80.0  # between the model and its folded graph: they differ by the order of sums
-_CONVERTED_DB = 60.0  # between the fake-quantized model and the converted one: they round at the same places
+_FOLDED_DB = 80.0  # least SQNR of the folded graph: only the order of summation differs
+_CONVERTED_DB = 60.0  # least SQNR of the converted graph: it rounds at the same places as fake quantization
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantized:
-    """A program ready for export, and what there is to tell about how it came to be."""
+    """A program ready for export, and the report of its quantization."""
 
     program: ExportedProgram
     report: dict[str, object] = field(default_factory=dict)
@@ -57,17 +56,17 @@ def quantize(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> Quantized:
-    """Turn a trained float `model` into the program that `recipe` asks for. `train` is what calibration and training
-    see; `val` chooses the best epoch. Training goes on from `checkpoint`, and saves there after every epoch.
+    """Return the program of the trained float `model` that `recipe` describes. Calibration and training use the images
+    of `train`; the best epoch is selected on `val`. Training resumes from `checkpoint` and saves to it every epoch.
 
-    Raises CheckFailed where folding or converting changes what the model computes, or where the recipe's accuracy
-    budget leaves no module integer.
+    Raises CheckFailed if folding or conversion changes the outputs of the model, or if the recipe's accuracy budget
+    leaves no module in INT8.
     """
     model.eval()
     size = train.preprocess.size
     probe = next(val.batches(_CALIBRATION_BATCH))
-    match recipe:  # no default case: mypy reports a recipe that nobody carries out
-        case Float() | WeightOnly():  # what stores weights in fewer bits is the target
+    match recipe:  # no default case: mypy reports a recipe without a branch
+        case Float() | WeightOnly():  # the target compresses the weights
             folded = traced(model, size)
             _checked("folding", program.logits(model, [probe]), folded, probe, _FOLDED_DB)
             return Quantized(program=program.export(folded, size))
@@ -81,7 +80,7 @@ def quantize(
     if recipe.budget is not None:
         prepared, spent = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))
         report |= spent
-    before = program.logits(prepared, [probe])  # converting replaces the quantizers of the graph that it is given
+    before = program.logits(prepared, [probe])  # conversion replaces the fake-quantize modules in place
     converted = convert_pt2e(prepared)
     agreement = _checked("converting", before, converted, probe, _CONVERTED_DB)
     noise = snr_db(program.logits(model, [probe]), program.logits(converted, [probe]))
@@ -97,8 +96,8 @@ def quantize(
 
 
 def traced(model: nn.Module, size: int) -> GraphModule:
-    """The graph of `model` in evaluation mode, folded. It shares nothing with `model`, so that training leaves that as
-    it is.
+    """Return the folded graph of `model` in evaluation mode. It shares no tensor with `model`: training the graph does
+    not change `model`.
     """
     graph: GraphModule = program.export(copy.deepcopy(model), size).module()
     fold(graph)
@@ -106,7 +105,7 @@ def traced(model: nn.Module, size: int) -> GraphModule:
 
 
 def prepare(model: nn.Module, scheme: Scheme, size: int, placement: Placement = LAYERS) -> GraphModule:
-    """The traced `model` with a FakeQuant on every edge that `placement` rounds, by the rules of `scheme`."""
+    """Return the traced `model` with a FakeQuant on every edge that `scheme` and `placement` quantize."""
     return _prepared(traced(model, size), scheme, placement)
 
 
@@ -119,8 +118,8 @@ def equalized(
     seed: int,
     drawn: CalibrationSplit | None = None,
 ) -> tuple[GraphModule, dict[str, object]]:
-    """As `prepare`, after the channels were given like ranges where `recipe` wants it; and the report of that. `drawn`:
-    the images of the calibration, where they are drawn already.
+    """Return the graph as `prepare` makes it, with channel ranges balanced first if `recipe.equalize`, and the report
+    of the equalization. `drawn`: the calibration split, if it was drawn before.
     """
     graph = traced(model, train.preprocess.size)
     drawn = drawn or split(model, recipe, train, seed=seed)
@@ -131,8 +130,8 @@ def equalized(
 def equalized_again(
     model: nn.Module, recipe: Ptq, scheme: Scheme, drawn: CalibrationSplit, strength: float | None
 ) -> GraphModule:
-    """The prepared graph that `equalized` makes where it chooses `strength` (None: channels as trained), without the
-    trials.
+    """Return the prepared graph that `equalized` makes when it selects `strength` (None: no equalization), without
+    running its trials.
     """
     graph = traced(model, drawn.train.preprocess.size)
     if strength is not None:
@@ -141,7 +140,7 @@ def equalized_again(
 
 
 def calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
-    """The prepared graph of `model`, in evaluation mode, that rounds in the ranges that `recipe` finds."""
+    """Return the prepared graph of `model`, in evaluation mode, with frozen ranges calibrated by `recipe`."""
     prepared, _ = _calibrated(model, recipe, scheme, train, seed=seed)
     set_mode(prepared, "frozen")
     return prepared
@@ -150,7 +149,7 @@ def calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, 
 def _calibrated(
     model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int
 ) -> tuple[GraphModule, dict[str, object]]:
-    """The prepared graph of `model` with the ranges that `recipe` finds, and the report of its calibration."""
+    """Return the prepared and calibrated graph of `model`, and the calibration report."""
     drawn = split(model, recipe, train, seed=seed)
     prepared, report = equalized(model, recipe, scheme, train, seed=seed, drawn=drawn)
     report |= calibrate(prepared, model, recipe, train, seed=seed, drawn_split=drawn)
@@ -173,7 +172,7 @@ def _prepared(graph: GraphModule, scheme: Scheme, placement: Placement) -> Graph
 def _within_budget(
     prepared: GraphModule, model: nn.Module, budget: Budget, val: Images, *, trained: bool
 ) -> tuple[GraphModule, dict[str, object]]:
-    """`prepared` with as many modules in float as `budget` asks for on `val`, and what to report of it."""
+    """Return `prepared` with modules in float until `budget` holds on `val`, and the report of the search."""
     reference = evaluate(model, val)
     gentler = "try RECIPE=fp16" if trained else "try RECIPE=int8_qat, which trains the weights for their rounding"
     kept = within_budget(prepared, val, budget, float_top1=reference, otherwise=gentler)
@@ -181,12 +180,12 @@ def _within_budget(
     return kept.graph, {"budget": str(budget), **spent}
 
 
-def _checked(what: str, expected: Logits, graph: nn.Module, probe: Batch, least_db: float) -> float:
-    """Decibels between `expected` and what `graph` says of `probe`. Raises CheckFailed where they are too few."""
-    found = snr_db(expected, program.logits(graph, [probe]))
-    if found < least_db:
+def _checked(step: str, expected: Logits, graph: nn.Module, probe: Batch, least_db: float) -> float:
+    """Return the SQNR, in dB, of the logits of `graph` against `expected`. Raises CheckFailed below `least_db`."""
+    sqnr_db = snr_db(expected, program.logits(graph, [probe]))
+    if sqnr_db < least_db:
         raise CheckFailed(
-            f"{what} changed what the model computes: {found:.1f} dB on {len(probe[1])} images, expected at least "
-            f"{least_db:.0f} dB; its accuracy would not be the artifact's"
+            f"{step} changed the outputs of the model: {sqnr_db:.1f} dB on {len(probe[1])} images, expected at least "
+            f"{least_db:.0f} dB; the accuracy of the artifact would differ"
         )
-    return found
+    return sqnr_db

@@ -1,4 +1,4 @@
-"""How a float model becomes small. A recipe is data; `quantize.py` carries it out."""
+"""Recipes: data that describe how a float model is quantized or compressed. `quantize.py` executes them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Final, Literal, TypeAlias
 from calibration.budget import Budget
 from calibration.placement import LAYERS, Placement
 
-AUTO: Final = "auto"  # the calibrator with the least output error on calibration images that the ranges have not seen
-# What a person may call a calibrator, and its name in `calibrators.ALL`.
+AUTO: Final = "auto"  # the calibrator with the highest SQNR of the logits on the held-out calibration images
+# User-facing names of the calibrators and their keys in `calibrators.ALL`.
 CALIBRATORS: Final[Mapping[str, str]] = {
     AUTO: AUTO,
     "minmax": "minmax",
@@ -23,19 +23,19 @@ CALIBRATORS: Final[Mapping[str, str]] = {
     "mse": "mse",
 }
 
-# How weights become integers: each the nearest one, or chosen so that the layer's outputs err least. `auto`: adaptive
-# where the network errs enough for it to matter.
+# Weight rounding: `nearest`, or `adaptive`, which minimizes the output error of each layer. `auto`: adaptive if the
+# SQNR of the quantized logits is below `AMPLE_DB` (32 dB).
 Rounding: TypeAlias = Literal["auto", "nearest", "adaptive"]
 ROUNDINGS: Final[Mapping[str, Rounding]] = {"auto": "auto", "nearest": "nearest", "adaptive": "adaptive"}
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
-# Floating-point types that engines compute in where they do not compute in INT8.
+# Floating-point types in which engines execute the operators that do not run in INT8.
 FloatType: TypeAlias = Literal["f32", "f16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """The epochs and the peak learning rate that a training is asked for; None: its default."""
+    """Number of epochs and peak learning rate of a training; None selects the default."""
 
     epochs: int | None = None
     rate: float | None = None
@@ -46,7 +46,7 @@ DEFAULT_SCHEDULE: Final = Schedule()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Float:
-    """Leave the weights as they are and compute in `precision`."""
+    """Keep the weights unchanged and run in `precision`."""
 
     name: str
     precision: Literal["fp32", "fp16"]
@@ -54,46 +54,46 @@ class Float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ptq:
-    """Post-training quantization: observe `samples` training images and fix the ranges. No training."""
+    """Post-training quantization (PTQ): calibrate activation ranges on `samples` training images, without training."""
 
     name: str
     precision: Literal["int8"] = "int8"
     samples: int = 512
-    calibrator: str = AUTO  # one of `calibrators.ALL`, or the best of them
-    force: bool = False  # calibrate on fewer images than ranges need
+    calibrator: str = AUTO  # a key of `calibrators.ALL`, or `auto`
+    force: bool = False  # calibrate even if fewer than 128 images could be read
     placement: Placement = LAYERS
-    equalize: bool = True  # give channels like ranges first, where that helps; float outputs stay
-    bias_correction: bool = True  # take the mean error of each layer out of its bias, where that helps
-    # Fit weights to rounded inputs and round them adaptively, where that helps; `auto`: where the network errs and
-    # `bias_correction`, which is part of it, is on.
+    equalize: bool = True  # balance channel ranges first if this raises the SQNR; float outputs are unchanged
+    bias_correction: bool = True  # remove the mean quantization error of each layer if this raises the SQNR
+    # Fit the weights to the quantized inputs of their layers and round them adaptively if this raises the SQNR. `auto`
+    # also requires `bias_correction`, which adaptive rounding includes, and an SQNR below `AMPLE_DB`.
     rounding: Rounding = "auto"
-    budget: Budget | None = None  # the most sensitive modules stay float until it holds; None: nothing else does
+    budget: Budget | None = None  # keep the most sensitive modules in float until it holds; None: no limit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qat:
-    """Quantization-aware training: fine-tune through fake quantization, starting from the ranges PTQ finds."""
+    """Quantization-aware training (QAT): fine-tune through fake quantization, starting from the ranges of PTQ."""
 
     name: str
     warm_start: Ptq
     precision: Literal["int8"] = "int8"
-    epochs: int | None = None  # None: two, or as many as make 80 steps where two are fewer
-    # The peak of the schedule, in integer steps of each output channel: a share of the weight's own scale, so that one
+    epochs: int | None = None  # None: 2, or as many as make 80 optimizer steps if 2 make fewer
+    # Peak learning rate, in quantization steps: a fraction of the weight scale of each output channel, so that one
     # value serves networks whose scales differ by orders of magnitude.
     learning_rate: float = 3e-3
-    # Fraction of the epochs after which the ranges stand still. There is none for BatchNorm statistics: they are folded
-    # before training, and never move.
+    # Fraction of the epochs after which activation ranges are frozen. BatchNorm statistics need no such setting: batch
+    # norms are folded before training.
     freeze_ranges_at: float = 0.0
-    learned_scales: bool = False  # whether until then the scales of activations are trained with the weights
-    budget: Budget | None = None  # of the trained network, as for Ptq; the one of `warm_start` counts for nothing
+    learned_scales: bool = False  # train activation scales with the weights until the ranges are frozen
+    budget: Budget | None = None  # of the trained network, as for Ptq; the budget of `warm_start` is ignored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightOnly:
-    """Compute in FP16 and store the weights of layers in fewer bits: for the size of an app, not for its speed.
+    """Run in FP16 and store the weights of layers in fewer bits, which reduces the size of an app, not its latency.
 
-    `linear`: integers with one scale for each output channel, or for each `block` of input channels of it.
-    `palette`: an index into 2 ** bits values that a tensor, or each group of `block` output channels, has of its own.
+    `linear`: integers with one scale per output channel, or per `block` of input channels of each output channel.
+    `palette`: indices into a lookup table of 2 ** bits values per tensor, or per group of `block` output channels.
     """
 
     name: str
@@ -112,7 +112,7 @@ _RECIPES: tuple[Recipe, ...] = (
     _PTQ,
     Qat(name="int8_qat", warm_start=_PTQ),
     Qat(name="int8_lsq", warm_start=_PTQ, learned_scales=True, freeze_ranges_at=0.5),
-    # Called as the field calls them: bits of weights and of activations, and Core ML's palettes.
+    # Established names: bits of weights and activations (w8a16), and Core ML's palettization.
     WeightOnly(name="w8a16", storage="linear", bits=8),
     WeightOnly(name="w4a16", storage="linear", bits=4, block=32),
     WeightOnly(name="palette6", storage="palette", bits=6),
@@ -122,14 +122,12 @@ ALL: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 
 
 def budgeted(recipe: Recipe, budget: Budget) -> Recipe:
-    """`recipe` with modules in float where `budget` asks for it; one without integer layers is as it was."""
+    """Return `recipe` with the accuracy `budget`; a recipe without INT8 layers is returned unchanged."""
     return replace(recipe, budget=budget) if isinstance(recipe, Ptq | Qat) else recipe
 
 
 def scheduled(recipe: Recipe, schedule: Schedule) -> Recipe:
-    """`recipe` with the epochs and the rate of `schedule` for its quantization-aware training; any other recipe trains
-    nothing and is returned as it is.
-    """
+    """Return `recipe` with the epochs and learning rate of `schedule` if it is QAT; return other recipes unchanged."""
     if not isinstance(recipe, Qat):
         return recipe
     rate = recipe.learning_rate if schedule.rate is None else schedule.rate
@@ -137,7 +135,7 @@ def scheduled(recipe: Recipe, schedule: Schedule) -> Recipe:
 
 
 def with_ptq(recipe: Recipe, **changes: Any) -> Recipe:
-    """`recipe` with changes of its post-training quantization, the one that training starts from included."""
+    """Return `recipe` with changed PTQ settings; for QAT, the PTQ that training starts from is changed."""
     match recipe:
         case Ptq():
             return replace(recipe, **changes)

@@ -1,5 +1,5 @@
-"""What is done to a network so that rounding costs it less: like ranges before calibration, biases behind it. A repair
-stays where it brings the logits nearer to float on calibration images that it has not seen, and nowhere else.
+"""Corrections that reduce the quantization error: equalization before calibration, bias correction and adaptive
+rounding after it. A correction is kept only if it raises the SQNR of the logits on held-out calibration images.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from calibration.quantizer import is_rounded
 from calibration.recipe import Ptq
 
 _BATCH: Final = 32
-_PEAK_IMAGES: Final = 128  # that show the peaks of channels
-_TRIAL_IMAGES: Final = 32  # that the ranges of each trial come from
-_PROBE_IMAGES: Final = 8  # that show whether a trial computes the same in float
-_SAME_DB: Final = 80.0  # of float logits before and after: they differ by the order of sums
-_FIT_IMAGES: Final = 128  # that weights are fitted to, all at once: of up to 160 pixels, fewer of larger ones, for
-_FIT_PIXELS: Final = _FIT_IMAGES * 160**2  # memory grows with their number
-AMPLE_DB: Final = 32.0  # of the rounded logits against float: from there on, ROUNDING=auto does not round adaptively
-BIAS_IMAGES: Final = 64  # that show the means of layers, all at once
+_PEAK_IMAGES: Final = 128  # for the peaks of channels
+_TRIAL_IMAGES: Final = 32  # for the ranges of each trial
+_PROBE_IMAGES: Final = 8  # for the check that a trial does not change the float output
+_SAME_DB: Final = 80.0  # least SQNR of this check: only the order of summation differs
+_FIT_IMAGES: Final = 128  # for fitting weights, in one batch, up to 160 pixels a side; memory grows with their number,
+_FIT_PIXELS: Final = _FIT_IMAGES * 160**2  # so that there are fewer images if they are larger
+AMPLE_DB: Final = 32.0  # SQNR of the quantized logits from which ROUNDING=auto does not round adaptively
+BIAS_IMAGES: Final = 64  # for the means of layers, in one batch
 
 
 def equalize(
@@ -36,8 +36,9 @@ def equalize(
     drawn: CalibrationSplit,
     prepare: Callable[[GraphModule], GraphModule],
 ) -> dict[str, Any]:
-    """Give the channels of `graph`, in place, like ranges if that helps, and return the report of it; empty where there
-    are too few images to decide. `graph` was traced from the float model and folded; `prepare` makes a graph round.
+    """Balance the channel ranges of `graph`, in place, if this raises the SQNR, and return the report; empty if there
+    are too few images to decide. `graph` is traced from the float model and folded; `prepare` inserts fake
+    quantization.
     """
     size, trial = drawn.train.preprocess.size, list(drawn.observed[:_TRIAL_IMAGES])
     if not recipe.equalize or not drawn.batches or not trial:
@@ -59,8 +60,8 @@ def equalize(
 
 
 def _take_over(prepared: GraphModule, graph: GraphModule) -> bool:
-    """Give `prepared`, whose quantizers then have seen nothing, the tensors of `graph`; False where preparing computes
-    tensors from others, so that it has to be done again.
+    """Load the tensors of `graph` into `prepared` and reset its statistics. Return False if preparation derives tensors
+    from others, so that `graph` has to be prepared again.
     """
     state = graph.state_dict()
     read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
@@ -73,8 +74,8 @@ def _take_over(prepared: GraphModule, graph: GraphModule) -> bool:
 
 
 def repeat_equalize(graph: GraphModule, recipe: Ptq, drawn: CalibrationSplit, strength: float) -> None:
-    """Give the channels of `graph`, in place, the like ranges that `equalize` gave them with the same images, where it
-    chose `strength`.
+    """Balance the channel ranges of `graph`, in place, as `equalize` does with the same images if it selects
+    `strength`.
     """
     size = drawn.train.preprocess.size
     equalizing.apply(graph, size, _peak_images(drawn), _rounds(recipe), strength)
@@ -90,9 +91,9 @@ def correct_biases(
     drawn: CalibrationSplit | None = None,
     calibrated_db: float | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Correct the biases of `prepared`, whose ranges are fixed, if that helps. Returns the decibels before and after,
-    and the biases as they were, for `bias.restore`; nothing where there are too few images to decide. `drawn` and
-    `calibrated_db`, the decibels before: where the caller has them, they are not computed again.
+    """Correct the biases of `prepared`, whose ranges are fixed, if this raises the SQNR. Return the SQNR before and
+    after in dB, and the original biases, for `bias.restore`; both are empty if there are too few images to decide.
+    `drawn` and `calibrated_db`, the SQNR before, are computed if not given.
     """
     drawn = drawn or split(model, recipe, train, seed=seed)
     if not recipe.bias_correction or not drawn.batches or not drawn.observed:
@@ -111,9 +112,9 @@ def correct_biases(
 def reconstruct(
     prepared: GraphModule, recipe: Ptq, drawn: CalibrationSplit, biases: dict[str, Tensor], found_db: float | None
 ) -> dict[str, float]:
-    """Fit and round the weights of `prepared`, whose ranges are fixed, adaptively where `recipe` asks for it and it
-    helps. `biases`: as they were before `correct_biases`, which gave `found_db` decibels; adaptive rounding corrects
-    them itself. Returns the decibels after it; nothing where it was not tried.
+    """Fit and adaptively round the weights of `prepared`, whose ranges are fixed, if `recipe` enables this and it
+    raises the SQNR. `biases`: the originals from `correct_biases`, which reached `found_db` dB; adaptive rounding
+    corrects biases itself. Return the SQNR after it in dB; empty if it was not tried.
     """
     if recipe.rounding == "nearest" or found_db is None:
         return {}
@@ -132,11 +133,11 @@ def reconstruct(
 
 
 def _rounded_db(prepared: GraphModule, reference: Logits, batches: Iterable[Batch]) -> float:
-    """Decibels of the rounded logits against `reference`. Leaves the quantizers observing."""
+    """Return the SQNR, in dB, of the quantized logits against `reference`. Leaves mode `observe` set."""
     set_mode(prepared, "frozen")
-    found = snr_db(reference, program.logits(prepared, batches))
+    sqnr_db = snr_db(reference, program.logits(prepared, batches))
     set_mode(prepared, "observe")
-    return found
+    return sqnr_db
 
 
 def _rounds(recipe: Ptq) -> Callable[[Node], bool]:

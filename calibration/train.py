@@ -1,6 +1,4 @@
-"""The training loop of float models: from scratch, or from weights that are already trained. Rounding is trained in
-`qat.py`.
-"""
+"""Training of float models, from scratch or from trained weights. `qat.py` trains through fake quantization."""
 
 from __future__ import annotations
 
@@ -29,25 +27,26 @@ class TrainingPlan:
     epochs: int
     learning_rate: float  # the peak of the cycle
     batch: int = 32
-    weight_decay: float = 0.05  # of matrices and kernels; norms and biases have none
+    weight_decay: float = 0.05  # of matrices and kernels; 0 for norms and biases
     label_smoothing: float = 0.1
-    warmup: float = 0.25  # share of the steps until the peak
+    warmup: float = 0.25  # share of the steps until the learning rate peaks
 
 
 @runtime_checkable
 class SeveralHeads(Protocol):
-    """A network that sums the logits of several classifiers, each of which learns to be right by itself: its loss is
-    the mean of theirs (Conformer: Peng et al., arXiv 2105.03889, and `train_one_epoch` in the authors' engine.py).
+    """A network that sums the logits of several classifiers, each of which is trained to be correct by itself: the loss
+    is the mean over the classifiers (Conformer: Peng et al., arXiv 2105.03889, and `train_one_epoch` in the authors'
+    engine.py).
     """
 
     def head_logits(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images (N, 3, S, S) -> the logits (N, classes) of every head; `forward` returns their sum."""
+        """Return the logits (N, classes) of every head for images (N, 3, S, S); `forward` returns their sum."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epoch:
-    """What one epoch came to."""
+    """Results of one epoch."""
 
     loss: float
     val_top1: float  # percent
@@ -64,7 +63,7 @@ def fit(
 ) -> list[Epoch]:
     """Train `model` in place and leave it with the weights of its best epoch on `val` (the later one of equals).
 
-    Shows a progress bar with the time that remains. Raises CheckFailed where the loss stops being a number.
+    Shows a progress bar with the remaining time. Raises CheckFailed if the loss is not finite.
     """
     order = np.random.default_rng(seed)
     noise = torch.Generator().manual_seed(seed)
@@ -72,7 +71,7 @@ def fit(
     optimizer = torch.optim.AdamW(parameter_groups(model, plan.weight_decay), lr=plan.learning_rate)
     cycle = max(3, steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        # The scheduler divides by zero where the warm-up, or what follows it, is a single step.
+        # OneCycleLR divides by zero if the warm-up, or the part after it, is a single step.
         optimizer,
         plan.learning_rate,
         total_steps=cycle,
@@ -86,9 +85,9 @@ def fit(
             losses = []
             for images, labels in train.batches(plan.batch, order.permutation(len(train)).tolist()):
                 if len(images) == 1:
-                    continue  # BatchNorm has no statistics of one value a channel, and poor ones of a few
+                    continue  # BatchNorm has no statistics of one value per channel, and poor ones of a few
                 images = augment(images, noise, mirrors=train.data.mirrors)
-                loss = _loss(_answers(model, images), labels, plan)
+                loss = _loss(_head_logits(model, images), labels, plan)
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
                     raise CheckFailed(
@@ -109,25 +108,25 @@ def fit(
     return epochs
 
 
-def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """The logits (N, classes) that are to be right: of every head, or the model's. A traced program has one head."""
+def _head_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Return the logits (N, classes) that the loss uses: of every head, or of the model. A traced program has one head."""
     return model.head_logits(images) if isinstance(model, SeveralHeads) else (model(images),)
 
 
-def _loss(answers: tuple[Tensor, ...], labels: Tensor, plan: TrainingPlan) -> Tensor:
-    """The mean cross-entropy of `answers`."""
-    losses = [nn.functional.cross_entropy(logits, labels, label_smoothing=plan.label_smoothing) for logits in answers]
+def _loss(outputs: tuple[Tensor, ...], labels: Tensor, plan: TrainingPlan) -> Tensor:
+    """Return the mean cross-entropy over `outputs`."""
+    losses = [nn.functional.cross_entropy(logits, labels, label_smoothing=plan.label_smoothing) for logits in outputs]
     return torch.stack(losses).mean()
 
 
 def evaluate(model: nn.Module, images: Images) -> float:
-    """Top-1 in percent, in evaluation mode."""
+    """Return top-1 in percent, in evaluation mode."""
     found, labels = predictions(model, images)
     return top1(found, labels)
 
 
 def predictions(model: nn.Module, images: Images) -> tuple[Logits, Labels]:
-    """Logits (N, classes) and labels (N,) of one part, in evaluation mode."""
+    """Return logits (N, classes) and labels (N,) of one part, in evaluation mode."""
     _set_training(model, False)
     labels: list[int] = []
 
@@ -142,7 +141,7 @@ def predictions(model: nn.Module, images: Images) -> tuple[Logits, Labels]:
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, without: Collection[int] = ()
 ) -> list[dict[str, object]]:
-    """The trainable parameters of `model` as an optimizer takes them: matrices and kernels have `weight_decay`, norms
+    """Return the trainable parameters of `model` as optimizer groups: matrices and kernels have `weight_decay`, norms
     and biases none. `without`: identities (`id`) of parameters to leave out.
     """
     parameters = [each for each in model.parameters() if each.requires_grad and id(each) not in without]
