@@ -125,7 +125,7 @@ class Pair(Interpreter):
         return value
 
     def corrected(self, layer: Node, floats: Tensor, rounded: Tensor) -> Tensor | float:
-        """Correct the bias of `layer`; return the change, broadcastable to its output, or 0.0 if it is not corrected."""
+        """Correct the bias of `layer`; return its change, broadcastable to the output, or 0.0 if not corrected."""
         bias = layer.args[2] if len(layer.args) > 2 else None
         if not isinstance(bias, Node) or bias.op != "get_attr" or not self.rounds(cast(Node, layer.args[1])):
             return 0.0

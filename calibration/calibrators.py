@@ -1,4 +1,4 @@
-"""From the values that a tensor takes to the range that integers cover: constant memory, seven choices."""
+"""Calibrators: seven methods to compute the range of a tensor from statistics of its values, in constant memory."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import Tensor
 
 from models.errors import CheckFailed
 
-LEVELS: Final = 127  # a range reaches from -127 to 127 scales
+LEVELS: Final = 127  # a symmetric range is -127 to 127 times the scale
 
 _BINS = 2048
-_SAMPLES = 2**17  # values of each tensor that are counted, evenly spaced; its peak is always exact
+_SAMPLES = 2**17  # evenly spaced values counted per tensor; its peak is always exact
 _KL_LEVELS = 128  # magnitudes 0 to 127
 _SHOWN_BINS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRange:
-    """The range of one activation, and the values that it was chosen for."""
+    """Range of one activation, and the statistics of the values that it was chosen for."""
 
     name: str  # path of the layer that reads the tensor
     calibrator: str
-    scale: float  # the width of one step
-    limit: float  # the largest absolute value that is represented
-    peak: float  # the largest absolute value that was seen
-    clipped: float  # share of the values beyond `limit` by more than half a step, which rounding costs anyway
+    scale: float  # width of one quantization step
+    limit: float  # largest absolute representable value
+    peak: float  # largest absolute observed value
+    clipped: float  # share of the values beyond `limit` by more than half a step, the rounding error
     counts: tuple[int, ...]  # of absolute values, in 64 equal bins from 0 to `peak`
 
 
 class Histogram:
-    """Counts of absolute values in equal bins from 0 to a limit that doubles when it must: constant memory, one pass,
-    and no second look at the images.
+    """Counts of absolute values in equal bins from 0 to a limit that doubles when necessary: constant memory, one pass
+    over the images.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class Histogram:
         self.counts = torch.zeros(_BINS, dtype=torch.float64)  # float32 stops counting at 2**24
 
     def add(self, x: Tensor) -> float:
-        """Count the values of `x` and return the largest absolute one."""
+        """Count the values of `x` and return the largest absolute value."""
         low, high = x.aminmax()
-        peak = float(torch.maximum(-low, high))  # NaN where one is NaN
+        peak = float(torch.maximum(-low, high))  # NaN if any value is NaN
         if not math.isfinite(peak):
             raise CheckFailed(
                 f"calibration met an activation of {peak}: the float model is not finite on these images; check WEIGHTS"
@@ -58,7 +58,7 @@ class Histogram:
         while self.limit < peak:
             self.counts = torch.cat((self.counts.view(-1, 2).sum(1), self.counts.new_zeros(_BINS // 2)))
             self.limit *= 2
-        step = x.numel() // _SAMPLES | 1  # odd, so that it does not keep step with power-of-two shapes
+        step = x.numel() // _SAMPLES | 1  # odd, so that it does not align with power-of-two shapes
         self.counts += torch.histc(x.flatten()[::step].float().abs(), _BINS, 0, self.limit).cpu()
         return peak
 
@@ -67,7 +67,7 @@ class Histogram:
         return self.limit / _BINS
 
     def below(self, values: Tensor) -> Tensor:
-        """How many counted magnitudes lie below each of `values`, evenly spread within a bin."""
+        """Return the number of counted magnitudes below each of `values`, with uniform density inside a bin."""
         reached = torch.cat((self.counts.new_zeros(1), self.counts.cumsum(0)))
         at = (values.double() / max(self.width, 1e-300)).clamp(0, _BINS)
         left = at.floor().long().clamp(max=_BINS - 1)
@@ -75,7 +75,7 @@ class Histogram:
 
 
 class Statistics:
-    """All that any calibrator asks about one tensor; its size does not depend on how many batches it has seen."""
+    """Statistics of one tensor for all calibrators; their size does not depend on the number of batches."""
 
     def __init__(self) -> None:
         self.histogram = Histogram()
@@ -90,13 +90,13 @@ class Statistics:
         self.mean_peak += (peak - self.mean_peak) / self.batches
 
     def clipped(self, limit: float) -> float:
-        """Share of the counted values whose magnitude is beyond `limit`."""
+        """Return the share of the counted values whose magnitude is beyond `limit`."""
         total = float(self.histogram.counts.sum())
         inside = float(self.histogram.below(torch.tensor([limit]))[0])
         return max(0.0, 1 - inside / total) if total and limit < self.peak else 0.0
 
     def shown(self) -> tuple[int, ...]:
-        """Counts in 64 equal bins from 0 to the peak."""
+        """Return the counts in 64 equal bins from 0 to the peak."""
         edges = torch.linspace(0, 1, _SHOWN_BINS + 1, dtype=torch.float64) * self.peak
         return tuple(self.histogram.below(edges).round().diff().long().tolist())
 
@@ -105,34 +105,35 @@ Calibrator: TypeAlias = Callable[[Statistics], float]
 
 
 def minmax(statistics: Statistics) -> float:
-    """The largest absolute value of all."""
+    """Return the largest absolute value over all batches."""
     return statistics.peak
 
 
 def moving_average(statistics: Statistics) -> float:
-    """The mean over batches of their largest absolute value."""
+    """Return the largest absolute value, averaged over batches."""
     return statistics.mean_peak
 
 
 def percentile(statistics: Statistics, percent: float) -> float:
-    """The magnitude that `percent` of the values do not exceed (Wu et al., arXiv 2004.09602, section 5.2)."""
+    """Return the magnitude that `percent` % of the values do not exceed (Wu et al., arXiv 2004.09602, section 5.2)."""
     counts = statistics.histogram.counts
     reached = counts.cumsum(0)
-    wanted = float(reached[-1]) * percent / 100
-    if wanted == 0:
+    target = float(reached[-1]) * percent / 100
+    if target == 0:
         return statistics.peak
-    index = min(int(torch.searchsorted(reached, wanted)), _BINS - 1)
-    inside = 1 - (float(reached[index]) - wanted) / float(counts[index])
+    index = min(int(torch.searchsorted(reached, target)), _BINS - 1)
+    inside = 1 - (float(reached[index]) - target) / float(counts[index])
     return min((index + inside) * statistics.histogram.width, statistics.peak)
 
 
 def entropy(statistics: Statistics) -> float:
-    """The clip that loses least information: the least Kullback-Leibler divergence of the values from their 128 levels.
+    """Return the clipping limit with the least Kullback-Leibler divergence of the values from their 128 levels.
 
-    Migacz, "8-bit Inference with TensorRT", GTC 2017, and NVIDIA's pytorch-quantization, `_compute_amax_entropy`: of
-    the first n bins, with all beyond counted in the last, the reference P; the same bins merged into 128 levels and
-    spread over those of them that are not empty, the candidate Q. Exact zeros of a ReLU cost nothing, so that the
-    first bin counts as the second. All n are tried at once: a level's sum is a difference of two running sums.
+    Migacz, "8-bit Inference with TensorRT", GTC 2017, and NVIDIA's pytorch-quantization, `_compute_amax_entropy`. The
+    reference P is the first n bins, with all values beyond them counted in the last bin. The candidate Q is the same
+    bins merged into 128 levels, each spread over its non-empty bins. Exact zeros of a ReLU have no error, so the first
+    bin gets the count of the second. All n are tried at once: the sum over a level is the difference of two running
+    sums.
     """
     counts = statistics.histogram.counts.clone()
     counts[0] = counts[1]
@@ -145,21 +146,21 @@ def entropy(statistics: Statistics) -> float:
     edges = (sizes[:, None] * torch.linspace(0, 1, _KL_LEVELS + 1, dtype=torch.float64)).round().long()
     total, inside = values[-1], values[sizes]
     level = values[edges].diff(dim=1)
-    density = (level / filled[edges].diff(dim=1).clamp_min(1)).clamp_min(1e-300)  # of each filled bin in the level
+    density = (level / filled[edges].diff(dim=1).clamp_min(1)).clamp_min(1e-300)  # of each non-empty bin in the level
     last, outside = counts[sizes - 1], total - inside
     clipped = last + outside
-    # sum of P log P over the bins, where the last one holds what is outside as well ...
+    # Sum of P log P over the bins, where the last bin includes all values beyond ...
     own = information[sizes] - logs[sizes - 1] + torch.where(clipped > 0, clipped * clipped.clamp_min(1e-300).log(), 0)
-    # ... and of P log Q, by levels; the last bin is in the last level.
+    # ... and of P log Q over the levels; the last bin is in the last level.
     cross = (level * density.log()).sum(1) + outside * density[:, -1].log()
     divergence = (own - cross) / total - total.log() + inside.clamp_min(1e-300).log()
-    divergence[(last == 0) & (outside > 0)] = math.inf  # Q has nothing where P has all that is outside
+    divergence[(last == 0) & (outside > 0)] = math.inf  # Q is 0 where P has all values beyond
     best = int(sizes[int(divergence.argmin())])
     return min(best * statistics.histogram.width, statistics.peak)
 
 
 def mse(statistics: Statistics) -> float:
-    """The clip with the least mean squared error of clip-and-round, on bin centres.
+    """Return the clipping limit with the least mean squared error of clipping and rounding, at the bin centres.
 
     The search of NVIDIA's "mse" calibrator (Wu et al., "Integer Quantization for Deep Learning Inference",
     arXiv 2004.09602, section 5.2, compares such thresholds).

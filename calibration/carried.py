@@ -1,4 +1,4 @@
-"""What each quantized layer computes with: the numbers that every artifact of one checkpoint must carry."""
+"""Quantization parameters (qparams) of every quantized operator: all artifacts of one checkpoint must have the same."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Activation:
-    """A rounded input of an operator."""
+    """Quantization parameters of an activation that an operator reads."""
 
-    scales: Scales  # that it is quantized with, and dequantized with
-    zero_point: int  # the first that is not 0, or else 0
-    place: str  # of the quantizer: what has the same is rounded once
+    scales: Scales  # of its quantize and dequantize operators
+    zero_point: int  # the first nonzero one, or 0
+    place: str  # name of the quantizer: equal names share one quantizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Weight:
-    """A stored weight of a layer."""
+    """Quantization parameters and integers of a layer weight."""
 
-    integers: Integers | None  # as stored, but for `rearranged`; None where the file lists scales alone
-    scales: Scales  # one an output channel
+    integers: Integers | None  # as stored, except for `rearranged`; None: the file lists scales only
+    scales: Scales  # one per output channel
     zero_point: int
-    place: str  # of the tensor: what has the same is stored once
-    rearranged: str = ""  # what was undone so that output channels come first
+    place: str  # name of the tensor: equal names share one tensor
+    rearranged: str = ""  # layout change that was undone so that output channels come first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Carried:
-    """An operator that reads rounded tensors, in a torch program or in an artifact of it."""
+    """An operator that reads quantized tensors, in a torch program or in an artifact of it."""
 
-    name: str  # of its module in a torch program, of the operator in an artifact
-    aliases: tuple[str, ...]  # names of torch nodes that it may be; () where only the order tells
+    name: str  # path of its module in a torch program, operator name in an artifact
+    aliases: tuple[str, ...]  # names of candidate torch nodes; (): only the order identifies it
     activations: tuple[Activation, ...] = field(default=())
     weight: Weight | None = None
 
 
 def carried(graph: GraphModule) -> list[Carried]:
-    """The operators of a converted `graph` that read rounded tensors, in order of execution."""
+    """Return the operators of a converted `graph` that read quantized tensors, in order of execution."""
     from calibration import program
 
     names = {node: name for name, node in program.named_layers(graph)}
-    found = []
+    operators = []
     for node in graph.graph.nodes:
         sources = [argument for argument in node.args if _is_dequantized(argument)]
         if sources:
             weights = [_weight(graph, source) for source in sources if _is_stored(source)]
-            found.append(
+            operators.append(
                 Carried(
                     name=names.get(node) or f"{program.module_path(node)}:{node.name}",
                     aliases=(node.name,),
@@ -64,11 +64,11 @@ def carried(graph: GraphModule) -> list[Carried]:
                     weight=weights[0] if weights else None,
                 )
             )
-    return found
+    return operators
 
 
 def first_nonzero(*values: Any) -> int:
-    """The first zero point that is none, or else 0."""
+    """Return the first nonzero zero point, or 0."""
     return next((int(value) for array in values for value in np.ravel(array) if value != 0), 0)
 
 
@@ -101,7 +101,7 @@ def _weight(graph: GraphModule, source: Node) -> Weight:
 
 
 def _stored(graph: GraphModule, source: Node) -> Iterator[Any]:
-    """The integers, scales and zero points that a dequantized constant is made of."""
+    """Yield the integers, scales and zero points of a dequantized constant."""
     from calibration import program
 
     for argument in source.args[:3]:

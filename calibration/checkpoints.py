@@ -1,4 +1,4 @@
-"""Where a long training stands, in one file that is whole or is not there: what a killed run goes on from."""
+"""Training checkpoints: one file, replaced atomically, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 
 log = logging.getLogger("edgeline")
 
-_DIGEST: Final = hashlib.sha256().digest_size  # bytes at the start of the file: of all that follow
+_DIGEST: Final = hashlib.sha256().digest_size  # bytes at the start of the file: digest of all bytes after them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A file that one run at a time writes; `identity` says of which training it is, and no other goes on from it."""
+    """A checkpoint file, written by one run at a time. Only the training with the same `identity` resumes from it."""
 
     path: Path
     identity: str
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace what the file holds by `state`, of tensors, numbers, strings, lists and dicts. Whenever the process
-        or the machine stops, the file holds either state as a whole.
+        """Replace the contents of the file by `state`: tensors, numbers, strings, lists and dicts. The file holds the
+        old or the new state completely, whenever the process or the machine stops.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
@@ -41,13 +41,13 @@ class Checkpoint:
         scratch.replace(self.path)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or the new name may be lost with the power, though its bytes are there
+            os.fsync(folder)  # otherwise a power failure may lose the new name, though not the contents
         finally:
             os.close(folder)
 
     def load(self) -> dict[str, Any] | None:
-        """The state that was saved last; None where there is none, or none of this training. A file that is not what
-        was written is told of, and is none. Reads without unpickling code.
+        """Return the last saved state; None if there is none, or if it belongs to another training. A damaged file is
+        ignored with a warning. Reads without unpickling code.
         """
         try:
             content = self.path.read_bytes()

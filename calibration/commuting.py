@@ -104,7 +104,7 @@ class Read:
 
 
 class Tracer(Interpreter):
-    """Interpreter that computes labels beside the values of one image; None beside values that are not float tensors."""
+    """Interpreter that computes labels beside the values of one image; None beside all but float tensors."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
@@ -265,7 +265,7 @@ def _einsum(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
 
 
 def _summed(ties: Ties, labels: Labels, letters: str, result: str) -> Labels:
-    """Tie the axes of `letters` that are not in `result`; return the others in the order of `result`, absent ones as 1."""
+    """Tie the axes that `result` lacks; return labels in the axis order of `result`, with length 1 for missing axes."""
     kept = [letter for letter in letters if letter in result]
     tied = ties.tie_along(labels, [axis for axis, letter in enumerate(letters) if letter not in result])
     flat = tied.reshape([labels.shape[letters.index(letter)] for letter in kept])

@@ -1,9 +1,9 @@
-"""Teacher forcing of a torch program: inputs for each operator alone, and its result for them.
+"""Teacher forcing of a torch program: inputs for each operator separately, and its result for them.
 
-A conversion is proven operator by operator where every operator receives the torch program's own inputs. Given values
-are natural ones except at quantizers: quotients near the middle between two integers move an eighth of a step away from
-it, so that ties can neither hide nor cause a difference, and every 13th element exceeds the range, so that saturation
-is exercised at both ends.
+A conversion is verified operator by operator: every operator receives the inputs of the torch program. Given values are
+natural values except at quantizers. Quotients near the middle between two integers are moved to an eighth of a step
+from it, so that rounding ties can neither hide nor cause a difference. Every 13th element is moved beyond the range, so
+that saturation is tested at both ends.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.fx import GraphModule, Node
 
 from calibration.recipe import FloatType
 
-_NUDGE = 1 / 8  # of an integer step: how far given quotients stay away from the middle
-_EVERY = 13  # elements: one of them is moved beyond the quantizer's range
-_BEYOND = 0.25  # of the range
+_NUDGE = 1 / 8  # of a quantization step: least distance of given quotients from the middle
+_EVERY = 13  # elements, of which one is moved beyond the range of the quantizer
+_BEYOND = 0.25  # of the range: distance of moved elements from it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +39,11 @@ class Reference:
     """Tensors of the torch program by name, in order of execution."""
 
     computed: Mapping[str, Tensor]  # result of each operator for the inputs in `given`
-    given: Mapping[str, Tensor]  # input of its readers
+    given: Mapping[str, Tensor]  # value that the readers of each operator receive
     quantizers: Mapping[str, Quantizer]  # by name of the integer tensor
-    clamped: Mapping[str, tuple[float, float]]  # ranges beyond which no reader distinguishes values
-    quotients: Mapping[str, Tensor]  # that were rounded, by name of the integer tensor
-    floors: Mapping[str, float]  # mean power of the inputs of sums, whose terms may cancel to nothing but noise
+    clamped: Mapping[str, tuple[float, float]]  # range beyond which no reader distinguishes values
+    quotients: Mapping[str, Tensor]  # value / scale before rounding, by name of the integer tensor
+    floors: Mapping[str, float]  # mean power of the inputs of sums, whose terms may cancel except for noise
 
 
 def reference(
@@ -56,8 +56,9 @@ def reference(
 ) -> Reference:
     """Run a torch program on `images` (N, 3, S, S). Readers of the nodes in `names` (None: all) receive given values.
 
-    `float_type` is the type that the converted graph states: given values and stored tensors are rounded to it, except
-    the results of the nodes in `wide`, which that graph holds in float32, and constants that these nodes alone read.
+    `float_type` is the float type of the converted graph: given values and stored tensors are rounded to it, except for
+    the results of the nodes in `wide`, which the converted graph holds in float32, and constants that only these nodes
+    read.
     """
     computed: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
@@ -71,11 +72,11 @@ def reference(
             value = super().run_node(node)
             if not isinstance(value, Tensor):
                 return value
-            stated: FloatType = "f32" if node.name in wide else float_type
+            declared: FloatType = "f32" if node.name in wide else float_type
             if node.op == "get_attr" and value.dtype == torch.float32:
                 if all(user.name in wide for user in node.users):
                     return value
-                return _as_typed(value, float_type)  # a graph in half precision holds its weights in it
+                return _as_typed(value, float_type)  # a graph in half precision stores its weights in half precision
             named = names is None or node.name in names
             if node.op != "placeholder" and not (node.op == "call_function" and named):
                 return value
@@ -88,7 +89,7 @@ def reference(
                     quantizers[node.name] = _quantizer(node)
                     rounded, scale = self.fetch_args_kwargs_from_env(node)[0][:2]
                     quotients[node.name] = rounded / scale
-            given[node.name] = _given(node, value, stated) if value.dtype == torch.float32 else value
+            given[node.name] = _given(node, value, declared) if value.dtype == torch.float32 else value
             if bounds := _clamped(node):
                 clamped[node.name] = bounds
             return given[node.name]
@@ -106,7 +107,7 @@ def _is_sum(node: Node) -> bool:
 
 
 def is_quantizer(node: Node) -> bool:
-    """Whether a node rounds an activation to integers."""
+    """Return whether a node quantizes an activation."""
     return node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default
 
 
@@ -122,18 +123,18 @@ def _quantizer(node: Node) -> Quantizer:
 
 
 def _readers(node: Node) -> list[Quantizer]:
-    """The quantizers that read a node."""
+    """Return the quantizers that read a node."""
     return [_quantizer(user) for user in node.users if is_quantizer(user)]
 
 
 def _is_clipping(node: Node) -> bool:
-    """Whether an operator bounds its own result: runtimes fuse such a bound with the range of a quantizer behind it."""
+    """Return whether an operator clips its result, which runtimes fuse with the range of a quantizer after it."""
     aten = torch.ops.aten
     return node.target in (aten.relu.default, aten.clamp.default, aten.hardtanh.default, aten.clamp_min.default)
 
 
 def _given(node: Node, value: Tensor, float_type: FloatType) -> Tensor:
-    """The value that readers of `node` receive in place of its result `value`."""
+    """Return the value that readers of `node` receive in place of its result `value`."""
     quantizers = _readers(node)
     if not quantizers:
         return _as_typed(_beyond_clipping(node, value), float_type)
@@ -141,19 +142,19 @@ def _given(node: Node, value: Tensor, float_type: FloatType) -> Tensor:
         value = value.clamp(max=min(quantizer.highest for quantizer in quantizers))
     else:
         value = _beyond(value, quantizers)
-    for quantizer in (*quantizers, *quantizers[:-1]):  # what the second one moved may be a tie of the first
+    for quantizer in (*quantizers, *quantizers[:-1]):  # a value moved for the second may become a tie of the first
         value = _away_from_ties(_as_typed(value, float_type), quantizer.scale)
     return _as_typed(value, float_type)
 
 
 def _beyond_clipping(node: Node, value: Tensor) -> Tensor:
-    """Where a clipping operator stands between `node` and a quantizer, exceed the quantizer's range before it."""
+    """Move elements beyond the range of a quantizer that follows `node` after a clipping operator."""
     behind = [quantizer for user in node.users if _is_clipping(user) for quantizer in _readers(user)]
     return _beyond(value, behind) if behind else value
 
 
 def _beyond(value: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
-    """Move every 13th element out of the widest range among `quantizers`, upward if it is positive, else downward."""
+    """Move every 13th element beyond the widest range among `quantizers`, upward if it is positive, else downward."""
     lowest, highest = min(each.lowest for each in quantizers), max(each.highest for each in quantizers)
     margin = _BEYOND * (highest - lowest)
     moved = value.clone(memory_format=torch.contiguous_format).view(-1)
@@ -163,7 +164,7 @@ def _beyond(value: Tensor, quantizers: Sequence[Quantizer]) -> Tensor:
 
 
 def _away_from_ties(value: Tensor, scale: float) -> Tensor:
-    """Move quotients of `scale` that lie near the middle between two integers to `_NUDGE` steps from it."""
+    """Move quotients `value` / `scale` near the middle between two integers to `_NUDGE` steps from it."""
     quotients = value / scale
     away = quotients - quotients.floor() - 0.5
     near = away.abs() < _NUDGE
@@ -177,7 +178,7 @@ def _as_typed(value: Tensor, float_type: FloatType) -> Tensor:
 
 
 def _clamped(node: Node) -> tuple[float, float] | None:
-    """The range beyond which no reader of `node` distinguishes values: that of its quantizer, if all are equal ones."""
+    """Return the range of the quantizers of `node`, if all readers are quantizers with the same range; else None."""
     found = {(each.lowest, each.highest) for each in _readers(node)}
     if len(found) != 1 or not all(is_quantizer(user) for user in node.users):
         return None

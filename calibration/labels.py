@@ -18,7 +18,7 @@ ANY: Final = float("nan")
 
 
 class Ties:
-    """Sets of labels with equal factors, up to inversion (union-find with signs). The set of label 0 has the factor 1."""
+    """Sets of labels with equal or inverse factors (union-find with signs). The set of label 0 has the factor 1."""
 
     def __init__(self) -> None:
         self._parents, self._signs = [0], [1]  # per label: a label of the same factor (1) or the inverse (-1)

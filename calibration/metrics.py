@@ -1,4 +1,4 @@
-"""How far two sets of logits are apart, in the words that reports use."""
+"""Distances between two sets of logits, and accuracy per class, for reports."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy.typing as npt
 Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)
 Labels: TypeAlias = npt.NDArray[np.int64]  # (N,)
 
-_CONFUSION_CLASSES = 50  # whose table a report holds: 2,500 numbers
+_CONFUSION_CLASSES = 50  # up to which a report contains the confusion matrix: 2,500 numbers
 
-_SLICE = 16  # elements: fewer in a channel say nothing about its noise
-_QUIET = 1e-2  # of the tensor's mean power: quieter channels are measured against this
-IDENTICAL_DB = 200.0  # what `snr_db` says of equal arrays, since infinity is not JSON
+_SLICE = 16  # elements; the noise of a channel with fewer is not significant
+_QUIET = 1e-2  # of the mean power of the tensor: reference for channels with less power
+IDENTICAL_DB = 200.0  # `snr_db` of equal arrays, since JSON has no infinity
 
 
 def snr_db(reference: Logits, other: Logits) -> float:
-    """Signal-to-noise ratio of `other` against `reference` in decibels; -200 where either is not finite."""
+    """Return the signal-to-noise ratio of `other` against `reference` in dB; -200 if either is not finite."""
     if not (np.isfinite(reference).all() and np.isfinite(other).all()):
         return -IDENTICAL_DB
     signal = float(np.square(reference, dtype=np.float64).sum())
@@ -31,26 +31,26 @@ def snr_db(reference: Logits, other: Logits) -> float:
 
 
 def top1(logits: Logits, labels: Labels) -> float:
-    """Share of images whose largest logit is their label's, in percent."""
+    """Return the share of images whose largest logit is that of their label, in percent."""
     return float((logits.argmax(1) == labels).mean() * 100)
 
 
 def agreement(reference: Logits, other: Logits) -> float:
-    """Share of images for which both prefer the same class, in percent."""
+    """Return the share of images with the same predicted class in both, in percent."""
     return float((reference.argmax(1) == other.argmax(1)).mean() * 100)
 
 
 def confusion(logits: Logits, labels: Labels, classes: int) -> npt.NDArray[np.int64]:
-    """How many images of each class (rows) are answered with each class (columns): (classes, classes)."""
+    """Return the number of images of each class (rows) with each predicted class (columns): (classes, classes)."""
     found = np.zeros((classes, classes), np.int64)
     np.add.at(found, (labels, logits.argmax(1)), 1)
     return found
 
 
 def by_class(names: Sequence[str], labels: Labels, reference: Logits, found: Logits) -> dict[str, object]:
-    """The part of a report that top-1 over all images hides: `per_class`, for each class with images its name, number
-    of images and top-1 in percent of the float model (`reference`) and of the artifact (`found`); and, up to 50
-    classes, `confusion` of both: rows are classes, columns answers.
+    """Return the results per class for a report: `per_class`, for each class with images its name, number of images and
+    top-1 in percent of the float model (`reference`) and of the artifact (`found`); and, for up to 50 classes, the
+    matrix `confusion` of both, with classes as rows and predictions as columns.
     """
     tables = [confusion(logits, labels, len(names)) for logits in (reference, found)]
     images = tables[0].sum(1)
@@ -70,10 +70,10 @@ def by_class(names: Sequence[str], labels: Labels, reference: Logits, found: Log
 
 
 def losing_classes(names: Sequence[str], labels: Labels, reference: Logits, found: Logits) -> str | None:
-    """The sentence that names up to three classes which lost much more top-1 than the average; None where none did.
+    """Return a sentence on up to three classes that lost much more top-1 than the average; None if there are none.
 
-    Much more: at least 10 points beyond the loss over all images, two images or more, and beyond chance: twice the
-    deviation of the number of images that this class would lose at the rate of all.
+    Much more: at least 10 points beyond the loss over all images, at least two images, and significant: at least twice
+    the standard deviation of the number of images that this class would lose at the rate of all.
     """
     right, kept = reference.argmax(1) == labels, found.argmax(1) == labels
     images = np.bincount(labels, minlength=len(names))
@@ -96,12 +96,12 @@ def losing_classes(names: Sequence[str], labels: Labels, reference: Logits, foun
 
 
 def noisiest_channel_db(expected: npt.NDArray[Any], found: npt.NDArray[Any], least_power: float = 0.0) -> float:
-    """Signal-to-noise ratio in decibels of the noisiest slice along axis 1 or the last axis, -200 where either is not
-    finite and they differ.
+    """Return the signal-to-noise ratio in dB of the noisiest slice along axis 1 or the last axis; -200 if either array
+    is not finite and they differ.
 
-    A single wrong channel of a thousand is 30 dB in its own slice and 60 dB in the whole tensor. Slices quieter than a
-    hundredth of the tensor's mean power are measured against that; `least_power` is the power that noise is measured
-    against where the signal has less.
+    The error of a single channel of a thousand is 30 dB in its own slice and 60 dB in the whole tensor. Slices with
+    less than a hundredth of the mean power of the tensor are measured against this hundredth; `least_power` is the
+    least signal power that noise is measured against.
     """
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):

@@ -1,10 +1,10 @@
-"""Rounding noise of a network: how far apart two right executions of one graph are.
+"""Numerical noise of a network: the distance between two correct executions of one graph.
 
-Kernels differ by the order of sums and by approximations of exp and erf, a few units in the last place. In a quantized
-graph such a difference tips values that lie near the middle between two integers, and tipped values tip others behind
-them, until the difference is as large as the noise of the quantization itself. Both executions are right. This module
-measures that distance: the graph is run twice, once with every result of arithmetic multiplied by 1 + u, |u| at most
-some units in the last place of the float type that an engine computes in.
+Kernels differ in the order of summation and in approximations of exp and erf, by a few units in the last place. In a
+quantized graph such a difference changes the rounding of values near the middle between two integers, and each changed
+integer changes others after it, until the difference is as large as the noise of the quantization itself. Both
+executions are correct. This module measures this distance: the graph runs twice, once with every arithmetic result
+multiplied by 1 + u, where |u| is at most some units in the last place of the float type of an engine.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ if TYPE_CHECKING:
     from calibration.metrics import Logits
 
 # Relative perturbation by float type: 16 units in the last place of float32, which covers sums over thousands of terms
-# and the approximations of exp and erf; for 16-bit floats one unit, for weights are rounded as well.
+# and the approximations of exp and erf; one unit for 16-bit floats, since weights are rounded as well.
 RELATIVE: Mapping[FloatType, float] = {"f32": 2.0**-20, "f16": 2.0**-10, "bf16": 2.0**-7}
-# Share of the logits' power below which noise is that of the type itself.
+# Share of the power of the logits; noise below it is that of the float type itself.
 _FLOOR: Mapping[FloatType, float] = {
     "f32": 1e-11,
     "f16": 1e-6,
     "bf16": 1e-4,
-}  # of the logits' power: noise below it is that of the type itself
+}
 
-# An execution exceeds the yardstick where both hold: its mean noise power is above 8 times the yardstick's (9 dB), and
-# its mean logarithm is above by a factor of 2 and 4 standard errors. Noise of tipped integers has heavy tails, which
-# the first criterion alone would take for a difference.
+# An execution exceeds the yardstick if both hold: its mean noise power exceeds 8 times that of the yardstick (9 dB),
+# and its mean log power exceeds that of the yardstick by log 2 and 4 standard errors. Noise of changed integers has
+# heavy tails, for which the first criterion alone would report a difference.
 _FACTOR, _LOG_FACTOR, _ERRORS = 8.0, math.log(2.0), 4.0
-_MARGIN = 4.0  # standard deviations of the noise within which a changed answer is a tie
-_CHANCE = 0.9999  # quantile of the number of changed answers that chance allows
+_MARGIN = 4.0  # standard deviations of the noise within which a changed prediction is a tie
+_CHANCE = 0.9999  # quantile of the number of changed predictions that chance explains
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distance:
-    """Two executions compared on the same images."""
+    """Comparison of two executions on the same images."""
 
     snr_db: float
-    noise_db: float  # the yardstick's signal-to-noise ratio
-    changed: int  # answers that differ though their margin exceeds the noise
-    ties: int  # answers that differ, with a margin within the noise
-    allowed: int  # changed answers that chance explains
-    louder: bool  # whether the noise exceeds the yardstick's beyond chance
+    noise_db: float  # signal-to-noise ratio of the yardstick
+    changed: int  # predictions that differ although their margin exceeds the noise
+    ties: int  # predictions that differ, with a margin within the noise
+    allowed: int  # number of changed predictions that chance explains
+    louder: bool  # whether the noise significantly exceeds that of the yardstick
 
     @property
     def exceeds(self) -> bool:
@@ -62,14 +62,14 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Yardstick:
-    """Logits (M, classes) of a graph on some images, and of the same graph perturbed."""
+    """Logits (M, classes) of a graph on some images, and of the same graph with perturbed arithmetic."""
 
     logits: Logits
     perturbed: Logits
     float_type: FloatType
 
     def distance(self, reference: Logits, other: Logits) -> Distance:
-        """Measure `other` against `reference` (N, classes each), which may be of more images than the yardstick."""
+        """Compare `other` with `reference` (N, classes each), which may cover more images than the yardstick."""
         from calibration.metrics import snr_db
 
         differ = reference.argmax(1) != other.argmax(1)
@@ -87,12 +87,12 @@ class Yardstick:
 
     @property
     def margin(self) -> float:
-        """Distance between the two largest logits up to which the noise may exchange them."""
+        """The largest distance between the two largest logits at which the noise may exchange them."""
         noise = _margin_noise(self.logits, self.perturbed)
         return max(_MARGIN * float(np.sqrt(np.square(noise).mean())), float(np.abs(noise).max()))
 
     def _allowed(self, images: int) -> int:
-        """Changed answers on `images` that are explained by the yardstick's own, and one more, at `_CHANCE`."""
+        """Return the number of changed predictions on `images` that the changes of the yardstick, plus one, explain."""
         from scipy.stats import poisson
 
         beyond = (self.logits.argmax(1) != self.perturbed.argmax(1)) & (_margins(self.logits) > self.margin)
@@ -111,9 +111,9 @@ class Yardstick:
 
 
 def yardstick(graph: GraphModule, batches: Iterable[Batch], float_type: FloatType, *, seed: int = 0) -> Yardstick:
-    """Run a torch program on all `batches` of images (N, 3, S, S), plain and perturbed.
+    """Run a torch program on all `batches` of images (N, 3, S, S), unperturbed and perturbed.
 
-    `float_type`: `f32`, `f16` or `bf16`, in which an engine computes what is not INT8.
+    `float_type`: `f32`, `f16` or `bf16`, in which an engine runs operators that are not INT8.
     """
     import torch
 
@@ -127,7 +127,7 @@ def yardstick(graph: GraphModule, batches: Iterable[Batch], float_type: FloatTyp
 
 
 def _perturbing(graph: GraphModule, relative: float, seed: int) -> Any:
-    """An interpreter of `graph` that multiplies every result of float arithmetic by 1 + u, |u| <= `relative`."""
+    """Return an interpreter of `graph` that multiplies every result of float arithmetic by 1 + u, |u| <= `relative`."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -142,7 +142,7 @@ def _perturbing(graph: GraphModule, relative: float, seed: int) -> Any:
             return value if _is_view(node) else value * self._some(value)
 
         def _some(self, value: Tensor) -> Tensor:
-            """Random factors: a piece of one pool, since drawing anew costs more than most operators."""
+            """Return random factors from one pool, since drawing new ones costs more than most operators."""
             count = value.numel()
             if len(self.factors) < 2 * count:
                 drawn = torch.rand(max(2 * count, 1 << 16), generator=generator)
@@ -154,13 +154,13 @@ def _perturbing(graph: GraphModule, relative: float, seed: int) -> Any:
 
 
 def _is_view(node: Node) -> bool:
-    """Whether an operator returns a view of its input: it computes nothing."""
+    """Return whether an operator only returns a view of its input."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(returned.alias_info for returned in schema.returns)
 
 
 def _margins(logits: Logits) -> npt.NDArray[np.float32]:
-    """Distance (N,) between the two largest logits of each image; infinite for a single class."""
+    """Return the distance (N,) between the two largest logits of each image; infinite for a single class."""
     if logits.shape[1] < 2:
         return np.full(len(logits), np.inf, np.float32)
     second, first = np.partition(logits, -2, axis=1)[:, -2:].T
@@ -168,7 +168,7 @@ def _margins(logits: Logits) -> npt.NDArray[np.float32]:
 
 
 def _margin_noise(reference: Logits, other: Logits) -> npt.NDArray[np.float32]:
-    """Change (N,) of the distance between the two classes that `reference` prefers."""
+    """Return the change (N,) of the distance between the two classes with the largest logits in `reference`."""
     if reference.shape[1] < 2:
         return np.zeros(len(reference), np.float32)
     two = np.argpartition(reference, -2, axis=1)[:, -2:]
@@ -177,7 +177,7 @@ def _margin_noise(reference: Logits, other: Logits) -> npt.NDArray[np.float32]:
 
 
 def _relative_power(reference: Logits, other: Logits) -> npt.NDArray[np.float64]:
-    """Noise power (N,) of each image, relative to the mean signal power of all."""
+    """Return the noise power (N,) of each image, relative to the mean signal power of all."""
     signal = np.square(reference, dtype=np.float64).sum(1).mean()
     noise = np.square(np.subtract(other, reference, dtype=np.float64)).sum(1)
     return cast("npt.NDArray[np.float64]", noise / max(float(signal), 1e-300))

@@ -1,4 +1,4 @@
-"""A model as a torch.export program: how it is made, kept on disk, and asked for its scales."""
+"""A model as a torch.export program: export, storage, execution, and access to its layers and scales."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ if TYPE_CHECKING:
 
     from calibration.batches import Batch
 
-_LARGEST_BATCH = 1024  # images a query; only the batch is dynamic: windows, patches and biases fix height and width
-# Operators with a weight as their second argument, whose output channels are the weight's first axis.
+_LARGEST_BATCH = 1024  # images per call; only the batch is dynamic: windows, patches and biases fix height and width
+# Operators with a weight as second argument, whose first axis is the output channels.
 WEIGHTED = frozenset({torch.ops.aten.conv2d.default, torch.ops.aten.linear.default})
 
-_IDENTITY = ".data/serialization_id"  # of an archive: torch computes it from the content, and writes it at the end
+_IDENTITY = ".data/serialization_id"  # entry of an archive that torch computes from the content and writes last
 _GRAPH_ID = re.compile(rb'(\\*"graph_id\\*": )(\d+)')  # in JSON, and in JSON within a string of JSON
 
 
 class LayerScales(TypedDict):
-    """The scales that one layer computes with."""
+    """Quantization scales of one layer."""
 
     activation: float  # of its input
-    weight: list[float]  # one an output channel
+    weight: list[float]  # one per output channel
 
 
 def export(model: nn.Module, size: int) -> ExportedProgram:
-    """Trace `model` as it is (training or evaluation mode) for images (batch, 3, size, size)."""
-    example = torch.zeros(2, 3, size, size)  # two images: one would be specialised into the graph
+    """Trace `model`, in its current mode (training or evaluation), for images (batch, 3, size, size)."""
+    example = torch.zeros(2, 3, size, size)  # a batch of one would be specialized into the graph
     return torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch", min=1, max=_LARGEST_BATCH)},))
 
 
 def save(program: ExportedProgram, path: Path) -> None:
     """Write `program` as a `.pt2` archive: the same bytes for the same program, in every process.
 
-    Raises OSError where the file cannot be written. (Written by torch itself, a full disk would end the process: its
-    archive writer throws from a destructor. So the archive is made in memory first.)
+    Raises OSError if the file cannot be written. (The archive is made in memory first: torch's archive writer throws
+    from a destructor if the disk is full, which would end the process.)
     """
     content = io.BytesIO()
     torch.export.save(program, content)
@@ -57,16 +57,16 @@ def save(program: ExportedProgram, path: Path) -> None:
 
 
 def _reproducible(archive: memoryview) -> memoryview:
-    """The `archive` with the graphs that its nodes come from numbered from 0, in the order that they are named in.
+    """Return `archive` with the graph ids in the provenance of its nodes renumbered from 0, in order of appearance.
 
-    torch identifies them by `id(graph)`, an address, in the provenance of each node (`torch.fx.traceback.NodeSource`).
-    Nothing else differs between two archives of one program: their entries have fixed times and a fixed order.
+    torch identifies graphs by `id(graph)`, an address (`torch.fx.traceback.NodeSource`). Archives of one program do not
+    differ otherwise: their entries have fixed times and a fixed order.
     """
     made = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(made)
     with zipfile.ZipFile(io.BytesIO(archive)) as source:
         for entry in source.namelist():
-            name = entry.partition("/")[2]  # behind the name of the archive, which the writer puts there again
+            name = entry.partition("/")[2]  # after the name of the archive, which the writer adds again
             if name == _IDENTITY:
                 continue
             content = source.read(entry)
@@ -87,12 +87,12 @@ def _numbered(graph: bytes) -> bytes:
 
 
 def load(path: Path) -> ExportedProgram:
-    """Read back a program of ours. (The format is a zip of JSON and tensors that is read without unpickling code.)"""
+    """Load a program that `save` wrote. (The format is a zip of JSON and tensors, read without unpickling code.)"""
     return torch.export.load(path)
 
 
 def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32]:
-    """Run every batch through `model`, as it is and where it is, and return all logits (N, classes)."""
+    """Run every batch through `model`, in its mode and on its device, and return all logits (N, classes)."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
         found = torch.cat([model(images.to(device)).cpu() for images, _ in batches])
@@ -100,7 +100,7 @@ def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32
 
 
 def scales(graph: GraphModule) -> dict[str, LayerScales]:
-    """The scales of a converted graph by name of the layer that computes with them."""
+    """Return the scales of the quantized layers of a converted graph, by layer name."""
     found: dict[str, LayerScales] = {}
     for name, node in named_layers(graph):
         activation, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
@@ -113,8 +113,8 @@ def scales(graph: GraphModule) -> dict[str, LayerScales]:
 
 
 def named_layers(graph: GraphModule) -> Iterator[tuple[str, Node]]:
-    """The quantized layers by path of their module. Where it computes a second one, or is called again, that is
-    `path#2`.
+    """Yield the quantized layers and the path of their module. If a module computes a second layer, or is called again,
+    the name is `path#2`.
     """
     times: Counter[str] = Counter()
     for node in quantized_layers(graph):
@@ -124,7 +124,7 @@ def named_layers(graph: GraphModule) -> Iterator[tuple[str, Node]]:
 
 
 def quantized_layers(graph: GraphModule) -> Iterator[Node]:
-    """The convolutions and linear layers whose inputs are both dequantized integers, in order of execution."""
+    """Yield the convolutions and linear layers whose input and weight are dequantized, in order of execution."""
     dequantize = torch.ops.quantized_decomposed
     for node in graph.graph.nodes:
         if node.target in WEIGHTED:
@@ -134,13 +134,13 @@ def quantized_layers(graph: GraphModule) -> Iterator[Node]:
 
 
 def module_path(node: Node) -> str:
-    """The path of the innermost module that `node` was traced in, such as `stages.2.1.conv_kxk.conv`."""
+    """Return the path of the innermost module in which `node` was traced, such as `stages.2.1.conv_kxk.conv`."""
     stack = node.meta.get("nn_module_stack") or {"": ("", "")}
     return str(list(stack.values())[-1][0])
 
 
 def stored_tensor(graph: GraphModule, node: Node) -> Tensor:
-    """The parameter or buffer that a node of the graph reads."""
+    """Return the parameter or buffer that a `get_attr` node reads."""
     assert node.op == "get_attr", f"{node} is computed, not stored"
     owner, _, name = str(node.target).rpartition(".")
     return cast(Tensor, getattr(graph.get_submodule(owner), name))

@@ -1,4 +1,4 @@
-"""Progress bars with the time that remains, on stderr; in a log file a line now and then instead of a redrawn one."""
+"""Progress bars with the remaining time, on stderr; in a log file, a line every 15 seconds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-_LOG_SECONDS = 15.0  # between lines where nobody watches
+_LOG_SECONDS = 15.0  # between lines if stderr is not a terminal
 
 
 def bar(*, total: int, title: str, unit: str) -> Any:
-    """A tqdm bar: use it in `with`, call `update()` after each of `total` units."""
+    """Return a tqdm bar: use it in `with`, and call `update()` after each of `total` units."""
     watched = sys.stderr.isatty()
     return tqdm(
         total=total,

@@ -1,4 +1,4 @@
-"""Where a scheme's integers go: the PT2E quantizer that marks the edges of the graph."""
+"""PT2E quantizer: annotates the edges of a graph that a scheme and a placement quantize."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _ADDITIONS = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 
 
 class SchemeQuantizer(Quantizer):  # type: ignore[misc]
-    """Quantizes the inputs of the operators that the placement names, and nothing else:
+    """Quantizes the inputs of the operators in the placement, and no others:
 
         x -> conv -> silu        becomes        x -> Q -> DQ -> conv -> silu
                                                     w -> Q -> DQ -^
 
-    Outputs stay float until the next such operator: norms, softmax and gates are computed in the graph's float type.
-    Where the scheme asks for regions, see `calibration.regions`, the outputs inside them are rounded, too.
-    Constants of rank 0 are never inputs of such operators, so none is ever quantized (coremltools 9.0 folds quantized
-    scalars with int8 wrap-around, without a word).
+    Outputs stay in float up to the next such operator: norms, softmax and gates run in the float type of the graph. If
+    the scheme has integer regions, see `calibration.regions`, the outputs inside them are quantized as well. Constants
+    of rank 0 are never inputs of such operators, so none is ever quantized (coremltools 9.0 folds quantized scalars
+    with int8 wrap-around, without a warning).
     """
 
     def __init__(self, scheme: Scheme, placement: Placement = LAYERS) -> None:
@@ -46,8 +46,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             raise NotImplementedError(
                 f"{scheme}: only activations of 8 bits and per-channel weights of 2 to 8 bits are implemented"
             )
-        # Every runtime's quantize operator saturates at -128, and so does ours; weights are stored integers and stay
-        # symmetric.
+        # Activations saturate at -128, as in the quantize operator of every runtime; weights are stored integers and
+        # stay symmetric.
         self.activation = (
             _spec(PerTensorFakeQuant, torch.per_tensor_symmetric, lowest=-LEVELS - 1)
             if scheme.activations == "symmetric"
@@ -85,21 +85,21 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         return not kept and (node.target not in WEIGHTED or kind_of(node) in self.placement.kinds)
 
     def _read(self, value: Node, rounded: set[Node]) -> QuantizationSpecBase:
-        """How an operator reads `value`: as it was rounded where it was computed, so that nothing is rounded twice."""
+        """Return the spec of an input `value`. It is shared if the origin of `value` is quantized, to round only once."""
         source = regions.origin(value)
         return SharedQuantizationSpec(source) if source in rounded and source is not value else self.activation
 
     def validate(self, model: GraphModule) -> None:
-        """Nothing to check: `annotate` marks each edge with the one spec of its kind."""
+        """No checks: `annotate` marks each edge with the one spec of its kind."""
 
 
 def is_rounded(node: Node, placement: Placement) -> bool:
-    """Whether `placement` rounds the inputs of an operator of a traced graph."""
+    """Return whether `placement` quantizes the inputs of an operator of a traced graph."""
     return kind_of(node) in placement.kinds and not placement.keeps_float(module_path(node))
 
 
 def kind_of(node: Node) -> Kind | None:
-    """The kind of operator that a placement calls `node`; None where no placement rounds it."""
+    """Return the kind of `node` in a placement; None if no placement quantizes it."""
     if node.target is _ATEN.linear.default:
         return "linear"
     if node.target in WEIGHTED:

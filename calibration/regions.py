@@ -1,11 +1,11 @@
-"""Where integers need not become floats in between: operators that read and write rounded values only.
+"""Integer regions: operators that read and write quantized values only, so that integers are not converted in between.
 
-Runtimes that hand integers from one operator to the next want each of them rounded on both sides:
+Runtimes that pass integers from operator to operator require each operator to be quantized on both sides:
 
     x -> conv -> relu -> add     becomes     x -> Q -> DQ -> conv -> relu -> Q -> DQ -> add -> Q -> DQ
 
-A region starts at the outputs of convolutions and holds whatever is computed from such values alone; linear layers
-write floats, for the norms and residual sums of transformers are what 8 bits serve worst.
+A region starts at the outputs of convolutions and contains all operators that are computed from such values only.
+Linear layers write floats, because the norms and residual sums of transformers lose most accuracy in 8 bits.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.fx import GraphModule, Node
 from calibration.program import stored_tensor
 
 _ATEN = torch.ops.aten
-_CLIPS = frozenset(  # that the rounding behind them does, with a range that ends where they clip
+_CLIPS = frozenset(  # which the quantizer after them replaces, with a range that ends where they clip
     {_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default, _ATEN.relu6.default}
 )
 _ELEMENTWISE = frozenset(
     {_ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.mul.Tensor, _ATEN.sigmoid.default, _ATEN.cat.default}
 )
-# Operators whose outputs are among their inputs: what they are given rounded stays so.
+# Operators whose output values are among their input values: quantized values stay quantized.
 _MOVES = frozenset(
     {
         _ATEN.reshape.default,
@@ -42,8 +42,8 @@ _MOVES = frozenset(
 
 
 def spell_out(graph: GraphModule) -> None:
-    """Write what integer kernels lack in operators that have them: SiLU as x * sigmoid(x), and a BatchNorm that no
-    convolution could take in as a depthwise 1x1 convolution, whose per-channel weights round without error.
+    """Rewrite operators without an integer kernel as operators that have one: SiLU as x * sigmoid(x), and a BatchNorm
+    that could not be folded as a depthwise 1x1 convolution, whose per-channel weights are quantized without error.
     """
     for node in list(graph.graph.nodes):
         if node.target in (_ATEN.silu.default, _ATEN.silu_.default):
@@ -57,17 +57,17 @@ def spell_out(graph: GraphModule) -> None:
 
 
 def rounded_outputs(graph: GraphModule, is_integer: Callable[[Node], bool]) -> Iterator[Node]:
-    """The operators whose outputs are rounded, in order; `is_integer` says of a convolution whether it is one, and of
-    any other operator whether it may be.
+    """Yield the operators whose outputs are quantized, in order. `is_integer` returns, for a convolution, whether it
+    runs in INT8, and for any other operator, whether it may.
     """
-    found: set[Node] = set()
+    quantized: set[Node] = set()
     for node in graph.graph.nodes:
         if node.target is _ATEN.conv2d.default and is_integer(node):
             (last, *others) = node.users
-            found.add(last if not others and last.target in _CLIPS else node)
-        elif node.target in _ELEMENTWISE and is_integer(node) and _reads_only(node, found):
-            found.add(node)
-    return (node for node in graph.graph.nodes if node in found)
+            quantized.add(last if not others and last.target in _CLIPS else node)
+        elif node.target in _ELEMENTWISE and is_integer(node) and _reads_only(node, quantized):
+            quantized.add(node)
+    return (node for node in graph.graph.nodes if node in quantized)
 
 
 def is_elementwise(node: Node) -> bool:
@@ -75,7 +75,7 @@ def is_elementwise(node: Node) -> bool:
 
 
 def origin(value: Node) -> Node:
-    """The operator that computed the numbers which `value` holds, perhaps in another place."""
+    """Return the operator that computed `value`, before any operators that only move values."""
     while value.target in _MOVES:
         value = cast(Node, value.args[0])
     return value

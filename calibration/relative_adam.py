@@ -1,9 +1,9 @@
-"""Adam whose steps are a share of each parameter's own unit, and a running average of the parameters.
+"""Adam with update sizes relative to a unit of each parameter, and a running average of the parameters.
 
-A weight that is stored in integers changes by multiples of its channel's scale, and the scales of one trained network
-differ by orders of magnitude. A fixed learning rate that is a small share of a scale in one network, or in one channel,
-is a large share in another. Here the rate is a number of units: the unit of a matrix or kernel is an integer step of
-each output channel; the unit of a vector, such as a bias, is its own peak over 127.
+A quantized weight changes in multiples of the scale of its channel, and the scales of one trained network differ by
+orders of magnitude. A fixed learning rate that is a small fraction of a scale in one network or channel is a large
+fraction in another. Here the learning rate is a number of units: the unit of a matrix or kernel is the quantization
+step of each output channel; the unit of a vector, such as a bias, is its own peak divided by 127.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 _LEVELS: Final = 127.0  # int8, symmetric
-_EPSILON: Final = 1e-16  # below all gradients that matter, above those whose square float32 flushes to 0
+_EPSILON: Final = 1e-16  # below all relevant gradients, above those whose square float32 flushes to 0
 _FIRST, _SECOND = 0.9, 0.99  # decay of the moments; training is too short for the usual 0.999
 
 
 class RelativeAdam(torch.optim.Optimizer):
-    """Adam (Kingma & Ba, arXiv 1412.6980) with a unit for every output channel. `lr` is in units per step, and does not
-    depend on the size of weights or gradients. The relation of step and weight is that of LARS (You et al., arXiv
-    1708.03888), by channel.
+    """Adam (Kingma & Ba, arXiv 1412.6980) with a unit per output channel. `lr` is in units per step and does not depend
+    on the magnitude of weights or gradients. Updates are relative to weights as in LARS (You et al., arXiv 1708.03888),
+    but per channel.
 
-    `units`: of some parameters, each of a shape that broadcasts to its parameter's. The units of the others are those
-    of their values at construction, see `unit`. Units are no part of the state.
+    `units`: of some parameters, each broadcastable to its parameter. The units of all others are computed from their
+    values at construction, see `unit`. Units are not part of the optimizer state.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RelativeAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient. `closure` is not supported."""
+        """Update every parameter that has a gradient. `closure` is not supported."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -60,8 +60,8 @@ class RelativeAdam(torch.optim.Optimizer):
 
 
 def unit(parameter: Tensor) -> Tensor:
-    """The int8 step of each output channel, its peak over 127, of shape (channels, 1, ...); for a vector, that of all
-    its values, of shape (1,).
+    """Return the int8 step of each output channel, its peak divided by 127, of shape (channels, 1, ...); for a vector,
+    the step over all values, of shape (1,).
     """
     if parameter.ndim < 2:
         return parameter.abs().amax().reshape([1] * parameter.ndim) / _LEVELS
@@ -70,7 +70,7 @@ def unit(parameter: Tensor) -> Tensor:
 
 
 class Average:
-    """The exponential average of parameters over steps: it stands near the middle of what they oscillate about.
+    """Exponential moving average of parameters over steps, which is close to the centre of their oscillations.
 
     Source: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging"; for weights that oscillate
     between two integers: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", arXiv 2203.11086.
@@ -82,7 +82,7 @@ class Average:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Take in the parameters as they are now."""
+        """Update the average with the current parameters."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             value.lerp_(parameter, 1 - self.memory)
 
@@ -96,6 +96,6 @@ class Average:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin again with the parameters as they are now."""
+        """Restart the average from the current parameters."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             value.copy_(parameter)

@@ -1,8 +1,8 @@
-"""What rounding each module costs by itself, and which modules stay float so that an accuracy budget holds.
+"""INT8 sensitivity per module, and the search for the modules that stay in float within an accuracy budget.
 
-A module's effect is measured with everything else in float, on validation images: the error of the logits in decibels,
-and top-1 for those that err most. (Wu et al., "Integer Quantization for Deep Learning Inference", arXiv 2004.09602,
-section 6.1, find the layers to leave in float in this way.)
+The effect of a module is measured with all other modules in float, on validation images: the SQNR of the logits, and
+top-1 for the modules with the lowest SQNR. (Wu et al., "Integer Quantization for Deep Learning Inference", arXiv
+2004.09602, section 6.1, select the layers to keep in float in this way.)
 """
 
 from __future__ import annotations
@@ -30,66 +30,67 @@ from calibration.quantizer import kind_of
 from calibration.train import evaluate
 from models.errors import CheckFailed
 
-ERROR_IMAGES = 64  # that decibels are taken on
-WORST = 8  # modules whose accuracy alone is counted, on the whole part
+ERROR_IMAGES = 64  # for the SQNR of the logits
+WORST = 8  # modules with the lowest SQNR; only for these is top-1 measured, on the whole part
 _BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operator:
-    """One of those that a prepared graph rounds the inputs of."""
+    """An operator of a prepared graph with quantized inputs."""
 
     name: str  # of its node
     path: str  # of the module that it was traced in
-    kind: Kind | None  # None for one that only passes rounded values on, as in the regions of a scheme
-    macs: int  # multiply-accumulates of one image
+    kind: Kind | None  # None: it only passes quantized values on, as in integer regions
+    macs: int  # multiply-accumulates per image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effect:
-    """What a network loses where one group of operators computes in integers and the rest in float."""
+    """Effect of running one group of operators in INT8 and all others in float."""
 
-    path: str  # of the module, with all that it contains; or the kind of operator
+    path: str  # of the module, which includes its submodules; or the kind of operator
     kinds: tuple[Kind, ...]
-    macs: float  # its share of the multiply-accumulates of all rounded operators, from 0 to 1
-    snr_db: float  # of the logits against float
-    top1: float | None = None  # percent; None where it was not counted
+    macs: float  # share of the multiply-accumulates of all quantized operators, from 0 to 1
+    snr_db: float  # SQNR of the logits against float
+    top1: float | None = None  # percent; None: not measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
-    """A prepared graph within its budget, and what that took."""
+    """A prepared graph within its budget."""
 
     graph: GraphModule
-    paths: tuple[str, ...]  # of the modules that compute in float
+    paths: tuple[str, ...]  # of the modules in float
     top1: float  # percent on the validation part
 
 
 def sensitivity(prepared: GraphModule, val: Images, *, worst: int = WORST) -> list[Effect]:
-    """The effect of every module of `prepared`, whose ranges are fixed, the most sensitive one first; of the `worst`
-    ones top-1, too.
+    """Return the effect of every module of `prepared`, whose ranges are fixed, lowest SQNR first; top-1 is set for the
+    first `worst` modules.
     """
     operators = operators_of(prepared, val.preprocess.size)
     modules = {operator.path: _inside(operator.path, operators) for operator in operators if operator.kind}
-    found = sorted(_effects(prepared, val, modules, operators), key=lambda effect: effect.snr_db)
+    effects = sorted(_effects(prepared, val, modules, operators), key=lambda effect: effect.snr_db)
     return [
         replace(effect, top1=evaluate(partly(prepared, modules[effect.path]), val)) if place < worst else effect
-        for place, effect in enumerate(found)
+        for place, effect in enumerate(effects)
     ]
 
 
 def by_kind(prepared: GraphModule, val: Images) -> list[Effect]:
-    """The effect of all operators of one kind together, for every kind that `prepared` rounds."""
+    """Return the effect of all operators of a kind together, for every kind that `prepared` quantizes."""
     operators = operators_of(prepared, val.preprocess.size)
     kinds = {kind: [operator for operator in operators if operator.kind == kind] for kind in KINDS}
     return _effects(prepared, val, {kind: own for kind, own in kinds.items() if own}, operators)
 
 
 def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_top1: float, otherwise: str) -> Kept:
-    """`prepared` with as few of its most sensitive modules in float as `budget` asks for, by bisection: none where it
-    holds as it is. `float_top1`: of the float model on `val`, in percent.
+    """Return `prepared` with as many of its most sensitive modules in float as `budget` requires, by bisection: none if
+    it holds without. `float_top1`: of the float model on `val`, in percent.
 
-    Raises CheckFailed where not even one module may stay integer; `otherwise` is what to try then.
+    Raises CheckFailed if it does not hold even with a single module in INT8; the message ends with the advice
+    `otherwise`.
     """
     operators = operators_of(prepared, val.preprocess.size)
     tried = {0: _keeping((), prepared, operators, val)}
@@ -108,15 +109,15 @@ def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_t
     best = max(tried.values(), key=lambda kept: kept.top1)
     drop, least = float_top1 - tried[0].top1, float_top1 - best.top1
     raise CheckFailed(
-        f"MAX_DROP={budget}: in integers the network loses {drop:.2f} points of the {float_top1:.2f} % top-1 of float "
-        f"on {len(val)} validation images, and at best {least:.2f}, with {len(best.paths)} of its {len(effects)} "
-        f"modules in float; {budget.tolerance(float_top1, len(val)):.2f} are allowed; {otherwise}",
+        f"MAX_DROP={budget}: in INT8 the network loses {drop:.2f} points of the {float_top1:.2f} % top-1 of the float "
+        f"model on {len(val)} validation images, and at best {least:.2f} points, with {len(best.paths)} of its "
+        f"{len(effects)} modules in float; the budget allows {budget.tolerance(float_top1, len(val)):.2f}; {otherwise}",
         answer={"val_drop": round(drop, 3), "least_val_drop": round(least, 3), "keep_float": best.paths},
     )
 
 
 def errors_db(prepared: GraphModule, val: Images, groups: Iterable[Iterable[Operator]]) -> Iterator[float]:
-    """For each of `groups`: decibels of the logits, against float, where its operators alone are rounded."""
+    """Yield, for each of `groups`, the SQNR of the logits in dB if only the operators of the group are quantized."""
     batches = list(val.batches(_BATCH, val.stratified(ERROR_IMAGES, seed=0)))
     reference = logits(partly(prepared, ()), batches)
     for group in groups:
@@ -124,11 +125,11 @@ def errors_db(prepared: GraphModule, val: Images, groups: Iterable[Iterable[Oper
 
 
 def partly(prepared: GraphModule, rounded: Iterable[Operator]) -> GraphModule:
-    """A graph on the tensors of `prepared` that rounds the inputs of the operators `rounded` alone:
+    """Return a graph that shares the tensors of `prepared` and quantizes the inputs of the operators `rounded` only:
 
-    x -> FakeQuant -> conv      becomes, for the others,      x -> conv
+    x -> FakeQuant -> conv      becomes, for all others,      x -> conv
 
-    Where there are others, biases are those from before they were corrected for the rounding of all.
+    If there are others, biases have their values from before the correction, which applies to full quantization.
     """
     names = {operator.name for operator in rounded}
     graph = copy.deepcopy(prepared.graph)
@@ -138,17 +139,17 @@ def partly(prepared: GraphModule, rounded: Iterable[Operator]) -> GraphModule:
             node.replace_input_with(rounding, rounding.all_input_nodes[0])
             if not rounding.users:
                 graph.erase_node(rounding)
-    found = GraphModule(prepared, graph)
-    found.meta.update(prepared.meta)
+    partial = GraphModule(prepared, graph)
+    partial.meta.update(prepared.meta)
     if others:
-        bias.uncorrect(found)
-    return found
+        bias.uncorrect(partial)
+    return partial
 
 
 def operators_of(prepared: GraphModule, size: int) -> list[Operator]:
-    """Those that `prepared` rounds the inputs of, in order of execution."""
+    """Return the operators whose inputs `prepared` quantizes, in order of execution."""
     names = {node.name for node in prepared.graph.nodes if _roundings(prepared, node)}
-    floats = partly(prepared, ())  # where each reads the tensors themselves, which tell its kind
+    floats = partly(prepared, ())  # where operators read the float tensors that determine their kind
     with torch.no_grad():
         ShapeProp(floats).propagate(torch.zeros(1, 3, size, size))
     return [
@@ -161,9 +162,9 @@ def operators_of(prepared: GraphModule, size: int) -> list[Operator]:
 def _effects(
     prepared: GraphModule, val: Images, groups: Mapping[str, Collection[Operator]], operators: Collection[Operator]
 ) -> list[Effect]:
-    """The effect of each of `groups` of `operators`, by its path."""
+    """Return the effect of each of `groups` of `operators`, which are keyed by path."""
     total = sum(operator.macs for operator in operators)
-    found = []
+    effects = []
     with bar(total=len(groups), title="sensitivity", unit="module") as progress:
         for (path, own), decibels in zip(groups.items(), errors_db(prepared, val, groups.values()), strict=True):
             kinds = {operator.kind for operator in own}
@@ -173,19 +174,19 @@ def _effects(
                 macs=round(sum(operator.macs for operator in own) / max(total, 1), 4),
                 snr_db=decibels,
             )
-            found.append(effect)
+            effects.append(effect)
             progress.update()
-    return found
+    return effects
 
 
 def _keeping(effects: Sequence[Effect], prepared: GraphModule, operators: Collection[Operator], val: Images) -> Kept:
-    """`prepared` with the modules of `effects` in float."""
+    """Return `prepared` with the modules of `effects` in float, and its top-1 on `val`."""
     graph = partly(prepared, _integers(effects, operators))
     return Kept(graph=graph, paths=tuple(sorted(effect.path for effect in effects)), top1=evaluate(graph, val))
 
 
 def _integers(kept: Sequence[Effect], operators: Collection[Operator]) -> list[Operator]:
-    """The operators that are left where the modules of `kept` compute in float."""
+    """Return the operators that run in INT8 if the modules of `kept` run in float."""
     placement = Placement(kinds=KINDS).without(*(effect.path for effect in kept))
     return [operator for operator in operators if not placement.keeps_float(operator.path)]
 
@@ -196,13 +197,13 @@ def _inside(path: str, operators: Collection[Operator]) -> list[Operator]:
 
 
 def _roundings(prepared: GraphModule, node: Node) -> list[Node]:
-    """The FakeQuants that `node` of a prepared graph reads."""
+    """Return the FakeQuant nodes that `node` reads."""
     calls = [entry for entry in node.all_input_nodes if entry.op == "call_module"]
     return [call for call in calls if isinstance(prepared.get_submodule(str(call.target)), FakeQuant)]
 
 
 def _macs(node: Node) -> int:
-    """Multiply-accumulates of a convolution, a linear layer or a product; all else has none."""
+    """Return the multiply-accumulates of a convolution, linear layer or matrix multiplication; 0 for other operators."""
     if node.target not in WEIGHTED and kind_of(node) != "attention":
         return 0
     outputs, other = math.prod(_shape(node)), _shape(cast(Node, node.args[1]))

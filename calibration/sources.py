@@ -1,4 +1,4 @@
-"""Where an operator of a traced program comes from: its name, and the line of the network's sources."""
+"""Origin of an operator in a traced program: its name, and its line in the source code of the network."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ UNKNOWN = "(no line)"
 
 
 def operator(node: Node) -> str:
-    """The name of a node's operator without library and overload, such as `conv2d`; "" where it has none."""
+    """Return the operator name of `node` without namespace and overload, such as `conv2d`; "" if it has none."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.partition("::")[2] if schema else ""
 
 
 def line(node: Node) -> str:
-    """The innermost line of the network's own source that `node` was traced at."""
+    """Return the innermost line in the network's own source code at which `node` was traced."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return UNKNOWN
@@ -36,15 +36,15 @@ def line(node: Node) -> str:
 
 
 def nearest_line(node: Node) -> str:
-    """The line of `node`, otherwise that of what it reads or of what reads it: an operator that was rewritten has none
-    of its own.
+    """Return the source line of `node`, or of the nearest node before or after it: an operator that was rewritten has
+    no line of its own.
     """
     seen = {node}
     pending = [node]
     while pending:
         here = pending.pop(0)
-        if (found := line(here)) != UNKNOWN:
-            return found
+        if (location := line(here)) != UNKNOWN:
+            return location
         around: Iterable[Node] = [*here.all_input_nodes, *here.users]
         new = [other for other in around if other not in seen and other.op == "call_function"]
         seen |= set(new)

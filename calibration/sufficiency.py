@@ -1,4 +1,4 @@
-"""How many calibration images are enough: ranges and accuracy from more and more images of one draw."""
+"""Number of calibration images that is sufficient: ranges and accuracy with increasing parts of one draw of images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from calibration.scheme import Scheme
 from calibration.train import predictions
 
 COUNTS: Final = (32, 64, 128, 256, 512)
-# What the last doubling of the images may still have changed where more of them would hardly matter:
-SETTLED: Final = 0.02  # of half of the ranges, relative
-SETTLED_DB: Final = 0.5  # of the logits against float
+# More images would hardly matter if the last doubling of their number changed no more than this:
+SETTLED: Final = 0.02  # median relative change of the ranges
+SETTLED_DB: Final = 0.5  # change of the SQNR of the logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """What so many images come to."""
+    """Results for one number of calibration images."""
 
     images: int
-    median_change: float  # of the ranges, relative to those of all images
+    median_change: float  # of the ranges, relative to the ranges from all images
     largest_change: float
-    snr_db: float  # of the logits against float, on the validation part
-    top1: float  # percent of the validation part
+    snr_db: float  # SQNR of the logits against float, on the validation part
+    top1: float  # percent, on the validation part
 
 
 def sufficiency(
@@ -46,9 +46,9 @@ def sufficiency(
     *,
     seed: int,
 ) -> list[Point]:
-    """The curve for `model`, at COUNTS and at all images that its ranges come from, in one pass. `report`: of the
-    calibration by `quantize.quantize`, whose choices (calibrator, like ranges, corrected biases) are taken over;
-    biases are corrected anew for the ranges of each count.
+    """Return the results for `model` at COUNTS and at all calibration images, in one pass. `report`: of the calibration
+    by `quantize.quantize`, whose choices (calibrator, equalization, bias correction) are reused; biases are corrected
+    again for the ranges of each count.
     """
     shown = split(model, recipe, train, seed=seed)
     strength = report.get("equalized", {}).get("strength")
@@ -58,7 +58,7 @@ def sufficiency(
     _, seen = drawn(train, recipe, seed=seed)
     reference, labels = predictions(model, val)
     limits: list[dict[str, float]] = []
-    found: list[tuple[int, float, float]] = []
+    results: list[tuple[int, float, float]] = []
     for start, end in _steps(len(seen)):
         set_mode(prepared, "observe")
         observe(prepared, train, seen[start:end])
@@ -69,13 +69,13 @@ def sufficiency(
         biases = correct(prepared, shown.images(BIAS_IMAGES)) if corrects else {}
         limits.append({name: quantizer.limit() for name, quantizer in named_quantizers(prepared)})
         logits, _ = predictions(prepared, val)
-        found.append((end, snr_db(reference, logits), top1(logits, labels)))
+        results.append((end, snr_db(reference, logits), top1(logits, labels)))
         restore(prepared, biases)
-    return [_point(*each, limits[place], limits[-1]) for place, each in enumerate(found)]
+    return [_point(*each, limits[place], limits[-1]) for place, each in enumerate(results)]
 
 
 def sentence(points: list[Point]) -> str:
-    """Whether more images would have mattered, in words."""
+    """Return a sentence on whether more calibration images would change the result."""
     if len(points) < 2:
         return f"{points[0].images} images alone: too few to see whether more would matter"
     before, last = points[-2], points[-1]

@@ -109,7 +109,7 @@ def fit(
 
 
 def _head_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """Return the logits (N, classes) that the loss uses: of every head, or of the model. A traced program has one head."""
+    """Return the logits (N, classes) for the loss: of every head, or of the model. A traced program has one head."""
     return model.head_logits(images) if isinstance(model, SeveralHeads) else (model(images),)
 
 
