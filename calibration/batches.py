@@ -1,4 +1,4 @@
-"""Batches of preprocessed images, in a known order."""
+"""Batches of preprocessed images, in a reproducible order."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # images (N, 3, S, S) float32, labels (N,) int64
 
-_KEEP_BYTES = 2**30  # parts whose pixels fit into this stay in memory after the first pass
+_KEEP_BYTES = 2**30  # parts with at most this many bytes of pixels stay in memory after the first pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Images:
-    """One part of a dataset as model inputs. Unreadable images are left out, the same ones in every pass."""
+    """One part of a dataset as model inputs. Unreadable images are skipped, the same images in every pass."""
 
     data: Data
     part: Part
@@ -36,21 +36,21 @@ class Images:
         return len(self.data.labels(self.part))
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Batches of `size` images (the last one may be smaller), in `order` or as they lie."""
+        """Yield batches of `size` images (the last one may be smaller), in `order` or in the order of the dataset."""
         labels = self.data.labels(self.part)
         order = range(len(labels)) if order is None else order
         keep = len(labels) * 3 * self.preprocess.size**2 <= _KEEP_BYTES
-        with ThreadPoolExecutor(4) as pool:  # decoding leaves the interpreter lock
+        with ThreadPoolExecutor(4) as pool:  # decoding releases the interpreter lock
             for start in range(0, len(order), size):
                 chosen = order[start : start + size]
-                found = pool.map(self._pixels, chosen, repeat(keep))
-                read = [(index, bytes_) for index, bytes_ in zip(chosen, found, strict=True) if bytes_ is not None]
+                decoded = pool.map(self._pixels, chosen, repeat(keep))
+                read = [(index, bytes_) for index, bytes_ in zip(chosen, decoded, strict=True) if bytes_ is not None]
                 if read:
                     stacked = normalize(np.stack([bytes_ for _, bytes_ in read]), self.preprocess)
                     yield torch.from_numpy(stacked), torch.tensor([labels[index] for index, _ in read])
 
     def stratified(self, count: int, seed: int) -> list[int]:
-        """Up to `count` indices with every class as equally present as it can be, in an order drawn by `seed`."""
+        """Return up to `count` indices, with classes as balanced as possible, in an order drawn from `seed`."""
         labels = self.data.labels(self.part)
         rng = np.random.default_rng(seed)
         queues: dict[int, list[int]] = {}
@@ -67,15 +67,15 @@ class Images:
         if index in self._kept:
             return self._kept[index]
         image = self.data.image(self.part, index)
-        found = pixels(image, self.preprocess) if image is not None else None
+        decoded = pixels(image, self.preprocess) if image is not None else None
         if keep:
-            self._kept[index] = found
-        return found
+            self._kept[index] = decoded
+        return decoded
 
 
 def augment(images: torch.Tensor, rng: torch.Generator, *, mirrors: bool) -> torch.Tensor:
-    """Rotate by up to 10 degrees, scale by up to 15 %, shift by up to 8 % of the side, each image on its own; mirror
-    half of them where that keeps the class. Borders repeat.
+    """Return `images` (N, C, S, S), each rotated by up to 10 degrees, scaled by up to 15 % and shifted by up to 8 % of
+    its side; with `mirrors`, half of them are mirrored. Borders are repeated.
     """
     count = len(images)
 

@@ -1,4 +1,4 @@
-"""The classes of a data set in the order of the model's outputs: by the names of their folders, or by a LABELS file."""
+"""Classes of a dataset in the order of the model's outputs: by the names of their folders, or by a LABELS file."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ ORDERS: tuple[Order, ...] = ("text", "natural")
 
 _LARGEST_FILE = 2**24  # bytes
 _MOST_CLASSES = 100_000
-_NAMED = 5  # folders or classes that a sentence lists
+_NAMED = 5  # most folders or classes that a message lists
 
 _SEPARATORS = ("\t", ",", " ")
 
-_Row: TypeAlias = tuple[str, str]  # the first field of a line and the rest, empty where there is none
+_Row: TypeAlias = tuple[str, str]  # first field of a line, and the rest, which may be empty
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Classes:
-    """Names of the model's outputs in their order, and the output of each folder."""
+    """Names of the model's outputs in their order, and the output of each class folder."""
 
     names: tuple[str, ...]
     outputs: Mapping[str, int]  # folder name -> index of its output
 
 
 def natural_key(name: str) -> tuple[list[int | str], str]:
-    """Sorts runs of digits by number, letters without case (1, 2, 10; apple, Banana), as timm sorts folders."""
+    """Return a sort key with digits compared as numbers, letters without case (1, 2, 10; apple, Banana), as in timm."""
     parts = re.split(r"([0-9]+)", name.lower())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def ordered(folders: Iterable[str], order: Order) -> tuple[str, ...]:
-    """The folders as text (1, 10, 2), as torchvision sorts them, or in natural order (1, 2, 10)."""
+    """Return the folders sorted as text (1, 10, 2), as in torchvision, or in natural order (1, 2, 10)."""
     return tuple(sorted(folders, key=natural_key) if order == "natural" else sorted(folders))
 
 
 def by_name(folders: Iterable[str], order: Order) -> Classes:
-    """Each folder a class of its name."""
+    """Return one class per folder, with the name of the folder. Raises BadRequest if two printable names are equal."""
     found = ordered(folders, order)
     names = tuple(printable(folder) for folder in found)
     if len(set(names)) < len(names):
@@ -54,23 +54,24 @@ def by_name(folders: Iterable[str], order: Order) -> Classes:
 
 
 def read(file: Path, folders: Collection[str]) -> Classes:
-    """The classes that a LABELS file gives `folders`.
+    """Read the classes of `folders` from a LABELS file.
 
-    Text: a line for each output, in their order, with its folder, or its folder and a name; or, in any order, a folder,
-    the index of its output, from 0, and perhaps a name. JSON: a list of folders; an object {folder: index}, {folder:
-    name}, {index: folder} or {index: [folder, name]}; a Hugging Face configuration with `id2label`.
+    Text: one line per output, in their order, with its folder, or its folder and a name; or lines in any order with a
+    folder, the index of its output, from 0, and optionally a name. JSON: a list of folders; an object {folder: index},
+    {folder: name}, {index: folder} or {index: [folder, name]}; a Hugging Face configuration with `id2label`.
 
-    The model may have more classes than there are folders; every folder needs its class. Raises BadRequest.
+    The model may have more classes than there are folders; every folder needs a class. Raises BadRequest if the file
+    cannot be read, has none of these forms, or lacks a folder.
     """
     where = f"LABELS={printable(file)}"
-    if not os.path.isfile(file):  # noqa: PTH113 - the method raises where the name is too long
-        raise BadRequest(f"{where}: there is no such file; give `text` or `natural`, or a file with a class a line")
+    if not os.path.isfile(file):  # noqa: PTH113 - the method raises if the name is too long
+        raise BadRequest(f"{where}: there is no such file; give `text` or `natural`, or a file with one class per line")
     try:
         if file.stat().st_size > _LARGEST_FILE:
             raise BadRequest(f"{where} has more than {_LARGEST_FILE // 2**20} MiB; expected a list of class names")
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRequest(f"{where} is no UTF-8 text (byte {error.start}); expected a list of class names") from error
+        raise BadRequest(f"{where} is not UTF-8 text (byte {error.start}); expected a list of class names") from error
     except OSError as error:
         raise BadRequest(f"{where} cannot be read: {error.strerror}") from error
     entries = (_of_json if text.lstrip()[:1] in ("{", "[") else _of_lines)(text, where, folders)
@@ -78,7 +79,7 @@ def read(file: Path, folders: Collection[str]) -> Classes:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first names, safe to print, and how many more there are."""
+    """Return the first names, safe to print, and the number of further names."""
     every = [printable(name) for name in names]
     more = f" and {len(every) - _NAMED} more" if len(every) > _NAMED else ""
     return ", ".join(every[:_NAMED]) + more
@@ -94,7 +95,7 @@ def _of_lines(text: str, where: str, folders: Collection[str]) -> list[_Entry]:
     readings = [plain]
     for separator in _SEPARATORS:
         rows = [(first.strip(), rest.strip()) for first, _, rest in (line.partition(separator) for line in lines)]
-        turned = [(rest, first) if _is_index(first) else (first, rest) for first, rest in rows]  # the index first
+        turned = [(rest, first) if _is_index(first) else (first, rest) for first, rest in rows]  # index first
         readings += [rows, turned]
     return _of_rows(max(readings, key=lambda rows: sum(row[0] in folders for row in rows)), where)
 
@@ -106,18 +107,18 @@ def _of_rows(rows: Sequence[_Row], where: str) -> list[_Entry]:
     led = [re.fullmatch(r"([0-9]{1,9})[\s,]+(.+)", rest) for _, rest in rows]
     found = [(int(each[1]), folder, each[2]) for each, (folder, _) in zip(led, rows, strict=True) if each]
     if rows and len(found) == len(rows) and sorted(index for index, _, _ in found) in _countings(len(rows)):
-        return found  # a folder, the index of its output, a name
+        return found  # lines with folder, index of its output, and name
     if any(numbered):
         line = numbered.index(not numbered[0])
         raise BadRequest(
-            f"{where}: `{printable(' '.join(rows[line]))}` and `{printable(' '.join(rows[0]))}` are of two kinds; give "
-            "every folder an index, or none"
+            f"{where}: `{printable(' '.join(rows[line]))}` and `{printable(' '.join(rows[0]))}` have different forms; "
+            "give every folder an index, or none"
         )
     return [(index, folder, name or folder) for index, (folder, name) in enumerate(rows)]
 
 
 def _countings(count: int) -> tuple[list[int], list[int]]:
-    """The indices of `count` outputs from 0, and from 1."""
+    """Return the indices of `count` outputs from 0, and from 1."""
     return list(range(count)), list(range(1, count + 1))
 
 
@@ -125,7 +126,7 @@ def _of_json(text: str, where: str, folders: Collection[str]) -> list[_Entry]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"{where} is no JSON: {printable(error)}") from error
+        raise BadRequest(f"{where} is not JSON: {printable(error)}") from error
     if isinstance(found, dict) and isinstance(found.get("id2label"), dict):
         found = found["id2label"]
     if isinstance(found, list) and all(isinstance(name, str) for name in found):
@@ -139,7 +140,7 @@ def _of_json(text: str, where: str, folders: Collection[str]) -> list[_Entry]:
 
 
 def _of_object(found: Mapping[str, Any], folders: Collection[str]) -> list[_Entry] | None:
-    """The entries of a JSON object; None where it has none of the known forms."""
+    """Return the entries of a JSON object; None if it has none of the known forms."""
     values = list(found.values())
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         return [(value, folder, folder) for folder, value in found.items()]
@@ -160,7 +161,7 @@ def _is_index(text: str) -> bool:
 
 
 def _checked(entries: Sequence[_Entry], where: str, folders: Collection[str]) -> Classes:
-    """Raises BadRequest where an output or a folder comes twice, and where a folder has no class."""
+    """Return the classes of `entries`. Raises BadRequest for a repeated output or folder, or a folder without class."""
     by_output: dict[int, _Entry] = {}
     outputs: dict[str, int] = {}
     for entry in entries:
@@ -187,7 +188,7 @@ def _checked(entries: Sequence[_Entry], where: str, folders: Collection[str]) ->
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
-    """Printable names, made different by their output where two are the same (ImageNet has two cranes)."""
+    """Return printable names; equal names are followed by their output index (ImageNet has two classes `crane`)."""
     shown = [printable(name) for name in names]
     counts = Counter(shown)
     return tuple(f"{name} ({index})" if counts[name] > 1 else name for index, name in enumerate(shown))

@@ -1,5 +1,5 @@
-"""Labelled images in three parts that never overlap: `train` (also what calibration draws from), `val` (chooses the
-best epoch) and `test`, which nothing but verification ever reads.
+"""Labelled images in three disjoint parts: `train` (also for calibration), `val` (selects the best epoch) and `test`,
+which only verification reads.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 Part: TypeAlias = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 
-_DIGITS_SIDE = 64  # pixels: the input side that is usual for digits, eight for each of the originals'
+_DIGITS_SIDE = 64  # pixels: usual input side for digits, eight for each pixel of the originals
 
 
 class Data(Protocol):
-    """A labelled set of images, cut into parts."""
+    """A labelled set of images, divided into parts."""
 
     @property
     def name(self) -> str: ...
@@ -35,53 +35,52 @@ class Data(Protocol):
 
     @property
     def mirrors(self) -> bool:
-        """Whether a mirror image shows the same class: true of things, not of digits."""
+        """Whether a mirrored image has the same class: true for objects, false for digits."""
         ...
 
     def preprocess(self, model: ModelSpec) -> Preprocess:
-        """How these images become inputs of `model`, at the side that is usual for them."""
+        """Return the preprocessing of these images for `model`, at the input side that is usual for them."""
         ...
 
     def labels(self, part: Part) -> list[int]:
-        """The class index of every image of a part."""
+        """Return the class index of every image of a part."""
         ...
 
     def image(self, part: Part, index: int) -> Image.Image | None:
-        """One picture, decoded, of its own size, which may be transparent; None where it cannot be read and few enough
-        others are like it.
+        """Return one decoded image, in its own size and possibly transparent; None if it cannot be read.
 
-        Raises BadRequest where too many images are unreadable.
+        Raises BadRequest if too many images are unreadable.
         """
         ...
 
     def identity(self) -> dict[str, object]:
-        """What makes this data this data: part of every key built from it."""
+        """Return the properties that identify this data: part of every cache key that depends on it."""
         ...
 
 
 @runtime_checkable
 class Described(Protocol):
-    """Data that differ from one user to the next, and are told of: a folder."""
+    """Data with a description for the user, such as a folder, whose contents differ from user to user."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about what is left out."""
+        """Sentences about the files and classes that are left out."""
         ...
 
     def summary(self) -> str:
-        """The classes and how many pictures each part has, in one line."""
+        """Return the classes and the number of images of each part, in one line."""
         ...
 
     def decoding(self) -> dict[str, object]:
-        """What a device needs to know beyond `Preprocess` to read such pictures itself."""
+        """Return the parameters beyond `Preprocess` that a device needs to read such images itself."""
         ...
 
 
 def load(request: str, seed: int, labels: str = "") -> Data:
-    """The dataset that DATA names: `digits`, or a folder of class folders, alone or in folders for its parts; with the
-    classes in the order that LABELS asks for. Nothing but names, sizes and times of files is read.
+    """Return the dataset of DATA: `digits`, or a folder of class folders, directly or inside folders for its parts,
+    with the class order of LABELS. Only names, sizes and times of files are read.
 
-    Raises BadRequest where the name is neither, or the folder cannot serve.
+    Raises BadRequest if `request` is neither, or if the folder is not a usable dataset.
     """
     from calibration.folder import Folder
 
@@ -89,8 +88,8 @@ def load(request: str, seed: int, labels: str = "") -> Data:
         if labels:
             raise BadRequest(f"LABELS={printable(labels)}: DATA=digits has its own ten classes; leave LABELS out")
         return Digits()
-    folder = os.path.expanduser(request)  # noqa: PTH111 - the method raises where `~name` is nobody
-    if not os.path.isdir(folder):  # noqa: PTH112 - the method raises where the name is too long
+    folder = os.path.expanduser(request)  # noqa: PTH111 - the method raises if `~name` is no user
+    if not os.path.isdir(folder):  # noqa: PTH112 - the method raises if the name is too long
         raise BadRequest(
             f"DATA={printable(request)}: there is no such folder; give `digits`, or a folder that holds one folder of "
             "images per class, or train/ and val/ that do"
@@ -100,9 +99,9 @@ def load(request: str, seed: int, labels: str = "") -> Data:
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """The 1,797 handwritten digits that scikit-learn carries (UCI, "Optical Recognition of Handwritten Digits", 8x8).
+    """The 1,797 handwritten digits of scikit-learn (UCI, "Optical Recognition of Handwritten Digits", 8x8).
 
-    The split is drawn by class and the same for every seed: 1,257 train, 180 val, 360 test.
+    The split is stratified by class and the same for every seed: 1,257 train, 180 val, 360 test.
     """
 
     name: str = "digits"
@@ -129,7 +128,7 @@ class Digits:
 
 @functools.cache
 def _digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], dict[Part, list[int]]]:
-    """Images (1797, 8, 8), labels, and the indices of each part."""
+    """Return images (1797, 8, 8), labels (1797,), and the indices of each part."""
     import numpy as np
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

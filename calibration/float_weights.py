@@ -1,4 +1,4 @@
-"""Where a run's float weights come from: a checkpoint, a short training on the data, or one after the other."""
+"""Float weights of a run: from a checkpoint, from a short training on the data, or from both in this order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from calibration.train import TrainingPlan, fit
 from models import checkpoint
 from models.spec import ModelSpec
 
-# Enough for small images such as the digits, in a minute or two on two cores; bring WEIGHTS for anything larger.
+# Sufficient for small images such as the digits, in one or two minutes on two cores; larger images need WEIGHTS.
 FROM_SCRATCH = TrainingPlan(epochs=9, learning_rate=3e-3)
 NEW_HEAD = TrainingPlan(epochs=4, learning_rate=5e-4)
 _SETTLING_IMAGES = 32
@@ -35,11 +35,11 @@ def make(
     check: Callable[[nn.Module], None] | None = None,
     schedule: Schedule = DEFAULT_SCHEDULE,
 ) -> tuple[nn.Module, dict[str, object]]:
-    """The float model in evaluation mode, and a report of its training, whose epochs and peak learning rate `schedule`
-    may set. `key`: of the state dict in `file`, where it holds several. `check` is called with the model after loading
-    and before training.
+    """Return the float model in evaluation mode, and the report of its training. `schedule` may set the number of
+    epochs and the peak learning rate. `key`: of the state dict in `file`, if it holds several. `check` is called with
+    the model after loading and before training.
 
-    Raises BadRequest where `file` is no checkpoint of the model, CheckFailed where training diverges.
+    Raises BadRequest if `file` is not a checkpoint of the model, CheckFailed if training diverges.
     """
     model = _seeded(spec, train, seed)
     plan: TrainingPlan | None = FROM_SCRATCH
@@ -70,13 +70,13 @@ def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:
 
 
 def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:
-    """The float model in evaluation mode with random weights: what it answers means nothing, but it has the structure,
-    and the statistics of its BatchNorms are those of `train`, so that activations are of ordinary size.
+    """Return the float model in evaluation mode with random weights. Its outputs are meaningless, but it has the
+    structure of a trained model, and BatchNorm statistics from `train`, so that activations have ordinary magnitudes.
     """
     model = _seeded(spec, train, seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the plain mean over all batches
+            module.momentum = None  # plain mean over all batches
     with torch.no_grad():
         for images, _ in train.batches(8, train.stratified(_SETTLING_IMAGES, seed)):
             model(images)
@@ -84,5 +84,5 @@ def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:
 
 
 def _seeded(spec: ModelSpec, train: Images, seed: int) -> nn.Module:
-    torch.manual_seed(seed)  # weights and dropout; order and augmentation have generators of their own
+    torch.manual_seed(seed)  # weights and dropout; order and augmentation have their own generators
     return spec.build(len(train.data.classes))

@@ -1,13 +1,13 @@
-"""Exact simplifications of a traced network, made before anything is quantized, so that every artifact has them.
+"""Exact simplifications of a traced network, applied before quantization, so that every artifact has them.
 
-- Equal operators of equal inputs, such as a module called twice on one tensor, become one operator: every converter
-  merges them, and layers are held against the artifacts one by one.
-- What depends on parameters and constants alone becomes one constant: relative position biases with their shift masks,
-  products of two convolutions' weights.
-- A BatchNorm becomes part of the convolution before it, or of all convolutions and linear layers that follow it
+- Equal operators of equal inputs, such as a module called twice on one tensor, are merged: every converter merges them,
+  and layers are compared with the artifacts one by one.
+- Expressions of parameters and constants only become constants: relative position biases with their shift masks,
+  products of the weights of two convolutions.
+- Batch normalization is folded into the convolution before it, or into all convolutions and linear layers after it
   (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-  arXiv 1712.05877, section 3.2). Never across zero padding, where the fold would not be exact: a padded border is 0
-  after the norm, not before it.
+  arXiv 1712.05877, section 3.2). It is never folded across zero padding, where this would not be exact: a padded border
+  is 0 after the norm, not before it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _BATCH_NORM = _ATEN.batch_norm.default
 _CONVOLUTIONS = frozenset({_ATEN.conv2d.default})
 _NAMED_PADDING = _ATEN.conv2d.padding
 _LINEAR = _ATEN.linear.default
-# Operators that an affine map of every channel may be moved across: means over space, and changes of layout that leave
-# (N, C, 1, 1) as (N, C).
+# Operators across which an affine map per channel may be moved: means over space, and layout changes from (N, C, 1, 1)
+# to (N, C).
 _MEAN, _POOL = _ATEN.mean.dim, _ATEN.adaptive_avg_pool2d.default
 _LAYOUT = frozenset(
     {_ATEN.flatten.using_ints, _ATEN.reshape.default, _ATEN.view.default, _ATEN.squeeze.dims, _ATEN.dropout.default}
@@ -46,8 +46,8 @@ def fold(graph: GraphModule) -> None:
 
 
 def spell_out_padding(graph: GraphModule) -> None:
-    """Give convolutions with `padding="same"` or "valid" their padding in pixels: the operator that everything else
-    knows. One that pads its sides differently stays as it is.
+    """Replace `padding="same"` or "valid" of convolutions by padding in pixels, with the operator that all other code
+    supports. A convolution with asymmetric padding does not change.
     """
     for node in graph.graph.nodes:
         if node.target is not _NAMED_PADDING:
@@ -66,8 +66,9 @@ def spell_out_padding(graph: GraphModule) -> None:
 
 
 def merge_equal_operators(graph: GraphModule) -> None:
-    """Compute equal operators of equal inputs once (common subexpression elimination). Random operators stay, and so do
-    those that read or write what an operator changes in place, except where that operator is the only reader.
+    """Compute equal operators of equal inputs once (common subexpression elimination). Random operators are not merged,
+    nor operators that read or write a tensor that is modified in place, unless the modifying operator is its only
+    reader.
     """
     changing = _unstable(graph)
     first: dict[Hashable, Node] = {}
@@ -80,14 +81,14 @@ def merge_equal_operators(graph: GraphModule) -> None:
         kept = first.setdefault(key, node)
         if kept is not node:
             for user in (*kept.users, *node.users):
-                _leave_input(user)  # it is no longer the only reader
+                _leave_input(user)  # the user is no longer the only reader
             node.replace_all_uses_with(kept)
             graph.graph.erase_node(node)
     graph.recompile()
 
 
 def _identity(graph: GraphModule, node: Node) -> Hashable | None:
-    """Equal for nodes that compute the same value; None where a node is random, or no operator."""
+    """Return a key that is equal for nodes that compute the same value; None for a random node, or for no operator."""
     if node.op == "get_attr":
         return id(stored_tensor(graph, node))
     if node.target is not operator.getitem and not isinstance(node.target, torch._ops.OpOverload):
@@ -96,7 +97,7 @@ def _identity(graph: GraphModule, node: Node) -> Hashable | None:
 
 
 def _frozen(value: object) -> Hashable:
-    """An argument of an operator as a key: 1, 1.0 and True differ."""
+    """Return an argument of an operator as a key: 1, 1.0 and True differ."""
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
     if isinstance(value, dict):
@@ -105,7 +106,7 @@ def _frozen(value: object) -> Hashable:
 
 
 def _is_random(node: Node) -> bool:
-    """Whether an operator draws random numbers; dropout does so in training alone."""
+    """Return whether an operator draws random numbers; dropout does so in training only."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     given = [argument.name for argument in node.target._schema.arguments[: len(node.args)]]
@@ -117,8 +118,8 @@ def _is_random(node: Node) -> bool:
 
 
 def _unstable(graph: GraphModule) -> set[Node]:
-    """What some operator writes to, its views before and behind; not what its only reader writes to, as an in-place
-    activation does.
+    """Return the tensors that operators modify in place, with their base tensors and views; except a tensor whose only
+    reader modifies it, as an in-place activation does.
     """
     unstable = _changed_in_place(graph, written=lambda node: not _owns_input(node))
     for node in graph.graph.nodes:
@@ -128,7 +129,7 @@ def _unstable(graph: GraphModule) -> set[Node]:
 
 
 def _owns_input(node: Node) -> bool:
-    """Whether an operator, in place, is the only reader of a value that is no view of another one."""
+    """Return whether an in-place operator is the only reader of a value that is not a view of another value."""
     before = node.args[0] if node.args else None
     if not isinstance(before, Node) or before.op != "call_function" or len(before.users) > 1:
         return False
@@ -138,14 +139,14 @@ def _owns_input(node: Node) -> bool:
 
 
 def _leave_input(node: Node) -> None:
-    """Exchange an operator in place for its like that returns a new tensor."""
+    """Replace an in-place operator by its functional counterpart, which returns a new tensor."""
     functional = _functional(node)
     if functional is not None:
         node.target = functional
 
 
 def _functional(node: Node) -> torch._ops.OpOverload | None:
-    """`relu` of `relu_`: an operator of the same arguments that leaves its input; None where there is none."""
+    """Return the functional counterpart of an in-place operator, such as `relu` for `relu_`, or None."""
     if not _is_mutable(node):
         return None
     target = cast("torch._ops.OpOverload", node.target)
@@ -162,15 +163,16 @@ def _is_mutable(node: Node) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    """Whether the result may share memory with an input."""
+    """Return whether the result may share memory with an input."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is operator.getitem
     return any(returned.alias_info for returned in node.target._schema.returns)
 
 
 def fold_constants(graph: GraphModule) -> None:
-    """Compute, now, every operator that no activation enters. What was computed from a parameter is one, too, so that
-    training can still move it. What an operator changes in place is left to it: its value depends on when it is read.
+    """Evaluate every operator that depends on no activation. A result computed from a parameter is a parameter, so that
+    training can update it. Tensors that operators modify in place are not folded: their value depends on when they are
+    read.
     """
     constant: dict[Node, Tensor] = {}
     changing = _changed_in_place(graph)
@@ -182,7 +184,7 @@ def fold_constants(graph: GraphModule) -> None:
         elif _computable(node, constant):
             with torch.no_grad():
                 found = node.target(*_values(node.args, constant), **_values(node.kwargs, constant))
-            if not isinstance(found, Tensor):  # a list of parts, taken apart by the operators that follow
+            if not isinstance(found, Tensor):  # a list of tensors, which the operators after it unpack
                 constant[node] = found
                 continue
             trains = found.is_floating_point() and any(_trains(constant[entry]) for entry in node.all_input_nodes)
@@ -198,7 +200,7 @@ def fold_constants(graph: GraphModule) -> None:
 
 
 def fold_batch_norms(graph: GraphModule) -> None:
-    """Fold each BatchNorm backward into its convolution, or else forward into everything that reads it."""
+    """Fold each BatchNorm backward into its convolution, or else forward into all layers that read it."""
     for node in list(graph.graph.nodes):
         if node.target is _BATCH_NORM and _is_affine(node) and not _fold_backward(graph, node):
             _fold_forward(graph, node)
@@ -227,7 +229,7 @@ def _fold_forward(graph: GraphModule, norm: Node) -> bool:
         weight, bias = _weights(graph, consumer)
         groups = _groups(consumer)
         with torch.no_grad():
-            # Rows of the weight see the channels of their own group only.
+            # Rows of the weight read only the channels of their own group.
             scales, shifts = (
                 values.reshape(groups, -1)
                 .repeat_interleave(len(weight) // groups, 0)
@@ -241,7 +243,7 @@ def _fold_forward(graph: GraphModule, norm: Node) -> bool:
 
 
 def _consumers(node: Node) -> list[Node]:
-    """The layers that read `node`, directly or through averages; none where anything else reads it, too."""
+    """Return the layers that read `node`, directly or through averages; [] if any other operator reads it, too."""
     found: list[Node] = []
     for user in node.users:
         if user.args[0] is not node:
@@ -259,9 +261,9 @@ def _consumers(node: Node) -> list[Node]:
 
 
 def _absorbs(node: Node) -> bool:
-    """Whether the affine map of a channel can become part of this layer: it has weights of its own and no padding."""
+    """Return whether a layer can absorb an affine map per channel: it has its own weight and no padding."""
     if node.target is _LINEAR:
-        # A linear layer reads the last axis, which is that of the channels only where there is no other.
+        # A linear layer reads the last axis, which is the channel axis only if there are no other axes.
         return _shape(cast(Node, node.args[0]))[2:] == () and _has_stored_weight(node)
     padding = _argument(node, 4, 0)
     unpadded = padding == 0 or (isinstance(padding, list | tuple) and not any(padding))
@@ -269,7 +271,7 @@ def _absorbs(node: Node) -> bool:
 
 
 def _averages_space(node: Node) -> bool:
-    """Whether an operator takes means over height or width, and nothing else."""
+    """Return whether an operator computes means over height or width, and nothing else."""
     if node.target is _MEAN:
         axes = _argument(node, 1, None)
         rank = len(_shape(cast(Node, node.args[0])))
@@ -278,14 +280,14 @@ def _averages_space(node: Node) -> bool:
 
 
 def _keeps_channels(node: Node) -> bool:
-    """Whether a change of layout only drops the two axes of space."""
+    """Return whether a layout change only removes the two spatial axes."""
     before, after = _shape(cast(Node, node.args[0])), _shape(node)
     return after == before or (before[2:] == (1, 1) and after[1:] == before[1:2])
 
 
 def _is_affine(norm: Node) -> bool:
-    """Whether a BatchNorm has statistics of its own, rather than taking those of each batch, and nothing in it is
-    computed from the image.
+    """Return whether a BatchNorm uses stored statistics rather than those of each batch, and whether none of its
+    arguments is computed from the image.
     """
     gamma, beta, mean, variance, training = norm.args[1:6]
     given = (value for value in (gamma, beta) if value is not None)
@@ -293,7 +295,7 @@ def _is_affine(norm: Node) -> bool:
 
 
 def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in evaluation mode as y = x * scale + shift, both (channels,)."""
+    """Return scale and shift of a BatchNorm in evaluation mode, y = x * scale + shift, both (channels,)."""
     weight, bias, mean, variance = (
         stored_tensor(graph, argument) if isinstance(argument, Node) else None for argument in norm.args[1:5]
     )
@@ -305,8 +307,8 @@ def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
 
 
 def _has_stored_weight(node: Node) -> bool:
-    """Whether the layer's weight is its alone: one that other layers share cannot take in what is not theirs. Nor can a
-    weight or bias that is computed from the image.
+    """Return whether a layer has its own stored weight: a weight that other layers share cannot absorb the map of one
+    of them, and neither can a weight or bias that is computed from the image.
     """
     weight = cast(Node, node.args[1])
     bias = _argument(node, 2, None)
@@ -314,7 +316,7 @@ def _has_stored_weight(node: Node) -> bool:
 
 
 def _weights(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer; zeros where it has no bias."""
+    """Return weight and bias of a layer; a missing bias is returned as zeros."""
     weight = stored_tensor(graph, cast(Node, node.args[1]))
     bias = _argument(node, 2, None)
     return weight, stored_tensor(graph, bias) if isinstance(bias, Node) else torch.zeros(len(weight))
@@ -332,7 +334,7 @@ def _replace_weights(graph: GraphModule, node: Node, weight: Tensor, bias: Tenso
 
 
 def _stored(graph: GraphModule, beside: Node, value: Tensor, *, trains: bool, name: str | None = None) -> Node:
-    """A get_attr node before `beside` for a new parameter, or a buffer where it does not train."""
+    """Insert a get_attr node before `beside` for a new parameter, or for a buffer if it does not train."""
     name = (name or f"folded_{beside.name}").replace(".", "_")
     while hasattr(graph, name):
         name += "_"
@@ -353,7 +355,7 @@ def _is_stored(value: object) -> bool:
 
 
 def _changed_in_place(graph: GraphModule, written: Callable[[Node], bool] = lambda node: True) -> set[Node]:
-    """What some operator writes to, and all that it is a view of; `written`: which of the operators in place count."""
+    """Return the tensors that in-place operators modify, and their bases; `written` selects the operators."""
     changing: set[Node] = set()
     for node in reversed(graph.graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -367,7 +369,7 @@ def _changed_in_place(graph: GraphModule, written: Callable[[Node], bool] = lamb
 
 
 def _computable(node: Node, constant: dict[Node, Tensor]) -> bool:
-    """Whether all inputs of an operator are constants; some, such as `arange`, have none at all."""
+    """Return whether all inputs of an operator are constants; some operators, such as `arange`, have no inputs."""
     if node.op != "call_function" or node.target in _RANDOM:
         return False
     is_operator = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
@@ -403,7 +405,7 @@ def _shape(node: Node) -> tuple[object, ...]:
 
 
 def _drop_unused(graph: GraphModule) -> None:
-    """Remove the parameters and buffers that nothing reads any more."""
+    """Remove the parameters and buffers that no node reads."""
     used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     for owner_name, owner in list(graph.named_modules()):
         for held in (owner._parameters, owner._buffers):

@@ -1,4 +1,4 @@
-"""A dataset that lies on disk as folders of images, one per class: the layout of ImageNet and of most exports."""
+"""Datasets in folders of images, one folder per class: the layout of ImageNet and of most exports."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from calibration.pictures import Range
 
-_UNREADABLE_SHARE = 0.01  # of all files: what is skipped by name; above it the folder is refused
-_VAL_SHARE, _TEST_SHARE = 0.1, 0.2  # where the folder does not say what is what
-_RANGE_PICTURES, _RANGE_TRIES = 200, 1000  # of the train part, that fix the range of pictures above 8 bits
-_NAMES_SHOWN = 10  # of classes, in one line
+_UNREADABLE_SHARE = 0.01  # of all files: unreadable files are skipped up to this share, and raise BadRequest above
+_VAL_SHARE, _TEST_SHARE = 0.1, 0.2  # if the folder does not declare its parts
+_RANGE_PICTURES, _RANGE_TRIES = 200, 1000  # of the train part, for the range of images above 8 bits
+_NAMES_SHOWN = 10  # most class names in one line
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Example(NamedTuple):
 
 @dataclass(slots=True)
 class _Deep:
-    """The range of pictures above 8 bits, found when the first one is read."""
+    """Range of images above 8 bits, computed when the first such image is read."""
 
     found: Range | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -49,16 +49,16 @@ class _Deep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Folder:
-    """Class folders under `root`, whose parts have folders of their own, or are drawn by class and seed: 70 : 10 : 20
-    where there is no test part, and a tenth of the train part for val where there is none.
+    """Class folders under `root`. Parts have their own folders, or are drawn by class and seed: 70 : 10 : 20 if there
+    is no test part, and a tenth of the train part for val if only val is missing.
     """
 
     root: Path
     classes: tuple[str, ...]  # names, in the order of the model's outputs
     parts: dict[Part, tuple[Example, ...]]
-    folders: tuple[str, ...]  # of the classes that have pictures, in text order
-    order: Order | None  # of the folders' names, that no LABELS asked for; None: it was asked for
-    notes: tuple[str, ...] = ()  # sentences about what is left out
+    folders: tuple[str, ...]  # class folders with images, in text order
+    order: Order | None  # order of the folder names, if LABELS does not set it; None: LABELS sets it
+    notes: tuple[str, ...] = ()  # sentences about left out files and classes
     mirrors: bool = True
     unreadable: set[str] = field(default_factory=set, compare=False)  # grows as files are read
     _deep: _Deep = field(default_factory=_Deep, compare=False)
@@ -69,8 +69,8 @@ class Folder:
 
     @classmethod
     def scan(cls, root: Path, seed: int, labels: str = "") -> Folder:
-        """List the images under `root` without opening them. `labels`: `text` or `natural`, the order of the folders'
-        names, or a file that `calibration.classes.read` reads. Raises BadRequest where they cannot make a dataset.
+        """List the images under `root` without opening them. `labels`: `text` or `natural`, the order of the folder
+        names, or a file for `calibration.classes.read`. Raises BadRequest if they do not form a dataset.
         """
         file = Path(os.path.expanduser(labels)) if labels and labels not in ORDERS else None  # noqa: PTH111
         found = layout(root, named=file is not None)
@@ -106,7 +106,7 @@ class Folder:
         )
 
     def summary(self) -> str:
-        """The classes and the pictures of each part, in one line."""
+        """Return the classes and the number of images of each part, in one line."""
         names = self.classes
         if len(names) > _NAMES_SHOWN:
             names = (*names[: _NAMES_SHOWN - 2], "...", names[-1])
@@ -114,8 +114,8 @@ class Folder:
         return f"{len(self.classes)} classes: {', '.join(names)}; {counts} pictures (train/val/test)"
 
     def other_order(self) -> list[int] | None:
-        """For each class its place in the natural order of the folders' names (1, 2, 10), where that differs from the
-        text order (1, 10, 2) which was taken without being asked for; None otherwise.
+        """Return the place of each class in the natural order of the folder names (1, 2, 10), if it differs from the
+        text order (1, 10, 2) and LABELS does not set the order; None otherwise.
         """
         if self.order is None:
             return None
@@ -123,8 +123,8 @@ class Folder:
         return None if other == self.folders else [other.index(folder) for folder in self.folders]
 
     def fingerprints(self, part: Part) -> list[bytes]:
-        """Of every picture of a part, from its path below the root and its size in bytes: the same where the folder
-        lies elsewhere, or the seed draws other parts.
+        """Return a fingerprint of every image of a part, from its path below the root and its size in bytes: it does
+        not depend on the location of the root or on the seed.
         """
         return [fingerprint(b"%b\0%d" % (os.fsencode(name), size)) for (name, size, _), _ in self.parts[part]]
 
@@ -135,8 +135,8 @@ class Folder:
         return [example.label for example in self.parts[part]]
 
     def image(self, part: Part, index: int) -> Image.Image | None:
-        """As stored, RGB or RGBA: an EXIF orientation is not applied, as torchvision and timm do not apply it, whose
-        accuracies we quote. Pictures above 8 bits have the range of the train part.
+        """Return the image as stored, in RGB or RGBA; None if it cannot be read. The EXIF orientation is not applied,
+        as in torchvision and timm, whose accuracies are quoted. Images above 8 bits use the range of the train part.
         """
         from calibration.pictures import Unusable, decode
 
@@ -150,8 +150,8 @@ class Folder:
             return None
 
     def deep_range(self) -> Range:
-        """The values that become 0 and 255 in pictures of more than 8 bits a channel: see `pictures.range_of`. Up to
-        200 pictures of the train part, evenly drawn, give it.
+        """Return the values that become 0 and 255 in images of more than 8 bits per channel, see `pictures.range_of`,
+        from up to 200 images of the train part, evenly spaced.
         """
         with self._deep.lock:
             if self._deep.found is None:
@@ -179,17 +179,17 @@ class Folder:
         return found
 
     def decoding(self) -> dict[str, object]:
-        """What a device needs to know beyond `Preprocess` to read such pictures itself."""
+        """Return the parameters beyond `Preprocess` that a device needs to read such images itself."""
         found = self._deep.found
         return {"range": [found.low, found.high]} if found else {}
 
     def identity(self) -> dict[str, object]:
-        """Names, sizes and times of all files, digested: reading 150 GB to answer "nothing changed" helps nobody."""
+        """Return a digest of names, sizes and times of all files, since reading 150 GB of contents would take too long."""
         digest = hashlib.sha256()
         for part in PARTS:
-            for (name, size, mtime_ns), label in self.parts[part]:  # a name need not be text
+            for (name, size, mtime_ns), label in self.parts[part]:  # names need not be valid text
                 digest.update(b"%b\0%d %d %d %b\n" % (os.fsencode(name), label, size, mtime_ns, part.encode()))
-        # Weights are only checked against the other order where nobody has asked for this one.
+        # Weights are checked against the other order only if LABELS does not set this one.
         order = {"order": "to be checked"} if self.other_order() else {}
         return {"name": self.name, "classes": list(self.classes), "files": digest.hexdigest(), **order}
 
@@ -204,14 +204,14 @@ class Folder:
             named = ", ".join(printable(bad) for bad in sorted(self.unreadable)[:5])
             raise BadRequest(
                 f"{printable(self.root)}: {len(self.unreadable)} of {total} images cannot be read, more than "
-                f"{_UNREADABLE_SHARE:.0%}; mend or remove them, beginning with {named}"
+                f"{_UNREADABLE_SHARE:.0%}; repair or remove them, starting with {named}"
             ) from error
 
 
 def _listed_like(
     part: Path, train: Path, folders: Sequence[str], listing: Callable[[Path, str], list[Example]]
 ) -> dict[str, list[Example]]:
-    """The images of a part by class folder. Raises BadRequest where it has other classes than `train`, or none."""
+    """Return the images of a part by class folder. Raises BadRequest for classes not in `train`, or if it is empty."""
     present = subfolders(part)
     if extra := set(present) - set(folders):
         raise BadRequest(f"{printable(part)} has class folders that {printable(train)} lacks: {listed(sorted(extra))}")
@@ -224,7 +224,9 @@ def _listed_like(
 def _drawn(
     declared: Mapping[Part, Mapping[str, Sequence[Example]]], train: Path, seed: int, left_out: LeftOut
 ) -> dict[Part, tuple[Example, ...]]:
-    """The parts, those that are not declared drawn from the train part. Raises BadRequest where a class has too few."""
+    """Return the parts; undeclared parts are drawn from the train part. Raises BadRequest if a class has too few
+    images.
+    """
     rng = random.Random(seed)  # noqa: S311 - a split, not a secret
     parts: dict[Part, list[Example]] = {part: [] for part in PARTS}
     least = 1 + sum(part not in declared for part in PARTS)

@@ -1,5 +1,5 @@
-"""Which pictures weights were trained on, kept beside them: a picture that trained a model says nothing of how well it
-does, and a new seed, or more files in a folder, move pictures from one part into another.
+"""History of weights: the images that they were trained on, stored with the weights. The accuracy on training images is
+not representative, and a new seed, or more files in a folder, move images from one part into another.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Protocol, runtime_checkable
 from calibration.data import Data, Part
 from models.errors import printable
 
-_KEY = "edgeline"  # of the metadata of a safetensors file
-_BYTES = 5  # of a fingerprint: among 100,000 pictures, two are alike by chance in 1 of 200 data sets
-_MOST = 500_000  # pictures that are noted: 3.3 MB of text
+_KEY = "edgeline"  # key in the metadata of a safetensors file
+_BYTES = 5  # of a fingerprint: among 100,000 images, two are equal by chance in 1 of 200 datasets
+_MOST = 500_000  # most images that are recorded: 3.3 MB of text
 
 
 @runtime_checkable
 class Fingerprinted(Protocol):
-    """Data whose pictures can be recognised."""
+    """Data whose images can be identified."""
 
     def fingerprints(self, part: Part) -> list[bytes]:
-        """One for every picture of a part."""
+        """Return one fingerprint for every image of a part."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """What weights were trained on."""
+    """Training data of weights."""
 
-    data: str  # name of the data set
+    data: str  # name of the dataset
     seed: int
-    pictures: frozenset[bytes]  # fingerprints, of the parts that trained and chose them
+    pictures: frozenset[bytes]  # fingerprints of the images of the parts train and val
 
 
 def fingerprint(description: bytes) -> bytes:
@@ -43,21 +43,21 @@ def fingerprint(description: bytes) -> bytes:
 
 
 def of_training(data: Data, seed: int) -> History | None:
-    """The history of weights that are trained on `data` now; None where its pictures cannot be recognised."""
+    """Return the history of weights trained on `data`; None if its images cannot be identified."""
     if not isinstance(data, Fingerprinted):
         return None
     return History(data=data.name, seed=seed, pictures=frozenset(data.fingerprints("train") + data.fingerprints("val")))
 
 
 def merged(before: History | None, after: History | None) -> History | None:
-    """The history of weights with `before` that were trained on."""
+    """Return the history of weights with the history `before` after further training with the history `after`."""
     if before is None or after is None:
         return after or before
     return History(data=after.data, seed=after.seed, pictures=before.pictures | after.pictures)
 
 
 def metadata(history: History | None) -> Mapping[str, str] | None:
-    """`history` as metadata of a safetensors file; None where there is none, or it is too long."""
+    """Return `history` as metadata of a safetensors file; None if there is none, or if it is too long."""
     if history is None or len(history.pictures) > _MOST:
         return None
     pictures = base64.b64encode(b"".join(sorted(history.pictures))).decode()
@@ -65,7 +65,7 @@ def metadata(history: History | None) -> Mapping[str, str] | None:
 
 
 def read(file: Path) -> History | None:
-    """The history in a safetensors file; None where it has none that can be read."""
+    """Return the history in a safetensors file; None if it has none that can be read."""
     if file.suffix.lower() != ".safetensors":
         return None
     from safetensors import SafetensorError, safe_open
@@ -76,13 +76,13 @@ def read(file: Path) -> History | None:
         every = base64.b64decode(found["pictures"], validate=True)
         pictures = frozenset(every[start : start + _BYTES] for start in range(0, len(every), _BYTES))
         return History(data=str(found["data"]), seed=int(found["seed"]), pictures=pictures)
-    # Of anybody's file: a damaged one is refused with a sentence where its tensors are read.
+    # The file may be damaged, which raises an error with a clear message when its tensors are read.
     except (SafetensorError, OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def warnings(history: History | None, data: Data, file: Path) -> Iterable[str]:
-    """A warning where the weights in `file` were trained on pictures of the test part of `data`."""
+    """Yield a warning if the weights in `file` were trained on images of the test part of `data`."""
     if history is None or not isinstance(data, Fingerprinted):
         return
     test = data.fingerprints("test")

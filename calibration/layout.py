@@ -1,4 +1,4 @@
-"""How a folder of pictures is laid out: which of its folders are parts of the data set, and which are classes."""
+"""Layout of a dataset folder: the folders that are parts of the dataset, and the folders that are classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calibration.classes import listed
 from calibration.pictures import SUFFIXES
 from models.errors import BadRequest, printable
 
-Role: TypeAlias = Literal["train", "val", "test", "eval"]  # `eval`: val beside a test folder, test otherwise
+Role: TypeAlias = Literal["train", "val", "test", "eval"]  # `eval`: val if there is a test folder, otherwise test
 
 _ROLES: Mapping[str, Role] = {
     "train": "train",
@@ -33,21 +33,21 @@ _ROLES: Mapping[str, Role] = {
     "eval": "eval",
     "evaluation": "eval",
 }
-# What else the name of a part may hold: `Training Set`, `test-images`, `seg_train`, `val2017`.
+# Other words that the name of a part may contain: `Training Set`, `test-images`, `seg_train`, `val2017`.
 _ROLE = re.compile(
     rf"(?:seg|img|images?)?({'|'.join(_ROLES)})(?:set|data|dataset|images?|imgs?|split|seg)?(?:\d{{4}})?"
 )
 # Folders around the classes of a part, or around all parts.
 _CONTAINERS = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "data", "dataset", "jpegimages"})
-# Left by systems and tools: no classes.
+# Created by operating systems and tools; not classes.
 _FOREIGN = frozenset({"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "system volume information"})
-_DEEPEST = 3  # folders that may lie around the classes
+_DEEPEST = 3  # most levels of folders around the classes
 
 _KINDS = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
 class File(NamedTuple):
-    """A file with the ending of a picture: its path below the data set's root, its size in bytes and time."""
+    """A file with the suffix of an image: its path below the dataset root, its size in bytes and modification time."""
 
     name: str
     size: int
@@ -56,27 +56,27 @@ class File(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where the class folders of each part are. Without `test`, all parts are drawn from `train`."""
+    """Class folders of each part. Without `test`, all parts are drawn from `train`."""
 
     train: Path
     val: Path | None = None
     test: Path | None = None
-    notes: tuple[str, ...] = ()  # sentences about what is left out
+    notes: tuple[str, ...] = ()  # sentences about left out folders
 
 
 @dataclass(kw_only=True, slots=True)
 class LeftOut:
-    """Files in class folders that are no pictures read here: how many, by class and kind."""
+    """Number of files in class folders that are not images in a supported format, by class and kind."""
 
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind or ending, class)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind or suffix, class)
 
     def beside(self, name: str) -> str:
-        """What is left out of one class, for a sentence; nothing where nothing is."""
+        """Return the left out files of one class as part of a sentence; "" if there are none."""
         kinds = {kind: count for (kind, other), count in self.counts.items() if other == name}
         return f" and {', '.join(f'{count} {kind}' for kind, count in kinds.items())} left out" if kinds else ""
 
     def sentence(self, pictures: int) -> str | None:
-        """How many files of how many are left out, and which; None where there are none."""
+        """Return a sentence on the number and kinds of left out files; None if there are none."""
         if not self.counts:
             return None
         total, kinds = sum(self.counts.values()), Counter[str]()
@@ -95,9 +95,9 @@ def endings() -> str:
 
 
 def layout(root: Path, *, named: bool = False) -> Layout:
-    """Where the parts and classes of the data set in `root` are. `named`: a LABELS file names its class folders.
+    """Return the folders of the parts and classes of the dataset in `root`. `named`: a LABELS file lists class folders.
 
-    Raises BadRequest where parts are incomplete, and where folders that would be classes look like parts.
+    Raises BadRequest if parts are incomplete, or if folders that would be classes look like parts.
     """
     for _ in range(_DEEPEST):
         found = _parts(root)
@@ -111,21 +111,21 @@ def layout(root: Path, *, named: bool = False) -> Layout:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the visible folders in `folder`, sorted as text. Raises BadRequest where it cannot be read."""
+    """Return the names of the visible folders in `folder`, sorted as text. Raises BadRequest if it cannot be read."""
     return sorted(entry.name for entry in _entries(folder) if _is_visible(entry.name) and _is_folder(entry))
 
 
 def files(root: Path, folder: str, label: str, left_out: LeftOut) -> Iterator[File]:
-    """The files with the endings of pictures at any depth below `folder` of `root`, in the order of their paths. No
-    file is opened. Others are counted in `left_out` under `label`. Raises BadRequest where a folder cannot be read.
+    """Yield the files with image suffixes at any depth below `folder` of `root`, in the order of their paths. No file
+    is opened. Other files are counted in `left_out` under `label`. Raises BadRequest if a folder cannot be read.
     """
     pending: list[tuple[str, os.DirEntry[str] | None]] = [(folder, None)]
     while pending:
         name, entry = pending.pop()
         if entry is None or entry.is_dir(follow_symlinks=False):
-            # Hidden files are no pictures: macOS leaves a ._name.png beside each name.png, Jupyter its checkpoints.
+            # Hidden files are not images: macOS writes a ._name.png beside each name.png, Jupyter its checkpoints.
             inner = [entry for entry in _entries(root / name) if _is_visible(entry.name)]
-            inner.sort(key=lambda entry: entry.name, reverse=True)  # the last one is taken first
+            inner.sort(key=lambda entry: entry.name, reverse=True)  # the last entry is popped first
             pending += [(f"{name}/{entry.name}", entry) for entry in inner]
         elif (file := _picture(entry, name, label, left_out)) is not None:
             yield file
@@ -135,7 +135,7 @@ def _picture(entry: os.DirEntry[str], name: str, label: str, left_out: LeftOut) 
     ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - a Path for each of 100,000 files takes seconds
     try:
         status = entry.stat()
-    except OSError:  # a link that leads nowhere, or in a circle: counted when it is to be read
+    except OSError:  # a dangling or circular link: counted as unreadable when it is read
         status = entry.stat(follow_symlinks=False)
     kind = stat.S_IFMT(status.st_mode)
     if kind == stat.S_IFDIR:
@@ -162,7 +162,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle
+    except OSError:  # a circular link
         return False
 
 
@@ -171,7 +171,7 @@ def _is_visible(name: str) -> bool:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    """Whether pictures lie in `folder` itself."""
+    """Return whether `folder` itself contains images."""
     return any(
         os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.name.startswith(".")  # noqa: PTH122
         for entry in _entries(folder)
@@ -184,8 +184,8 @@ def _role(name: str) -> Role | None:
 
 
 def _parts(root: Path) -> dict[Role, Path]:
-    """The folders of `root` that are parts by their names and hold folders; a class may be called train, too, and then
-    holds pictures. Raises BadRequest where two have the same name.
+    """Return the folders of `root` that have the name of a part and contain folders; a folder with such a name that
+    contains images is a class. Raises BadRequest if two folders name the same part.
     """
     found: dict[Role, Path] = {}
     for name in subfolders(root):
@@ -194,15 +194,15 @@ def _parts(root: Path) -> dict[Role, Path]:
             continue
         if role in found:
             raise BadRequest(
-                f"{printable(root)} has {printable(found[role].name)}/ and {printable(name)}/, which are both the "
-                f"{role} part by their names; rename or remove one of them"
+                f"{printable(root)} has {printable(found[role].name)}/ and {printable(name)}/, which both name the "
+                f"{role} part; rename or remove one of them"
             )
         found[role] = root / name
     return found
 
 
 def _inner(root: Path) -> Path | None:
-    """The one folder in `root` that holds everything, such as images/ around train/ and val/; None where there is
+    """Return the only folder in `root` that contains the data, such as images/ around train/ and val/; None if there is
     none.
     """
     names = subfolders(root)
@@ -217,7 +217,7 @@ def _inner(root: Path) -> Path | None:
 
 
 def _within(part: Path) -> Path:
-    """The folder of a part that holds its class folders: itself, or the only folder in it (`train/images/`)."""
+    """Return the folder of a part that contains its class folders: itself, or its only folder (`train/images/`)."""
     names = subfolders(part)
     if len(names) == 1 and len(subfolders(part / names[0])) > 1 and not _holds_pictures(part / names[0]):
         return part / names[0]
@@ -225,7 +225,7 @@ def _within(part: Path) -> Path:
 
 
 def _declared(root: Path, found: Mapping[Role, Path]) -> Layout:
-    """The layout of a data set with folders for its parts."""
+    """Return the layout of a dataset with folders for its parts. Raises BadRequest for missing or ambiguous parts."""
     val, test = found.get("val"), found.get("test")
     if "eval" in found:
         if val is not None and test is not None:
@@ -239,9 +239,9 @@ def _declared(root: Path, found: Mapping[Role, Path]) -> Layout:
         missing = "val" if train else "train"
         raise BadRequest(
             f"{printable(root)} has {printable(only.name)}/ but no {missing}/; add {printable(root / missing)}, or "
-            f"name {printable(only)} itself to have it split"
+            f"give DATA={printable(only)} to have it split"
         )
-    if test is None:  # as of ImageNet, whose test part has no labels
+    if test is None:  # as in ImageNet, whose test part has no labels
         val, test = None, val
     assert test is not None
     others = [name for name in subfolders(root) if root / name not in found.values()]
@@ -256,8 +256,8 @@ def _declared(root: Path, found: Mapping[Role, Path]) -> Layout:
 
 
 def _refuse_equal(root: Path) -> None:
-    """Raises BadRequest where two class folders hold folders of the same names and no pictures themselves: they are
-    parts of a data set under names that nobody knows, and the folders in them its classes.
+    """Raise BadRequest if two class folders contain folders of the same names and no images themselves: they are parts
+    of a dataset with unknown names, and the folders in them are its classes.
     """
     holders: dict[str, str] = {}  # folder of a class folder -> the first class folder that has it
     for name in subfolders(root):
@@ -265,7 +265,7 @@ def _refuse_equal(root: Path) -> None:
             continue
         for each in subfolders(root / name):
             if each.lower() in _CONTAINERS and _holds_pictures(root / name / each):
-                continue  # as of Tiny ImageNet: n01443537/images/
+                continue  # as in Tiny ImageNet: n01443537/images/
             if (first := holders.setdefault(each, name)) == name:
                 continue
             both = sorted(set(subfolders(root / first)) & set(subfolders(root / name)))

@@ -1,5 +1,5 @@
-"""Crops of the two photographs that scikit-learn carries: real images of full size, for building and calibrating models
-whose weights are random. They show no classes, so nothing can be trained on them or judged by them.
+"""Crops of the two sample photographs of scikit-learn: natural images of full size, to build and calibrate models with
+random weights. They have no classes, so they serve neither training nor evaluation.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _COUNTS: dict[Part, int] = {"train": 128, "val": 8, "test": 8}
-_LEAST_SHARE = 0.4  # of the photograph's shorter side: 171 pixels
+_LEAST_SHARE = 0.4  # of the shorter side of a photograph: 171 pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Photos:
-    """Squares cut from china.jpg and flower.jpg in turn (427 x 640 pixels), each drawn by its part and index alone."""
+    """Square crops of china.jpg and flower.jpg in turn (427 x 640 pixels), each determined by its part and index."""
 
     name: str = "photos"
-    classes: tuple[str, ...] = tuple(str(number) for number in range(1000))  # as many as the published heads have
+    classes: tuple[str, ...] = tuple(str(number) for number in range(1000))  # the number of classes of published heads
     mirrors: bool = True
 
     def preprocess(self, model: ModelSpec) -> Preprocess:

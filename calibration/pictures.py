@@ -1,4 +1,4 @@
-"""Pictures from files: decoded in bounded memory, with what a format can hold reduced to 8 bits of RGB or RGBA."""
+"""Image files: decoding in bounded memory, to 8-bit RGB or RGBA from all supported formats."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL import Image
 
-# Endings of the formats below. A file is decoded as what it holds, whatever its ending.
+# Suffixes of the formats below. A file is decoded by its content, regardless of its suffix.
 SUFFIXES = frozenset(
     {".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"}
     | {".tif", ".tiff", ".webp"}
 )
-# Others that Pillow knows run programs (EPS) or are no pictures of things.
+# Other formats of Pillow execute programs (EPS) or do not contain photographs.
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 MOST_PIXELS = 64_000_000  # of a file: 256 MB decoded
-MOST_ASPECT = 100  # long side over short side: the centre square shows less than 1 % of anything longer
-_LARGE_PIXELS = 16_000_000  # pictures above it are decoded one at a time, and handed on with fewer
-_STRIP_ROWS = 64  # of the reduced picture
-_SHARPEST_SIDE = 1200  # pixels of a short side that no reduction goes below: more than any model's input
+MOST_ASPECT = 100  # long side over short side: the centre square is less than 1 % of a longer image
+_LARGE_PIXELS = 16_000_000  # larger images are decoded one at a time, and reduced
+_STRIP_ROWS = 64  # of the reduced image
+_SHARPEST_SIDE = 1200  # pixels: least short side after reduction, larger than the input of any model
 
-_PERCENT = (0.1, 99.9)  # of the sampled values: a dead pixel of a sensor must not set the range
-_SAMPLED_VALUES = 2**16  # of one picture
+_PERCENT = (0.1, 99.9)  # of the sampled values: a dead pixel of a sensor must not determine the range
+_SAMPLED_VALUES = 2**16  # per image
 
 _one_large = threading.Lock()
 
 
 class Unusable(ValueError):
-    """A picture that is damaged, too large or too thin; the message says which, without its name."""
+    """An image that is damaged, too large or too thin; the message gives the reason, without the file name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
-    """The values of pictures with more than 8 bits a channel that become 0 and 255; beyond them is clipped."""
+    """Values of images with more than 8 bits per channel that become 0 and 255; values beyond are clipped."""
 
     low: float
     high: float
 
     def levels(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-        """Values of any type and shape -> bytes of the same shape."""
+        """Return `values` of any type and shape as bytes of the same shape."""
         import numpy as np
 
         if values.dtype.kind == "u" and values.dtype.itemsize == 2:
@@ -63,8 +63,8 @@ class Range:
 
 
 def range_of(samples: Iterable[npt.NDArray[Any]]) -> Range:
-    """The range of a data set: all 16 bits where its pictures use half of them or more, as photographs do; otherwise,
-    as for radiometric, depth and medical pictures, from the 0.1st to the 99.9th percentile of the sampled values.
+    """Return the range of a dataset: all 16 bits if its images use half of them or more, as photographs do; otherwise,
+    as for radiometric, depth and medical images, the 0.1st to the 99.9th percentile of the sampled values.
     """
     import numpy as np
 
@@ -80,22 +80,22 @@ def range_of(samples: Iterable[npt.NDArray[Any]]) -> Range:
 
 
 def decode(path: Path, values: Callable[[], Range]) -> Image.Image:
-    """The first frame of the picture in `path`, RGB or RGBA, as stored: an EXIF orientation is not applied. `values`
-    gives the range of pictures of more than 8 bits, and is only called for one.
+    """Return the first frame of the image in `path`, in RGB or RGBA, as stored: the EXIF orientation is not applied.
+    `values` returns the range for images of more than 8 bits, and is called for such an image only.
 
-    A picture above 16 million pixels comes as its middle part, at most twice as long as wide, and with fewer pixels,
-    averaged. Raises Unusable where it is damaged, too large or too thin.
+    Of an image above 16 million pixels, the middle part is returned, at most twice as long as wide, and averaged to
+    fewer pixels. Raises Unusable if the image is damaged, too large or too thin.
     """
     with _opened(path) as image:
         if math.prod(image.size) <= _LARGE_PIXELS:
             return _eight_bits(image, values)
-        deep = values() if is_deep(image) else None  # found by reading others, which may be large, too
+        deep = values() if is_deep(image) else None  # computed from other images, which may be large, too
         with _one_large:
             return _reduced(image, lambda: deep or values())
 
 
 def sample(path: Path) -> npt.NDArray[Any] | None:
-    """Up to 65,536 values, evenly drawn, of a picture with more than 8 bits a channel; None of any other picture.
+    """Return up to 65,536 values, evenly spaced, of an image with more than 8 bits per channel; None for other images.
 
     Raises Unusable as `decode` does.
     """
@@ -110,15 +110,15 @@ def sample(path: Path) -> npt.NDArray[Any] | None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a picture has one channel of more than 8 bits: integers of 16 or 32, or floats."""
+    """Return whether an image has one channel of more than 8 bits: 16- or 32-bit integers, or floats."""
     return image.mode.startswith(("I", "F"))
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture with its header read. Raises Unusable, then and while it is decoded.
+    """Yield the image with its header read. Raises Unusable, on opening and while the image is decoded.
 
-    Nothing but a regular file is waited for: opening a FIFO would hang.
+    Anything but a regular file is rejected without waiting: opening a FIFO would block.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -126,33 +126,33 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise Unusable("no regular file")
+                raise Unusable("not a regular file")
             with Image.open(file, formats=_FORMATS) as image:
                 _check(image)
                 yield image
     except (BadRequest, Unusable):
         raise
     except UnidentifiedImageError as error:
-        raise Unusable(f"no picture in any of the formats {', '.join(_FORMATS)}") from error
+        raise Unusable(f"not a picture in any of the formats {', '.join(_FORMATS)}") from error
     except OSError as error:
         raise Unusable(error.strerror or str(error)) from error
-    # Pillow raises many kinds on damaged files: SyntaxError for a broken PNG, struct.error, KeyError, OverflowError.
+    # Pillow raises many types on damaged files: SyntaxError for a broken PNG, struct.error, KeyError, OverflowError.
     except Exception as error:
         raise Unusable(f"{type(error).__name__}: {error}") from error
 
 
 def _check(image: Image.Image) -> None:
-    """Raises Unusable where the header alone says that the picture must not be decoded."""
+    """Raise Unusable if the header shows that the image must not be decoded."""
     width, height = image.size
     if max(width, height) > MOST_ASPECT * min(width, height):
         raise Unusable(f"{width} x {height} pixels: more than {MOST_ASPECT} times as long as wide")
-    # JPEG is decoded at a fraction of its size; Pillow has a limit of its own for it, 179 million.
+    # JPEG is decoded at a fraction of its size; Pillow limits it to 179 million pixels.
     if width * height > MOST_PIXELS and image.format not in ("JPEG", "MPO"):
         raise Unusable(f"{width} x {height} pixels: more than {MOST_PIXELS // 10**6} million")
 
 
 def _reduced(image: Image.Image, values: Callable[[], Range]) -> Image.Image:
-    """The middle of a large picture, with at most 16 million pixels where its short side allows."""
+    """Return the middle of a large image, with at most 16 million pixels if its short side permits."""
     from PIL import Image
 
     shrink = _shrink(image.size)
@@ -161,7 +161,7 @@ def _reduced(image: Image.Image, values: Callable[[], Range]) -> Image.Image:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     shrink = _shrink((width, height))
     strips = []
-    rows = _STRIP_ROWS * shrink  # so that only the decoded picture itself is ever there as a whole
+    rows = _STRIP_ROWS * shrink  # so that only the decoded image itself is in memory as a whole
     for start in range(top, top + height, rows):
         strip = image.crop((left, start, left + width, min(start + rows, top + height)))
         strips.append(_eight_bits(strip, values).reduce(shrink))
@@ -172,9 +172,9 @@ def _reduced(image: Image.Image, values: Callable[[], Range]) -> Image.Image:
 
 
 def _shrink(size: tuple[int, int]) -> int:
-    """By how much the sides of a picture are divided."""
-    wanted = math.ceil(math.sqrt(math.prod(size) / _LARGE_PIXELS))
-    return max(1, min(wanted, min(size) // _SHARPEST_SIDE))
+    """Return the divisor for the sides of an image."""
+    needed = math.ceil(math.sqrt(math.prod(size) / _LARGE_PIXELS))
+    return max(1, min(needed, min(size) // _SHARPEST_SIDE))
 
 
 def _eight_bits(image: Image.Image, values: Callable[[], Range]) -> Image.Image:

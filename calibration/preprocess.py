@@ -1,5 +1,5 @@
-"""From a picture to an input: the one implementation of `Preprocess`, in Pillow and numpy alone so that a board can
-run it too.
+"""Image preprocessing: the only implementation of `Preprocess`, with Pillow and numpy only so that a board can run it,
+too.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
     from models.spec import Preprocess
 
-# Up to here the whole picture is resized, as torchvision and timm do it: of a centre square alone, Pillow may compute
-# rows and columns in the other order, and round otherwise. Beyond, a strip of 20000 x 1 pixels would take gigabytes.
+# Up to this number of pixels the whole image is resized, as in torchvision and timm: for a centre square alone, Pillow
+# may resize rows and columns in the other order, with different rounding. Beyond it, a strip of 20000 x 1 pixels would
+# take gigabytes.
 _RESIZED_PIXELS = 2**24
 
 
 def pixels(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
-    """Resize the short side to size / crop, cut the centre square, and return it as (3, size, size), RGB."""
+    """Resize the short side to size / crop, cut the centre square, and return it as RGB of shape (3, size, size)."""
     import numpy as np
     from PIL import Image
 
@@ -43,7 +44,7 @@ def pixels(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
 
 
 def opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """`image` in RGB, composed over `background` where it is transparent."""
+    """Return `image` in RGB, composed over `background` where it is transparent."""
     from PIL import Image
 
     if not image.has_transparency_data:
@@ -53,12 +54,12 @@ def opaque(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
 
 
 def short_side(size: int, crop: float) -> int:
-    """The pixels that the short side of a picture is resized to, so that its centre of `size` is the share `crop`."""
+    """Return the pixels of the short side after resizing: `size` is the share `crop` of it."""
     return max(size, round(size / crop))
 
 
 def normalize(images: npt.NDArray[np.uint8], preprocess: Preprocess) -> npt.NDArray[np.float32]:
-    """(N, 3, S, S) bytes -> float32: scaled to [0, 1], minus mean, over deviation."""
+    """Return bytes (N, 3, S, S) as float32: scaled to [0, 1], minus the mean, over the standard deviation."""
     import numpy as np
 
     mean = np.asarray(preprocess.mean, np.float32).reshape(3, 1, 1)

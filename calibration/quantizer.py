@@ -85,7 +85,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         return not kept and (node.target not in WEIGHTED or kind_of(node) in self.placement.kinds)
 
     def _read(self, value: Node, rounded: set[Node]) -> QuantizationSpecBase:
-        """Return the spec of an input `value`. It is shared if the origin of `value` is quantized, to round only once."""
+        """Return the spec of an input. It is shared with the origin of `value` if that is quantized, to round once."""
         source = regions.origin(value)
         return SharedQuantizationSpec(source) if source in rounded and source is not value else self.activation
 

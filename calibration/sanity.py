@@ -1,4 +1,4 @@
-"""Whether pictures and float model are worth the time: judged before anything is calibrated or trained on them."""
+"""Checks of images and float model before time is spent on calibration or training."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ if TYPE_CHECKING:
     from calibration.batches import Batch, Images
     from calibration.metrics import Labels, Logits
 
-_SAMPLED = 64  # pictures of a part that are looked at
-_SEEN_SIDE = 64  # pixels of a picture in each direction that are looked at, or up to twice as many
-_FLAT_LEVELS = 1.0  # of 255: the deviation of pixels below which a picture shows nothing
-_FAINT_LEVELS = 4.0  # the same of half the pictures; photographs have 30 to 80
-_ALIKE_LEVELS = 0.5  # by which pictures differ from each other, pixel by pixel
-_FLAT_SHARE = 0.1  # of the pictures
+_SAMPLED = 64  # images sampled per part
+_SEEN_SIDE = 64  # pixels sampled per image in each direction, or up to twice as many
+_FLAT_LEVELS = 1.0  # of 255: standard deviation of the pixels below which an image has a single colour
+_FAINT_LEVELS = 4.0  # of 255: median over images below which they hardly vary; photographs have 30 to 80
+_ALIKE_LEVELS = 0.5  # of 255: standard deviation between images, per pixel, below which they are equal
+_FLAT_SHARE = 0.1  # of the images
 
-_ORDER_IMAGES = 256  # of the validation part, that decide between two orders of the classes
-_SIGMAS = 2.0  # by which a share must be above another to be taken for higher
-_MOVED_SHARE, _MOVED_IMAGES = 0.5, 3  # of a class that is answered with one other class
+_ORDER_IMAGES = 256  # of the validation part, to decide between two class orders
+_SIGMAS = 2.0  # standard deviations by which a share must exceed another to count as higher
+_MOVED_SHARE, _MOVED_IMAGES = 0.5, 3  # of the images of a class, and images, that are predicted as one other class
 
 log = logging.getLogger("edgeline")
 
 
 @runtime_checkable
 class Ordered(Protocol):
-    """Data whose classes could come in two orders."""
+    """Data whose classes may have two orders."""
 
     def other_order(self) -> list[int] | None:
-        """For each class its place in the other order; None where there is only one."""
+        """Return the place of each class in the other order; None if there is only one."""
         ...
 
 
 def look(images: Images) -> list[str]:
-    """Warnings where up to 64 pictures of a part, evenly drawn by class, hardly vary."""
+    """Return warnings if up to 64 images of a part, balanced by class, hardly vary."""
     import numpy as np
 
     preprocess, part = images.preprocess, images.part
     std = np.asarray(preprocess.std, np.float32).reshape(3, 1, 1) * 255
-    step = max(1, preprocess.size // _SEEN_SIDE)  # 64 pictures of 1024 pixels are 0.8 GB of floats
+    step = max(1, preprocess.size // _SEEN_SIDE)  # 64 images of 1024 pixels are 0.8 GB of floats
     chosen = images.stratified(_SAMPLED, seed=0)
     sample = [batch.numpy()[:, :, ::step, ::step] * std for batch, _ in images.batches(8, chosen)]
     if not sample:
         return []
-    levels = np.concatenate(sample)  # up to the mean
+    levels = np.concatenate(sample)  # 0 to 255, minus the mean of the preprocessing
     within = levels.reshape(len(levels), 3, -1).std(2).max(1)
     between = float(levels.std(0).mean())
     flat = int((within < _FLAT_LEVELS).sum())
@@ -72,8 +72,8 @@ def look(images: Images) -> list[str]:
 
 
 def judge(classes: Sequence[str], logits: Logits, labels: Labels, part: Part, *, given: bool) -> list[str]:
-    """Warnings where a float model answers no better than chance, or its outputs seem to be in another order than the
-    classes. `logits` (N, classes), `labels` (N,). `given`: its weights come from WEIGHTS.
+    """Return warnings if a float model predicts no better than chance, or if its outputs seem to be in another order
+    than the classes. `logits` (N, classes), `labels` (N,). `given`: the weights come from WEIGHTS.
     """
     import numpy as np
 
@@ -110,10 +110,10 @@ def judge(classes: Sequence[str], logits: Logits, labels: Labels, part: Part, *,
 
 
 def check_order(model: nn.Module, val: Images) -> str | None:
-    """The sentence that names the better order of the classes, where text and natural order of their folders differ
-    and nobody has asked for one; None where they are the same. Both are scored on validation pictures.
+    """Return a sentence on the accuracy in both class orders, if the text and the natural order of the folders differ
+    and LABELS sets none; None otherwise. Both orders are evaluated on validation images.
 
-    Raises BadRequest where the order that was not taken is the better one.
+    Raises BadRequest if the natural order is better than the text order in use.
     """
     if not isinstance(val.data, Ordered) or (places := val.data.other_order()) is None:
         return None
@@ -141,14 +141,14 @@ def check_order(model: nn.Module, val: Images) -> str | None:
 
 
 def told(*sentences: str) -> list[str]:
-    """Log `sentences`, and return them for the report."""
+    """Log `sentences` as warnings, and return them for the report."""
     for sentence in sentences:
         log.warning("warning: %s", printable(sentence))
     return list(sentences)
 
 
 def _moved(answers: Labels, labels: Labels, classes: int) -> dict[int, int]:
-    """Classes most of whose pictures are answered with one other class, each with a different one, and that class."""
+    """Return the classes most of whose images are predicted as one other class, different for each, and that class."""
     import numpy as np
 
     matrix = np.zeros((classes, classes), np.int64)
@@ -169,5 +169,5 @@ def _by_place(classes: Sequence[str], places: Sequence[int]) -> list[str]:
 
 
 def _deviation(share: float, count: int) -> float:
-    """The standard deviation of a share of `count` pictures."""
+    """Return the standard deviation of a share of `count` images."""
     return math.sqrt(share * (1 - share) / max(1, count))

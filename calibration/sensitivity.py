@@ -203,7 +203,7 @@ def _roundings(prepared: GraphModule, node: Node) -> list[Node]:
 
 
 def _macs(node: Node) -> int:
-    """Return the multiply-accumulates of a convolution, linear layer or matrix multiplication; 0 for other operators."""
+    """Return the multiply-accumulates of a convolution, linear layer or matrix multiplication; otherwise 0."""
     if node.target not in WEIGHTED and kind_of(node) != "attention":
         return 0
     outputs, other = math.prod(_shape(node)), _shape(cast(Node, node.args[1]))

@@ -68,7 +68,7 @@ def test_a_named_calibrator_sees_all_images_and_is_the_one_that_is_used() -> Non
 
 def test_fewer_than_128_images_are_refused_unless_forced() -> None:
     sentence = (
-        r"^calibration read 127 images, expected at least 128: ranges of fewer say little about other images; give "
+        r"^calibration read 127 images, expected at least 128: ranges of fewer images may not fit other images; give "
         r"DATA more training images, or FORCE=1 to calibrate on these$"
     )
     few = replace(PTQ, samples=127)

@@ -139,13 +139,13 @@ def test_the_last_of_many_outputs_takes_no_time(tmp_path: Path) -> None:
         ),
         ("cat 1\ndog 2\n", "indices run from 1 to 2; expected from 0, the model's first output"),
         ("cat 2 kit_cat\ndog 1 kit_dog\n", "indices run from 1 to 2; expected from 0, the model's first output"),
-        ("cat 0\ndog the dog\n", "`dog the dog` and `cat 0` are of two kinds; give every folder an index, or none"),
+        ("cat 0\ndog the dog\n", "`dog the dog` and `cat 0` have different forms; give every folder an index, or none"),
         ("cat 0\ndog 999999999\n", "`dog` has the index 999999999; expected 0 to 99999"),
         ('{"cat": 0, "dog": -1}', "`dog` has the index -1; expected 0 to 99999"),
-        ('{"cat": 0, "dog"', "is no JSON: "),
+        ('{"cat": 0, "dog"', "is not JSON: "),
         ('{"cat": true, "dog": 1}', ": expected a list of folders, or an object {folder: index}"),
         ("[1, 2]", ": expected a list of folders, or an object {folder: index}"),
-        ("[" * 100_000, "is no JSON: "),
+        ("[" * 100_000, "is not JSON: "),
         ("{}", ": expected a list of folders"),
     ],
 )
@@ -161,8 +161,8 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**25)
     for name, sentence in {
-        "bytes": "is no UTF-8 text (byte 4); expected a list of class names",
-        "fifo": ": there is no such file; give `text` or `natural`, or a file with a class a line",
+        "bytes": "is not UTF-8 text (byte 4); expected a list of class names",
+        "fifo": ": there is no such file; give `text` or `natural`, or a file with one class per line",
         "missing": ": there is no such file",
         "large": "has more than 16 MiB",
         "x" * 300: ": there is no such file",

@@ -164,8 +164,8 @@ def test_classes_without_a_folder_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
-        ({"train/a": 3}, "{root} has train/ but no val/; add {root}/val, or name {root}/train itself to have it split"),
-        ({"val/a": 3}, "{root} has val/ but no train/; add {root}/train, or name {root}/val itself to have it split"),
+        ({"train/a": 3}, "{root} has train/ but no val/; add {root}/val, or give DATA={root}/train to have it split"),
+        ({"val/a": 3}, "{root} has val/ but no train/; add {root}/train, or give DATA={root}/val to have it split"),
         ({}, "{root} holds 0 class folders; expected two or more, one for each class"),
         ({"a": 3}, "{root} holds 1 class folders; expected two or more, one for each class"),
         (
@@ -306,7 +306,7 @@ def test_more_than_one_in_a_hundred_stops_the_run(tmp_path: Path) -> None:
     for path in bad:
         path.write_bytes(b"")
     expected = (
-        f"{tmp_path}: 2 of 120 images cannot be read, more than 1%; mend or remove them, beginning with "
+        f"{tmp_path}: 2 of 120 images cannot be read, more than 1%; repair or remove them, starting with "
         + ", ".join(str(path.relative_to(tmp_path)) for path in sorted(bad))
     )
     with pytest.raises(BadRequest, match=sentence(expected)):

@@ -139,12 +139,12 @@ def test_folders_beside_the_parts_are_named(tmp_path: Path) -> None:
     [
         (
             split({"train": 3, "Training": 3, "val": 3}),
-            r"has Training/ and train/, which are both the train part by their names; rename or remove one of them$",
+            r"has Training/ and train/, which both name the train part; rename or remove one of them$",
         ),
         (split({"train": 3, "val": 3, "eval": 3, "test": 3}), r"has val/, test/ and eval/; rename or remove one$"),
         (
             split({"Training": 3}),
-            r"has Training/ but no val/; add .*/val, or name .*/Training itself to have it split$",
+            r"has Training/ but no val/; add .*/val, or give DATA=.*/Training to have it split$",
         ),
         (
             split({"Ausbildung": 3, "Probe": 3}),

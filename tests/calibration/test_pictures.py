@@ -203,7 +203,7 @@ def test_a_picture_is_what_it_holds_and_not_what_it_is_called(tmp_path: Path) ->
 
 def test_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
-    with pytest.raises(Unusable, match=r"^no picture in any of the formats BMP, "):
+    with pytest.raises(Unusable, match=r"^not a picture in any of the formats BMP, "):
         decode(tmp_path / "x.png", no_range)
 
 
