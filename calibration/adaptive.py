@@ -102,13 +102,13 @@ class _Reconstruction(bias.Pair):
 
     def known(self, node: Node) -> tuple[Tensor, ...]:
         if node in self.env:
-            found = self.env[node]
+            values = self.env[node]
         elif self.rounds(node) and node.all_input_nodes[0] in self.env:
             floats, rounded = self.env[node.all_input_nodes[0]]
-            found = floats, self.prepared.get_submodule(str(node.target))(rounded)
+            values = floats, self.prepared.get_submodule(str(node.target))(rounded)
         else:
             return ()
-        return found if node.op != "get_attr" else ()
+        return values if node.op != "get_attr" else ()
 
 
 def fit(rows: Tensor, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -166,12 +166,12 @@ def _one_by_one(steps: Tensor, curvature: Tensor, low: Tensor, high: Tensor) -> 
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    left, found = steps.clone(), torch.empty_like(steps)
+    left, integers = steps.clone(), torch.empty_like(steps)
     for place in range(steps.shape[-1]):
-        found[..., place] = left[..., place].round().clamp(low[..., place], high[..., place])
-        error = (left[..., place] - found[..., place]) / factor[:, place, place, None]
+        integers[..., place] = left[..., place].round().clamp(low[..., place], high[..., place])
+        error = (left[..., place] - integers[..., place]) / factor[:, place, place, None]
         left[..., place:] -= error[..., None] * factor[:, None, place, place:]
-    return found
+    return integers
 
 
 def _error(change: Tensor, curvature: Tensor) -> Tensor:
@@ -183,8 +183,8 @@ def _solved(second_moments: Tensor, cross: Tensor, ridge: float) -> Tensor:
     diagonal = second_moments.diagonal(dim1=1, dim2=2)
     damping = ridge * diagonal.mean(1).clamp_min(1e-20)
     damped = second_moments + torch.diag_embed(damping[:, None].expand_as(diagonal))
-    found: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2)).transpose(1, 2)
-    return found
+    solution: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2)).transpose(1, 2)
+    return solution
 
 
 def _moments(layer: Node, weight: Tensor, floats: Tensor, rounded: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor]:

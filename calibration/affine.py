@@ -137,6 +137,6 @@ class Counts:
 
 
 def _ends(x: Tensor) -> Tensor:
-    """Return the smallest value, at most 0, and the largest value, at least 0, of `x`."""
+    """Return the minimum of `x` and 0, and the maximum of `x` and 0, of shape (2,)."""
     low, high = x.float().aminmax()
     return torch.stack((low.clamp_max(0), high.clamp_min(0))).cpu()

@@ -32,7 +32,7 @@ class Budget:
         return self.value if self.unit == "points" else float_top1 * (1 - self.value / 100)
 
     def tolerance(self, float_top1: float, images: int) -> float:
-        """Return `allowed_points`, but at least the share of one image, since accuracy on `images` is no finer."""
+        """Return `allowed_points`, but at least one image of `images`: accuracy is not measured more finely."""
         return max(self.allowed_points(float_top1), 100 / images)
 
     def holds(self, float_top1: float, top1: float, images: int) -> bool:

@@ -1,4 +1,4 @@
-"""Calibrate a prepared graph: observe training images and set activation ranges with the given or best calibrator."""
+"""Calibrate a prepared graph: observe training images, then set ranges with a given calibrator or the best one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from models.errors import BadRequest
 LEAST_IMAGES: Final = 128
 
 _BATCH = 32
-_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # share and greatest number of images that compare calibrators, unobserved
+_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # share and maximum of the images that are held out to compare calibrators
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,7 +37,7 @@ class CalibrationSplit:
     held_out: tuple[int, ...]  # image indices for comparing calibrators and corrections
     observed: tuple[int, ...]  # image indices for computing corrections
     batches: tuple[Batch, ...]  # readable held-out images, in batches of 32
-    reference: Logits  # (N, classes) float logits of the held-out images; (0, 0) where there are none
+    reference: Logits  # (N, classes) float logits of the held-out images; shape (0, 0) if there are none
 
     def images(self, count: int) -> Tensor:
         """Return the first `count` observed images (N, 3, S, S); N < `count` if fewer were drawn or could be read."""
@@ -124,7 +124,7 @@ def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
 
 
 def fix_weights(prepared: GraphModule) -> None:
-    """Set the ranges of all weights to their peaks, which no calibrator affects."""
+    """Set the ranges of all weights to their peaks, regardless of the calibrator."""
     for quantizer in fake_quants(prepared):
         if not isinstance(quantizer, ActivationFakeQuant):
             quantizer.fix_range()

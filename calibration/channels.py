@@ -35,14 +35,14 @@ class Channels:
 
     def free(self) -> list[int]:
         """Return the labels with a free factor, in ascending order."""
-        found = {
+        candidates = {
             abs(int(label))
             for each in self.stored
             for labels in (each.outputs, each.inputs)
             if labels is not None
             for label in labels.flatten().tolist()
         }
-        return sorted(found - {0})
+        return sorted(candidates - {0})
 
 
 def find_channels(graph: GraphModule, size: int) -> Channels:

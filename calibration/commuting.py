@@ -61,7 +61,7 @@ _SAME: Final = frozenset(  # f(factor * x) = factor * f(x), element by element
         _ATEN.neg.default,
     }
 )
-_OVER_SPACE: Final = frozenset(  # commute if all pixels of a channel have one factor
+_OVER_SPACE: Final = frozenset(  # commute if the pixels of a channel have one factor; zero padding accepts any
     {
         _ATEN.max_pool2d.default,
         _ATEN.avg_pool2d.default,

@@ -64,7 +64,7 @@ class Described(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about the files and classes that are left out."""
+        """Sentences about omitted files and classes."""
         ...
 
     def summary(self) -> str:

@@ -95,9 +95,9 @@ def equalize(
     before = error_db(copy.deepcopy(graph))
     tried: dict[float, float] = {}
     for strength in STRENGTHS if found else ():
-        made = copy.deepcopy(graph)
-        rescale(made, channels, factors(found, strength))
-        tried[strength] = error_db(made)
+        trial = copy.deepcopy(graph)
+        rescale(trial, channels, factors(found, strength))
+        tried[strength] = error_db(trial)
     best = max(tried, key=tried.__getitem__, default=None)
     if best is not None and tried[best] <= before:
         best = None
@@ -139,9 +139,9 @@ class _Watch(Interpreter):
             self.keep(n, read.place, x.abs().reshape(-1, *read.labels.shape).amax(0))  # an image may have several rows
         return super().run_node(n)
 
-    def keep(self, node: Node, place: int, found: Tensor) -> None:
+    def keep(self, node: Node, place: int, largest: Tensor) -> None:
         before = self.peaks.get((node, place))
-        self.peaks[node, place] = found if before is None else found.maximum(before)
+        self.peaks[node, place] = largest if before is None else largest.maximum(before)
 
 
 def _is_free(labels: Labels | None) -> bool:

@@ -199,8 +199,8 @@ class PerChannelFakeQuant(FakeQuant):
         return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max, whole=True)
 
     def round(self, x: Tensor) -> Tensor:
-        """Round with the current range and clip weights outside it: by at most one training step if the range follows
-        the weights, by all training steps since the range was frozen otherwise.
+        """Round with the current range and clip weights outside it. Weights exceed a range that follows them by at most
+        one training step, and a frozen range by all steps since it was set.
         """
         return rounding.per_channel(x, self.scale, self.ch_axis, self.quant_max)
 

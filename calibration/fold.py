@@ -88,7 +88,7 @@ def merge_equal_operators(graph: GraphModule) -> None:
 
 
 def _identity(graph: GraphModule, node: Node) -> Hashable | None:
-    """Return a key that is equal for nodes that compute the same value; None for a random node, or for no operator."""
+    """Return a key that is equal for nodes that compute the same value; None for random nodes and non-operators."""
     if node.op == "get_attr":
         return id(stored_tensor(graph, node))
     if node.target is not operator.getitem and not isinstance(node.target, torch._ops.OpOverload):

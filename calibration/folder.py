@@ -58,7 +58,7 @@ class Folder:
     parts: dict[Part, tuple[Example, ...]]
     folders: tuple[str, ...]  # class folders with images, in text order
     order: Order | None  # order of the folder names, if LABELS does not set it; None: LABELS sets it
-    notes: tuple[str, ...] = ()  # sentences about left out files and classes
+    notes: tuple[str, ...] = ()  # sentences about omitted files and classes
     mirrors: bool = True
     unreadable: set[str] = field(default_factory=set, compare=False)  # grows as files are read
     _deep: _Deep = field(default_factory=_Deep, compare=False)
@@ -184,7 +184,7 @@ class Folder:
         return {"range": [found.low, found.high]} if found else {}
 
     def identity(self) -> dict[str, object]:
-        """Return a digest of names, sizes and times of all files, since reading 150 GB of contents would take too long."""
+        """Return a digest of names, sizes and times of all files, because reading 150 GB of contents takes too long."""
         digest = hashlib.sha256()
         for part in PARTS:
             for (name, size, mtime_ns), label in self.parts[part]:  # names need not be valid text

@@ -1,9 +1,9 @@
 """Teacher forcing of a torch program: inputs for each operator separately, and its result for them.
 
-A conversion is verified operator by operator: every operator receives the inputs of the torch program. Given values are
-natural values except at quantizers. Quotients near the middle between two integers are moved to an eighth of a step
-from it, so that rounding ties can neither hide nor cause a difference. Every 13th element is moved beyond the range, so
-that saturation is tested at both ends.
+A conversion is verified operator by operator: every operator receives the inputs of the torch program. The given values
+are the computed values except at quantizers. Quotients near the middle between two integers are moved to an eighth of a
+step from it, so that rounding ties can neither hide nor cause a difference. Every 13th element is moved beyond the
+range, so that saturation is tested at both ends.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _as_typed(value: Tensor, float_type: FloatType) -> Tensor:
 
 def _clamped(node: Node) -> tuple[float, float] | None:
     """Return the range of the quantizers of `node`, if all readers are quantizers with the same range; else None."""
-    found = {(each.lowest, each.highest) for each in _readers(node)}
-    if len(found) != 1 or not all(is_quantizer(user) for user in node.users):
+    ranges = {(each.lowest, each.highest) for each in _readers(node)}
+    if len(ranges) != 1 or not all(is_quantizer(user) for user in node.users):
         return None
-    return found.pop()
+    return ranges.pop()

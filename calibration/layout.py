@@ -61,7 +61,7 @@ class Layout:
     train: Path
     val: Path | None = None
     test: Path | None = None
-    notes: tuple[str, ...] = ()  # sentences about left out folders
+    notes: tuple[str, ...] = ()  # sentences about omitted folders
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,23 +71,23 @@ class LeftOut:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind or suffix, class)
 
     def beside(self, name: str) -> str:
-        """Return the left out files of one class as part of a sentence; "" if there are none."""
+        """Return the omitted files of one class as part of a sentence; "" if there are none."""
         kinds = {kind: count for (kind, other), count in self.counts.items() if other == name}
         return f" and {', '.join(f'{count} {kind}' for kind, count in kinds.items())} left out" if kinds else ""
 
     def sentence(self, pictures: int) -> str | None:
-        """Return a sentence on the number and kinds of left out files; None if there are none."""
+        """Return a sentence on the number and kinds of omitted files; None if there are none."""
         if not self.counts:
             return None
         total, kinds = sum(self.counts.values()), Counter[str]()
         for (kind, _), count in self.counts.items():
             kinds[kind] += count
-        told = []
+        omitted = []
         for kind, count in kinds.most_common(5):
             classes = {name: found for (other, name), found in self.counts.items() if other == kind}
-            told.append(f"{count} {kind} ({_counted(classes)})")
+            omitted.append(f"{count} {kind} ({_counted(classes)})")
         more = f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else ""
-        return f"{total} of {total + pictures} files left out: {'; '.join(told)}{more}; pictures end in {endings()}"
+        return f"{total} of {total + pictures} files left out: {'; '.join(omitted)}{more}; pictures end in {endings()}"
 
 
 def endings() -> str:

@@ -20,7 +20,9 @@ IDENTICAL_DB = 200.0  # `snr_db` of equal arrays, since JSON has no infinity
 
 
 def snr_db(reference: Logits, other: Logits) -> float:
-    """Return the signal-to-noise ratio of `other` against `reference` in dB; -200 if either is not finite."""
+    """Return the signal-to-noise ratio of `other` against `reference` in dB; -200 if either is not finite. If
+    `other` is quantized and `reference` float, this is the signal-to-quantization-noise ratio (SQNR).
+    """
     if not (np.isfinite(reference).all() and np.isfinite(other).all()):
         return -IDENTICAL_DB
     signal = float(np.square(reference, dtype=np.float64).sum())

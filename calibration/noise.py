@@ -37,7 +37,7 @@ _FLOOR: Mapping[FloatType, float] = {
 }
 
 # An execution exceeds the yardstick if both hold: its mean noise power exceeds 8 times that of the yardstick (9 dB),
-# and its mean log power exceeds that of the yardstick by log 2 and 4 standard errors. Noise of changed integers has
+# and its mean log power exceeds that of the yardstick by log 2 plus 4 standard errors. Noise of changed integers has
 # heavy tails, for which the first criterion alone would report a difference.
 _FACTOR, _LOG_FACTOR, _ERRORS = 8.0, math.log(2.0), 4.0
 _MARGIN = 4.0  # standard deviations of the noise within which a changed prediction is a tie

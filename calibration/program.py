@@ -95,8 +95,8 @@ def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32
     """Run every batch through `model`, in its mode and on its device, and return all logits (N, classes)."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        found = torch.cat([model(images.to(device)).cpu() for images, _ in batches])
-    return cast("npt.NDArray[np.float32]", found.numpy())
+        outputs = torch.cat([model(images.to(device)).cpu() for images, _ in batches])
+    return cast("npt.NDArray[np.float32]", outputs.numpy())
 
 
 def scales(graph: GraphModule) -> dict[str, LayerScales]:

@@ -3,9 +3,9 @@
 Training starts from the ranges and weights of post-training quantization. Start and epochs are compared on the
 validation part. The result is the latest epoch that is better than the start and not significantly worse than the best
 epoch, so that training never reduces accuracy there. Batch norms are folded before training, so there are no statistics
-to freeze; the few that remain (behind an activation) were traced in evaluation mode and are constant.
+to freeze; the few that remain (after an activation) were traced in evaluation mode and are constant.
 
-Four measures prevent that the first steps lose a good start. Step sizes are relative to the quantization step of each
+Four measures keep the first steps from losing a good start. Step sizes are relative to the quantization step of each
 output channel (`relative_adam`). The loss is the squared error of the logits, whose gradient vanishes where the float
 model is matched. Epochs are evaluated with the running average of their weights. After an epoch that is worse than the
 start, training returns to the best weights and continues at a quarter of the learning rate.
@@ -242,15 +242,15 @@ def _groups(prepared: GraphModule) -> list[dict[str, Any]]:
 
 def _units(prepared: GraphModule) -> dict[Tensor, Tensor]:
     """Return the scales of quantized weights, by weight, each in a shape that broadcasts to the weight."""
-    found: dict[Tensor, Tensor] = {}
+    scales: dict[Tensor, Tensor] = {}
     for node in prepared.graph.nodes:
         quantizer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(quantizer, PerChannelFakeQuant) and node.all_input_nodes[0].op == "get_attr":
             weight = stored_tensor(prepared, node.all_input_nodes[0])
             shape = [1] * weight.ndim
             shape[quantizer.ch_axis] = -1
-            found[weight] = quantizer.scale.detach().clone().view(shape)
-    return found
+            scales[weight] = quantizer.scale.detach().clone().view(shape)
+    return scales
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, done: float, factor: float) -> None:
@@ -328,12 +328,12 @@ def step(
     """
     with _precision(images.device):
         loss = nn.functional.mse_loss(prepared(images).float(), targets) / power
-    found = float(loss.detach())
-    if math.isfinite(found):
+    value = float(loss.detach())
+    if math.isfinite(value):
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return found
+    return value
 
 
 def _precision(device: torch.device) -> AbstractContextManager[None]:
@@ -346,10 +346,10 @@ def _mixed(device: torch.device) -> bool:
 
 
 def _judged(prepared: GraphModule, reference: Logits, labels: Labels, val: Images) -> _Judgement:
-    found, _ = predictions(prepared, val)
-    right = tuple((found.argmax(1) == labels).tolist())
-    errors = tuple(np.square(found - reference, dtype=np.float64).mean(1).tolist())
-    return _Judgement(top1=top1(found, labels), db=round(snr_db(reference, found), 3), right=right, errors=errors)
+    outputs, _ = predictions(prepared, val)
+    right = tuple((outputs.argmax(1) == labels).tolist())
+    errors = tuple(np.square(outputs - reference, dtype=np.float64).mean(1).tolist())
+    return _Judgement(top1=top1(outputs, labels), db=round(snr_db(reference, outputs), 3), right=right, errors=errors)
 
 
 def _chance(one: Sequence[bool], other: Sequence[bool]) -> float:

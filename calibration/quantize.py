@@ -56,8 +56,8 @@ def quantize(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> Quantized:
-    """Return the program of the trained float `model` that `recipe` describes. Calibration and training use the images
-    of `train`; the best epoch is selected on `val`. Training resumes from `checkpoint` and saves to it every epoch.
+    """Quantize the trained float `model` by `recipe` and return its program. Calibration and training use `train`; the
+    best epoch is selected on `val`. Training resumes from `checkpoint` and saves to it after every epoch.
 
     Raises CheckFailed if folding or conversion changes the outputs of the model, or if the recipe's accuracy budget
     leaves no module in INT8.
@@ -155,12 +155,12 @@ def _calibrated(
     report |= calibrate(prepared, model, recipe, train, seed=seed, drawn_split=drawn)
     errors = cast("dict[str, float]", report["calibrators_db"])
     calibrated_db = errors.get(str(report["calibrator"]))
-    repaired, biases = repairs.correct_biases(
+    corrections_db, biases = repairs.correct_biases(
         prepared, model, recipe, train, seed=seed, drawn=drawn, calibrated_db=calibrated_db
     )
-    found_db = repaired.get("bias", calibrated_db)
-    repaired |= repairs.reconstruct(prepared, recipe, drawn, biases, found_db)
-    report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | repaired
+    found_db = corrections_db.get("bias", calibrated_db)
+    corrections_db |= repairs.reconstruct(prepared, recipe, drawn, biases, found_db)
+    report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | corrections_db
     return prepared, report
 
 

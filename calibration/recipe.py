@@ -9,7 +9,8 @@ from typing import Any, Final, Literal, TypeAlias
 from calibration.budget import Budget
 from calibration.placement import LAYERS, Placement
 
-AUTO: Final = "auto"  # the calibrator with the highest SQNR of the logits on the held-out calibration images
+AUTO: Final = "auto"  # the calibrator with the highest SQNR on held-out calibration images
+# SQNR: signal-to-quantization-noise ratio of the quantized logits against the float logits, in dB.
 # User-facing names of the calibrators and their keys in `calibrators.ALL`.
 CALIBRATORS: Final[Mapping[str, str]] = {
     AUTO: AUTO,
@@ -24,7 +25,7 @@ CALIBRATORS: Final[Mapping[str, str]] = {
 }
 
 # Weight rounding: `nearest`, or `adaptive`, which minimizes the output error of each layer. `auto`: adaptive if the
-# SQNR of the quantized logits is below `AMPLE_DB` (32 dB).
+# SQNR is below `AMPLE_DB` (32 dB).
 Rounding: TypeAlias = Literal["auto", "nearest", "adaptive"]
 ROUNDINGS: Final[Mapping[str, Rounding]] = {"auto": "auto", "nearest": "nearest", "adaptive": "adaptive"}
 
@@ -46,7 +47,7 @@ DEFAULT_SCHEDULE: Final = Schedule()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Float:
-    """Keep the weights unchanged and run in `precision`."""
+    """Float inference: run the unchanged weights in `precision`."""
 
     name: str
     precision: Literal["fp32", "fp16"]
@@ -90,7 +91,7 @@ class Qat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightOnly:
-    """Run in FP16 and store the weights of layers in fewer bits, which reduces the size of an app, not its latency.
+    """Weight-only compression: run in FP16, with layer weights stored in fewer bits. It reduces app size, not latency.
 
     `linear`: integers with one scale per output channel, or per `block` of input channels of each output channel.
     `palette`: indices into a lookup table of 2 ** bits values per tensor, or per group of `block` output channels.

@@ -1,4 +1,4 @@
-"""Integer regions: operators that read and write quantized values only, so that integers are not converted in between.
+"""Integer regions: operators that read and write quantized values only, without a conversion to float in between.
 
 Runtimes that pass integers from operator to operator require each operator to be quantized on both sides:
 
@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from calibration.program import stored_tensor
 
 _ATEN = torch.ops.aten
-_CLIPS = frozenset(  # which the quantizer after them replaces, with a range that ends where they clip
+_CLIPS = frozenset(  # that the quantizer after them replaces, if its range ends at their bounds
     {_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default, _ATEN.relu6.default}
 )
 _ELEMENTWISE = frozenset(
@@ -42,8 +42,9 @@ _MOVES = frozenset(
 
 
 def spell_out(graph: GraphModule) -> None:
-    """Rewrite operators without an integer kernel as operators that have one: SiLU as x * sigmoid(x), and a BatchNorm
-    that could not be folded as a depthwise 1x1 convolution, whose per-channel weights are quantized without error.
+    """Replace operators that have no integer kernel by operators that have one. SiLU becomes x * sigmoid(x). A
+    BatchNorm that was not folded becomes a depthwise 1x1 convolution, whose per-channel weights are quantized without
+    error.
     """
     for node in list(graph.graph.nodes):
         if node.target in (_ATEN.silu.default, _ATEN.silu_.default):

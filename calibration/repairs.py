@@ -24,8 +24,8 @@ _PEAK_IMAGES: Final = 128  # for the peaks of channels
 _TRIAL_IMAGES: Final = 32  # for the ranges of each trial
 _PROBE_IMAGES: Final = 8  # for the check that a trial does not change the float output
 _SAME_DB: Final = 80.0  # least SQNR of this check: only the order of summation differs
-_FIT_IMAGES: Final = 128  # for fitting weights, in one batch, up to 160 pixels a side; memory grows with their number,
-_FIT_PIXELS: Final = _FIT_IMAGES * 160**2  # so that there are fewer images if they are larger
+_FIT_IMAGES: Final = 128  # for fitting weights, in one batch, at up to 160 pixels a side
+_FIT_PIXELS: Final = _FIT_IMAGES * 160**2  # fewer images if they are larger: memory grows with their pixels
 AMPLE_DB: Final = 32.0  # SQNR of the quantized logits from which ROUNDING=auto does not round adaptively
 BIAS_IMAGES: Final = 64  # for the means of layers, in one batch
 
@@ -92,8 +92,8 @@ def correct_biases(
     calibrated_db: float | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Correct the biases of `prepared`, whose ranges are fixed, if this raises the SQNR. Return the SQNR before and
-    after in dB, and the original biases, for `bias.restore`; both are empty if there are too few images to decide.
-    `drawn` and `calibrated_db`, the SQNR before, are computed if not given.
+    after in dB, empty if there are too few images to decide, and the original biases for `bias.restore`, empty if
+    nothing was corrected. `drawn` and `calibrated_db`, the SQNR before, are computed if not given.
     """
     drawn = drawn or split(model, recipe, train, seed=seed)
     if not recipe.bias_correction or not drawn.batches or not drawn.observed:

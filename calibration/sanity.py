@@ -26,7 +26,7 @@ _FLAT_SHARE = 0.1  # of the images
 
 _ORDER_IMAGES = 256  # of the validation part, to decide between two class orders
 _SIGMAS = 2.0  # standard deviations by which a share must exceed another to count as higher
-_MOVED_SHARE, _MOVED_IMAGES = 0.5, 3  # of the images of a class, and images, that are predicted as one other class
+_MOVED_SHARE, _MOVED_IMAGES = 0.5, 3  # share predicted as one other class, and least number of images of the class
 
 log = logging.getLogger("edgeline")
 
@@ -80,33 +80,36 @@ def judge(classes: Sequence[str], logits: Logits, labels: Labels, part: Part, *,
     count = len(labels)
     if not count:
         return []
-    answers, found = logits.argmax(1), []
-    if moved := _moved(answers, labels, len(classes)):
-        told = listed(f"`{classes[answer]}` for `{classes[label]}`" for label, answer in moved.items())
+    predicted, warnings = logits.argmax(1), []
+    if moved := _moved(predicted, labels, len(classes)):
+        moves = listed(f"`{classes[prediction]}` for `{classes[label]}`" for label, prediction in moved.items())
         right = float(
             np.mean(
-                [moved.get(int(label), int(label)) == answer for label, answer in zip(labels, answers, strict=True)]
+                [
+                    moved.get(int(label), int(label)) == prediction
+                    for label, prediction in zip(labels, predicted, strict=True)
+                ]
             )
         )
-        found.append(
-            f"the float model answers {told}: its outputs seem to be in another order than the classes, with which "
+        warnings.append(
+            f"the float model answers {moves}: its outputs seem to be in another order than the classes, with which "
             f"{right:.1%} of {count} {part} pictures would be right; give the order of its outputs, LABELS=<file>"
         )
     per_class = np.bincount(labels, minlength=len(classes))
     frequent = int(per_class.argmax())
     baseline = max(1 / len(classes), per_class[frequent] / count)
-    share = float((answers == labels).mean())
-    if share <= min(baseline + _SIGMAS * _deviation(baseline, count), (1 + baseline) / 2) and not found:
+    share = float((predicted == labels).mean())
+    if share <= min(baseline + _SIGMAS * _deviation(baseline, count), (1 + baseline) / 2) and not warnings:
         remedy = (
             "check WEIGHTS, LABELS, MEAN and STD, and the pictures"
             if given
             else "it has learned nothing here; check the pictures and their classes, or bring trained WEIGHTS=<file>"
         )
-        found.append(
+        warnings.append(
             f"float top-1 is {share:.2%} on {count} {part} pictures, hardly better than the answer "
             f"`{classes[frequent]}` for every picture ({baseline:.2%}): {remedy}, before time goes into INT8"
         )
-    return found
+    return warnings
 
 
 def check_order(model: nn.Module, val: Images) -> str | None:
@@ -119,18 +122,18 @@ def check_order(model: nn.Module, val: Images) -> str | None:
         return None
     import numpy as np
 
-    from calibration.program import logits as answered
+    from calibration.program import logits as logits_of
 
     labels: list[int] = []
 
-    def noted() -> Iterator[Batch]:
+    def recorded() -> Iterator[Batch]:
         for batch in val.batches(32, val.stratified(_ORDER_IMAGES, seed=0)):
             labels.extend(batch[1].tolist())
             yield batch
 
-    answers = answered(model, noted()).argmax(1)
-    taken = float((answers == np.asarray(labels)).mean())
-    other = float((answers == np.asarray(places)[labels]).mean())
+    predicted = logits_of(model, recorded()).argmax(1)
+    taken = float((predicted == np.asarray(labels)).mean())
+    other = float((predicted == np.asarray(places)[labels]).mean())
     scores = (
         f"in text order ({listed(val.data.classes)}) WEIGHTS is right on {taken:.1%} of {len(labels)} validation "
         f"pictures, in natural order ({listed(_by_place(val.data.classes, places))}) on {other:.1%}"
@@ -147,12 +150,12 @@ def told(*sentences: str) -> list[str]:
     return list(sentences)
 
 
-def _moved(answers: Labels, labels: Labels, classes: int) -> dict[int, int]:
+def _moved(predicted: Labels, labels: Labels, classes: int) -> dict[int, int]:
     """Return the classes most of whose images are predicted as one other class, different for each, and that class."""
     import numpy as np
 
     matrix = np.zeros((classes, classes), np.int64)
-    np.add.at(matrix, (labels, answers), 1)
+    np.add.at(matrix, (labels, predicted), 1)
     counts, favourites = matrix.sum(1), matrix.argmax(1)
     share = matrix.max(1) / np.maximum(counts, 1)
     clear = (counts >= _MOVED_IMAGES) & (share > _MOVED_SHARE)

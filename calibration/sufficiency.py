@@ -53,8 +53,8 @@ def sufficiency(
     shown = split(model, recipe, train, seed=seed)
     strength = report.get("equalized", {}).get("strength")
     prepared = equalized_again(model, recipe, scheme, shown, strength)
-    calibrator, repaired = report["calibrator"], report.get("repairs_db", {})
-    corrects = repaired.get("bias", 0.0) > repaired.get("calibrated", 0.0)
+    calibrator, corrections_db = report["calibrator"], report.get("repairs_db", {})
+    corrects = corrections_db.get("bias", 0.0) > corrections_db.get("calibrated", 0.0)
     _, seen = drawn(train, recipe, seed=seed)
     reference, labels = predictions(model, val)
     limits: list[dict[str, float]] = []

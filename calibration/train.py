@@ -121,8 +121,8 @@ def _loss(outputs: tuple[Tensor, ...], labels: Tensor, plan: TrainingPlan) -> Te
 
 def evaluate(model: nn.Module, images: Images) -> float:
     """Return top-1 in percent, in evaluation mode."""
-    found, labels = predictions(model, images)
-    return top1(found, labels)
+    outputs, labels = predictions(model, images)
+    return top1(outputs, labels)
 
 
 def predictions(model: nn.Module, images: Images) -> tuple[Logits, Labels]:
@@ -130,12 +130,12 @@ def predictions(model: nn.Module, images: Images) -> tuple[Logits, Labels]:
     _set_training(model, False)
     labels: list[int] = []
 
-    def noted() -> Iterator[Batch]:
+    def recorded() -> Iterator[Batch]:
         for batch in images.batches(60):
             labels.extend(batch[1].tolist())
             yield batch
 
-    return logits(model, noted()), np.asarray(labels)
+    return logits(model, recorded()), np.asarray(labels)
 
 
 def parameter_groups(
