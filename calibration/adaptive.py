@@ -256,5 +256,5 @@ def _sides(layer: Node, shape: torch.Size, weight: Tensor) -> tuple[int, int]:
 
 def _pair(layer: Node, place: int, default: int) -> list[int]:
     """Return a convolution argument for height and width."""
-    found = list(cast("list[int]", layer.args[place])) if len(layer.args) > place else [default]
-    return found * 2 if len(found) == 1 else found
+    sides = list(cast("list[int]", layer.args[place])) if len(layer.args) > place else [default]
+    return sides * 2 if len(sides) == 1 else sides

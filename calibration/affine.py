@@ -120,11 +120,11 @@ class Counts:
         first shrinks both together, then each separately.
         """
         shares = torch.linspace(_LEAST_SHARE, 1.0, 81)
-        found = self.ends
+        limits = self.ends
         for moved in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
-            candidates = found * (1 - torch.tensor(moved) * (1 - shares[:, None]))
-            found = candidates[int(self._errors(candidates).argmin())]
-        return found
+            candidates = limits * (1 - torch.tensor(moved) * (1 - shares[:, None]))
+            limits = candidates[int(self._errors(candidates).argmin())]
+        return limits
 
     def _errors(self, ranges: Tensor) -> Tensor:
         """Return the squared error of each of the `ranges` (n, 2), evaluated at the centres of non-empty bins."""

@@ -41,8 +41,8 @@ class CalibrationSplit:
 
     def images(self, count: int) -> Tensor:
         """Return the first `count` observed images (N, 3, S, S); N < `count` if fewer were drawn or could be read."""
-        found = [images for images, _ in self.train.batches(_BATCH, self.observed[:count])]
-        return torch.cat(found) if found else torch.zeros(0, 3, *[self.train.preprocess.size] * 2)
+        readable = [images for images, _ in self.train.batches(_BATCH, self.observed[:count])]
+        return torch.cat(readable) if readable else torch.zeros(0, 3, *[self.train.preprocess.size] * 2)
 
 
 def split(model: nn.Module, recipe: Ptq, train: Images, *, seed: int) -> CalibrationSplit:
@@ -86,7 +86,7 @@ def calibrate(
     choose(prepared, name)
     report: dict[str, object] = {
         "calibrator": name,
-        "calibrators_db": {each: round(found, 2) for each, found in errors.items()},
+        "calibrators_db": {each: round(sqnr_db, 2) for each, sqnr_db in errors.items()},
         "calibration_images": read,
         "held_out_images": count,
         "ranges": [asdict(each) for each in ranges(prepared, name)],

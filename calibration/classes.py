@@ -46,11 +46,13 @@ def ordered(folders: Iterable[str], order: Order) -> tuple[str, ...]:
 
 def by_name(folders: Iterable[str], order: Order) -> Classes:
     """Return one class per folder, with the name of the folder. Raises BadRequest if two printable names are equal."""
-    found = ordered(folders, order)
-    names = tuple(printable(folder) for folder in found)
+    in_order = ordered(folders, order)
+    names = tuple(printable(folder) for folder in in_order)
     if len(set(names)) < len(names):
-        raise BadRequest(f"two class folders have the same name but for unprintable bytes: {listed(found)}; rename one")
-    return Classes(names=names, outputs={folder: index for index, folder in enumerate(found)})
+        raise BadRequest(
+            f"two class folders have the same name but for unprintable bytes: {listed(in_order)}; rename one"
+        )
+    return Classes(names=names, outputs={folder: index for index, folder in enumerate(in_order)})
 
 
 def read(file: Path, folders: Collection[str]) -> Classes:
@@ -105,9 +107,9 @@ def _of_rows(rows: Sequence[_Row], where: str) -> list[_Entry]:
     if rows and all(numbered):
         return [(int(rest), folder, folder) for folder, rest in rows]
     led = [re.fullmatch(r"([0-9]{1,9})[\s,]+(.+)", rest) for _, rest in rows]
-    found = [(int(each[1]), folder, each[2]) for each, (folder, _) in zip(led, rows, strict=True) if each]
-    if rows and len(found) == len(rows) and sorted(index for index, _, _ in found) in _countings(len(rows)):
-        return found  # lines with folder, index of its output, and name
+    entries = [(int(each[1]), folder, each[2]) for each, (folder, _) in zip(led, rows, strict=True) if each]
+    if rows and len(entries) == len(rows) and sorted(index for index, _, _ in entries) in _countings(len(rows)):
+        return entries  # lines with folder, index of its output, and name
     if any(numbered):
         line = numbered.index(not numbered[0])
         raise BadRequest(
@@ -124,14 +126,14 @@ def _countings(count: int) -> tuple[list[int], list[int]]:
 
 def _of_json(text: str, where: str, folders: Collection[str]) -> list[_Entry]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{where} is not JSON: {printable(error)}") from error
-    if isinstance(found, dict) and isinstance(found.get("id2label"), dict):
-        found = found["id2label"]
-    if isinstance(found, list) and all(isinstance(name, str) for name in found):
-        return [(index, name, name) for index, name in enumerate(found)]
-    if isinstance(found, dict) and found and (entries := _of_object(found, folders)) is not None:
+    if isinstance(content, dict) and isinstance(content.get("id2label"), dict):
+        content = content["id2label"]
+    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        return [(index, name, name) for index, name in enumerate(content)]
+    if isinstance(content, dict) and content and (entries := _of_object(content, folders)) is not None:
         return entries
     raise BadRequest(
         f"{where}: expected a list of folders, or an object {{folder: index}}, {{folder: name}}, {{index: folder}} or "
@@ -139,21 +141,21 @@ def _of_json(text: str, where: str, folders: Collection[str]) -> list[_Entry]:
     )
 
 
-def _of_object(found: Mapping[str, Any], folders: Collection[str]) -> list[_Entry] | None:
+def _of_object(content: Mapping[str, Any], folders: Collection[str]) -> list[_Entry] | None:
     """Return the entries of a JSON object; None if it has none of the known forms."""
-    values = list(found.values())
+    values = list(content.values())
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        return [(value, folder, folder) for folder, value in found.items()]
+        return [(value, folder, folder) for folder, value in content.items()]
     pairs = all(
         isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value) for value in values
     )
     if not pairs and not all(isinstance(value, str) for value in values):
         return None
-    if not pairs and sum(key in folders for key in found) > sum(value in folders for value in values):
-        return [(index, folder, name) for index, (folder, name) in enumerate(found.items())]
-    if not all(_is_index(key) for key in found):
+    if not pairs and sum(key in folders for key in content) > sum(value in folders for value in values):
+        return [(index, folder, name) for index, (folder, name) in enumerate(content.items())]
+    if not all(_is_index(key) for key in content):
         return None
-    return [(int(key), *((value[0], value[1]) if pairs else (value, value))) for key, value in found.items()]
+    return [(int(key), *((value[0], value[1]) if pairs else (value, value))) for key, value in content.items()]
 
 
 def _is_index(text: str) -> bool:

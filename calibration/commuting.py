@@ -109,7 +109,7 @@ class Tracer(Interpreter):
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
         self.graph_module = graph
-        self.ties, self.found, self.reads = Ties(), list[Stored](), list[Read]()
+        self.ties, self.stored, self.reads = Ties(), list[Stored](), list[Read]()
         self.labels: dict[Node, Any] = {}
         # A tensor may have several names: uses are counted by memory address.
         self.uses = Counter(self.place(node) for node in graph.graph.nodes if node.op == "get_attr")
@@ -128,7 +128,7 @@ class Tracer(Interpreter):
         return value
 
     def resolved(self) -> Iterator[Stored]:
-        for each in self.found:
+        for each in self.stored:
             inputs = None if each.inputs is None else self.ties.resolved(each.inputs)
             yield replace(each, outputs=self.ties.resolved(each.outputs), inputs=inputs)
 
@@ -198,7 +198,7 @@ def _add(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
     for place, side in enumerate(node.args[:2]):
         if name := tracer.own(side):
             sides[place] = tracer.ties.new(sides[place].shape)
-            tracer.found.append(Stored(node=node, weight=None, shift=name, outputs=sides[place]))
+            tracer.stored.append(Stored(node=node, weight=None, shift=name, outputs=sides[place]))
     return tracer.ties.tie(*sides).expand(value.shape)
 
 
@@ -228,7 +228,7 @@ def _scaled(
     axes = [axis for axis, length in enumerate(aligned) if length == 1]
     inputs = tracer.ties.tie_along(labels, axes).reshape(shape)
     outputs = tracer.ties.new(shape)
-    tracer.found.append(Stored(node=node, weight=name, shift=None, outputs=outputs, inputs=inputs))
+    tracer.stored.append(Stored(node=node, weight=name, shift=None, outputs=outputs, inputs=inputs))
     return outputs.expand(result)
 
 
@@ -283,7 +283,7 @@ def _layer(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
     inputs = tracer.ties.tie_along(labels, [axis for axis in range(labels.ndim) if axis != channel]).flatten()
     outputs = tracer.ties.new((value.shape[channel],))
     groups = cast(int, node.args[6]) if len(node.args) > 6 else 1
-    tracer.found.append(Stored(node=node, weight=name, shift=shift, outputs=outputs, inputs=inputs, groups=groups))
+    tracer.stored.append(Stored(node=node, weight=name, shift=shift, outputs=outputs, inputs=inputs, groups=groups))
     return _along(outputs, channel, value.shape)
 
 
@@ -294,7 +294,7 @@ def _normalize(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
         return None
     tracer.fix(tracer.of(node.args[0]))
     outputs = tracer.ties.new(tracer.of(gamma).shape)
-    tracer.found.append(Stored(node=node, weight=name, shift=shift, outputs=outputs))
+    tracer.stored.append(Stored(node=node, weight=name, shift=shift, outputs=outputs))
     return _along(outputs, 1, value.shape) if node.target is _ATEN.group_norm.default else outputs.expand(value.shape)
 
 
@@ -307,7 +307,7 @@ def _batch_norm(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
     inputs = tracer.ties.tie_along(labels, [axis for axis in range(labels.ndim) if axis != 1]).flatten()
     outputs = tracer.ties.new((value.shape[1],))
     stored = Stored(node=node, weight=names[0], shift=names[1], outputs=outputs, inputs=inputs, mean=names[2])
-    tracer.found.append(stored)
+    tracer.stored.append(stored)
     return _along(outputs, 1, value.shape)
 
 

@@ -133,9 +133,9 @@ def _digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], dict[Part, 
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    found = load_digits()
-    images = (found.images * (255 / 16)).round().astype(np.uint8)
-    labels = found.target.astype(np.int64)
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)
+    labels = digits.target.astype(np.int64)
     rest, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     train, val = train_test_split(rest, test_size=180, stratify=labels[rest], random_state=0)
     return images, labels, {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}

@@ -151,11 +151,11 @@ def _functional(node: Node) -> torch._ops.OpOverload | None:
         return None
     target = cast("torch._ops.OpOverload", node.target)
     name = target._schema.name.partition("::")[2].removesuffix("_")
-    found = getattr(getattr(_ATEN, name, None), target._overloadname, None)
-    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable:
+    functional = getattr(getattr(_ATEN, name, None), target._overloadname, None)
+    if not isinstance(functional, torch._ops.OpOverload) or functional._schema.is_mutable:
         return None
-    kinds = [[argument.real_type.kind() for argument in made._schema.arguments] for made in (found, target)]
-    return found if kinds[0] == kinds[1] and not node.kwargs else None  # dropout_(self, ...), dropout(input, ...)
+    kinds = [[argument.real_type.kind() for argument in made._schema.arguments] for made in (functional, target)]
+    return functional if kinds[0] == kinds[1] and not node.kwargs else None  # dropout_(self, ...), dropout(input, ...)
 
 
 def _is_mutable(node: Node) -> bool:
@@ -183,12 +183,12 @@ def fold_constants(graph: GraphModule) -> None:
             constant[node] = stored_tensor(graph, node)
         elif _computable(node, constant):
             with torch.no_grad():
-                found = node.target(*_values(node.args, constant), **_values(node.kwargs, constant))
-            if not isinstance(found, Tensor):  # a list of tensors, which the operators after it unpack
-                constant[node] = found
+                result = node.target(*_values(node.args, constant), **_values(node.kwargs, constant))
+            if not isinstance(result, Tensor):  # a list of tensors, which the operators after it unpack
+                constant[node] = result
                 continue
-            trains = found.is_floating_point() and any(_trains(constant[entry]) for entry in node.all_input_nodes)
-            constant[node] = found.requires_grad_(trains)
+            trains = result.is_floating_point() and any(_trains(constant[entry]) for entry in node.all_input_nodes)
+            constant[node] = result.requires_grad_(trains)
     for node, value in constant.items():
         users = [user for user in node.users if user not in constant]
         if node.op != "get_attr" and users:
@@ -244,20 +244,20 @@ def _fold_forward(graph: GraphModule, norm: Node) -> bool:
 
 def _consumers(node: Node) -> list[Node]:
     """Return the layers that read `node`, directly or through averages; [] if any other operator reads it, too."""
-    found: list[Node] = []
+    layers: list[Node] = []
     for user in node.users:
         if user.args[0] is not node:
             return []
         if _absorbs(user):
-            found.append(user)
+            layers.append(user)
         elif _averages_space(user) or (user.target in _LAYOUT and _keeps_channels(user)):
             beyond = _consumers(user)
             if not beyond:
                 return []
-            found += beyond
+            layers += beyond
         else:
             return []
-    return found
+    return layers
 
 
 def _absorbs(node: Node) -> bool:

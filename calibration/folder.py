@@ -73,11 +73,11 @@ class Folder:
         names, or a file for `calibration.classes.read`. Raises BadRequest if they do not form a dataset.
         """
         file = Path(os.path.expanduser(labels)) if labels and labels not in ORDERS else None  # noqa: PTH111
-        found = layout(root, named=file is not None)
-        folders = tuple(subfolders(found.train))
+        dirs = layout(root, named=file is not None)
+        folders = tuple(subfolders(dirs.train))
         if len(folders) < 2:
             raise BadRequest(
-                f"{printable(found.train)} holds {len(folders)} class folders; expected two or more, one for each class"
+                f"{printable(dirs.train)} holds {len(folders)} class folders; expected two or more, one for each class"
             )
         order = next((order for order in ORDERS if order == labels), None)
         classes = read(file, folders) if file else by_name(folders, order or "text")
@@ -88,14 +88,14 @@ class Folder:
             return [Example(file, classes.outputs[name]) for file in files(root, inside, name, left_out)]
 
         declared: dict[Part, dict[str, list[Example]]] = {
-            "train": {name: listing(found.train, name) for name in folders}
+            "train": {name: listing(dirs.train, name) for name in folders}
         }
-        for part, folder in (("val", found.val), ("test", found.test)):
+        for part, folder in (("val", dirs.val), ("test", dirs.test)):
             if folder:
-                declared[part] = _listed_like(folder, found.train, folders, listing)  # type: ignore[index]
-        parts = _drawn(declared, found.train, seed, left_out)
+                declared[part] = _listed_like(folder, dirs.train, folders, listing)  # type: ignore[index]
+        parts = _drawn(declared, dirs.train, seed, left_out)
         pictures = sum(len(examples) for examples in parts.values())
-        notes = [*found.notes, *_without_folder(classes), *filter(None, [left_out.sentence(pictures)])]
+        notes = [*dirs.notes, *_without_folder(classes), *filter(None, [left_out.sentence(pictures)])]
         return cls(
             root=root,
             classes=classes.names,
@@ -171,17 +171,17 @@ class Folder:
                 samples.append(values)
             if len(samples) == _RANGE_PICTURES:
                 break
-        found = range_of(samples)
+        limits = range_of(samples)
         log.info(
             "pictures above 8 bits: values from %g to %g become 0 to 255 (from %d pictures of the train part)",
-            *(found.low, found.high, len(samples)),
+            *(limits.low, limits.high, len(samples)),
         )
-        return found
+        return limits
 
     def decoding(self) -> dict[str, object]:
         """Return the parameters beyond `Preprocess` that a device needs to read such images itself."""
-        found = self._deep.found
-        return {"range": [found.low, found.high]} if found else {}
+        limits = self._deep.found
+        return {"range": [limits.low, limits.high]} if limits else {}
 
     def identity(self) -> dict[str, object]:
         """Return a digest of names, sizes and times of all files, because reading 150 GB of contents takes too long."""
@@ -215,10 +215,10 @@ def _listed_like(
     present = subfolders(part)
     if extra := set(present) - set(folders):
         raise BadRequest(f"{printable(part)} has class folders that {printable(train)} lacks: {listed(sorted(extra))}")
-    found = {name: listing(part, name) for name in folders if name in present}
-    if not any(found.values()):
+    images = {name: listing(part, name) for name in folders if name in present}
+    if not any(images.values()):
         raise BadRequest(f"{printable(part)} holds no images ({endings()}) in the class folders")
-    return found
+    return images
 
 
 def _drawn(

@@ -72,10 +72,10 @@ def read(file: Path) -> History | None:
 
     try:
         with safe_open(file, "np") as opened:
-            found = json.loads((opened.metadata() or {}).get(_KEY, "null"))
-        every = base64.b64decode(found["pictures"], validate=True)
+            stored = json.loads((opened.metadata() or {}).get(_KEY, "null"))
+        every = base64.b64decode(stored["pictures"], validate=True)
         pictures = frozenset(every[start : start + _BYTES] for start in range(0, len(every), _BYTES))
-        return History(data=str(found["data"]), seed=int(found["seed"]), pictures=pictures)
+        return History(data=str(stored["data"]), seed=int(stored["seed"]), pictures=pictures)
     # The file may be damaged, which raises an error with a clear message when its tensors are read.
     except (SafetensorError, OSError, ValueError, TypeError, KeyError):
         return None

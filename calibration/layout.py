@@ -84,7 +84,7 @@ class LeftOut:
             kinds[kind] += count
         omitted = []
         for kind, count in kinds.most_common(5):
-            classes = {name: found for (other, name), found in self.counts.items() if other == kind}
+            classes = {name: number for (other, name), number in self.counts.items() if other == kind}
             omitted.append(f"{count} {kind} ({_counted(classes)})")
         more = f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else ""
         return f"{total} of {total + pictures} files left out: {'; '.join(omitted)}{more}; pictures end in {endings()}"
@@ -100,14 +100,14 @@ def layout(root: Path, *, named: bool = False) -> Layout:
     Raises BadRequest if parts are incomplete, or if folders that would be classes look like parts.
     """
     for _ in range(_DEEPEST):
-        found = _parts(root)
-        if found or (inner := _inner(root)) is None:
+        parts = _parts(root)
+        if parts or (inner := _inner(root)) is None:
             break
         root = inner
-    made = _declared(root, found) if found else Layout(train=root)
+    result = _declared(root, parts) if parts else Layout(train=root)
     if not named:
-        _refuse_equal(made.train)
-    return made
+        _refuse_equal(result.train)
+    return result
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -151,8 +151,8 @@ def _picture(entry: os.DirEntry[str], name: str, label: str, left_out: LeftOut) 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as found:
-            return list(found)
+        with os.scandir(folder) as entries:
+            return list(entries)
     except OSError as error:
         raise BadRequest(
             f"{printable(folder)} cannot be read: {error.strerror}; grant access to it (chmod u+rx), or remove it"
@@ -179,26 +179,26 @@ def _holds_pictures(folder: Path) -> bool:
 
 
 def _role(name: str) -> Role | None:
-    found = _ROLE.fullmatch(re.sub(r"[\W_]+", "", name.lower()))
-    return _ROLES[found[1]] if found else None
+    match = _ROLE.fullmatch(re.sub(r"[\W_]+", "", name.lower()))
+    return _ROLES[match[1]] if match else None
 
 
 def _parts(root: Path) -> dict[Role, Path]:
     """Return the folders of `root` that have the name of a part and contain folders; a folder with such a name that
     contains images is a class. Raises BadRequest if two folders name the same part.
     """
-    found: dict[Role, Path] = {}
+    parts: dict[Role, Path] = {}
     for name in subfolders(root):
         role = _role(name)
         if role is None or not (subfolders(root / name) or not _holds_pictures(root / name)):
             continue
-        if role in found:
+        if role in parts:
             raise BadRequest(
-                f"{printable(root)} has {printable(found[role].name)}/ and {printable(name)}/, which both name the "
+                f"{printable(root)} has {printable(parts[role].name)}/ and {printable(name)}/, which both name the "
                 f"{role} part; rename or remove one of them"
             )
-        found[role] = root / name
-    return found
+        parts[role] = root / name
+    return parts
 
 
 def _inner(root: Path) -> Path | None:
@@ -224,18 +224,18 @@ def _within(part: Path) -> Path:
     return part
 
 
-def _declared(root: Path, found: Mapping[Role, Path]) -> Layout:
+def _declared(root: Path, parts: Mapping[Role, Path]) -> Layout:
     """Return the layout of a dataset with folders for its parts. Raises BadRequest for missing or ambiguous parts."""
-    val, test = found.get("val"), found.get("test")
-    if "eval" in found:
+    val, test = parts.get("val"), parts.get("test")
+    if "eval" in parts:
         if val is not None and test is not None:
             raise BadRequest(
-                f"{printable(root)} has {val.name}/, {test.name}/ and {found['eval'].name}/; rename or remove one"
+                f"{printable(root)} has {val.name}/, {test.name}/ and {parts['eval'].name}/; rename or remove one"
             )
-        val, test = (found["eval"], test) if test else (val, found["eval"])
-    train, notes = found.get("train"), []
+        val, test = (parts["eval"], test) if test else (val, parts["eval"])
+    train, notes = parts.get("train"), []
     if train is None or not (val or test):
-        only = next(iter(found.values()))
+        only = next(iter(parts.values()))
         missing = "val" if train else "train"
         raise BadRequest(
             f"{printable(root)} has {printable(only.name)}/ but no {missing}/; add {printable(root / missing)}, or "
@@ -244,7 +244,7 @@ def _declared(root: Path, found: Mapping[Role, Path]) -> Layout:
     if test is None:  # as in ImageNet, whose test part has no labels
         val, test = None, val
     assert test is not None
-    others = [name for name in subfolders(root) if root / name not in found.values()]
+    others = [name for name in subfolders(root) if root / name not in parts.values()]
     for name in [name for name in others if _role(name)]:
         notes.append(
             f"{printable(root / name)} holds pictures without class folders and is left out: no label is known"

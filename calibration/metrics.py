@@ -44,9 +44,9 @@ def agreement(reference: Logits, other: Logits) -> float:
 
 def confusion(logits: Logits, labels: Labels, classes: int) -> npt.NDArray[np.int64]:
     """Return the number of images of each class (rows) with each predicted class (columns): (classes, classes)."""
-    found = np.zeros((classes, classes), np.int64)
-    np.add.at(found, (labels, logits.argmax(1)), 1)
-    return found
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, logits.argmax(1)), 1)
+    return counts
 
 
 def by_class(names: Sequence[str], labels: Labels, reference: Logits, found: Logits) -> dict[str, object]:

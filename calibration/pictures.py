@@ -55,8 +55,8 @@ class Range:
         import numpy as np
 
         if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-            found: npt.NDArray[np.uint8] = self.levels(np.arange(2**16, dtype=np.float64))[values]
-            return found
+            table: npt.NDArray[np.uint8] = self.levels(np.arange(2**16, dtype=np.float64))[values]
+            return table
         scaled = (np.nan_to_num(values, nan=self.low).astype(np.float64) - self.low) * 255 / (self.high - self.low)
         levels: npt.NDArray[np.uint8] = scaled.clip(0, 255).astype(np.uint8)
         return levels
@@ -105,8 +105,8 @@ def sample(path: Path) -> npt.NDArray[Any] | None:
         if not is_deep(image):
             return None
         with _one_large:
-            found = np.asarray(image).ravel()
-        return found[:: max(1, -(-found.size // _SAMPLED_VALUES))].copy()
+            pixels = np.asarray(image).ravel()
+        return pixels[:: max(1, -(-pixels.size // _SAMPLED_VALUES))].copy()
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -165,10 +165,10 @@ def _reduced(image: Image.Image, values: Callable[[], Range]) -> Image.Image:
     for start in range(top, top + height, rows):
         strip = image.crop((left, start, left + width, min(start + rows, top + height)))
         strips.append(_eight_bits(strip, values).reduce(shrink))
-    made = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
+    reduced = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
     for place, strip in enumerate(strips):
-        made.paste(strip, (0, place * _STRIP_ROWS))
-    return made
+        reduced.paste(strip, (0, place * _STRIP_ROWS))
+    return reduced
 
 
 def _shrink(size: tuple[int, int]) -> int:

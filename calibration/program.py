@@ -80,8 +80,8 @@ def _reproducible(archive: memoryview) -> memoryview:
 def _numbered(graph: bytes) -> bytes:
     numbers: dict[bytes, int] = {}
 
-    def number(found: re.Match[bytes]) -> bytes:
-        return b"%s%d" % (found[1], numbers.setdefault(found[2], len(numbers)))
+    def number(match: re.Match[bytes]) -> bytes:
+        return b"%s%d" % (match[1], numbers.setdefault(match[2], len(numbers)))
 
     return _GRAPH_ID.sub(number, graph)
 
@@ -101,15 +101,15 @@ def logits(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32
 
 def scales(graph: GraphModule) -> dict[str, LayerScales]:
     """Return the scales of the quantized layers of a converted graph, by layer name."""
-    found: dict[str, LayerScales] = {}
+    by_layer: dict[str, LayerScales] = {}
     for name, node in named_layers(graph):
         activation, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
         per_channel = stored_tensor(graph, cast(Node, weight.args[1]))
-        found[name] = {
+        by_layer[name] = {
             "activation": float(cast(float, activation.args[1])),
             "weight": per_channel.tolist(),
         }
-    return found
+    return by_layer
 
 
 def named_layers(graph: GraphModule) -> Iterator[tuple[str, Node]]:

@@ -166,8 +166,8 @@ def train(
             else:
                 seconds = time.monotonic() - began
                 _exchange(prepared, average)
-                found = _judged(prepared, reference, labels, val)
-                _note(at, prepared, float(np.mean(losses)), found, start, seconds)
+                judgement = _judged(prepared, reference, labels, val)
+                _note(at, prepared, float(np.mean(losses)), judgement, start, seconds)
                 _exchange(prepared, average)
                 if at.rate < at.epochs[-1].rate:
                     _return(prepared, optimizer, average, at)
@@ -191,28 +191,28 @@ def epochs_of(recipe: Qat, images: int) -> int:
 
 
 def _note(
-    at: _Progress, prepared: GraphModule, loss: float, found: _Judgement, start: _Judgement, seconds: float
+    at: _Progress, prepared: GraphModule, loss: float, judgement: _Judgement, start: _Judgement, seconds: float
 ) -> None:
     """Record an epoch. Keep it if it is the best so far, lower the learning rate if it is worse than the start, and
     stop a training that has diverged.
     """
-    chance = _chance(found.right, start.right)
+    chance = _chance(judgement.right, start.right)
     at.epochs.append(
         QatEpoch(
             loss=loss,
-            val_top1=found.top1,
-            val_db=found.db,
+            val_top1=judgement.top1,
+            val_db=judgement.db,
             val_chance=round(chance, 6),
             rate=at.rate,
             seconds=round(seconds, 3),
         )
     )
-    if found.better_than(start):
+    if judgement.better_than(start):
         # Learning rate and loss decrease, so a later epoch is kept unless it is significantly worse: an epoch that is
         # the best of many by a few dozen images is so by chance.
-        if not at.best_epoch or found.keeps_up_with(at.peak):
+        if not at.best_epoch or judgement.keeps_up_with(at.peak):
             at.best, at.best_epoch = copy.deepcopy(prepared.state_dict()), len(at.epochs)
-        at.peak = max(at.peak, found, key=lambda judged: judged.db)
+        at.peak = max(at.peak, judgement, key=lambda judged: judged.db)
     else:
         at.rate /= _BACK_OFF
     at.stopped = diverged(at.epochs, start.top1)

@@ -123,7 +123,7 @@ def equalized(
     """
     graph = traced(model, train.preprocess.size)
     drawn = drawn or split(model, recipe, train, seed=seed)
-    report = repairs.equalize(graph, recipe, drawn, lambda made: _prepared(made, scheme, recipe.placement))
+    report = repairs.equalize(graph, recipe, drawn, lambda candidate: _prepared(candidate, scheme, recipe.placement))
     return _prepared(graph, scheme, recipe.placement), report
 
 

@@ -117,9 +117,9 @@ def _parameter(graph: GraphModule, beside: Node, name: str, value: Tensor) -> No
 
 def _beside(graph: GraphModule, node: Node, target: Callable[..., object], *arguments: object) -> Node:
     with graph.graph.inserting_before(node):
-        made = graph.graph.call_function(target, arguments)  # type: ignore[arg-type]
-    made.meta = {**_place(node), "val": node.meta["val"]}
-    return made
+        inserted = graph.graph.call_function(target, arguments)  # type: ignore[arg-type]
+    inserted.meta = {**_place(node), "val": node.meta["val"]}
+    return inserted
 
 
 def _place(node: Node) -> dict[str, object]:

@@ -47,10 +47,10 @@ def equalize(
     exact = program.logits(graph, probe)
     first = prepare(copy.deepcopy(graph))
 
-    def error_db(made: GraphModule) -> float:
-        if snr_db(exact, program.logits(made, probe)) < _SAME_DB:
+    def error_db(candidate: GraphModule) -> float:
+        if snr_db(exact, program.logits(candidate, probe)) < _SAME_DB:
             return -IDENTICAL_DB
-        prepared = first if _take_over(first, made) else prepare(made)
+        prepared = first if _take_over(first, candidate) else prepare(candidate)
         observe(prepared, drawn.train, trial)
         fix_weights(prepared)
         choose(prepared, "mse")
