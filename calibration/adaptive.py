@@ -101,6 +101,7 @@ class _Reconstruction(bias.Pair):
         return ()
 
     def known(self, node: Node) -> tuple[Tensor, ...]:
+        """Return the values (float, quantized) of an activation; empty if they are stored or not computed yet."""
         if node in self.env:
             values = self.env[node]
         elif self.rounds(node) and node.all_input_nodes[0] in self.env:
@@ -175,6 +176,7 @@ def _one_by_one(steps: Tensor, curvature: Tensor, low: Tensor, high: Tensor) -> 
 
 
 def _error(change: Tensor, curvature: Tensor) -> Tensor:
+    """Return the quadratic form d H d^T for each row d of `change`, with H = `curvature`."""
     return ((change @ curvature) * change).sum(-1)
 
 

@@ -119,6 +119,7 @@ class Pair(Interpreter):
         """Hook before both networks run `layer`; `env` holds the pairs that `layer` reads."""
 
     def alone(self, n: Node, pairs: dict[Node, Any], side: int) -> Any:
+        """Run `n` on one side of its input pairs: 0 is float, 1 is quantized."""
         self.env = {source: pairs[source][side] for source in n.all_input_nodes}
         value = super().run_node(n)
         self.env = pairs
@@ -140,4 +141,5 @@ class Pair(Interpreter):
         return change.reshape([-1 if axis == channel else 1 for axis in range(floats.ndim)])
 
     def rounds(self, node: Node) -> bool:
+        """Return whether `node` is a fake-quantize module."""
         return node.op == "call_module" and isinstance(self.prepared.get_submodule(str(node.target)), FakeQuant)

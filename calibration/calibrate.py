@@ -26,7 +26,7 @@ from models.errors import BadRequest
 LEAST_IMAGES: Final = 128
 
 _BATCH = 32
-_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # share and maximum of the images that are held out to compare calibrators
+_HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # held-out images, for comparing calibrators: share, and maximum number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -128,11 +128,13 @@ class Tracer(Interpreter):
         return value
 
     def resolved(self) -> Iterator[Stored]:
+        """Yield the stored tensors with resolved labels, in order of execution."""
         for each in self.stored:
             inputs = None if each.inputs is None else self.ties.resolved(each.inputs)
             yield replace(each, outputs=self.ties.resolved(each.outputs), inputs=inputs)
 
     def fix(self, labels: Any) -> None:
+        """Fix the factors of all elements to 1, also in a list of label tensors."""
         if isinstance(labels, Tensor):
             self.ties.fix(labels)
         elif isinstance(labels, list | tuple):
@@ -158,10 +160,13 @@ class Tracer(Interpreter):
         return str(argument.target) if stored_tensor(self.graph_module, argument).is_floating_point() else None
 
     def place(self, node: Node) -> int:
+        """Return the memory address of a stored tensor."""
         return stored_tensor(self.graph_module, node).data_ptr()
 
 
-_Rule: TypeAlias = Callable[[Tracer, Node, Any], Any]
+_Rule: TypeAlias = Callable[
+    [Tracer, Node, Any], Any
+]  # tracer, operator and its output -> labels of the output, or None
 
 
 def _move(tracer: Tracer, node: Node, _: Any) -> Any:

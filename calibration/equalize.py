@@ -10,8 +10,8 @@ column peak w, both relative to the median over their tensor, is
 
     f = w ** (1 - strength) / a ** strength        (`strength` is SmoothQuant's alpha)
 
-If several operators read the channel, it is the geometric mean of their factors. A depthwise layer has a weight scale
-per channel, and additions and matrix multiplications have no weights: for these operators f = 1 / a.
+If several operators read the channel, the factor is the geometric mean over these operators. A depthwise layer has a
+weight scale per channel, and additions and matrix multiplications have no weights: for these operators f = 1 / a.
 """
 
 from __future__ import annotations

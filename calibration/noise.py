@@ -62,7 +62,7 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Yardstick:
-    """Logits (M, classes) of a graph on some images, and of the same graph with perturbed arithmetic."""
+    """Noise reference: logits (M, classes) of a graph on some images, and of the graph with perturbed arithmetic."""
 
     logits: Logits
     perturbed: Logits

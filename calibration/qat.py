@@ -67,7 +67,7 @@ class QatEpoch:
 
     loss: float  # mean squared error of the logits over their mean square
     val_top1: float  # percent
-    val_db: float  # SQNR of the logits against the teacher, dB, on the validation part
+    val_db: float  # SQNR (signal-to-quantization-noise ratio) against the teacher, on the validation part
     val_chance: float  # of a top-1 this far below the start, if the epoch were as good as the start
     rate: float  # factor of the learning rate: 1, or less after epochs that were worse than the start
     seconds: float  # training time, without evaluation

@@ -1,5 +1,6 @@
 """Corrections that reduce the quantization error: equalization before calibration, bias correction and adaptive
-rounding after it. A correction is kept only if it raises the SQNR of the logits on held-out calibration images.
+rounding after it. A correction is kept only if it raises the signal-to-quantization-noise ratio (SQNR) of the logits on
+held-out calibration images.
 """
 
 from __future__ import annotations

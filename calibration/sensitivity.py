@@ -1,8 +1,9 @@
 """INT8 sensitivity per module, and the search for the modules that stay in float within an accuracy budget.
 
-The effect of a module is measured with all other modules in float, on validation images: the SQNR of the logits, and
-top-1 for the modules with the lowest SQNR. (Wu et al., "Integer Quantization for Deep Learning Inference", arXiv
-2004.09602, section 6.1, select the layers to keep in float in this way.)
+The effect of a module is measured with all other modules in float, on validation images: the
+signal-to-quantization-noise ratio (SQNR) of the logits in dB, and top-1 for the modules with the lowest SQNR. (Wu et
+al., "Integer Quantization for Deep Learning Inference", arXiv 2004.09602, section 6.1, select the layers to keep in
+float in this way.)
 """
 
 from __future__ import annotations
