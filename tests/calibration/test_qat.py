@@ -238,8 +238,8 @@ def test_an_image_that_cannot_be_read_keeps_the_others_with_their_own_logits(tea
             return None if (part, index) == ("train", 5) else super().image(part, index)
 
     train = replace(images("train"), data=Broken(), _kept={})
-    asked = qat._Teacher.asked(teacher, train, torch.device("cpu"), CLASSES)
-    batches = list(asked.epoch(0, 0))
+    targets = qat._Teacher.cached(teacher, train, torch.device("cpu"), CLASSES)
+    batches = list(targets.epoch(0, 0))
     assert sum(len(found) for found, _ in batches) == len(train) - 1
     with torch.no_grad():
         assert all(torch.allclose(teacher(found), logits, atol=1e-4) for found, logits in batches)
