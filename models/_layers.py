@@ -61,7 +61,7 @@ class Mlp(nn.Module):
 
 
 class QueryKeyValue(nn.Linear):
-    """Query, key and value projections in one linear layer; output rows: all queries, then all keys, then all values."""
+    """Query, key and value projections in one linear layer: all queries, then all keys, then all values."""
 
 
 class Attention(nn.Module):
