@@ -291,7 +291,8 @@ def _problem_of_figures(spec: ModelSpec) -> str | None:
     for name in ("parameters", "macs", "classes"):
         value = getattr(spec, name)
         if type(value) is not int or value < (1 if name == "classes" else 0):
-            return f"has {name}={_short(value)}, expected {'a positive integer' if name == 'classes' else 'an integer'}"
+            least = 1 if name == "classes" else 0
+            return f"has {name}={_short(value)}, expected an integer of at least {least}"
     if spec.top1 is not None and not _is_number(spec.top1):
         return f"has top1={_short(spec.top1)}, expected percent, or None"
     if not isinstance(spec.source, str) or not isinstance(spec.hub, str | None):
