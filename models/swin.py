@@ -160,7 +160,7 @@ class Block(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention within each window, on tokens (N * windows, length, dim), with relative position biases.
+    """Multi-head self-attention within windows, on tokens (N * windows, length, dim), with relative position biases.
 
     `mask` (windows, length, length) is added to the attention logits in shifted blocks. Biases and mask do not depend
     on the image: in a traced network they are folded to a constant.
@@ -182,7 +182,7 @@ class WindowAttention(nn.Module):
         return self.proj(self.attended(self.qkv(x), mask))  # type: ignore[no-any-return]
 
     def attended(self, projected: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of all heads: queries, keys, values (N * windows, length, 3 * dim) -> (N * windows, length, dim)."""
+        """Attention of all heads: queries, keys, values (N * windows, length, 3 * dim) -> (..., length, dim)."""
         _, length, channels = projected.shape
         parts = projected.reshape(-1, length, 3 * self.heads, self.head_dim).transpose(1, 2)
         query, key, value = torch.split(parts, self.heads, 1)  # each (N * windows, heads, length, head_dim)

@@ -104,35 +104,35 @@ class _Found:
 
 
 def _artifacts(root: Path, days: int | None) -> Iterator[Garbage]:
-    found: dict[str, _Found] = {}
+    by_key: dict[str, _Found] = {}
     for path in _stage_entries(root):
         if path.name.startswith(".") or not path.is_dir():
             continue
         if manifest := integrity.manifest_of(path):
-            found[manifest["key"]] = _Found(path=path, manifest=manifest)
+            by_key[manifest["key"]] = _Found(path=path, manifest=manifest)
         elif path.name[-KEY_LETTERS - 1 : -KEY_LETTERS] == "-":
             yield _item(path, "an artifact without its manifest, which is never used")
     newest: dict[str, _Found] = {}
-    for artifact in sorted(found.values(), key=lambda artifact: artifact.built):
-        newest[_purpose(artifact, found)] = artifact
+    for artifact in sorted(by_key.values(), key=lambda artifact: artifact.built):
+        newest[_purpose(artifact, by_key)] = artifact
     recent = time.time() - (days or 0) * _DAY
-    kept = {made.key for made in newest.values() if days is None or made.used > recent}
+    kept = {artifact.key for artifact in newest.values() if days is None or artifact.used > recent}
     pending = list(kept)
     while pending:  # keep the transitive inputs of kept artifacts
-        needed = found.get(pending.pop())
+        needed = by_key.get(pending.pop())
         pending += [key for key in needed.inputs.values() if key not in kept] if needed else []
         kept |= set(needed.inputs.values()) if needed else set()
-    for artifact in found.values():
+    for artifact in by_key.values():
         if artifact.key not in kept:
-            later = newest[_purpose(artifact, found)]
+            later = newest[_purpose(artifact, by_key)]
             unused = f"not used for {(time.time() - artifact.used) / _DAY:.0f} days"
             yield _item(artifact.path, unused if later is artifact else f"replaced by {later.path.name}")
 
 
-def _purpose(artifact: _Found, found: Mapping[str, _Found]) -> str:
+def _purpose(artifact: _Found, by_key: Mapping[str, _Found]) -> str:
     """Return a digest of the request: equal for artifacts that differ only in code and installed versions."""
     ingredients = artifact.manifest["ingredients"]
-    inputs = {name: _purpose(found[key], found) if key in found else key for name, key in artifact.inputs.items()}
+    inputs = {name: _purpose(by_key[key], by_key) if key in by_key else key for name, key in artifact.inputs.items()}
     params = {name: value for name, value in ingredients["params"].items() if name not in _INSTALLED}
     label = artifact.path.name[:-KEY_LETTERS]
     return hashlib.sha256(

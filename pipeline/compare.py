@@ -92,7 +92,7 @@ class Comparison:
     seed: int = 0
     busy: float | None = None  # share of processor time that other processes used during the comparison; None: unknown
     throttled: int | None = None  # thermal throttling events during the comparison; None: unknown
-    _found: dict[tuple[str, str], Speedup] = field(default_factory=dict, compare=False, repr=False)
+    _speedups: dict[tuple[str, str], Speedup] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def doubt(self) -> str | None:
@@ -136,10 +136,10 @@ class Comparison:
 
     def speedup(self, name: str, over: str) -> Speedup:
         """Return the speedup of engine `name` over engine `over`: the median over rounds of the ratio of medians."""
-        if (name, over) not in self._found:
+        if (name, over) not in self._speedups:
             own, other = (np.log(self.medians_ns[:, self.names.index(engine)]) for engine in (name, over))
-            self._found[name, over] = _bootstrapped(other - own, np.random.default_rng(self.seed))
-        return self._found[name, over]
+            self._speedups[name, over] = _bootstrapped(other - own, np.random.default_rng(self.seed))
+        return self._speedups[name, over]
 
 
 def compare(

@@ -113,11 +113,11 @@ def _checked(
     traced = _exported(model, network, size)
     _check_graph(model, traced)
     images, names = _examples(pictures, size)
-    answers = _finite(model, network, images, names, classes, settle=state is None)
-    _check_repeated(model, network, images, answers, classes)
-    _check_alone(model, network, images, answers, classes)
-    _check_rebuilt(model, network, images, answers, classes)
-    _check_trace(model, traced, images, answers)
+    expected = _finite(model, network, images, names, classes, settle=state is None)
+    _check_repeated(model, network, images, expected, classes)
+    _check_alone(model, network, images, expected, classes)
+    _check_rebuilt(model, network, images, expected, classes)
+    _check_trace(model, traced, images, expected)
     return traced
 
 
@@ -226,12 +226,12 @@ def _settle(model: External, network: nn.Module, images: Tensor, classes: int | 
     network.eval()
 
 
-def _check_repeated(model: External, network: nn.Module, images: Tensor, answers: Tensor, classes: int | None) -> None:
+def _check_repeated(model: External, network: nn.Module, images: Tensor, expected: Tensor, classes: int | None) -> None:
     """Check that repeated evaluation of the same images gives the same logits."""
     before = _outside(network)
     for _ in range(_TIMES - 1):
         again = _logits(model, network, images.clone(), classes)
-        if (snr := _db(answers, again)) < _SAME_DB:
+        if (snr := _db(expected, again)) < _SAME_DB:
             changed = _differing(before, _outside(network))
             hint = f": {changed} changed" if changed else ": Python code draws random numbers or counts calls"
             raise model.refusal(
@@ -244,17 +244,17 @@ def _check_repeated(model: External, network: nn.Module, images: Tensor, answers
         )
 
 
-def _check_alone(model: External, network: nn.Module, images: Tensor, answers: Tensor, classes: int | None) -> None:
+def _check_alone(model: External, network: nn.Module, images: Tensor, expected: Tensor, classes: int | None) -> None:
     """Check that the logits of an image do not depend on the other images of the batch."""
     alone = _logits(model, network, images[:1].clone(), classes)
-    if (snr := _db(answers[:1], alone)) < _NEAR_DB:
+    if (snr := _db(expected[:1], alone)) < _NEAR_DB:
         raise model.refusal(
             f"in evaluation its logits of an image depend on the other images of the batch ({snr:.1f} dB between "
             f"batches of {len(images)} and 1); compute means and norms per image, and let BatchNorm track statistics"
         )
 
 
-def _check_rebuilt(model: External, network: nn.Module, images: Tensor, answers: Tensor, classes: int | None) -> None:
+def _check_rebuilt(model: External, network: nn.Module, images: Tensor, expected: Tensor, classes: int | None) -> None:
     """Check that a new instance with the same state_dict gives the same logits, after it has evaluated other images."""
     import torch
 
@@ -266,7 +266,7 @@ def _check_rebuilt(model: External, network: nn.Module, images: Tensor, answers:
     other.eval()
     _logits(model, other, torch.randn_like(images), classes)  # a network may store values of its first images
     again = _logits(model, other, images.clone(), classes)
-    if (snr := _db(answers, again)) < _SAME_DB:
+    if (snr := _db(expected, again)) < _SAME_DB:
         differing = _differing(_outside(network), _outside(other))
         hint = f": {differing} differs and is not in the state_dict" if differing else ""
         raise model.refusal(
@@ -275,12 +275,12 @@ def _check_rebuilt(model: External, network: nn.Module, images: Tensor, answers:
         )
 
 
-def _check_trace(model: External, traced: ExportedProgram, images: Tensor, answers: Tensor) -> None:
+def _check_trace(model: External, traced: ExportedProgram, images: Tensor, expected: Tensor) -> None:
     """Check that the trace gives the logits of the network."""
     import torch
 
     with model.guarded("its trace by torch.export fails: "), torch.no_grad():
-        snr = _db(answers, traced.module()(images.clone()))
+        snr = _db(expected, traced.module()(images.clone()))
     if snr < _NEAR_DB:
         raise model.refusal(
             f"its trace by torch.export gives other logits ({snr:.1f} dB): torch.export stores Python values of the "

@@ -114,13 +114,13 @@ def export(
     forced = partial(_forced.onnx_tensors, simplified)
     proven = parity.check(decomposed.module(), sample[:_COMPARED], names, forced, "the ONNX export")
     log.info("the ONNX conversion: %d operators match torch, integers equal", proven["operators"])
-    answers = _answers(simplified, sample)
-    _compare("onnxsim", _answers(plain, sample), answers)
+    outputs = _onnx_logits(simplified, sample)
+    _compare("onnxsim", _onnx_logits(plain, sample), outputs)
     if scales:
         _compare_without_rounding(graph, simplified, sample)
-        log.info("the ONNX conversion: %.0f dB with rounding, on %d images", snr_db(logits, answers), len(sample))
+        log.info("the ONNX conversion: %.0f dB with rounding, on %d images", snr_db(logits, outputs), len(sample))
     else:
-        _compare("the ONNX conversion", logits, answers)
+        _compare("the ONNX conversion", logits, outputs)
     _check_quantizers(simplified, scales, scheme)
 
     ranges = measured(simplified, chain([sample], pictures), _lines(graph))
@@ -282,7 +282,7 @@ def _simplified(model: ModelProto) -> ModelProto:
     return simplified  # type: ignore[no-any-return]
 
 
-def _answers(model: ModelProto, sample: Images) -> Logits:
+def _onnx_logits(model: ModelProto, sample: Images) -> Logits:
     return reference_logits(model.SerializeToString(), sample)
 
 
@@ -305,7 +305,9 @@ def _compare_without_rounding(graph: GraphModule, model: ModelProto, sample: Ima
 
     with torch.no_grad():
         smooth = _smooth_graph(graph)(torch.from_numpy(sample)).numpy()
-    _compare("the ONNX conversion, without rounding of activations,", smooth, _answers(_smooth_model(model), sample))
+    _compare(
+        "the ONNX conversion, without rounding of activations,", smooth, _onnx_logits(_smooth_model(model), sample)
+    )
 
 
 def _smooth_graph(graph: GraphModule) -> GraphModule:

@@ -350,18 +350,18 @@ def _head_dimensions(graph: GraphModule) -> Iterator[Hit]:
 
 
 def _uncalibrated(graph: GraphModule) -> Iterator[Hit]:
-    for layer, what, scales in _scales(graph):
+    for layer, operand, scales in _scales(graph):
         initial = all(scale == _INITIAL_SCALE for scale in scales)
         # An all-zero weight channel is common; an all-zero layer input is an error.
-        if initial or (what == "input" and scales == [_SMALLEST_SCALE]):
-            yield layer, f"{what} scale {scales[0]:g}"
+        if initial or (operand == "input" and scales == [_SMALLEST_SCALE]):
+            yield layer, f"{operand} scale {scales[0]:g}"
 
 
 def _unusable_scales(graph: GraphModule) -> Iterator[Hit]:
-    for layer, what, scales in _scales(graph):
+    for layer, operand, scales in _scales(graph):
         wrong = [scale for scale in scales if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE]  # includes NaN
         if wrong:
-            yield layer, f"{what} scale {wrong[0]:g}" + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
+            yield layer, f"{operand} scale {wrong[0]:g}" + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
 
 
 def _scales(graph: GraphModule) -> Iterator[tuple[Node, str, list[float]]]:
@@ -374,10 +374,10 @@ def _scales(graph: GraphModule) -> Iterator[tuple[Node, str, list[float]]]:
 
     for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(module := graph.get_submodule(node.target), FakeQuant):
-            seen = (
+            observed = (
                 module.statistics.peak if isinstance(module, ActivationFakeQuant) else cast(Any, module).weight.ndim > 1
             )
-            scales: list[float] = [] if seen else module.scale.tolist()
+            scales: list[float] = [] if observed else module.scale.tolist()
         elif operator(node).startswith("dequantize_per_"):
             scales = _values(graph, node.args[1])
         else:

@@ -66,7 +66,7 @@ class Parity:
     least_db: float  # threshold for float tensors
 
     def diverging(self) -> list[Comparison]:
-        return [found for found in self.comparisons if found.wrong or found.db < self.least_db]
+        return [each for each in self.comparisons if each.wrong or each.db < self.least_db]
 
     def check(self, converted: str) -> None:
         """Raise CheckFailed with the first operator that does not match the reference.
@@ -87,12 +87,12 @@ class Parity:
         )
 
     def summary(self) -> dict[str, object]:
-        floats = [found.db for found in self.comparisons if not found.count]
+        floats = [each.db for each in self.comparisons if not each.count]
         return {
             "operators": len(self.comparisons),
             "least_db": round(min(floats), 1) if floats else None,
-            "integers": sum(found.count for found in self.comparisons),
-            "ties": sum(found.ties for found in self.comparisons),
+            "integers": sum(each.count for each in self.comparisons),
+            "ties": sum(each.ties for each in self.comparisons),
         }
 
 
@@ -138,18 +138,18 @@ def reference(
 
     (last,) = graph.graph.output_node().all_input_nodes
     renamed = {node.name: _name(node, last) for node in graph.graph.nodes}
-    wanted = {name for name, new in renamed.items() if new in names}
-    kept = {name for name, new in renamed.items() if new in wide}
-    found = forcing.reference(graph, torch.from_numpy(images), wanted, float_type=float_type, wide=kept)
-    quantizers = {renamed[name]: replace(each, source=renamed[each.source]) for name, each in found.quantizers.items()}
+    shared = {name for name, new in renamed.items() if new in names}
+    wide_nodes = {name for name, new in renamed.items() if new in wide}
+    own = forcing.reference(graph, torch.from_numpy(images), shared, float_type=float_type, wide=wide_nodes)
+    quantizers = {renamed[name]: replace(each, source=renamed[each.source]) for name, each in own.quantizers.items()}
     return replace(
-        found,
-        computed={renamed[name]: value for name, value in found.computed.items()},
-        given={renamed[name]: value for name, value in found.given.items()},
+        own,
+        computed={renamed[name]: value for name, value in own.computed.items()},
+        given={renamed[name]: value for name, value in own.given.items()},
         quantizers=quantizers,
-        clamped={renamed[name]: bounds for name, bounds in found.clamped.items()},
-        quotients={renamed[name]: value for name, value in found.quotients.items()},
-        floors={renamed[name]: power for name, power in found.floors.items()},
+        clamped={renamed[name]: bounds for name, bounds in own.clamped.items()},
+        quotients={renamed[name]: value for name, value in own.quotients.items()},
+        floors={renamed[name]: power for name, power in own.floors.items()},
     )
 
 

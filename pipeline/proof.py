@@ -79,17 +79,17 @@ def rows(checkpoint: Path, scales: Path, artifacts: Mapping[str, Path]) -> list[
     return compared
 
 
-def summary(found: Sequence[Row]) -> dict[str, Any]:
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the report: counts of modules by their worst verdict, overall and per artifact, and all findings."""
-    modules = {row.module: [other for other in found if other.module == row.module] for row in found}
-    verdicts = {module: worst(row.verdict for row in those) for module, those in modules.items()}
-    artifacts = {name: [row for row in found if row.artifact == name] for name in {row.artifact: None for row in found}}
+    modules = {row.module: [other for other in rows if other.module == row.module] for row in rows}
+    verdicts = {module: worst(row.verdict for row in own) for module, own in modules.items()}
+    artifacts = {name: [row for row in rows if row.artifact == name] for name in {row.artifact: None for row in rows}}
     return {
         **_counts(verdicts.values()),
-        "largest_rounding": max((finding.relative for row in found for finding in row.findings), default=0.0),
+        "largest_rounding": max((finding.relative for row in rows for finding in row.findings), default=0.0),
         "artifacts": {
-            name: {**_counts(row.verdict for row in those), "compared": sum(row.compared for row in those)}
-            for name, those in artifacts.items()
+            name: {**_counts(row.verdict for row in own), "compared": sum(row.compared for row in own)}
+            for name, own in artifacts.items()
         },
         "modules": [
             {
@@ -101,10 +101,10 @@ def summary(found: Sequence[Row]) -> dict[str, Any]:
                         "verdict": row.verdict,
                         "findings": [asdict(finding) for finding in row.findings],
                     }
-                    for row in those
+                    for row in own
                 },
             }
-            for module, those in modules.items()
+            for module, own in modules.items()
         ],
     }
 

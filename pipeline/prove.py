@@ -119,9 +119,9 @@ def checked(folders: Mapping[str, Path]) -> dict[str, Any]:
     from pipeline.proof import rows, summary
 
     files = {name: folders[name] / file for name, file in _FILES.items() if name in folders}
-    found = rows(folders["quantized"] / "program.pt2", folders["exported"] / "scales.json", files)
-    report = summary(found)
-    _refuse([row for row in found if row.verdict == "different"], files, report)
+    compared = rows(folders["quantized"] / "program.pt2", folders["exported"] / "scales.json", files)
+    report = summary(compared)
+    _refuse([row for row in compared if row.verdict == "different"], files, report)
     return report
 
 
@@ -142,10 +142,10 @@ def tell(report: Mapping[str, Any]) -> None:
         cells = [counts[verdict] for verdict in VERDICTS]
         log.info("%-14s" + " %10d" * len(VERDICTS) + "  %d", name, *cells, counts["compared"])
     lines = [
-        f"{found['verdict']}: {module['module']} in {artifact}: {finding['what']}: {finding['note']}"
+        f"{entry['verdict']}: {module['module']} in {artifact}: {finding['what']}: {finding['note']}"
         for module in report["modules"]
-        for artifact, found in module["artifacts"].items()
-        for finding in found["findings"]
+        for artifact, entry in module["artifacts"].items()
+        for finding in entry["findings"]
         if finding["verdict"] != "identical"
     ]
     for line in lines[:_SHOWN]:

@@ -303,20 +303,20 @@ class Search:
 
     def _around(self, best: Placement) -> Iterator[Placement]:
         """Yield `best` with one kind added or removed, and with one more stage of the network in float."""
-        for kind in self._found:
+        for kind in self._paths_by_kind:
             kinds = tuple(other for other in KINDS if (other in best.kinds) != (other == kind))
             yield replace(best, kinds=kinds)
-        rounded = [path for kind in best.kinds for path in self._found[kind] if not best.keeps_float(path)]
+        rounded = [path for kind in best.kinds for path in self._paths_by_kind[kind] if not best.keeps_float(path)]
         parts = _parts(rounded)
         if len(parts) > 1:  # at least one stage must stay in INT8
             yield from (best.without(stage) for stage in parts)
 
     def _present(self, pattern: Placement) -> Placement:
         """Return `pattern` without the kinds that the model does not have, so that no program is built twice."""
-        return replace(pattern, kinds=tuple(kind for kind in pattern.kinds if kind in self._found))
+        return replace(pattern, kinds=tuple(kind for kind in pattern.kinds if kind in self._paths_by_kind))
 
     @cached_property
-    def _found(self) -> dict[Kind, list[str]]:
+    def _paths_by_kind(self) -> dict[Kind, list[str]]:
         """The module paths of the model by kind of operator."""
         from calibration.quantize import traced
 

@@ -155,16 +155,16 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     if why_not is None:
         with run.target.open(engine) as session:
             execute = partial(in_queries, session.infer, session.batch)
-            ladder = _climbed(run, export, before, (run.target.name, execute), diverging)
+            ladder = _all_steps(run, export, before, (run.target.name, execute), diverging)
         units = _on_units(run, export, engine, ladder) if isinstance(run.target, HasUnits) else {}
         return {**_report(run, export, ladder), **units, "inspected": inspected}
     if isinstance(run.target, Evaluates):
         last = run.target.evaluator, run.target.evaluate(export, engine)
-        ladder = _climbed(run, export, before, last, diverging)
+        ladder = _all_steps(run, export, before, last, diverging)
         why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
         return {**_report(run, export, ladder, executed=True, why_not=why_not), "inspected": inspected}
     graph = run.target.graph(engine)
-    ladder = _climbed(run, export, before, executor(graph) if graph else None, diverging)
+    ladder = _all_steps(run, export, before, executor(graph) if graph else None, diverging)
     return {**_report(run, export, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
 
 
@@ -207,7 +207,7 @@ def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[st
     units = {}
     for unit in run.target.units:
         with run.target.open_on(engine, unit) as session:
-            logits = _answers(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
+            logits = _outputs(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
         float_type = run.target.float_type(export.precision)
         units[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
     return {"units": units}
@@ -238,12 +238,12 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
     def diverging() -> str:
         return graph_divergence(export, graph, query)
 
-    ladder = _climbed(run, export, before, executor(graph), diverging)
+    ladder = _all_steps(run, export, before, executor(graph), diverging)
     report = _report(run, export, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
     return {**report, "inspected": {"parity": proven}}
 
 
-def _climbed(
+def _all_steps(
     run: Run,
     export: Export,
     before: Mapping[str, Path],
@@ -255,13 +255,13 @@ def _climbed(
     Raises CheckFailed if a step does not match the previous step.
     """
     executors = {_ON_EXPORT: reference(export.onnx)} | dict([last] if last else [])
-    answers = _answers(run, executors)
-    with np.load(before["weights"] / "test.npz") as found:
-        labels, logits = found["labels"], found["logits"]
+    outputs = _outputs(run, executors)
+    with np.load(before["weights"] / "test.npz") as arrays:
+        labels, logits = arrays["labels"], arrays["logits"]
     ladder = Ladder(labels=labels, float_logits=logits, logits=logits, yardstick=_yardsticks(run, export))
     ladder.note("torch float", ladder.logits)
-    with np.load(before["quantized"] / "test.npz") as found:
-        ladder.note("torch quantized" if export.precision == "int8" else "torch exported", found["logits"])
+    with np.load(before["quantized"] / "test.npz") as arrays:
+        ladder.note("torch quantized" if export.precision == "int8" else "torch exported", arrays["logits"])
     if export.precision != "int8" and ladder.steps[-1].snr_db < _EXPORTED_DB:
         raise CheckFailed(
             f"torch exported does not match torch float: {ladder.steps[-1].snr_db:.1f} dB, expected at least "
@@ -270,15 +270,15 @@ def _climbed(
         )
     ladder.add(
         _ON_EXPORT,
-        answers[_ON_EXPORT],
+        outputs[_ON_EXPORT],
         float_type="f32",
         diverging=lambda: "each operator alone matches: the graph amplifies float differences more than expected",
     )
     if last and export.storage:
-        ladder.note(last[0], answers[last[0]])
+        ladder.note(last[0], outputs[last[0]])
     elif last:
         float_type = run.target.float_type(export.precision)
-        ladder.add(last[0], answers[last[0]], float_type=float_type, diverging=diverging)
+        ladder.add(last[0], outputs[last[0]], float_type=float_type, diverging=diverging)
     return ladder
 
 
@@ -297,7 +297,7 @@ def _yardsticks(run: Run, export: Export) -> Callable[[FloatType], Yardstick]:
     return of_type
 
 
-def _answers(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
+def _outputs(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
     """Return the logits (N, classes) of each executor on the whole test part, which is read once, in batches."""
     test = run.images("test")
     batches: dict[str, list[Logits]] = {name: [] for name in executors}
