@@ -733,7 +733,7 @@ def test_explain_names_what_changed(tmp_path: Path) -> None:
     later = toy(inputs={"source": toy(label="source", seed=1)}, recipe={"epochs": 5, "name": "qat"})
     assert store.explain(later) == [
         "the code of models.errors changed",
-        "its input `source` is another one",
+        "input `source` changed",
         "recipe.epochs was 3, is 5",
     ]
     store.get(later)
