@@ -68,7 +68,7 @@ def check(
     the model.
     """
     if isinstance(model, External):
-        with _randomness_of_its_own():
+        with _random_state_restored():
             program = _checked(model, size, classes, pictures, state)
             _converted(model, program, size, run)
 
@@ -79,7 +79,7 @@ def check_target(run: Run) -> None:
     Raises BadRequest and CheckFailed as `check` does.
     """
     if isinstance(run.model, External) and isinstance(run.target, Checks):
-        with _randomness_of_its_own():
+        with _random_state_restored():
             network = run.model.build(len(run.data.classes)).eval()
             _converted(run.model, _exported(run.model, network, run.preprocess.size), run.preprocess.size, run)
 
@@ -90,7 +90,7 @@ def check_trace(model: ModelSpec, size: int) -> None:
     Raises BadRequest as `check` does.
     """
     if isinstance(model, External):
-        with _randomness_of_its_own():
+        with _random_state_restored():
             _checked(model, size, None, None, None)
 
 
@@ -163,7 +163,7 @@ def _check_input(model: External, network: nn.Module, size: int, classes: int | 
         given = images.clone()
         _logits(model, network, given, classes)
         if not torch.equal(images, given):
-            where = next((f": {_described(node)}" for node in _input_changes(_quietly(model, network, size))), "")
+            where = next((f": {_described(node)}" for node in _input_changes(_trace_or_none(model, network, size))), "")
             raise model.refusal(
                 f"in evaluation it changes its input in place{where}; write `x = x * 2` for `x *= 2`, and use "
                 "inplace=False in layers that take the images"
@@ -417,7 +417,7 @@ def unfinite(pictures: Images, logits: npt.NDArray[np.float32], order: Sequence[
 
 
 @contextlib.contextmanager
-def _randomness_of_its_own() -> Iterator[None]:
+def _random_state_restored() -> Iterator[None]:
     """Restore the random generators of torch, numpy and Python on exit."""
     import numpy as np
     import torch
@@ -511,7 +511,7 @@ def _exported(model: External, network: nn.Module, size: int) -> ExportedProgram
             ) from error
 
 
-def _quietly(model: External, network: nn.Module, size: int) -> ExportedProgram | None:
+def _trace_or_none(model: External, network: nn.Module, size: int) -> ExportedProgram | None:
     """Return the trace, used to name source lines in messages; None if the network cannot be traced."""
     try:
         return _exported(model, network, size)

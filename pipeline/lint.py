@@ -86,7 +86,7 @@ class Rule:
     find: Callable[[GraphModule], Iterator[Hit]]
     reason: str  # follows the details of the hits and a colon
     remedy: str
-    targets: frozenset[str] = frozenset()  # targets for which an error is an error, otherwise a warning; empty: all
+    targets: frozenset[str] = frozenset()  # targets to which `level` applies; a warning for others. Empty: all targets
 
 
 def lint(program: ExportedProgram | GraphModule, target: str | None = None) -> list[Finding]:

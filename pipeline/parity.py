@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
-# Computes the tensors with the names of the second argument in a converted graph, with every cut tensor replaced by its
-# value in the first argument.
+# Evaluates a converted graph. Takes the values of the cut tensors, and the names of the tensors to return.
 Forced = Callable[[Tensors, Collection[str]], Tensors]
 
 # Least signal-to-noise ratio in decibels of a single operator, by the float type of the graph. Operators differ in the

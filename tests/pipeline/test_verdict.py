@@ -115,7 +115,7 @@ def test_nothing_is_recommended_on_an_interval_that_holds_both_answers() -> None
     assert (found.doubt, ship) == (None, None)
     assert sentence.startswith("undecided: the speedup of int8_ptq over fp32 is ")
     # An interval as wide that lies wholly above 1 decides.
-    found = replace(found, medians_ns=found.medians_ns * [1, 0.2], _found={})
+    found = replace(found, medians_ns=found.medians_ns * [1, 0.2], _speedups={})
     assert judged([FP32, INT8], found)[0] == "int8_ptq"
 
 
