@@ -174,9 +174,9 @@ def _check_decomposed(decomposed: ExportedProgram, logits: Logits, sample: Image
         snr = snr_db(logits, decomposed.module()(torch.from_numpy(sample)).numpy())
     if snr < _DECOMPOSED_DB:
         raise CheckFailed(
-            f"not exported: the program decomposed by torch.export is {snr:.1f} dB from the original program on "
-            f"{len(sample)} images, expected at least {_DECOMPOSED_DB:.0f} dB; this is a fault of a decomposition in "
-            "torch: report the model's operators"
+            f"not exported: the program decomposed by torch.export matches the original program to {snr:.1f} dB only, "
+            f"on {len(sample)} images, expected at least {_DECOMPOSED_DB:.0f} dB; this is a fault of a decomposition "
+            "in torch: report the model's operators"
         )
 
 

@@ -112,7 +112,7 @@ class Ladder:
         if distance.exceeds:
             raise CheckFailed(
                 f"{name} does not match {self.steps[-1].name}: {distance.snr_db:.1f} dB, where two correct executions "
-                f"in {float_type} differ by {distance.noise_db:.1f} dB, and {distance.changed} of {len(self.labels)} "
+                f"in {float_type} agree to {distance.noise_db:.1f} dB, and {distance.changed} of {len(self.labels)} "
                 f"predictions changed beyond that noise ({distance.ties} ties not counted), expected at most "
                 f"{distance.allowed}; {diverging()}"
             )

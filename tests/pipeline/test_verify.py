@@ -210,7 +210,7 @@ def test_a_fault_that_no_operator_shows_is_found_end_to_end(recipe: str, shared:
     said = refused(tiny_run(recipe, WronglyFused()), shared)
     assert re.match(r"wrongly-fused does not match onnxruntime, on the export: -?\d+\.\d dB, where two correct", said)
     assert re.search(
-        r"in f32 differ by \d+\.\d dB, and \d+ of 48 predictions changed beyond that noise \(\d+ ties not", said
+        r"in f32 agree to \d+\.\d dB, and \d+ of 48 predictions changed beyond that noise \(\d+ ties not", said
     )
 
 
