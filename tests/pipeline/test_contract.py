@@ -559,7 +559,7 @@ def test_a_network_that_counts_its_queries_is_refused(tmp_path: Path) -> None:
         "self.seen += 1\nreturn self.head(f) * self.seen",
         init="self.register_buffer('seen', torch.zeros(()))",
     )
-    said = r"^in evaluation it changes its buffer `seen`; an engine keeps nothing between two queries$"
+    said = r"^in evaluation it changes its buffer `seen`; an engine keeps no state between queries$"
     assert re.search(said, refused(spec))
 
 

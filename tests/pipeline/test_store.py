@@ -514,7 +514,7 @@ def test_a_file_that_is_not_the_artifacts_is_damage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     path = store.get(toy()).path
     (path / "folder" / "more").write_text("12345")
-    assert str(store.damage(toy())) == "folder/more: expected no such file, found one of 5 bytes"
+    assert str(store.damage(toy())) == "folder/more: expected no such file, found a file of 5 bytes"
 
 
 def test_the_manifest_of_another_key_is_damage(tmp_path: Path) -> None:
