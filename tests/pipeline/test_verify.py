@@ -362,7 +362,7 @@ def test_one_image_is_always_within_the_budget(finished: Finished, wrong: int, p
     if passes:
         assert finished.verify()["top1"] == pytest.approx(100 - 100 / 48, abs=1e-3)
     else:
-        with pytest.raises(CheckFailed, match=r"loses 4\.17 points .*; 2\.08 points are allowed; the interval"):
+        with pytest.raises(CheckFailed, match=r"loses 4\.17 points .*; 2\.08 points are allowed; the budget lies in"):
             finished.verify()
 
 
