@@ -1,4 +1,4 @@
-"""The models that the pipeline knows by name."""
+"""Built-in models by name."""
 
 from models.catalog import SPECS
 from models.spec import ModelSpec

@@ -1,9 +1,9 @@
-"""What TransCNN and HAT-Net share: hierarchical multi-head self-attention (H-MHSA), in a pyramid of four stages.
+"""Shared parts of TransCNN and HAT-Net: hierarchical multi-head self-attention (H-MHSA) in a pyramid of four stages.
 
-Liu et al., arXiv 2106.03180: its version 2 is "Transformer in Convolutional Neural Networks" (TransCNN), its last one
+Liu et al., arXiv 2106.03180: version 2 is "Transformer in Convolutional Neural Networks" (TransCNN), the last version
 "Vision Transformers with Hierarchical Attention" (HAT-Net, Machine Intelligence Research 21, 2024). Details follow the
-authors' code (yun-liu/TransCNN, tags v1.0 and v2.0), whose attention has two levels; modules are named as there, so the
-checkpoints fit key by key. Stochastic depth, with which the authors train, is left out.
+authors' code (yun-liu/TransCNN, tags v1.0 and v2.0), whose attention has two levels. Modules have the same names, so
+that checkpoints load key by key. Stochastic depth, which the authors use in training, is left out.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from models._layers import attend, initialize
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """`depth` blocks on maps of `dim` channels: an attention, then an inverted residual."""
+    """A stage of `depth` blocks on feature maps of `dim` channels; a block is an attention and an inverted residual."""
 
     dim: int
     depth: int
-    attention: Callable[[int], nn.Module]  # of `dim`
+    attention: Callable[[int], nn.Module]  # takes `dim`
     expansion: int
     kernel: int
 
 
 class Pyramid(nn.Module):
-    """Images (N, 3, S, S) -> logits (N, classes): maps of side S/4, S/8, S/16 and S/32, a stage on each.
+    """Images (N, 3, S, S) -> logits (N, classes), with a stage at each of the sides S/4, S/8, S/16 and S/32.
 
-    `residual` takes channels, expansion and kernel; `downsample` takes the channels before and after. Attentions and
-    inverted residuals add their input themselves.
+    `residual` takes channels, expansion and kernel size; `downsample` takes input and output channels. Attentions and
+    inverted residuals include their skip connections.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Pyramid(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + H-MHSA(x) on maps (N, C, H, W), in two levels: attention between the pixels of each `grid` x `grid` window,
-    then of every pixel to the map averaged over `pool` x `pool` pixels. With a `grid` of 1, one attention between all
-    pixels instead.
+    """x + H-MHSA(x) on feature maps (N, C, H, W).
 
-    H and W must be multiples of `grid` and of `pool`.
+    Attention in two levels: between the pixels of each `grid` x `grid` window, then from every pixel to the map after
+    `pool` x `pool` average pooling. With a `grid` of 1, a single attention between all pixels. H and W must be
+    multiples of `grid` and of `pool`.
     """
 
     def __init__(self, dim: int, *, head_dim: int, grid: int, pool: int, norm: Callable[[int], nn.Module]) -> None:
@@ -102,7 +102,9 @@ class Attention(nn.Module):
         return x + self.proj(local + self.between(self.q(local), key, value))  # type: ignore[no-any-return]
 
     def between(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The answers (N, C, H, W) that every pixel of `query` gets from all those of `key`, which may be fewer."""
+        """Return the attention (N, C, H, W) of every pixel of `query` over all pixels of `key` and `value`, which may
+        have fewer pixels.
+        """
         _, channels, height, width = query.shape
         heads = channels // self.head_dim
         query, key, value = (
@@ -113,8 +115,8 @@ class Attention(nn.Module):
 
 
 def grid_attention(qkv: Tensor, grid: int, head_dim: int) -> Tensor:
-    """Attention between the pixels of each `grid` x `grid` window of a map (N, 3C, H, W) of queries, keys and values;
-    answers (N, C, H, W).
+    """Attention between the pixels of each `grid` x `grid` window: a map (N, 3C, H, W) of queries, keys and values ->
+    (N, C, H, W).
     """
     _, channels, height, width = qkv.shape
     heads = channels // 3 // head_dim
@@ -126,8 +128,8 @@ def grid_attention(qkv: Tensor, grid: int, head_dim: int) -> Tensor:
 
 
 def partition(x: Tensor, grid: int, head_dim: int) -> Tensor:
-    """(N, C, H, W) -> (N * heads, windows, grid * grid, head_dim), with tensors of rank 4 (the authors' has rank 8,
-    which Core ML refuses).
+    """(N, C, H, W) -> (N * heads, windows, grid * grid, head_dim), with tensors of rank 4. (The authors' code has rank
+    8, which Core ML rejects.)
     """
     _, _, height, width = x.shape
     rows, columns = height // grid, width // grid

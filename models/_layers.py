@@ -1,7 +1,8 @@
-"""Building blocks that several families share, named as timm names them so that its checkpoints fit key by key.
+"""Building blocks shared by several families, with timm's attribute names so that its checkpoints load key by key.
 
-Some have a twin for the channels form of a network: a subclass that computes the same from the same parameters, on maps
-(N, C, H, W) instead of tokens (..., length, C). `recast` turns a network of the one into a network of the other.
+Some blocks have a counterpart for the channels form of a network: a subclass with the same parameters and results that
+computes on feature maps (N, C, H, W) instead of tokens (..., length, C). `recast` converts a network from the tokens
+form to the channels form.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias -> BatchNorm -> activation (identity where `act` is None)."""
+    """Convolution without bias -> BatchNorm -> activation (identity if `act` is None)."""
 
     def __init__(
         self,
@@ -36,10 +37,10 @@ class ConvNormAct(nn.Module):
 
 
 class GlobalMean(nn.Module):
-    """The mean of every channel: (N, C, H, W) -> (N, C, 1, 1).
+    """Global average pooling: (N, C, H, W) -> (N, C, 1, 1).
 
-    As `nn.AdaptiveAvgPool2d(1)`, which after a permutation keeps its order of axes in memory: a detail that torch.onnx
-    writes into the graph, as a gather over computed indices.
+    Equal to `nn.AdaptiveAvgPool2d(1)`. After a permutation, that layer preserves the memory order of the axes, which
+    torch.onnx exports as a Gather with computed indices.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,11 +61,11 @@ class Mlp(nn.Module):
 
 
 class QueryKeyValue(nn.Linear):
-    """The three projections of an attention in one linear layer: all queries, then all keys, then all values."""
+    """Query, key and value projections in one linear layer: all queries, then all keys, then all values."""
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on tokens (N, length, dim), in rank 4 throughout."""
+    """Multi-head self-attention on tokens (N, length, dim), with tensors of rank 4 at most."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -76,16 +77,16 @@ class Attention(nn.Module):
         _, length, dim = x.shape
         parts = self.qkv(x).reshape(-1, length, 3 * self.heads, dim // self.heads).transpose(1, 2)
         query, key, value = parts.split(self.heads, 1)  # each (N, heads, length, head_dim)
-        answers = attend(query, key, value).transpose(1, 2)
-        return self.proj(answers.reshape(-1, length, dim))  # type: ignore[no-any-return]
+        attended = attend(query, key, value).transpose(1, 2)
+        return self.proj(attended.reshape(-1, length, dim))  # type: ignore[no-any-return]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of heads (N, heads, length, head_dim), `bias` (1 or N, heads, length, length) added
-    to the logits.
+    """Scaled dot-product attention of heads (N, heads, length, head_dim). `bias` (1 or N, heads, length, length) is
+    added to the attention logits.
 
-    Written out rather than called as one operator: every exporter then emits the same MatMul - Softmax - MatMul, and
-    the queries are scaled before the product, where FP16 has the room.
+    Written as separate operators, so that every exporter emits the same MatMul - Softmax - MatMul. The queries are
+    scaled before the product, which keeps it within the range of FP16.
     """
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
     if bias is not None:
@@ -95,24 +96,26 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 # --- The channels form ----------------------------------------------------------------------------------------------
 #
-# As Apple's Neural Engine computes it best (apple/ml-ane-transformers; apple/coreai-models, neural_engine_rules.md):
-# channels on axis 1, 1x1 convolutions for linear layers, three of them before attention, which is computed head by head
-# without a reshape. What depends on parameters alone, such as the reshaping of weights, is folded before export.
+# The layout that Apple recommends for the Neural Engine (apple/ml-ane-transformers; apple/coreai-models,
+# neural_engine_rules.md): channels on axis 1, 1x1 convolutions instead of linear layers, separate convolutions for
+# queries, keys and values, and attention computed head by head without a reshape. Operations on parameters only, such
+# as reshaping of weights, are folded before export.
 
 _SMALLEST_GAMMA = 2.0**-14  # the smallest normal FP16 number
 
 
 def recast(network: nn.Module, twins: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    """Give every module of `network` whose class is in `twins` the class it has there, in place: another way to compute
-    from the same parameters.
+    """Replace the class of every module of `network` by its counterpart in `twins`, in place.
+
+    The counterpart has the same parameters, but a different forward pass.
     """
     for module in network.modules():
         if twin := twins.get(type(module)):
-            module.__class__ = twin  # as torch's own lazy and parametrized modules change theirs
+            module.__class__ = twin  # torch's lazy and parametrized modules change their class in the same way
 
 
 class Pointwise(nn.Linear):
-    """A linear layer on the channels of a map (N, C, H, W), as a 1x1 convolution; on pooled images (N, C) as it was."""
+    """Linear layer on the channels of a feature map (N, C, H, W), as a 1x1 convolution; unchanged on inputs (N, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4:
@@ -121,10 +124,11 @@ class Pointwise(nn.Linear):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalization over the channels of a map (N, C, H, W), without moving them to the last axis and back.
+    """Layer normalization over the channels of a feature map (N, C, H, W), without permutations.
 
-    coremltools 9.0 makes one `layer_norm` over axis 1 of exactly these operators, in which the shift comes before the
-    scale; it would keep permutations around `functional.layer_norm`. Division by a gamma of zero is avoided.
+    coremltools 9.0 fuses exactly these operators, with the shift before the scale, to one `layer_norm` over axis 1;
+    `functional.layer_norm` would need permutations that it keeps. The magnitude of gamma is bounded below, so that the
+    shift is not divided by zero.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,14 +139,14 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ChannelProjections(QueryKeyValue):
-    """Queries, keys and values of a map as three 1x1 convolutions: (N, C, H, W) -> three of (N, dim, H, W)."""
+    """Query, key and value projections as three 1x1 convolutions: (N, C, H, W) -> three maps (N, dim, H, W)."""
 
     def forward(self, x: Tensor, scale: float) -> tuple[Tensor, ...]:  # type: ignore[override]
         return projections(x, self.weight, self.bias, scale)
 
 
 class ChannelAttention(Attention):
-    """Multi-head self-attention between the places of each row of a map (N, dim, rows, length)."""
+    """Multi-head self-attention between the positions of each row of a feature map (N, dim, rows, length)."""
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x, (x.shape[1] // self.heads) ** -0.5)
@@ -150,8 +154,10 @@ class ChannelAttention(Attention):
 
 
 def projections(x: Tensor, weight: Tensor, bias: Tensor, scale: float, runs: int = 1) -> tuple[Tensor, ...]:
-    """Queries times `scale`, keys and values of a map (N, C, H, W), each by a convolution of its own with its rows of
-    `weight` (3 * dim, C) and `bias` (3 * dim,). Those alternate in `runs` of queries, keys and values.
+    """Return queries times `scale`, keys and values of a feature map (N, C, H, W), each from a separate convolution.
+
+    The rows of `weight` (3 * dim, C) and `bias` (3 * dim,) consist of `runs` blocks, each with queries, keys and values
+    in this order.
     """
     _, channels, *_ = x.shape
     weights = weight.reshape(runs, 3, -1, channels).unbind(1)
@@ -163,33 +169,33 @@ def projections(x: Tensor, weight: Tensor, bias: Tensor, scale: float, runs: int
 
 
 def attend_by_head(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """Dot-product attention of maps (N, heads * head_dim, rows, length) between the places of a row, head by head;
-    `bias` (1 or rows, heads, length, length) is added to the logits. `query` is scaled already.
+    """Dot-product attention between the positions of each row of maps (N, heads * head_dim, rows, length), head by
+    head. `query` must be scaled. `bias` (1 or rows, heads, length, length) is added to the attention logits.
 
-    The keys of a query lie along axis 1, where the Neural Engine takes its softmax. Both products are such that Core ML
-    has them as one operator, `einsum`; they ask for one transposition, that of the keys.
+    The keys lie along axis 1 of the logits, the axis over which the Neural Engine computes a softmax best. Each product
+    is a form of `einsum` that Core ML has as a single operator; only the keys need a transposition.
     """
     head_dim = query.shape[1] // heads
     sides = ((query, 1), (key.transpose(1, 3), 3), (value, 1))
     parts = (torch.split(side, head_dim, axis) for side, axis in sides)
     biases = [None] * heads if bias is None else torch.split(bias.permute(1, 3, 0, 2), 1)  # (1, keys, rows, queries)
-    answers = []
+    attended = []
     for queries, keys, values, added in zip(*parts, biases, strict=True):
         logits = torch.einsum("nkrc,ncrq->nkrq", keys, queries)
         logits = logits if added is None else logits + added
-        answers.append(torch.einsum("ncrk,nkrq->ncrq", values, logits.softmax(1)))
-    return torch.cat(answers, 1)
+        attended.append(torch.einsum("ncrk,nkrq->ncrq", values, logits.softmax(1)))
+    return torch.cat(attended, 1)
 
 
 def initialize(model: nn.Module) -> None:
-    """Kaiming-normal convolutions (fan out), truncated-normal linear layers (variance 1 / fan-in), zero biases, unit
-    norms.
+    """Initialize convolutions (Kaiming normal, fan out) and linear layers (truncated normal, variance 1 / fan-in) with
+    zero biases. Normalization layers keep their weights of 1.
 
-    The deviation of 0.02 that vision transformers usually start from suits hundreds of inputs. It lets nothing through
-    from few, and a short training would spend its first epochs on making the weights larger.
+    The usual standard deviation of 0.02 for vision transformers suits layers with hundreds of inputs. With few inputs
+    it nearly suppresses the signal, and a short training would spend its first epochs on larger weights.
 
-    Gammas are never zero, not even on the last norm of a residual branch: conv-BN quantization-aware training
-    divides by them.
+    The last norm of a residual branch is not initialized to 0. Quantization does not depend on it: batch normalization
+    is folded before quantization-aware training, which therefore never divides by gamma (`calibration.quantize`).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,9 +1,9 @@
-"""ACmix: the same three 1x1 projections feed a convolution and an attention over 7x7 neighbourhoods, whose weighted sum
-replaces the 3x3 convolutions of a ResNet; or a convolution and the window attention of Swin.
+"""ACmix: the weighted sum of a convolution and an attention on shared 1x1 projections. In the ResNet variants it
+replaces the 3x3 convolutions, with attention over 7x7 neighbourhoods; in the Swin variants, the window attention.
 
 Pan et al., "On the Integration of Self-Attention and Convolution", CVPR 2022, arXiv 2111.14556; details as in the
-authors' code (LeapLabTHU/ACmix). Modules are named as there, so the checkpoints fit key by key. Stochastic depth, with
-which the authors train the Swin variants, is not implemented.
+authors' code (LeapLabTHU/ACmix). Modules have the same names, so that checkpoints load key by key. Stochastic depth,
+which the authors use to train the Swin variants, is not implemented.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from models.checkpoint import Format
 from models.swin import PatchEmbedding, PatchMerging, WindowAttention, merge, partition, roll, shift_mask
 
 FORMATS = (
-    # Our names, with tables that follow from window and map. Files of the ResNet variants hold weights alone.
+    # The same names, with tables that the network computes. Files of the ResNet variants hold only weights.
     Format(
         name="LeapLabTHU/ACmix, Swin-Transformer",
         signature=r"layers\.0\.blocks\.0\.attn\.relative_position_index",
@@ -28,14 +28,14 @@ FORMATS = (
     ),
 )
 
-_HEADS = 4  # of every block of the ResNet variants
-_EXPANSION = 4  # times: the outputs of a bottleneck
-_KERNEL = 3  # side of the convolution that the convolution branch amounts to
+_HEADS = 4  # in every block of the ResNet variants
+_EXPANSION = 4  # output channels of a bottleneck, relative to its inner channels
+_KERNEL = 3  # kernel size of the convolution branch
 _TAPS = _KERNEL**2
-_SIDE = 7  # of the neighbourhood that a pixel attends to in the ResNet variants
+_SIDE = 7  # side of the attention neighbourhood in the ResNet variants, in pixels
 _REACH = _SIDE // 2
 _INITIAL_RATE = 0.5
-_WIDER = 4  # times: the hidden layer of an MLP in the Swin variants
+_WIDER = 4  # hidden width of an MLP in the Swin variants, relative to its input
 _SWIN_HEADS = (3, 6, 12, 24)
 
 
@@ -60,14 +60,15 @@ def acmix_swin_small(classes: int) -> nn.Module:
 
 
 def acmix_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels: two stages, on maps of 16 and 8 pixels."""
+    """Small variant for images of 64 pixels, not from the paper: two stages, on feature maps of 16 and 8 pixels."""
     return ACmixResNet(classes, (1, 2), width=32)
 
 
 class ACmixResNet(nn.Sequential):
-    """Images (N, 3, S, S) -> logits (N, classes): a ResNet of bottlenecks with `depths` blocks a stage.
+    """Images (N, 3, S, S) -> logits (N, classes): a ResNet of bottlenecks with `depths` blocks per stage.
 
-    `width` are the channels inside the blocks of the first stage; each later stage doubles them and halves the map.
+    `width` is the number of inner channels of the blocks in the first stage; each later stage doubles it and halves the
+    resolution.
     """
 
     def __init__(self, classes: int, depths: tuple[int, ...], *, width: int = 64) -> None:
@@ -92,7 +93,7 @@ class ACmixResNet(nn.Sequential):
 
 
 class Bottleneck(nn.Module):
-    """1x1 reduce -> ACmix -> 1x1 expand with a residual, projected where the shape changes:
+    """1x1 reduce -> ACmix -> 1x1 expand, with a residual that is projected if the shape changes:
     (N, inputs, H, W) -> (N, 4 * inner, H / stride, W / stride).
     """
 
@@ -118,16 +119,17 @@ class Bottleneck(nn.Module):
 
 class ACmix(nn.Module):
     """rate1 * attention + rate2 * convolution: (N, channels, H, W) -> (N, channels, H / stride, W / stride). H and W
-    are multiples of the stride, and at least 4 for the reflection at the border.
+    are multiples of the stride, and at least 4 for the reflection padding.
 
-    The authors project three times, mix the results of each place in the heads by a 1x1 convolution (`fc`) into nine
-    taps, and add those, each shifted its way, by a grouped 3x3 convolution (`dep_conv`). What lies between two
-    convolutions is linear, so a traced network holds two: one 1x1 for all projections, and the grouped 3x3 with `fc`
-    and `rate2` inside it. Its groups want the channels in the order (place in the head, projection, head), which the
-    1x1 therefore yields, and both branches read; attention costs one transposition of its answers for that.
+    In the authors' code, three 1x1 convolutions project the input, a 1x1 convolution (`fc`) maps the projections of all
+    heads to nine taps for each index within a head, and a grouped 3x3 convolution (`dep_conv`) shifts and adds the
+    taps. `fc`, `dep_conv` and `rate2` are linear and fused, so a traced network has two convolutions: a 1x1 for all
+    projections, and a grouped 3x3. The groups of the latter need channels in the order (index within the head,
+    projection, head). The 1x1 produces this order for both branches; the result of attention is transposed once.
 
-    Of the position encoding of a neighbour less that of the pixel itself, the latter adds the same to all logits of a
-    pixel and vanishes in the softmax: what is left is subtracted from the keys before they are shifted.
+    The position encoding of a pair is the encoding of the neighbour minus that of the pixel. The latter adds the same
+    value to all logits of a pixel, which cancels in the softmax. Only the encoding of the neighbour remains; it is
+    subtracted from the keys before they are shifted.
     """
 
     def __init__(self, channels: int, *, stride: int = 1) -> None:
@@ -139,7 +141,7 @@ class ACmix(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 1)  # queries
         self.conv2 = nn.Conv2d(channels, channels, 1)  # keys
         self.conv3 = nn.Conv2d(channels, channels, 1)  # values
-        self.conv_p = nn.Conv2d(2, self.head_dim, 1)  # of the coordinates
+        self.conv_p = nn.Conv2d(2, self.head_dim, 1)  # position encoding, from coordinates
         self.fc = nn.Conv2d(3 * _HEADS, _TAPS, 1, bias=False)
         self.dep_conv = tap_convolution(channels, self.head_dim, stride)
 
@@ -149,17 +151,17 @@ class ACmix(nn.Module):
         heads = projected.reshape(-1, self.head_dim, 3 * _HEADS, height * width)
         query, key, value = torch.split(heads, _HEADS, 2)  # each (N, head_dim, heads, H * W)
         key = key - self.position(height, width, x.device)
-        # Maps again, and one query for each pixel of the result.
+        # Back to feature maps, with a query for each output pixel.
         query, key, value = (part.reshape(-1, channels, height, width) for part in (query, key, value))
         query = query[:, :, :: self.stride, :: self.stride] if self.stride > 1 else query
-        answers = neighbourhood_attention(query, key, value, stride=self.stride)
+        attended = neighbourhood_attention(query, key, value, stride=self.stride)
         convolved = functional.conv2d(
             projected, self.kernel(), stride=self.stride, padding=_KERNEL // 2, groups=self.head_dim
         )
-        return self.rate1 * answers + convolved
+        return self.rate1 * attended + convolved
 
     def projection(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of all three projections, their outputs in the order (head_dim, 3, heads)."""
+        """Return weight and bias of all three projections, with outputs in the order (head_dim, 3, heads)."""
         projections = (self.conv1, self.conv2, self.conv3)
         weight = torch.cat([projection.weight for projection in projections])
         bias = torch.cat([projection.bias for projection in projections if projection.bias is not None])
@@ -168,8 +170,8 @@ class ACmix(nn.Module):
         return weight, bias.reshape(3 * _HEADS, self.head_dim).transpose(0, 1).reshape(-1)
 
     def kernel(self) -> Tensor:
-        """The weights (channels, 3 * heads, 3, 3) of `rate2 * dep_conv(fc(x))`, each group of which yields as many
-        channels as there are heads.
+        """Return the fused weight (channels, 3 * heads, 3, 3) of `rate2 * dep_conv(fc(x))`. Each group has as many
+        output channels as there are heads.
         """
         taps = self.dep_conv.weight.reshape(-1, _TAPS, 1, _TAPS)  # (channels, taps, 1, kernel)
         mixing = self.fc.weight.reshape(1, _TAPS, 3 * _HEADS, 1)
@@ -177,7 +179,7 @@ class ACmix(nn.Module):
         return self.rate2 * fused
 
     def position(self, height: int, width: int, device: torch.device) -> Tensor:
-        """The encoding of every pixel's coordinates, which are from -1 to 1: (1, head_dim, 1, height * width)."""
+        """Return the position encoding (1, head_dim, 1, height * width) of all pixels; coordinates are from -1 to 1."""
         columns = torch.linspace(-1, 1, width, device=device).reshape(1, width)
         rows = torch.linspace(-1, 1, height, device=device).reshape(height, 1)
         right, down = torch.split(self.conv_p.weight.reshape(self.head_dim, 2, 1, 1), 1, 1)
@@ -187,32 +189,34 @@ class ACmix(nn.Module):
 
 
 def neighbourhood_attention(query: Tensor, key: Tensor, value: Tensor, *, stride: int) -> Tensor:
-    """Each pixel's attention to the 7x7 pixels around it; beyond its border the map is reflected. From keys and values
-    (N, channels, H, W) and queries (N, channels, H / stride, W / stride), all with channels in the order
-    (head_dim, heads), to (N, channels, H / stride, W / stride) in the order (heads, head_dim).
+    """Attention of each pixel to its 7x7 neighbourhood, with reflection padding. Keys and values (N, channels, H, W)
+    and queries (N, channels, H / stride, W / stride), with channels in the order (head_dim, heads) ->
+    (N, channels, H / stride, W / stride) in the order (heads, head_dim).
 
-    One row of seven neighbours at a time. All 49 at once are a third fewer operators but three times slower on a CPU,
-    for they leave the caches; one at a time are five times more operators and no faster.
+    Each row of seven neighbours is computed at once. All 49 neighbours at once need a third fewer operators, but are
+    three times slower on a CPU because they exceed the caches; single neighbours need five times more operators and are
+    not faster.
     """
     _, channels, rows, columns = query.shape
     head_dim, pixels = channels // _HEADS, rows * columns
     query = (query * head_dim**-0.5).reshape(-1, head_dim, _HEADS, pixels)
-    query = torch.cat([query] * _SIDE, 2)  # (N, head_dim, 7 * heads, pixels), as the rows of neighbours are
+    query = torch.cat([query] * _SIDE, 2)  # (N, head_dim, 7 * heads, pixels), the shape of a row of neighbours
     logits = torch.cat([(query * keys).sum(1) for keys in neighbours(key, stride)], 1)
     weights = logits.reshape(-1, _SIDE**2, _HEADS, pixels).softmax(1).reshape(-1, _SIDE, _SIDE * _HEADS, pixels)
     products = (
         shares * values for shares, values in zip(torch.split(weights, 1, 1), neighbours(value, stride), strict=True)
     )
-    answers = functools.reduce(torch.add, products)
-    answers = answers.reshape(-1, _SIDE, _HEADS, pixels).sum(1).reshape(-1, head_dim, _HEADS, pixels)
-    return answers.transpose(1, 2).reshape(-1, channels, rows, columns)
+    attended = functools.reduce(torch.add, products)
+    attended = attended.reshape(-1, _SIDE, _HEADS, pixels).sum(1).reshape(-1, head_dim, _HEADS, pixels)
+    return attended.transpose(1, 2).reshape(-1, channels, rows, columns)
 
 
 def neighbours(x: Tensor, stride: int) -> list[Tensor]:
-    """The seven rows of neighbours of every `stride`-th pixel, from three pixels above to three below: (N, channels, H,
-    W), channels in the order (head_dim, heads), to 7 x (N, head_dim, 7 * heads, H / stride * W / stride).
+    """Return the seven rows of neighbours of every `stride`-th pixel, from three pixels above to three below:
+    (N, channels, H, W) with channels in the order (head_dim, heads) ->
+    7 x (N, head_dim, 7 * heads, H / stride * W / stride).
 
-    Where the columns are shifted already, a row further down is so many pixels further on: a slice of the last axis.
+    After the columns are shifted, each row of neighbours is a slice of the flattened last axis.
     """
     _, channels, height, width = x.shape
     head_dim, tall, columns = channels // _HEADS, height + 2 * _REACH, width // stride
@@ -230,8 +234,8 @@ def neighbours(x: Tensor, stride: int) -> list[Tensor]:
 class ACmixSwin(nn.Module):
     """Images (N, 3, S, S) -> logits (N, classes); S is a multiple of 4 * 2 ** (stages - 1) * window.
 
-    `dim` are the channels of the first stage, each later one doubles them and halves the map. Every map is
-    (N, H, W, C), as the linear layers and norms want it.
+    `dim` is the number of channels of the first stage; each later stage doubles the channels and halves the resolution.
+    Feature maps are (N, H, W, C), the layout of linear layers and LayerNorm.
     """
 
     def __init__(
@@ -257,10 +261,10 @@ class ACmixSwin(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm ACmix and MLP, each with a residual, on a map (N, H, W, dim).
+    """Pre-norm ACmix and MLP, each with a residual, on a feature map (N, H, W, dim).
 
-    A shifted block computes on the rolled map, except where that is one window only. The convolution sees the rolled
-    map, too, with the border that rolling has put inside it: so do the authors' weights.
+    A shifted block computes on the rolled map, unless the map has a single window. The convolution is also applied to
+    the rolled map, across the edge inside it, as in the authors' code: their weights were trained that way.
     """
 
     def __init__(self, dim: int, heads: int, window: int, *, shifted: bool) -> None:
@@ -285,11 +289,11 @@ class Block(nn.Module):
 
 
 class WindowACmix(WindowAttention):
-    """rate1 * window attention + rate2 * convolution, on a map (N, H, W, dim). `mask` (windows, length, length) is
-    added to the logits where the windows of an image differ.
+    """rate1 * window attention + rate2 * convolution, on a feature map (N, H, W, dim). `mask` (windows, length, length)
+    is added to the attention logits in shifted blocks.
 
-    Here `fc` stays a layer of its own: it has a bias, and more heads than a 3x3 convolution of their projections could
-    have without multiplying more. The rates are parts of `proj` and `dep_conv` in a traced network.
+    `fc` is not fused into the 3x3 convolution here: it has a bias, and with this number of heads the fused convolution
+    would need more multiplications. In a traced network the rates are folded into `proj` and `dep_conv`.
     """
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
@@ -303,12 +307,14 @@ class WindowACmix(WindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         _, height, width, _ = x.shape
         projected = self.qkv(x)
-        answers = self.attended(partition(projected, self.window), mask)
-        answers = functional.linear(answers, self.rate1 * self.proj.weight, self.rate1 * self.proj.bias)
-        return merge(answers, height, width) + self.convolved(projected)
+        attended = self.attended(partition(projected, self.window), mask)
+        attended = functional.linear(attended, self.rate1 * self.proj.weight, self.rate1 * self.proj.bias)
+        return merge(attended, height, width) + self.convolved(projected)
 
     def convolved(self, projected: Tensor) -> Tensor:
-        """(N, H, W, 3 * dim) -> (N, H, W, dim): the heads of a pixel mixed into nine taps; those shifted and added."""
+        """Convolution branch: the heads of a pixel are mapped to nine taps, which are shifted and added:
+        (N, H, W, 3 * dim) -> (N, H, W, dim).
+        """
         _, height, width, _ = projected.shape
         heads = projected.reshape(-1, height * width, 3 * self.heads, self.head_dim).transpose(1, 2)
         taps = self.fc(heads).permute(0, 3, 1, 2).reshape(-1, self.head_dim * _TAPS, height, width)
@@ -318,13 +324,15 @@ class WindowACmix(WindowAttention):
 
 
 def tap_convolution(channels: int, groups: int, stride: int = 1) -> nn.Conv2d:
-    """Adds the nine taps of a 3x3 convolution; the authors' code sets the bias to nothing, not to zero."""
+    """Return the grouped convolution that shifts and adds the nine taps. It has no bias: the authors' code sets it to
+    None.
+    """
     return nn.Conv2d(_TAPS * groups, channels, _KERNEL, stride, _KERNEL // 2, groups=groups, bias=False)
 
 
 def shift_taps(model: nn.Module) -> None:
-    """Start each tap as the shift that makes nine of them a convolution, as the paper has it. (In the authors' ResNet,
-    unlike their Swin, the general initialisation of convolutions comes later and undoes this.)
+    """Initialize each tap with its shift, so that the nine taps form a 3x3 convolution, as in the paper. (In the
+    authors' ResNet, unlike their Swin, the general initialization of convolutions runs later and overwrites this.)
     """
     for module in model.modules():
         if isinstance(module, ACmix | WindowACmix):

@@ -1,7 +1,7 @@
-"""Every model variant and the figures published for it. A new variant is one entry here; a new family, one file beside
-this one that defines its networks.
+"""Catalog of all built-in models with their published figures. To add a variant, add an entry here; to add a family,
+add a module beside this file that defines its networks.
 
-Parameters and MACs are those of the authors' definition (checked by tests against the networks); top-1 is quoted.
+Parameters and MACs follow the authors' definitions and are checked by tests against the networks; top-1 is quoted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _mini(
     *,
     forms: tuple[Form, ...] = ("tokens",),
 ) -> ModelSpec:
-    """A variant of our own for small images, called after its family."""
+    """Return the spec of a small variant for small images, not from the paper; its name starts with the family."""
     return ModelSpec(
         name=name,
         network=f"models.{name.partition('_')[0]}:{name}",
@@ -47,9 +47,9 @@ def _mobilevit() -> Iterator[ModelSpec]:
         yield ModelSpec(
             name=name,
             network=f"models.mobilevit:{name}",
-            # The published checkpoints expect [0, 1] pixels: no mean, no deviation.
+            # The published checkpoints expect pixels in [0, 1], without subtraction of a mean or division by a std.
             preprocess=Preprocess(size=256, crop=0.9, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
-            # Three of the five stages cut their map into 2x2 patches, the last of them at 1/32 of the input.
+            # Three of the five stages divide their feature map into 2x2 patches, the last at 1/32 of the input.
             sizes=Sizes(multiple_of=64, minimum=64),
             parameters=parameters,
             macs=macs,
@@ -61,7 +61,8 @@ def _mobilevit() -> Iterator[ModelSpec]:
 
 
 def _mobilenetv2() -> Iterator[ModelSpec]:
-    # The last column: the tag of timm's weights; without one, the accuracy is that of keras.applications.mobilenet_v2.
+    # The last column is the tag of timm's weights; without a tag, the accuracy is that of
+    # keras.applications.mobilenet_v2.
     figures = (
         ("mobilenetv2_035", 1_677_128, 59_285_808, 60.3, None),
         ("mobilenetv2_050", 1_968_680, 97_131_840, 65.93, "lamb_in1k"),
@@ -130,8 +131,8 @@ def _coatnet() -> Iterator[ModelSpec]:
             preprocess=Preprocess(size=224, crop=0.95, mean=half, std=half)
             if weights and name != "coatnet_bn_0_rw"
             else Preprocess(size=224, crop=0.95),
-            # Five strides of 2. 512 is the paper's largest; the relative biases grow with the fourth power of the side,
-            # and with them the two largest would pass the 2 GiB that an ONNX file can hold.
+            # Five strides of 2. 512 is the paper's largest size. Relative biases grow with the fourth power of the
+            # side: at larger sizes, the two largest models would exceed the 2 GiB limit of an ONNX file.
             sizes=Sizes(multiple_of=32, minimum=32, maximum=384 if name in ("coatnet_3", "coatnet_4") else 512),
             parameters=parameters,
             macs=macs,
@@ -161,7 +162,7 @@ def _conformer() -> Iterator[ModelSpec]:
             name=name,
             network=f"models.conformer:{name}",
             preprocess=Preprocess(size=224, crop=0.875),
-            sizes=Sizes(multiple_of=16, minimum=16),  # the side of a token, which one pixel of the last stage matches
+            sizes=Sizes(multiple_of=16, minimum=16),  # the side of a token, one pixel of the last stage
             parameters=parameters,
             macs=macs,
             top1=top1,
@@ -209,7 +210,7 @@ def _hatnet() -> Iterator[ModelSpec]:
             name=name,
             network=f"models.hatnet:{name}",
             preprocess=Preprocess(size=224, crop=0.875),
-            # Windows of 7 pixels divide the map at 1/16 of the input, reductions by 8 the one at 1/4.
+            # Windows of 7 pixels must divide the map at 1/16 of the input, pooling by 8 the map at 1/4.
             sizes=Sizes(multiple_of=224, minimum=224),
             parameters=parameters,
             macs=macs,
@@ -220,7 +221,8 @@ def _hatnet() -> Iterator[ModelSpec]:
 
 
 def _swin() -> Iterator[ModelSpec]:
-    # The weights that published quantized results start from: the small ones trained on ImageNet-1k alone.
+    # The weights from which published quantized results start; those of the small models are trained on ImageNet-1k
+    # only.
     small, large = "ms_in1k", "ms_in22k_ft_in1k"
     figures = (
         ("swin_tiny", 224, "tiny_patch4_window7_224", small, 28_288_354, 4_490_566_656, 81.39),
@@ -235,7 +237,7 @@ def _swin() -> Iterator[ModelSpec]:
             name=name,
             network=f"models.swin:{name}",
             preprocess=Preprocess(size=size, crop=1.0 if size == 384 else 0.9),
-            # Windows of 7 (12) tokens must divide the map at 1/32 of the input, too.
+            # Windows of 7 (12) tokens must divide the map at 1/32 of the input as well.
             sizes=Sizes(multiple_of=size, minimum=size),
             parameters=parameters,
             macs=macs,
@@ -255,19 +257,19 @@ def _swin() -> Iterator[ModelSpec]:
 
 
 def _acmix() -> Iterator[ModelSpec]:
-    # As the authors tested each: with torchvision's defaults, and as Swin.
+    # Preprocessing of the authors' evaluation: torchvision's defaults for ResNets, that of Swin for the Swin variants.
     resnet, swin = Preprocess(size=224, interpolation="bilinear"), Preprocess(size=224)
     figures = (
-        # Three strides of 2 inside; on no map of less than 4 pixels can a border of 3 be reflected.
+        # Five strides of 2; reflection padding of 3 pixels needs a feature map of at least 4 pixels.
         ("acmix_resnet26", Sizes(multiple_of=32, minimum=64), resnet, 10_487_816, 2_140_248_064, 76.1),
         ("acmix_resnet38", Sizes(multiple_of=32, minimum=128), resnet, 14_410_896, 2_746_073_088, 77.4),
         ("acmix_resnet50", Sizes(multiple_of=32, minimum=128), resnet, 18_333_976, 3_351_898_112, 77.8),
-        # Windows of 7 tokens must divide the map at 1/32 of the input, too.
+        # Windows of 7 tokens must divide the map at 1/32 of the input as well.
         ("acmix_swin_tiny", Sizes(multiple_of=224, minimum=224), swin, 28_649_908, 4_645_008_384, 81.9),
         ("acmix_swin_small", Sizes(multiple_of=224, minimum=224), swin, 50_345_080, 8_992_859_136, 83.5),
     )
     for name, sizes, preprocess, parameters, macs, top1 in figures:
-        # The products of the ResNets' attention (61, 98 and 135 M) are element-wise and not among `macs`.
+        # `macs` do not include the products of the ResNets' attention (61, 98 and 135 M), which are element-wise.
         yield ModelSpec(
             name=name,
             network=f"models.acmix:{name}",

@@ -1,4 +1,4 @@
-"""Weights from a file that somebody gives us: read without running any code in it, and checked before they are used."""
+"""Checkpoints: read weights from a file without running code in it, and check them before they are loaded."""
 
 from __future__ import annotations
 
@@ -14,46 +14,47 @@ from models.errors import BadRequest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# How plain pickles begin; PyTorch's own old format has protocol 2, its new one is a zip file.
+# First bytes of plain pickles. PyTorch's old format has protocol 2; its new format is a zip file.
 _PLAIN_PICKLES = (b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# What torch's restricted unpickler says where a file wants more than tensors and plain containers.
+# Messages of torch's restricted unpickler for a file with objects other than tensors and plain containers.
 _REFUSALS = ("Unsupported global", "unsupported GLOBAL", "allowlisted", "reduce for unrecognized function")
 
-# Keys under which training scripts keep the weights, in order of preference.
+# Keys under which training scripts store the weights, in order of preference.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "module", "params")
-# Such as `model_ema`, `ema_state_dict`, `swa_model`: running means of the weights of many steps. They are often better,
-# and far worse early in a training, so they are never taken where plain weights lie beside them.
+# Running averages of the weights over many steps, such as `model_ema`, `ema_state_dict`, `swa_model`. They are often
+# better, but far worse early in a training, so they are never chosen if the file also holds plain weights.
 _AVERAGED = re.compile(r"(?:^|[^a-z])(?:ema|swa|avg|averaged?|shadow)(?:[^a-z]|$)", re.I)
-_DEEPEST = 2  # levels of dictionaries in a file that are searched for weights
+_DEEPEST = 2  # levels of nested dictionaries in a file that are searched for weights
 
-# Segments that wrappers of modules put into keys, wherever they stand: torch.compile, FSDP, activation checkpointing.
+# Segments that module wrappers insert anywhere in keys: torch.compile, FSDP, activation checkpointing.
 _INSERTED = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Prefixes that hold the network where a file also has tensors of something else: PyTorch Lightning's modules.
+# Prefixes of the network in files that also hold other tensors, such as those of PyTorch Lightning modules.
 _HOLDERS = ("model.", "net.", "network.", "module.", "backbone.", "classifier.", "encoder.", "student.")
-# No weights: the counter of torch.optim.swa_utils, the counters of thop.
+# Tensors that are not weights: the counter of torch.optim.swa_utils, the counters of thop.
 _COUNTERS = re.compile(r"n_averaged|(?:.*\.)?(?:total_ops|total_params)")
 
-# A file may hold tied weights and views of one buffer: all tensors together may have this many times the bytes stored.
+# Largest ratio of the bytes of all tensors to the bytes stored: tied weights and views of one buffer share storage.
 _SHARING = 8
-_INFLATION, _SMALL_FILE = 2, 2**20  # of a zip file: entries in bytes by the file's own, and bytes that are always fine
-_LISTED = 3  # keys in a sentence
-_LONGEST_KEY = 80  # letters of a key in a sentence
+# Largest ratio of the uncompressed to the compressed size of a zip file, and bytes that are always accepted.
+_INFLATION, _SMALL_FILE = 2, 2**20
+_LISTED = 3  # keys that a message lists
+_LONGEST_KEY = 80  # characters of a key in a message
 
 _PLAIN_TYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """How others name, and sometimes lay out, the tensors of a family that we know by other names.
+    """Third-party checkpoint format of a family: its tensor names, and where necessary its tensor layout.
 
-    A checkpoint is of this format where one of its keys matches `signature` as a whole.
+    A checkpoint has this format if one of its keys fully matches `signature`.
     """
 
-    name: str  # the repository that it comes from
+    name: str  # source repository
     signature: str
     renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): `re.sub` of each in turn, on every key
-    ignored: str | None = None  # keys that match as a whole hold no weight: tables and masks that we compute
-    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # of the renamed tensors, keeping shapes
+    ignored: str | None = None  # full match of keys that are not weights: tables and masks that the network computes
+    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # maps the renamed tensors, keeping shapes
 
     def renamed(self, key: str) -> str:
         for pattern, replacement in self.renames:
@@ -63,25 +64,25 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """The weights in a file."""
+    """Weights read from a file."""
 
     tensors: dict[str, Tensor]
-    key: str = ""  # under which the file keeps them; "": at its top
+    key: str = ""  # key of the state dict in the file; "": the top level
     others: tuple[str, ...] = ()  # keys of other state dicts in the file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """What of a file went into a model."""
+    """Result of loading a file into a model."""
 
     file: str
     tensors: int
-    fresh: tuple[str, ...] = ()  # keys that were left as they were, being for another number of classes
+    fresh: tuple[str, ...] = ()  # keys that were not loaded, because the file has another number of classes
     key: str = ""
     others: tuple[str, ...] = ()
-    prefix: str = ""  # taken off every key
+    prefix: str = ""  # removed from every key
     passed_over: tuple[str, ...] = ()  # keys outside `prefix`
-    format: str = ""  # whose names it has; "": ours
+    format: str = ""  # name of the third-party format; "": Edgeline's names
 
     def __str__(self) -> str:
         parts = [f"loaded {self.tensors} tensors of {self.file}"]
@@ -101,43 +102,43 @@ class Loaded:
 
 
 def split(text: str) -> tuple[str, str]:
-    """The file and the key in `file#key`; a file whose own name has a `#` is taken as it is."""
+    """Split `file#key` into file and key; an existing file with a `#` in its name is not split."""
     file, _, key = text.rpartition("#")
-    # Not Path.is_file, which raises where the name is too long.
+    # Not Path.is_file, which raises an exception if the name is too long.
     return (file, key) if file and key and not os.path.isfile(os.path.expanduser(text)) else (text, "")  # noqa: PTH111, PTH113
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of `stored(path)`, by name."""
+    """Return the tensors of `stored(path)` by name."""
     return stored(path).tensors
 
 
 def stored(path: Path, key: str = "") -> Stored:
-    """The weights of a checkpoint: safetensors, or a PyTorch file loaded with `weights_only=True`. `key` names the
-    state dict of a PyTorch file that holds several; otherwise plain weights are preferred to averaged ones.
+    """Read the weights of a checkpoint: safetensors, or a PyTorch file, loaded with `weights_only=True`.
 
-    Raises BadRequest where the file is missing, damaged, would have to run code to be read, inflates beyond its size,
-    or holds no plain finite numbers, and where it has no `key`.
+    `key` selects the state dict of a PyTorch file with several; by default, plain weights are preferred to averaged
+    weights. Raises BadRequest if the file is missing or damaged, could only be read by running code, decompresses far
+    beyond its size, has no `key`, or holds tensors that are not plain finite numbers.
     """
     if not path.is_file():
         raise BadRequest(f"WEIGHTS={path}: there is no such file; give a .safetensors, .pt or .pth checkpoint")
     if path.suffix.lower() == ".safetensors":
         if key:
             raise BadRequest(f"WEIGHTS={path}#{key}: a safetensors file holds one state dict; leave `#{key}` out")
-        found = Stored(tensors=_safetensors(path))
+        weights = Stored(tensors=_safetensors(path))
     else:
-        found = _torch(path, key)
-    for name, tensor in found.tensors.items():
+        weights = _torch(path, key)
+    for name, tensor in weights.tensors.items():
         _check_kind(name, tensor, path)
-    _check_bytes(found.tensors, path)
-    for name, tensor in found.tensors.items():
+    _check_bytes(weights.tensors, path)
+    for name, tensor in weights.tensors.items():
         _check_numbers(name, tensor, path)
-    return found
+    return weights
 
 
 def recognised(keys: Collection[str], formats: Sequence[Format]) -> Format | None:
-    """The format that a checkpoint with these keys has; None where it has our own names, or nobody's."""
-    return next((found for found in formats if any(re.fullmatch(found.signature, key) for key in keys)), None)
+    """Return the third-party format of a checkpoint with these keys; None if none of `formats` matches."""
+    return next((each for each in formats if any(re.fullmatch(each.signature, key) for key in keys)), None)
 
 
 def load(
@@ -148,9 +149,8 @@ def load(
     formats: Sequence[Format] = (),
     head: Callable[[], Collection[str]] = frozenset,
 ) -> Loaded:
-    """Read a file and put it into `model`. Raises BadRequest as `stored` and `load_into` do."""
-    found = stored(path, key)
-    return _load(model, found, path, formats, head)
+    """Read a file and load it into `model`. Raises BadRequest as `stored` and `load_into` do."""
+    return _load(model, stored(path, key), path, formats, head)
 
 
 def load_into(
@@ -161,29 +161,29 @@ def load_into(
     formats: Sequence[Format] = (),
     head: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Put `state`, in one of `formats` or with our names, into `model`. Every key must be there with its shape, except
-    that those of `head` may be for another number of classes and are then left as they are. Returns the keys so left:
-    they are still random and want training.
+    """Load `state`, in one of `formats` or with Edgeline's names, into `model`.
 
-    A prefix of all keys is taken off where they fit the model without it and not with it. A tensor that the model has
-    under several names may be there under one of them.
+    Every key of the model must be present with its shape. The keys of `head` may have another number of classes: they
+    are then not loaded, and returned, as they are still random and need training. A common prefix of all keys is
+    removed if the keys match the model only without it. A tied tensor may be present under any of its names.
 
-    Raises BadRequest naming the first keys that do not fit.
+    Raises BadRequest with the first keys that do not match.
     """
     return _load(model, Stored(tensors=state), path, formats, lambda: head).fresh
 
 
 def _load(
-    model: nn.Module, found: Stored, path: Path, formats: Sequence[Format], head: Callable[[], Collection[str]]
+    model: nn.Module, weights: Stored, path: Path, formats: Sequence[Format], head: Callable[[], Collection[str]]
 ) -> Loaded:
     expected = model.state_dict()
-    match = _matched(found, expected, formats, path)
-    tensors = {name: found.tensors[key] for name, key in match.named.items() if name in expected}
+    match = _matched(weights, expected, formats, path)
+    tensors = {name: weights.tensors[key] for name, key in match.named.items() if name in expected}
     kind = match.kind
-    bent = {name for name in tensors if expected[name].shape != tensors[name].shape}
-    ends = head() if bent else ()
-    fresh = set(ends) if bent and bent <= set(ends) and _has_other_classes(tensors, expected, ends) else set()
-    for name in sorted(bent - fresh):
+    mismatched = {name for name in tensors if expected[name].shape != tensors[name].shape}
+    ends = head() if mismatched else ()
+    other_classes = mismatched and mismatched <= set(ends) and _has_other_classes(tensors, expected, ends)
+    fresh = set(ends) if other_classes else set()
+    for name in sorted(mismatched - fresh):
         raise BadRequest(
             f"WEIGHTS={path}{kind}: `{_shown(match.named[name])}` has shape {tuple(tensors[name].shape)}, this model "
             f"expects {tuple(expected[name].shape)}; check MODEL"
@@ -192,7 +192,7 @@ def _load(
         if expected[name].is_floating_point() and not tensors[name].is_floating_point():
             raise BadRequest(
                 f"WEIGHTS={path}{kind}: `{_shown(match.named[name])}` holds {tensors[name].dtype}, expected "
-                "floating-point numbers; give the weights before they were quantized"
+                "floating-point numbers; give the weights before quantization"
             )
     if match.format and match.format.adapt:
         tensors = match.format.adapt(tensors)
@@ -202,8 +202,8 @@ def _load(
         file=str(path),
         tensors=len(tensors) - len(fresh),
         fresh=tuple(sorted(fresh)),
-        key=found.key,
-        others=found.others,
+        key=weights.key,
+        others=weights.others,
         prefix=match.prefix,
         passed_over=match.passed_over,
         format=match.format.name if match.format else "",
@@ -212,11 +212,11 @@ def _load(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Match:
-    """The keys of a file by the names in a model, with `prefix` taken off."""
+    """Mapping of the keys of a file to the names in a model, with `prefix` removed."""
 
-    named: dict[str, str]
+    named: dict[str, str]  # key in the file by name in the model
     missing: tuple[str, ...]
-    extra: tuple[str, ...]  # as the file has them
+    extra: tuple[str, ...]  # keys of the file
     prefix: str = ""
     passed_over: tuple[str, ...] = ()
     format: Format | None = None
@@ -230,30 +230,32 @@ class _Match:
         return f" (in the format of {self.format.name})" if self.format else ""
 
 
-def _matched(found: Stored, expected: Mapping[str, Tensor], formats: Sequence[Format], path: Path) -> _Match:
-    """The way of reading the keys of a file that fits a model. Raises BadRequest where there is none, naming keys of
-    the way that comes nearest.
+def _matched(weights: Stored, expected: Mapping[str, Tensor], formats: Sequence[Format], path: Path) -> _Match:
+    """Return the first interpretation of the keys of a file that matches a model.
+
+    Raises BadRequest if there is none, with keys of the closest interpretation.
     """
     matches = []
-    for prefix, keys in _readings(found.tensors):
-        matches.append(_match(prefix, keys, found.tensors, expected, formats, path))
+    for prefix, keys in _readings(weights.tensors):
+        matches.append(_match(prefix, keys, weights.tensors, expected, formats, path))
         if matches[-1].fits:
             return matches[-1]
     best = min(matches, key=lambda match: (len(match.missing), len(match.extra)))
-    here = ", as named here" if best.format and best.format.renames else ""
-    lacks, names, whose = ("lacks", best.missing, here) if best.missing else ("has unknown", best.extra, "")
-    where = f" under `{_shown(found.key)}`" if found.key else ""
-    others = f" (the file also holds {_listed(found.others)})" if found.others else ""
+    here = ", in Edgeline's names" if best.format and best.format.renames else ""
+    lacks, names, naming = ("lacks", best.missing, here) if best.missing else ("has unknown", best.extra, "")
+    where = f" under `{_shown(weights.key)}`" if weights.key else ""
+    others = f" (the file also holds {_listed(weights.others)})" if weights.others else ""
     raise BadRequest(
-        f"WEIGHTS={path}{best.kind} is not a checkpoint of this model: it {lacks} {_listed(names, ticks=False)}{whose}"
-        f"; it holds {len(found.tensors)} tensors{where}: {_listed(found.tensors)}{others}; check MODEL"
+        f"WEIGHTS={path}{best.kind} is not a checkpoint of this model: it {lacks} {_listed(names, ticks=False)}{naming}"
+        f"; it holds {len(weights.tensors)} tensors{where}: {_listed(weights.tensors)}{others}; check MODEL"
     )
 
 
 def _readings(tensors: Collection[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The ways to read the keys of a file: as they are, then without each prefix that all of them share, without what
-    wrappers insert, and without the prefix of the part that is the network. A way: the prefix that is taken off, and
-    the keys of the file by what is left.
+    """Yield the interpretations of the keys of a file: the removed prefix, and the keys by their remaining names.
+
+    In order: unchanged, without each common prefix, without the segments that wrappers insert, and only the keys below
+    the prefix of the network, without it.
     """
     keys = [key for key in tensors if not _COUNTERS.fullmatch(key)]
     yield "", {key: key for key in keys}
@@ -275,9 +277,9 @@ def _readings(tensors: Collection[str]) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _common_segment(keys: Collection[str], prefix: str) -> str:
-    """`prefix` with the next segment of all `keys`, where it is the same and something follows it; otherwise ""."""
-    found = {key[: key.find(".", len(prefix)) + 1] for key in keys}
-    (common,) = found if len(found) == 1 else ("",)
+    """Return `prefix` extended by the next segment if all `keys` share it and it is not their last; otherwise ""."""
+    prefixes = {key[: key.find(".", len(prefix)) + 1] for key in keys}
+    (common,) = prefixes if len(prefixes) == 1 else ("",)
     return common if len(common) > len(prefix) else ""
 
 
@@ -289,9 +291,9 @@ def _match(
     formats: Sequence[Format],
     path: Path,
 ) -> _Match:
-    found = recognised(keys, formats)
-    learned = [name for name in keys if not (found and _ignored(name, found))]
-    named = {new: keys[name] for new, name in _renamed(learned, found.renamed if found else str, path).items()}
+    format_ = recognised(keys, formats)
+    learned = [name for name in keys if not (format_ and _ignored(name, format_))]
+    named = {new: keys[name] for new, name in _renamed(learned, format_.renamed if format_ else str, path).items()}
     twins = _twins(expected)
     missing = [
         name
@@ -307,12 +309,12 @@ def _match(
         extra=tuple(sorted(named[name] for name in named.keys() - expected.keys())),
         prefix=prefix,
         passed_over=tuple(key for key in tensors if key not in inside and not _COUNTERS.fullmatch(key)),
-        format=found,
+        format=format_,
     )
 
 
 def _twins(expected: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """The names of a model that stand for one tensor, by each of them: safetensors' `save_model` keeps one."""
+    """Return all names of each tied tensor of a model, by each name: `save_model` of safetensors stores one of them."""
     places: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in expected.items():
         if tensor.numel() and not tensor.is_meta:
@@ -322,7 +324,7 @@ def _twins(expected: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
 
 
 def _check_tied(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raises BadRequest where names that stand for one tensor of the model come with different values."""
+    """Raise BadRequest if the file has different values for the names of a tied tensor of the model."""
     import torch
 
     for name, twins in _twins(expected).items():
@@ -330,13 +332,13 @@ def _check_tied(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
             both = name in tensors and twin in tensors and name < twin
             if both and not torch.equal(tensors[name].float(), tensors[twin].float()):
                 raise BadRequest(
-                    f"WEIGHTS={path}: `{_shown(name)}` and `{_shown(twin)}` differ, and are one tensor in this model; "
-                    "check MODEL"
+                    f"WEIGHTS={path}: `{_shown(name)}` and `{_shown(twin)}` differ, but are the same tensor in this "
+                    "model; check MODEL"
                 )
 
 
 def _renamed(keys: Iterable[str], rename: Callable[[str], str], path: Path) -> dict[str, str]:
-    """The keys of a file by their new names. Raises BadRequest where two would have the same."""
+    """Return the keys of a file by their new names. Raises BadRequest if two keys get the same name."""
     named: dict[str, str] = {}
     for key in keys:
         name = rename(key)
@@ -349,16 +351,17 @@ def _renamed(keys: Iterable[str], rename: Callable[[str], str], path: Path) -> d
 
 
 def _has_other_classes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: Collection[str]) -> bool:
-    """Whether the head is one of this model, whole, for some other number of classes."""
+    """Return whether the file has the complete head of this model, for another number of classes."""
     shapes = [(tensors[name].shape, expected[name].shape) for name in head]
-    counts = {found[:1] for found, _ in shapes}
+    counts = {stored_shape[:1] for stored_shape, _ in shapes}
     return len(counts) == 1 and all(
-        len(found) == len(wanted) and found[1:] == wanted[1:] and found[0] > 0 for found, wanted in shapes
+        len(shape) == len(model_shape) and shape[1:] == model_shape[1:] and shape[0] > 0
+        for shape, model_shape in shapes
     )
 
 
 def _check_kind(name: str, tensor: Tensor, path: Path) -> None:
-    """Raises BadRequest where a tensor is not one of plain numbers, each of them in the file."""
+    """Raise BadRequest if a tensor is not a dense tensor of plain numbers with every element stored in the file."""
     import torch
 
     plain = not tensor.is_nested and tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
@@ -369,36 +372,37 @@ def _check_kind(name: str, tensor: Tensor, path: Path) -> None:
         )
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise BadRequest(
-            f"WEIGHTS={path}: `{_shown(name)}` of shape {tuple(tensor.shape)} repeats fewer numbers that are stored; "
-            "save `tensor.contiguous()`"
+            f"WEIGHTS={path}: `{_shown(name)}` of shape {tuple(tensor.shape)} is an expanded view with fewer numbers "
+            "stored; save `tensor.contiguous()`"
         )
 
 
 def _check_bytes(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises BadRequest where many tensors are views of few numbers: together they would take memory without bound."""
+    """Raise BadRequest if many tensors are views of little storage: copies of them would take unbounded memory."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     shown = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if shown > _SHARING * sum(storages.values()) + _SMALL_FILE:
         raise BadRequest(
             f"WEIGHTS={path}: its {len(tensors)} tensors have {shown / 1e6:.0f} MB and share "
-            f"{sum(storages.values()) / 1e6:.0f} MB that are stored; save a copy of each, `tensor.clone()`"
+            f"{sum(storages.values()) / 1e6:.0f} MB of storage; save a copy of each, `tensor.clone()`"
         )
 
 
 def _check_numbers(name: str, tensor: Tensor, path: Path) -> None:
-    """Raises BadRequest where a tensor holds numbers that are not finite as float32."""
+    """Raise BadRequest if a tensor holds values that are not finite as float32."""
     if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
         raise BadRequest(
-            f"WEIGHTS={path}: `{_shown(name)}` holds NaN or infinite values; the training diverged, use an earlier one"
+            f"WEIGHTS={path}: `{_shown(name)}` holds NaN or infinite values; the training diverged: use an earlier "
+            "checkpoint"
         )
 
 
-def _ignored(key: str, found: Format) -> bool:
-    return found.ignored is not None and re.fullmatch(found.ignored, key) is not None
+def _ignored(key: str, format_: Format) -> bool:
+    return format_.ignored is not None and re.fullmatch(format_.ignored, key) is not None
 
 
 def _listed(names: Collection[str], *, ticks: bool = True) -> str:
-    """The first few of `names`, and how many more there are."""
+    """Format the first few of `names` and the number of further names."""
     tick = "`" if ticks else ""
     shown = [f"{tick}{_shown(name)}{tick}" for name, _ in zip(names, range(_LISTED), strict=False)]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -406,7 +410,7 @@ def _listed(names: Collection[str], *, ticks: bool = True) -> str:
 
 
 def _shown(key: str) -> str:
-    """A key of a foreign file as a terminal may show it."""
+    """Format a key for a terminal: shortened, with unprintable characters replaced."""
     text = "".join(letter if letter.isprintable() else "?" for letter in key[:_LONGEST_KEY])
     return text + "..." * (len(key) > _LONGEST_KEY)
 
@@ -416,10 +420,10 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
-    except OSError:  # of the system, with the file's name
+    except OSError:  # its message has the file's name
         raise
-    except Exception as error:  # SafetensorError, and KeyError for a type of numbers that torch does not have
-        raise BadRequest(f"WEIGHTS={path} is not a whole safetensors file ({error}); copy it again") from error
+    except Exception as error:  # SafetensorError, and KeyError for a number type that torch does not have
+        raise BadRequest(f"WEIGHTS={path} is not a complete safetensors file ({error}); copy it again") from error
 
 
 def _torch(path: Path, key: str) -> Stored:
@@ -429,62 +433,65 @@ def _torch(path: Path, key: str) -> Stored:
     import torch
 
     refused = BadRequest(
-        f"WEIGHTS={path} holds pickled Python objects, which could run code when loaded, and is refused; save "
-        "model.state_dict() alone, or convert it to safetensors where you trust it"
+        f"WEIGHTS={path} holds pickled Python objects, which could run code when loaded, and is refused; save only "
+        "model.state_dict(), or convert it to safetensors on a machine where you trust it"
     )
     with path.open("rb") as file:
         if file.read(2) in _PLAIN_PICKLES:
             raise refused
     _check_inflation(path)
     try:
-        # Training scripts save their options beside the weights: an object that holds values and runs nothing.
+        # Training scripts save their options beside the weights as a Namespace, which holds values and runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    # The unpickler trusts its input to be well-formed: damage and foreign files surface as whatever it trips over
-    # (EOFError, KeyError, IndexError, struct.error, AssertionError, ... were all seen).
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # The unpickler expects well-formed input: damaged and unrelated files raise many types of exceptions (EOFError,
+    # KeyError, IndexError, struct.error, AssertionError and others were observed).
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and any(refusal in str(error) for refusal in _REFUSALS):
             raise refused from error
-        raise BadRequest(f"WEIGHTS={path} is not a PyTorch checkpoint, or a damaged one; copy it again") from error
-    return _chosen(dict(_states(found)), key, path)
+        raise BadRequest(f"WEIGHTS={path} is not a PyTorch checkpoint, or is damaged; copy it again") from error
+    return _chosen(dict(_states(content)), key, path)
 
 
 def _check_inflation(path: Path) -> None:
-    """Raises BadRequest where a zip file says that it holds much more than its own size: torch.save compresses nothing,
-    and torch.load would unpack it all.
+    """Raise BadRequest if the entries of a zip file are much larger than the file: torch.save does not compress, and
+    torch.load would decompress all of it into memory.
     """
     import zipfile
 
     try:
         with zipfile.ZipFile(path) as archive:
             inflated = sum(entry.file_size for entry in archive.infolist())
-    except Exception:  # no zip file, or a damaged one: torch.load has the word
+    except Exception:  # not a zip file, or damaged: torch.load reports it
         return
     size = path.stat().st_size
     if inflated > _INFLATION * size + _SMALL_FILE:
         raise BadRequest(
             f"WEIGHTS={path} is a compressed zip file of {size / 1e6:.1f} MB that would become {inflated / 1e6:.0f} "
-            "MB; save it with torch.save, which compresses nothing"
+            "MB; save it with torch.save, which does not compress"
         )
 
 
-def _states(found: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The state dicts in what a file holds, by their keys with points between them; "" is the file itself."""
+def _states(content: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the state dicts in the content of a file, each with its dotted key path; "" is the top level."""
     import torch
 
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         return
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
-    # At the top, and under a name of weights, other values may lie beside tensors: counters, options, extra state.
-    if tensors and (len(tensors) == len(found) or not path or path in _WRAPPERS):
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    # At the top level, and under a usual key, other values may be mixed with tensors: counters, options, extra state.
+    if tensors and (len(tensors) == len(content) or not path or path in _WRAPPERS):
         yield path, tensors
-    for name, value in found.items() if depth < _DEEPEST else ():
+    for name, value in content.items() if depth < _DEEPEST else ():
         if isinstance(name, str) and isinstance(value, dict):
             yield from _states(value, f"{path}.{name}" if path else name, depth + 1)
 
 
 def _chosen(states: Mapping[str, dict[str, Tensor]], key: str, path: Path) -> Stored:
-    """The state dict under `key`, otherwise the one that holds the weights."""
+    """Return the state dict under `key`; without `key`, the state dict that holds the weights.
+
+    Raises BadRequest if `key` is unknown, if there is no state dict, or if several are equally plausible.
+    """
     if key and key not in states:
         listed = _listed([name for name in states if name]) or "no state dict under any key"
         raise BadRequest(f"WEIGHTS={path}#{key}: the file has no weights under `{key}`; it holds {listed}")
@@ -495,9 +502,9 @@ def _chosen(states: Mapping[str, dict[str, Tensor]], key: str, path: Path) -> St
     averaged = [name for name in states if _AVERAGED.search(name)]
     if not key and not usual and "" not in states and len(plain) > 1:
         raise BadRequest(
-            f"WEIGHTS={path} holds several state dicts: {_listed(plain)}; name one, as in WEIGHTS={path}#{plain[0]}"
+            f"WEIGHTS={path} holds several state dicts: {_listed(plain)}; choose one, as in WEIGHTS={path}#{plain[0]}"
         )
     chosen = key or next(iter(usual or [name for name in states if not name] or plain or averaged))
-    size = len(states[chosen]) / 2  # fewer tensors are no network of this kind: moments of an optimizer, a loss
+    size = len(states[chosen]) / 2  # state dicts with fewer tensors are not networks: optimizer moments, a loss
     others = tuple(name for name in (*plain, *averaged) if name != chosen and len(states[name]) >= size)
     return Stored(tensors=states[chosen], key=chosen, others=others)

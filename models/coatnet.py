@@ -1,10 +1,10 @@
-"""CoAtNet: two stages of inverted residuals, then two of transformers with relative attention.
+"""CoAtNet: two stages of inverted residuals, then two stages of transformers with relative attention.
 
 Dai et al., "CoAtNet: Marrying Convolution and Attention for All Data Sizes", NeurIPS 2021, arXiv 2106.04803, Table 3,
-Eqn 4 and 5 and Appendix A.1. No code and no weights were published: the paper's figures follow from a stride in the
-first 1x1 convolution, an expansion of the output channels and a hidden layer in the head. The `rw` variants are those
-of timm, with weights. Modules of both are named as in timm, so its checkpoints fit key by key. Stochastic depth and
-the dropout of relative biases, regularizers of the training from scratch, are not implemented.
+Eqn 4 and 5 and Appendix A.1. No code and no weights were published; the paper's parameter counts imply a stride in the
+first 1x1 convolution, an expansion relative to the output channels and a hidden layer in the head. The `rw` variants
+are timm's, with weights. Modules have timm's names, so that its checkpoints load key by key. Stochastic depth and the
+dropout of relative biases, regularizers of training from scratch, are not implemented.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from models._layers import ChannelNorm, GlobalMean, attend, attend_by_head, init
 
 _HEAD_DIM = 32
 _EXPANSION = 4  # of inverted residuals and of MLPs
-_EPSILON = 1e-6  # of all norms that are not in an inverted residual
+_EPSILON = 1e-6  # of all norms outside inverted residuals
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -35,26 +35,26 @@ class LayerNorm2d(nn.LayerNorm):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Design:
-    """How a variant is built; the defaults are the paper's.
+    """Architecture of a variant; the defaults are the paper's.
 
-    All `rw` variants activate the first norm of an inverted residual, expand the channels of its input rather than of
-    its output, and give it no biases; their attention has the width of its input.
+    In all `rw` variants, an inverted residual has an activation after its first norm, an expansion relative to its
+    input channels instead of its output channels, and no biases; the width of attention is that of its input.
     """
 
     stem: tuple[int, int]  # channels of the two convolutions
     widths: tuple[int, ...]  # channels of the stages; the last two are transformers
-    depths: tuple[int, ...]  # blocks of the stages, the first of which halves the map
-    grid: int = 14  # side of the first transformers' map, that the tables of relative biases are learned for
+    depths: tuple[int, ...]  # blocks per stage; the first block halves the resolution
+    grid: int = 14  # side of the feature map in the first transformer stage, for which bias tables are trained
     rw: bool = False
     act: Callable[[], nn.Module] = nn.GELU  # of stem and inverted residuals
     squeeze_act: Callable[[], nn.Module] = nn.GELU
-    squeeze_early: bool = False  # squeeze and excitation come before the norm and activation, not after
-    stride: Literal["expand", "depthwise", "pool"] = "expand"  # what halves the map inside an inverted residual
-    pool: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2)  # of shortcuts and before attention
+    squeeze_early: bool = False  # squeeze and excitation precedes the norm and activation instead of following them
+    stride: Literal["expand", "depthwise", "pool"] = "expand"  # layer that halves the map in an inverted residual
+    pool: Callable[[], nn.Module] = lambda: nn.MaxPool2d(2)  # in shortcuts and before attention
     shortcut_bias: bool = True  # in the shortcuts of transformers
-    norm: Callable[..., nn.Module] = LayerNorm2d  # of transformers and head
-    position: int | None = None  # hidden width of the MLP that gives the relative biases; None: they are a table
-    layer_scale: float | None = None  # initial factor of the transformers' residual branches; None: there is none
+    norm: Callable[..., nn.Module] = LayerNorm2d  # in transformers and head
+    position: int | None = None  # hidden width of the MLP for relative biases; None: a bias table
+    layer_scale: float | None = None  # initial factor of the transformers' residual branches; None: no layer scale
     hidden: bool = True  # the head has a hidden layer, and its norm follows the pooling instead of preceding it
 
 
@@ -79,8 +79,8 @@ def coatnet_4(classes: int) -> nn.Module:
 
 
 def coatnet_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels: one stage of inverted residuals, and no hidden layer in the
-    head, with which it would learn more slowly.
+    """Small variant for images of 64 pixels, not from the paper: one stage of inverted residuals, and no hidden layer
+    in the head, which would slow down its training.
     """
     return CoAtNet(classes, Design(stem=(32, 32), widths=(32, 64, 128), depths=(2, 2, 2), grid=8, hidden=False))
 
@@ -121,22 +121,22 @@ def coatnet_2_rw(classes: int) -> nn.Module:
 
 
 def coatnet_bn_0_rw(classes: int) -> nn.Module:
-    """With BatchNorm in place of every LayerNorm."""
+    """Variant with BatchNorm instead of LayerNorm."""
     return CoAtNet(classes, replace(_RW_1, depths=(2, 3, 7, 2), norm=nn.BatchNorm2d))
 
 
 def coatnet_rmlp_1_rw(classes: int) -> nn.Module:
-    """With relative biases from an MLP."""
+    """Variant with relative biases from an MLP."""
     return CoAtNet(classes, replace(_RW_1, stride="pool", pool=lambda: nn.MaxPool2d(3, 2, 1), position=384))
 
 
 def coatnet_rmlp_2_rw(classes: int) -> nn.Module:
-    """With relative biases from an MLP, and factors on the residual branches of transformers."""
+    """Variant with relative biases from an MLP, and layer scale on the residual branches of transformers."""
     return CoAtNet(classes, replace(_RW_2, position=512, layer_scale=1e-6))
 
 
 class CoAtNet(nn.Module):
-    """Images (N, 3, S, S), S a multiple of 32 -> logits (N, classes). (The mini has a stage less: a multiple of 16.)"""
+    """Images (N, 3, S, S) -> logits (N, classes). S is a multiple of 32; for the mini, with one stage less, of 16."""
 
     def __init__(self, classes: int, design: Design) -> None:
         super().__init__()
@@ -164,14 +164,14 @@ class CoAtNet(nn.Module):
 
 
 def stage(inputs: int, outputs: int, depth: int, grid: int | None, design: Design) -> nn.Module:
-    """Blocks that halve the map once: transformers on a map of side `grid`, inverted residuals where it is None."""
+    """Return a stage that halves the resolution: transformers for a map of side `grid`; inverted residuals if None."""
     blocks = nn.Sequential()
     for index in range(depth):
-        arriving, stride = (inputs, 2) if index == 0 else (outputs, 1)
+        channels, stride = (inputs, 2) if index == 0 else (outputs, 1)
         blocks.append(
-            InvertedResidual(arriving, outputs, stride, design)
+            InvertedResidual(channels, outputs, stride, design)
             if grid is None
-            else TransformerBlock(arriving, outputs, stride, grid, design)
+            else TransformerBlock(channels, outputs, stride, grid, design)
         )
     return nn.Sequential(OrderedDict(blocks=blocks))
 
@@ -181,7 +181,7 @@ def plain_head(inputs: int, classes: int) -> nn.Module:
 
 
 def hidden_head(inputs: int, classes: int) -> nn.Module:
-    """With the hidden layer that the paper's parameter counts ask for."""
+    """Return a head with the hidden layer that the paper's parameter counts imply."""
     return nn.Sequential(
         OrderedDict(
             global_pool=GlobalMean(),
@@ -194,8 +194,8 @@ def hidden_head(inputs: int, classes: int) -> nn.Module:
 
 
 class InvertedResidual(nn.Module):
-    """MBConv with a norm before it: norm -> 1x1 expand -> 3x3 depthwise -> squeeze and excitation -> 1x1 projection,
-    added to the input, or to its pooled projection where `stride` is 2.
+    """Pre-norm MBConv: norm -> 1x1 expand -> 3x3 depthwise -> squeeze and excitation -> 1x1 projection, added to the
+    input; with `stride` 2, added to the pooled and projected input.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, design: Design) -> None:
@@ -205,7 +205,7 @@ class InvertedResidual(nn.Module):
         self.shortcut = shortcut(inputs, outputs, design, bias=not design.rw) if stride == 2 else nn.Identity()
         self.pre_norm = nn.BatchNorm2d(inputs)
         self.pre_act = design.act() if design.rw else nn.Identity()
-        # The average even where shortcuts take the maximum.
+        # Average pooling, even if the shortcuts use max pooling.
         self.down = nn.AvgPool2d(2) if strides["pool"] == 2 else nn.Identity()
         self.conv1_1x1 = nn.Conv2d(inputs, hidden, 1, strides["expand"], bias=False)
         self.norm1 = nn.BatchNorm2d(hidden)
@@ -226,7 +226,7 @@ class InvertedResidual(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel of (N, C, H, W) by what a bottleneck of `hidden` channels makes of all channels' means."""
+    """Scale the channels of (N, C, H, W) by the output of a bottleneck of `hidden` channels on the channel means."""
 
     def __init__(self, channels: int, hidden: int, act: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -239,14 +239,14 @@ class SqueezeExcite(nn.Module):
 
 
 def shortcut(inputs: int, outputs: int, design: Design, *, bias: bool) -> nn.Module:
-    """The way past a block that halves the map: pool, then project where the channels differ."""
+    """Return the shortcut of a block that halves the resolution: pooling, and a projection if the channels differ."""
     expand = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=bias)
     return nn.Sequential(OrderedDict(pool=design.pool(), expand=expand))
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and MLP on maps (N, C, H, W), each with a residual. Where `stride` is 2, the normalized
-    input is pooled before attention, and the residual is its pooled projection.
+    """Pre-norm attention and MLP on feature maps (N, C, H, W), each with a residual. With `stride` 2, the normalized
+    input is pooled before attention, and the residual is the pooled and projected input.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, grid: int, design: Design) -> None:
@@ -284,13 +284,13 @@ class LayerScale(nn.Module):
 
 
 class QueryKeyValue(nn.Conv2d):
-    """The three projections of an attention in one convolution. Channels are ordered by head first, then by query, key
+    """Query, key and value projections in one 1x1 convolution. Output channels are ordered by head, then by query, key
     and value.
     """
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention between all places of a map (N, C, H, W), in rank 4 throughout."""
+    """Multi-head self-attention between all positions of a feature map (N, C, H, W), with tensors of rank 4 at most."""
 
     def __init__(self, inputs: int, outputs: int, grid: int, design: Design) -> None:
         super().__init__()
@@ -306,15 +306,15 @@ class Attention(nn.Module):
         _, _, height, width = x.shape
         heads = self.qkv(x).reshape(-1, self.heads, 3 * _HEAD_DIM, height * width).transpose(2, 3)
         query, key, value = heads.split(_HEAD_DIM, 3)  # each (N, heads, H * W, head_dim)
-        answers = attend(query, key, value, self.rel_pos(height, width)).transpose(2, 3)
-        return self.proj(answers.reshape(-1, self.dim, height, width))  # type: ignore[no-any-return]
+        attended = attend(query, key, value, self.rel_pos(height, width)).transpose(2, 3)
+        return self.proj(attended.reshape(-1, self.dim, height, width))  # type: ignore[no-any-return]
 
 
 class RelativeTable(nn.Module):
-    """Relative biases from a learned table, one value per head and offset on a map of `grid` x `grid`.
+    """Relative biases from a learned table, with a value per head and offset on a feature map of `grid` x `grid`.
 
-    On any other map the table is interpolated bilinearly (Appendix A.1) as an image is, which keeps the bias of a
-    place to itself. That and the look-up are done on parameters alone: in an exported program they are a constant.
+    For other map sizes the table is interpolated bilinearly like an image (Appendix A.1), which preserves the bias of
+    offset 0. Interpolation and look-up depend on parameters only: in an exported program they are folded to a constant.
     """
 
     def __init__(self, grid: int, heads: int) -> None:
@@ -335,8 +335,8 @@ class RelativeTable(nn.Module):
 
 
 class RelativeMlp(nn.Module):
-    """Relative biases from an MLP over the logarithms of offsets, at any size of map (Liu et al., "Swin Transformer
-    V2", CVPR 2022, arXiv 2111.09883, without its scaling of offsets to the size of a window). No activation enters.
+    """Relative biases from an MLP over the logarithms of offsets, for any map size (Liu et al., "Swin Transformer V2",
+    CVPR 2022, arXiv 2111.09883, without its scaling of offsets to the window size). Independent of the input image.
     """
 
     def __init__(self, hidden: int, heads: int) -> None:
@@ -353,8 +353,8 @@ class RelativeMlp(nn.Module):
 
 
 def by_pairs(values: Tensor, height: int, width: int) -> Tensor:
-    """Values (offsets, heads) of every vertical and horizontal offset, in rows -> (1, heads, H * W, H * W): for each
-    pair of query and key the value of their offset.
+    """Look up the value of each pair of query and key by their offset: values (offsets, heads), offsets in row-major
+    order -> (1, heads, H * W, H * W).
     """
     rows, columns = (torch.arange(side, device=values.device) for side in (height, width))
     down = (rows[:, None] - rows + height - 1).reshape(height, 1, height, 1)
@@ -367,7 +367,7 @@ def by_pairs(values: Tensor, height: int, width: int) -> Tensor:
 
 
 class ChannelProjections(QueryKeyValue):
-    """Queries, keys and values of a map as three 1x1 convolutions: (N, C, H, W) -> three of (N, dim, H, W)."""
+    """Query, key and value projections as three 1x1 convolutions: (N, C, H, W) -> three maps (N, dim, H, W)."""
 
     def forward(self, x: Tensor, heads: int) -> tuple[Tensor, ...]:  # type: ignore[override]
         assert self.bias is not None
@@ -375,7 +375,7 @@ class ChannelProjections(QueryKeyValue):
 
 
 class ChannelAttention(Attention):
-    """Multi-head self-attention between all places of a square map, laid out as (N, C, 1, places)."""
+    """Multi-head self-attention between all positions of a square feature map, flattened to (N, C, 1, H * W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x, self.heads)
@@ -386,10 +386,10 @@ class ChannelAttention(Attention):
 
 
 class ChannelBlock(TransformerBlock):
-    """As `TransformerBlock`, on square maps laid out as (N, C, 1, places); where it pools, as maps, too."""
+    """`TransformerBlock` on square feature maps flattened to (N, C, 1, H * W); it also accepts maps (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.norm1, nn.Sequential):  # it pools
+        if isinstance(self.norm1, nn.Sequential):  # with pooling, which needs a map (N, C, H, W)
             x = square(x)
         x = flat(self.shortcut(x)) + self.ls1(self.attn(flat(self.norm1(x))))
         return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
@@ -402,7 +402,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def square(x: Tensor) -> Tensor:
-    """The inverse of `flat` for a square map, which may be one already."""
+    """Inverse of `flat` for a square map; a map (N, C, H, W) is returned unchanged."""
     _, channels, height, width = x.shape
     side = math.isqrt(height * width)
     return x if height == side else x.reshape(-1, channels, side, side)

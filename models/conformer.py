@@ -1,8 +1,8 @@
-"""Conformer: a residual network and a vision transformer side by side, which exchange their features in every block.
+"""Conformer: parallel residual network and vision transformer, with feature exchange in every block.
 
 Peng et al., "Conformer: Local Features Coupling Global Representations for Visual Recognition", ICCV 2021,
-arXiv 2105.03889, Table 1; details as in the authors' code (pengzhiliang/Conformer), whose names the modules bear.
-Stochastic depth, a regulariser of the training on ImageNet, is not implemented.
+arXiv 2105.03889, Table 1; details and module names as in the authors' code (pengzhiliang/Conformer). Stochastic depth,
+a regularizer of training on ImageNet, is not implemented.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FORMATS = (
     ),
 )
 
-_EPSILON = 1e-6  # of every norm but the first and the last
+_EPSILON = 1e-6  # of every norm except the first and the last
 _BatchNorm = partial(nn.BatchNorm2d, eps=_EPSILON)
 _LayerNorm = partial(nn.LayerNorm, eps=_EPSILON)
-_TOKEN = 4  # side of a token in pixels of the map that the stem makes: 16 pixels of the image
+_TOKEN = 4  # side of a token in pixels of the stem's output: 16 pixels of the image
 
 
 def conformer_tiny(classes: int) -> nn.Module:
@@ -43,15 +43,15 @@ def conformer_base(classes: int) -> nn.Module:
 
 
 def conformer_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels."""
+    """Small variant for images of 64 pixels, not from the paper."""
     return Conformer(classes, channels=64, dim=64, heads=2, stem=32, depth=6)
 
 
 class Conformer(nn.Module):
-    """Images (N, 3, S, S), S a multiple of 16 -> logits (N, classes): the sum of the two branches'.
+    """Images (N, 3, S, S) -> logits (N, classes), the sum of the logits of both branches; S is a multiple of 16.
 
-    `channels` are those of the first of three convolutional stages, each later one doubles them; `dim` and `heads` are
-    the transformer's, `depth` its blocks, a third of them beside each stage.
+    `channels`: channels of the first of three convolutional stages; each later stage doubles them. `dim`, `heads` and
+    `depth`: width, heads and blocks of the transformer; each stage has a third of the blocks.
     """
 
     def __init__(self, classes: int, *, channels: int, dim: int, heads: int, stem: int = 64, depth: int = 12) -> None:
@@ -64,7 +64,7 @@ class Conformer(nn.Module):
         self.conv_1 = ConvBlock(stem, channels, project=True)
         self.trans_patch_conv = nn.Conv2d(stem, dim, _TOKEN, _TOKEN)
         self.trans_1 = TransformerBlock(dim, heads)
-        self.conv_trans = nn.ModuleDict()  # the authors count from 1, which is `conv_1` beside `trans_1`
+        self.conv_trans = nn.ModuleDict()  # keys from "2", as in the authors' code; block 1 is `conv_1` and `trans_1`
         inputs = channels
         for index in range(1, depth):
             stage = index // (depth // 3)
@@ -84,28 +84,29 @@ class Conformer(nn.Module):
         return convolutional + transformer
 
     def head_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, S, S) -> logits (N, classes) of the convolutional branch and of the transformer."""
+        """Return the logits (N, classes) of the convolutional branch and of the transformer for images (N, 3, S, S)."""
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         tokens = self.trans_1(self._embedded(x))
         x, _ = self.conv_1(x)
         for block in self.conv_trans.values():
             x, tokens = block(x, tokens)
-        token = self.trans_norm(tokens[:, :1].flatten(1))  # a slice, where an index would become a Gather
+        token = self.trans_norm(tokens[:, :1].flatten(1))  # a slice, as an index would become a Gather
         return self.conv_cls_head(self.pooling(x).flatten(1)), self.trans_cls_head(token)
 
     def _embedded(self, x: Tensor) -> Tensor:
-        """(N, stem, H, W) -> the class token and the patches' tokens (N, 1 + H/4 * W/4, dim)."""
+        """(N, stem, H, W) -> class token and patch tokens (N, 1 + H/4 * W/4, dim)."""
         patches = self.trans_patch_conv(x).flatten(2).transpose(1, 2)
-        # The class token is added to a row of zeros: repeating it for every image would need the run-time batch size.
+        # The class token is added to a row of zeros: expanding it would need the batch size at run time.
         return functional.pad(patches, (0, 0, 1, 0)) + functional.pad(self.cls_token, (0, 0, 0, patches.shape[1]))
 
 
 class ConvTransBlock(nn.Module):
-    """A residual block, a transformer block that sees its inner map, and a residual block that sees the tokens.
+    """Residual block; transformer block with its inner map as additional input; residual block with the tokens as
+    additional input.
 
-    Maps (N, inputs, H, W) and tokens (N, 1 + length, dim) -> maps (N, outputs, H', W') and tokens of the same shape.
-    The first residual block halves the sides where the channels change, the second in the `last` block; in between, a
-    token is `token` pixels wide.
+    Feature maps (N, inputs, H, W) and tokens (N, 1 + length, dim) -> (N, outputs, H', W') and tokens of the same shape.
+    The first residual block halves the resolution if the channels change, the second in the `last` block. `token`: side
+    of a token in pixels of the inner map.
     """
 
     def __init__(self, inputs: int, outputs: int, dim: int, heads: int, *, token: int, last: bool) -> None:
@@ -120,7 +121,7 @@ class ConvTransBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x, inner = self.cnn_block(x)
-        # The class token meets itself here and is doubled, as in the authors' code; their weights expect it.
+        # The class token is added to itself here and thus doubled, as in the authors' code: their weights expect it.
         tokens = self.trans_block(tokens + torch.cat((tokens[:, :1], self.squeeze_block(inner)), 1))
         height, width = inner.shape[2] // self.token, inner.shape[3] // self.token
         x, _ = self.fusion_block(x, self.expand_block(tokens[:, 1:], height, width))
@@ -128,11 +129,11 @@ class ConvTransBlock(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A bottleneck of ResNet: 1x1 to a quarter of `outputs` -> 3x3, with the stride -> 1x1, around it the identity or,
-    where `project`, a 1x1 convolution.
+    """ResNet bottleneck: 1x1 to a quarter of `outputs` -> 3x3 with the stride -> 1x1. The shortcut is the identity, or
+    with `project` a 1x1 convolution.
 
-    (N, inputs, H, W) -> (N, outputs, H/stride, W/stride) and the inner map (N, outputs/4, H/stride, W/stride). What
-    the transformer found, (N, outputs/4, H, W), is added before the 3x3 convolution.
+    (N, inputs, H, W) -> (N, outputs, H/stride, W/stride) and the inner map (N, outputs/4, H/stride, W/stride). The
+    features of the transformer (N, outputs/4, H, W), if given, are added before the 3x3 convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, project: bool = False) -> None:
@@ -150,9 +151,9 @@ class ConvBlock(nn.Module):
         self.residual_conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if project else nn.Identity()
         self.residual_bn = _BatchNorm(outputs) if project else nn.Identity()
 
-    def forward(self, x: Tensor, found: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self.act1(self.bn1(self.conv1(x)))
-        inner = self.act2(self.bn2(self.conv2(y if found is None else y + found)))
+        inner = self.act2(self.bn2(self.conv2(y if features is None else y + features)))
         y = self.bn3(self.conv3(inner))
         return self.act3(y + self.residual_bn(self.residual_conv(x))), inner
 
@@ -172,8 +173,8 @@ class FCUDown(nn.Module):
 
 
 class FCUUp(nn.Module):
-    """Feature coupling unit, from tokens (N, height * width, dim) to maps (N, outputs, height * token, width * token),
-    in which every pixel of a token is the same.
+    """Feature coupling unit, from tokens (N, height * width, dim) to maps (N, outputs, height * token, width * token).
+    All pixels of a token have the same value.
     """
 
     def __init__(self, dim: int, outputs: int, token: int) -> None:

@@ -1,8 +1,8 @@
 """ConvMixer: a patch embedding, then depthwise and pointwise convolutions at one resolution.
 
-Trockman & Kolter, "Patches Are All You Need?", TMLR 2023, arXiv 2201.09792. The norm follows the activation, so no
-BatchNorm folds into the convolution before it. Modules are named as in timm, so its checkpoints fit key by key; the
-authors' one row of modules is renamed.
+Trockman & Kolter, "Patches Are All You Need?", TMLR 2023, arXiv 2201.09792. BatchNorm follows the activation, so it
+cannot be folded into the preceding convolution. Modules have timm's names, so that its checkpoints load key by key; the
+consecutive numbers in the authors' checkpoints are renamed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models._layers import initialize
 from models.checkpoint import Format
 
-_DEEPEST = 32  # blocks of any variant
+_DEEPEST = 32  # largest number of blocks
 FORMATS = (
     Format(
         name="locuslab/convmixer",
@@ -42,7 +42,7 @@ def convmixer_1536_20(classes: int) -> nn.Module:
 
 
 def convmixer_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels."""
+    """Small variant for images of 64 pixels, not from the paper."""
     return ConvMixer(classes, dim=128, depth=6, kernel=5, patch=4, act=nn.ReLU)
 
 

@@ -1,7 +1,7 @@
-"""The ways a request can fail, each with the exit code that tells a script which one it was.
+"""Exceptions for failed requests, each with its exit code.
 
-They live in the lowest layer so that every layer can raise them. The message is the whole answer a person gets:
-where, what came, what was expected, what to do next.
+They are defined in the lowest layer so that every layer can raise them. The message is all that the user sees: it names
+the place, the given value, the expected value and the next step.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ _JOINERS = "\u200c\u200d"  # format characters that scripts and emoji need
 
 
 class EdgelineError(Exception):
-    """A failure that is explained in one sentence; the command line prints it without a traceback."""
+    """A failure with a one-sentence explanation, which the command line prints without a traceback."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, answer: Mapping[str, object] | None = None) -> None:
-        """`message`: made `printable`, as names in it may hold any character. `answer`: what was achieved all the same,
-        for the machine-readable answer.
+        """`message` is passed through `printable`, as names in it may contain any character. `answer`: partial results
+        for the machine-readable output.
         """
         super().__init__(printable(message))
         self.answer = dict(answer or {})
 
 
 class BadRequest(EdgelineError):
-    """The request names or contains something that cannot be used: an unknown model, a damaged checkpoint."""
+    """The request is invalid: an unknown model, a damaged checkpoint, an unsupported value."""
 
     exit_code: ClassVar[int] = 2
 
 
 class CannotRunHere(EdgelineError):
-    """This machine or device cannot do it; the sentence says what would."""
+    """This machine or device cannot execute the request; the message names the requirement."""
 
     exit_code: ClassVar[int] = 3
 
 
 class CheckFailed(EdgelineError):
-    """An artifact was made and found wrong: accuracy budget, parity, structure."""
+    """An artifact was built and failed a check: accuracy budget, parity or structure."""
 
     exit_code: ClassVar[int] = 4
 
 
 def printable(text: object) -> str:
-    """`text` on one line, safe for a terminal: control characters, line separators, bidirectional marks and bytes that
-    are no UTF-8 become backslash escapes (`\\x1b`, `\\u202e`, `\\udce9`). Letters of every script stay as they are.
+    """Return `text` on one line, safe for a terminal. Control characters, line separators, bidirectional marks and
+    bytes that are not UTF-8 become backslash escapes (`\\x1b`, `\\u202e`, `\\udce9`); letters of all scripts are kept.
     """
     return escaped(str(text), keep="")
 
 
 def escaped(text: str, *, keep: str) -> str:
-    """As `printable`, leaving the control characters in `keep`."""
+    """Escape as `printable` does, except the characters in `keep`."""
     if text.isprintable():
         return text
     return "".join(letter if letter in keep or not _is_control(letter) else _escape(letter) for letter in text)

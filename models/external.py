@@ -1,7 +1,7 @@
-"""Networks that others have written: `MODEL=<file>.py:<function>` and `MODEL=timm:<name>`.
+"""User-supplied models: `MODEL=<file>.py:<function>` and `MODEL=timm:<name>`.
 
-They become specs like our own and go through the same stages. What goes wrong in their code is answered with their
-line and what it said.
+They become model specs like those of the built-in models and pass through the same stages. An exception in the user's
+code is reported with its source line and message.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
     from models.checkpoint import Format
 
-_PREFIX = "edgeline_external_"  # of the names of modules: a file may be called models.py, or torch.py
-_CLASSES = ("classes", "num_classes", "n_classes")  # what a parameter for the number of classes is called
-_LONGEST_NAME = 60  # letters, in the names of folders
-_LONGEST_SAYING = 300  # letters of what an error says
-_LONGEST_VALUE = 60  # letters of a value in a sentence
+_PREFIX = "edgeline_external_"  # of module names: a user's file may be named models.py or torch.py
+_CLASSES = ("classes", "num_classes", "n_classes")  # recognized names of the parameter for the number of classes
+_LONGEST_NAME = 60  # characters of a model's name in folder names
+_LONGEST_MESSAGE = 300  # characters of an exception's message
+_LONGEST_VALUE = 60  # characters of a value in an error message
 _LARGEST_SIDE = 4096  # pixels
-_STRIDE = 32  # of nearly all classifiers
+_STRIDE = 32  # total stride of nearly all classifiers
 _ROOT = Path(__file__).parent.parent
 _OURS = tuple(_ROOT / layer for layer in ("pipeline", "targets", "calibration", "models"))
 
 
 def find(request: str) -> ModelSpec | None:
-    """The model that a file or timm defines; None where `request` is of neither form.
+    """Return the spec of a model in a file or in timm; None if `request` has neither form.
 
-    Raises BadRequest where it cannot be used, CannotRunHere where timm cannot be imported.
+    Raises BadRequest if the model cannot be used, CannotRunHere if timm cannot be imported.
     """
     if request.startswith("timm:"):
         return _of_timm(request, request.removeprefix("timm:"))
@@ -61,20 +61,21 @@ def find(request: str) -> ModelSpec | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class External(ModelSpec):
-    """A network of somebody else's."""
+    """Spec of a user-supplied model."""
 
     ours: ClassVar[bool] = False
 
     request: str = field(compare=False)  # the value of MODEL
-    folder: Path = field(compare=False)  # of their code
+    folder: Path = field(compare=False)  # folder of the user's code
 
     @property
     def asked(self) -> str:
         return self.request
 
     def build(self, classes: int, form: Form = "tokens") -> nn.Module:
-        """The float model with random weights, in training mode. Raises BadRequest where their code makes none within
-        `foreign.LIMIT_S`.
+        """Build the float model with random weights, in training mode.
+
+        Raises BadRequest if the user's code fails, returns no valid module, or takes longer than `foreign.LIMIT_S`.
         """
         from torch import nn
 
@@ -84,8 +85,8 @@ class External(ModelSpec):
                 raise self.refusal(f"it returned a value of type {type(network).__name__}, expected a torch.nn.Module")
             if cycle := _cycle(network):
                 raise self.refusal(
-                    f"its modules form a circle: `{cycle[1]}` is `{cycle[0]}` again; keep such a reference in a tuple, "
-                    "which torch does not take for a part"
+                    f"its modules form a cycle: `{cycle[1]}` is `{cycle[0]}` again; store such a reference in a tuple, "
+                    "which torch does not register as a submodule"
                 )
             network.train()
             _release(network)
@@ -93,26 +94,27 @@ class External(ModelSpec):
 
     @contextmanager
     def guarded(self, doing: str = "", seconds: float | None = None) -> Iterator[None]:
-        """Their code runs inside: whatever it raises becomes a BadRequest, after the words `doing`; after `seconds`
-        (None: `foreign.LIMIT_S`) it is stopped.
+        """Context manager for running the user's code: any exception becomes a BadRequest whose message starts with
+        `doing`. Execution is stopped after `seconds` (None: `foreign.LIMIT_S`).
         """
         try:
             with foreign.limited(seconds):
                 yield
         except (EdgelineError, KeyboardInterrupt):
             raise
-        except BaseException as error:  # of any code at all: SystemExit and the like end no pipeline
+        except BaseException as error:  # user code may raise anything; SystemExit must not end the pipeline
             raise self.refusal(f"{doing}{self.fault(error)}") from error
 
     def refusal(self, why: str) -> BadRequest:
+        """Return a BadRequest with the reason `why` and the value of MODEL."""
         return BadRequest(f"MODEL={self.request}: {why}")
 
     def fault(self, error: BaseException) -> str:
-        """What went wrong in their code, and at which line: "net.py, line 7: ValueError: ..."."""
-        return self.place(error) + _said(error)
+        """Return the source line and the message of an exception: "net.py, line 7: ValueError: ..."."""
+        return self.place(error) + _message(error)
 
     def place(self, error: BaseException) -> str:
-        """The innermost line of theirs that `error` passed: "net.py, line 7: "; nothing where it passed none."""
+        """Return the innermost line of the user's code in the traceback: "net.py, line 7: "; "" if there is none."""
         return _place(error, self.folder)
 
     def _made(self, classes: int) -> object:
@@ -124,7 +126,7 @@ class External(ModelSpec):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FromFile(External):
-    """A network that a function of a Python file returns."""
+    """Spec of a network that a function in a user's Python file returns."""
 
     file: Path = field(compare=False)
 
@@ -134,17 +136,19 @@ class FromFile(External):
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """Raises BadRequest where FORMATS of their file holds something else."""
+        """The value of FORMATS in the file. Raises BadRequest if it is not a tuple of `Format`, or has an invalid
+        pattern.
+        """
         from models.checkpoint import Format
 
-        found = getattr(_loaded(self.file, self.request), "FORMATS", ())
-        if not isinstance(found, tuple | list) or not all(isinstance(item, Format) for item in found):
-            raise self.refusal("its FORMATS is no tuple of models.checkpoint.Format")
-        for item in found:
+        formats = getattr(_loaded(self.file, self.request), "FORMATS", ())
+        if not isinstance(formats, tuple | list) or not all(isinstance(item, Format) for item in formats):
+            raise self.refusal("its FORMATS is not a tuple of models.checkpoint.Format")
+        for item in formats:
             with self.guarded("FORMATS: "):
                 for pattern in (item.signature, item.ignored or "", *(old for old, _ in item.renames)):
                     re.compile(pattern)
-        return tuple(found)
+        return tuple(formats)
 
     def _made(self, classes: int) -> object:
         function = getattr(_loaded(self.file, self.request), self.network.partition(":")[2])
@@ -153,15 +157,15 @@ class FromFile(External):
 
 
 def _of_file(request: str, source: str, name: str) -> ModelSpec:
-    # Not Path.expanduser, which raises where `~name` is nobody.
+    # Not Path.expanduser, which raises an exception if `~name` is not a user.
     file = Path(os.path.expanduser(source)).absolute()  # noqa: PTH111
-    if not os.path.isfile(file):  # noqa: PTH113 - the method raises where the name is too long
+    if not os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises an exception if the name is too long
         raise BadRequest(
             f"MODEL={request}: there is no file `{source}`; give <file>.py:<function>, timm:<name>, or a name that "
             "`make models` lists"
         )
     if file.suffix != ".py":
-        raise BadRequest(f"MODEL={request}: {source} is no Python file; give <file>.py:<function>")
+        raise BadRequest(f"MODEL={request}: {source} is not a Python file; give <file>.py:<function>")
     module = _loaded(file, request)
     if not callable(getattr(module, name, None)):
         raise BadRequest(f"MODEL={request}: {_which_function(module, source, name)}")
@@ -188,27 +192,27 @@ def _of_file(request: str, source: str, name: str) -> ModelSpec:
 
 @functools.cache
 def _loaded(file: Path, request: str) -> ModuleType:
-    """The module in `file`, which may import from its own folder. Raises BadRequest where it cannot be imported."""
+    """Import `file` as a module, with its folder on sys.path. Raises BadRequest if the import fails."""
     name = _PREFIX + file.stem
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec and spec.loader  # there are for every file whose name ends in .py
+    assert spec and spec.loader  # never None for a file whose name ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and others look it up
+    sys.modules[name] = module  # dataclasses and other libraries look modules up there
     kept = foreign.kept(f"MODEL={request}", "importing it")
     try:
         with _importing_from(file.parent), kept, foreign.limited():
             spec.loader.exec_module(module)
     except (EdgelineError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # of any code at all
+    except BaseException as error:  # user code may raise anything
         sys.modules.pop(name, None)
-        raise BadRequest(f"MODEL={request}: {_place(error, file.parent)}{_said(error)}") from error
+        raise BadRequest(f"MODEL={request}: {_place(error, file.parent)}{_message(error)}") from error
     return module
 
 
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Let modules be found in `folder`, as Python does for a script, and leave no compiled ones there."""
+    """Add `folder` to sys.path in the context, as Python does for a script, without writing bytecode files."""
     before = sys.dont_write_bytecode
     sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = True
@@ -216,13 +220,13 @@ def _importing_from(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.dont_write_bytecode = before
-        with suppress(ValueError):  # taken away by their code
+        with suppress(ValueError):  # the user's code may have removed it
             sys.path.remove(str(folder))
 
 
 def _called(function: Callable[..., object], classes: int) -> object:
-    """What `function` returns, given the number of classes where it wants one: as a parameter of a usual name, or as
-    the only one that it cannot do without.
+    """Call `function` and return its result. The number of classes is passed as the parameter with a name in
+    `_CLASSES`, else as the first required positional parameter, if it has one.
     """
     parameters = inspect.signature(function).parameters.values()
     for parameter in parameters:
@@ -234,19 +238,19 @@ def _called(function: Callable[..., object], classes: int) -> object:
 
 
 def _which_function(module: ModuleType, source: str, name: str) -> str:
-    """What to say where `module` has no function of this name."""
+    """Return the error message for a `module` without a function of this name."""
     known = [
-        found
-        for found, value in vars(module).items()
-        if callable(value) and not found.startswith("_") and getattr(value, "__module__", "") == module.__name__
+        candidate
+        for candidate, value in vars(module).items()
+        if callable(value) and not candidate.startswith("_") and getattr(value, "__module__", "") == module.__name__
     ]
     missing = f"{source} defines no function `{name}`" if name else "name the function that returns the network"
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or known[-1:]
-    return f"{missing}, as in MODEL={source}:{nearest[0]}" if nearest else f"{missing}; it defines none at all"
+    return f"{missing}, as in MODEL={source}:{nearest[0]}" if nearest else f"{missing}; it defines no functions"
 
 
 def _specs(module: ModuleType) -> Iterator[ModelSpec]:
-    """Those at the top of a module, on their own or in a tuple or list."""
+    """Yield the model specs among the module-level values, which may be in a tuple or list."""
     for value in vars(module).values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ModelSpec):
@@ -254,23 +258,23 @@ def _specs(module: ModuleType) -> Iterator[ModelSpec]:
 
 
 def _problem(spec: ModelSpec) -> str | None:
-    """What makes a spec unusable: ours are tested, others' are not."""
+    """Return the reason why a user's spec is invalid; None if it is valid. (Tests cover the built-in specs.)"""
     preprocess, sizes = spec.preprocess, spec.sizes
     if not isinstance(preprocess, Preprocess) or not isinstance(sizes, Sizes) or not isinstance(spec.name, str):
-        return "wants a `name` that is text, `preprocess=Preprocess(...)` and `sizes=Sizes(...)`"
+        return "needs a `name` of type str, `preprocess=Preprocess(...)` and `sizes=Sizes(...)`"
     sides = (preprocess.size, sizes.multiple_of, sizes.minimum, sizes.maximum)
     if not all(type(side) is int and side > 0 for side in sides):
-        return "has sizes that are no positive whole numbers"
+        return "has sizes that are not positive integers"
     if preprocess.size > _LARGEST_SIDE:
-        return f"prepares images of {preprocess.size} pixels, expected at most {_LARGEST_SIDE}"
+        return f"has preprocess.size={preprocess.size} pixels, expected at most {_LARGEST_SIDE}"
     if sizes.nearest(preprocess.size)[0] not in sizes:
         return f"allows no size: no multiple of {sizes.multiple_of} is from {sizes.minimum} to {sizes.maximum}"
     if preprocess.size not in sizes:
-        return f"prepares images of {preprocess.size} pixels, which are not among its own sizes"
+        return f"has preprocess.size={preprocess.size} pixels, which is not among its `sizes`"
     if not _is_number(preprocess.crop) or not 0 < preprocess.crop <= 1:
         return f"has crop={_short(preprocess.crop)}, expected a crop above 0 and up to 1"
     if preprocess.interpolation not in ("bilinear", "bicubic"):
-        return f"has interpolation={_short(preprocess.interpolation)}, expected the interpolation bilinear or bicubic"
+        return f"has interpolation={_short(preprocess.interpolation)}, expected bilinear or bicubic"
     if not _is_colour(preprocess.background):
         return (
             f"has background={_short(preprocess.background)}, expected three integers from 0 to 255: red, green, blue"
@@ -283,15 +287,16 @@ def _problem(spec: ModelSpec) -> str | None:
 
 
 def _problem_of_figures(spec: ModelSpec) -> str | None:
-    """What is wrong with the fields of a spec that are read for reports."""
+    """Return the reason why a figure of a spec is invalid; None if all are valid. Figures appear in reports only."""
     for name in ("parameters", "macs", "classes"):
         value = getattr(spec, name)
         if type(value) is not int or value < (1 if name == "classes" else 0):
-            return f"has {name}={_short(value)}, expected a whole number"
+            least = 1 if name == "classes" else 0
+            return f"has {name}={_short(value)}, expected an integer of at least {least}"
     if spec.top1 is not None and not _is_number(spec.top1):
         return f"has top1={_short(spec.top1)}, expected percent, or None"
     if not isinstance(spec.source, str) or not isinstance(spec.hub, str | None):
-        return "wants `source` and `hub` to be text"
+        return "needs `source` and `hub` of type str"
     return None
 
 
@@ -311,7 +316,7 @@ def _is_colour(value: object) -> bool:
 
 
 def _plain(preprocess: Preprocess) -> Preprocess:
-    """The same numbers as Python's own: numpy's are no part of a key."""
+    """Convert numbers to Python types: numpy types cannot be part of a cache key."""
     red, green, blue = map(float, preprocess.mean)
     deviations = tuple(map(float, preprocess.std))
     crop = float(preprocess.crop)
@@ -326,10 +331,10 @@ def _plain(preprocess: Preprocess) -> Preprocess:
 
 
 def _short(value: object) -> str:
-    """A value of theirs in a sentence."""
+    """Format a user's value for an error message."""
     try:
         return _printable(repr(value))[:_LONGEST_VALUE]
-    except Exception:  # of their own class
+    except Exception:  # `__repr__` of the user's class may raise anything
         return f"a {type(value).__name__}"
 
 
@@ -337,10 +342,11 @@ def _short(value: object) -> str:
 
 
 def _cycle(network: nn.Module) -> tuple[str, str] | None:
-    """The path of a module that holds itself, and the path at which it does; None where none does. (torch recurses
-    without end where one does.)
+    """Return the path of a module that contains itself, and the path of the repetition; None if there is no cycle.
+
+    torch recurses without end on such modules.
     """
-    above: dict[int, str] = {}  # the modules that hold the present one
+    above: dict[int, str] = {}  # ancestors of the current module
     done: set[int] = set()
     pending: list[tuple[nn.Module, str, bool]] = [(network, "", False)]
     while pending:
@@ -359,8 +365,9 @@ def _cycle(network: nn.Module) -> tuple[str, str] | None:
 
 
 def _release(network: nn.Module) -> None:
-    """Cut what modules keep beside parameters off the operators that it was computed by, since such tensors cannot be
-    copied: the weight of `torch.nn.utils.weight_norm`, which is computed anew before each use.
+    """Detach tensor attributes of modules from their autograd graph, as tensors with a grad_fn cannot be deep-copied.
+
+    An example is the weight of `torch.nn.utils.weight_norm`, which is recomputed before each use.
     """
     import torch
 
@@ -375,7 +382,7 @@ def _release(network: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FromTimm(External):
-    """A network of the installed timm, which is another one with another version."""
+    """Spec of a network of the installed timm. The version is part of the spec, as networks differ between versions."""
 
     version: str
 
@@ -396,17 +403,20 @@ def _of_timm(request: str, name: str) -> ModelSpec:
     folder = Path(timm.__file__).parent
     try:
         published = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as error:  # neither an architecture of this name nor, with a point, weights of it
+    except RuntimeError as error:  # unknown architecture, or unknown weights if the name has a dot
         known = timm.list_models() if "." not in name else timm.list_models(pretrained=True)
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean timm:{close[0]}?" if close else ""
         raise BadRequest(f"MODEL={request}: timm {timm.__version__} has no such model{hint}") from error
     channels, *sides = published.input_size
     if channels != 3 or len({*sides}) != 1:
-        raise BadRequest(f"MODEL={request}: it takes inputs {published.input_size}, expected square images in colour")
+        raise BadRequest(
+            f"MODEL={request}: its inputs are {published.input_size}, expected square RGB images (3, S, S)"
+        )
     size = sides[0]
     data = timm.data.resolve_data_config({}, pretrained_cfg=published.to_dict())
-    # Where the usual size is no multiple of 32, paddings inside even it out: sides that share its divisor do as well.
+    # If the default size is not a multiple of 32, the network pads internally; sizes with the same common divisor with
+    # 32 are supported too.
     sizes = Sizes(multiple_of=math.gcd(size, _STRIDE), minimum=_STRIDE)
     if published.fixed_input_size:
         sizes = Sizes(multiple_of=size, minimum=size, maximum=size)
@@ -430,24 +440,24 @@ def _of_timm(request: str, name: str) -> ModelSpec:
 
 
 def _timm(request: str) -> Any:
-    """The package, which is none of our requirements: it wants a torchvision that was built with this very torch."""
+    """Import timm, which is not a requirement: it needs a torchvision built for exactly the installed torch."""
     try:
         return importlib.import_module("timm")
     except Exception as error:
         version = importlib.metadata.version("torch")
         build = version.partition("+")[2] or "cpu"
         raise CannotRunHere(
-            f"MODEL={request}: timm cannot be imported here ({_said(error)}); it is not among the requirements: "
+            f"MODEL={request}: timm cannot be imported here ({_message(error)}); it is not among the requirements: "
             f"`{sys.executable} -m pip install --upgrade timm torchvision torch=={version.partition('+')[0]} "
-            f"--extra-index-url https://download.pytorch.org/whl/{build}` installs it and the torchvision of this torch"
+            f"--extra-index-url https://download.pytorch.org/whl/{build}` installs it and the matching torchvision"
         ) from error
 
 
-# --- Words ----------------------------------------------------------------------------------------------------------
+# --- Messages -------------------------------------------------------------------------------------------------------
 
 
 def _clean(name: str) -> str:
-    """A name that can be part of a folder's."""
+    """Return `name` with characters that are safe in folder names."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip(".")[:_LONGEST_NAME] or "model"
 
 
@@ -458,14 +468,14 @@ def _place(error: BaseException, folder: Path) -> str:
     return next((f"{_shown(file)}, line {line}: " for file, line in reversed(lines) if _is_theirs(file, folder)), "")
 
 
-def _said(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
+def _message(error: BaseException) -> str:
+    """Return the type of an exception and the first line of its message."""
     try:
         text = (error.msg if isinstance(error, SyntaxError) else None) or str(error)
-    except Exception:  # of their own class
+    except Exception:  # `__str__` of the user's class may raise anything
         text = ""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    first = _printable(first)[:_LONGEST_SAYING]
+    first = _printable(first)[:_LONGEST_MESSAGE]
     if isinstance(error, foreign.TooLong):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -476,10 +486,10 @@ def _printable(text: str) -> str:
 
 
 def _is_theirs(file: Path, folder: Path) -> bool:
-    """Whether a line is one of theirs: not of a library's that lies below their folder, nor of the code that calls."""
+    """Return whether `file` is the user's code: in `folder`, and not part of a library, of Edgeline or of Python."""
     if not file.is_relative_to(folder) or "site-packages" in file.relative_to(folder).parts or file == Path(__file__):
         return False
-    others = (*_OURS, Path(sysconfig.get_path("stdlib")))  # which may lie below their folder, or around it
+    others = (*_OURS, Path(sysconfig.get_path("stdlib")))  # these may be inside the user's folder, or contain it
     return not any(file.is_relative_to(other) and not folder.is_relative_to(other) for other in others)
 
 

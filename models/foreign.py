@@ -1,4 +1,4 @@
-"""Code of others runs under a time limit, and its changes to the settings of the process are found and undone."""
+"""Execution of user code: a time limit, and detection and reversal of changes to process-wide settings."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-LIMIT_S = 45.0  # for one step: importing a file, building a network, computing a few images
+LIMIT_S = 45.0  # for one step: importing a file, building a network, a forward pass of a few images
 TRACING_LIMIT_S = 180.0  # torch.export of a network of hundreds of layers takes a minute on a busy machine
-_AGAIN_S = 1.0  # a bare `except:` may swallow the first stop
+_AGAIN_S = 1.0  # interval of further signals: a bare `except:` may swallow the first exception
 
 log = logging.getLogger(__name__)
 
 
 class TooLong(BaseException):
-    """A step did not end within its limit. No Exception, which code of others catches."""
+    """A step exceeded its time limit. Not a subclass of Exception, which user code may catch."""
 
 
 @contextmanager
 def limited(seconds: float | None = None) -> Iterator[None]:
-    """Raise TooLong at the line that runs inside after `seconds` (None: LIMIT_S) of wall-clock time.
+    """Raise TooLong in the context after `seconds` (None: LIMIT_S) of wall-clock time.
 
-    Signals reach the main thread alone: in another thread there is no limit. One call of a library is not interrupted.
+    Signals are delivered to the main thread only: in other threads there is no limit. A single call of compiled library
+    code is not interrupted.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,17 +46,17 @@ def limited(seconds: float | None = None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if left:  # of a limit around this one
+        if left:  # remaining time of an enclosing limit
             signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3), interval)
 
 
 def settings() -> dict[str, object]:
-    """The settings of the process that change numbers, errors or messages of the pipeline, by name."""
+    """Return the process-wide settings that affect numbers, errors or messages of the pipeline, by name."""
     return {name: get() for name, (get, _) in _settings().items()}
 
 
 def restored(before: Mapping[str, object]) -> list[str]:
-    """Set everything back that differs from `before`, and return its names."""
+    """Restore the settings that differ from `before`, and return their names."""
     changed = []
     for name, (get, put) in _settings().items():
         if get() != before[name]:
@@ -66,7 +67,7 @@ def restored(before: Mapping[str, object]) -> list[str]:
 
 @contextmanager
 def kept(who: str, doing: str) -> Iterator[None]:
-    """Set back what is switched inside, with a warning that names it: settings belong to the pipeline."""
+    """Restore settings that change within the context, and log a warning with their names."""
     before = settings()
     try:
         yield
@@ -76,7 +77,7 @@ def kept(who: str, doing: str) -> Iterator[None]:
 
 
 def _settings() -> dict[str, tuple[Callable[[], object], Callable[[Any], object]]]:
-    """The settings: how each is read, and how it is set."""
+    """Return the getter and the setter of each setting, by name."""
     import numpy as np
     import torch
 
@@ -84,12 +85,12 @@ def _settings() -> dict[str, tuple[Callable[[], object], Callable[[Any], object]
         torch.use_deterministic_algorithms(value[0], warn_only=value[1])
 
     def errors() -> tuple[object, ...]:
-        return tuple(found for found in warnings.filters if found[0] == "error")
+        return tuple(entry for entry in warnings.filters if entry[0] == "error")
 
     def only(value: tuple[object, ...]) -> None:
-        for found in list(warnings.filters):
-            if found[0] == "error" and found not in value:
-                warnings.filters.remove(found)  # type: ignore[attr-defined]
+        for entry in list(warnings.filters):
+            if entry[0] == "error" and entry not in value:
+                warnings.filters.remove(entry)  # type: ignore[attr-defined]
 
     return {
         "gradients (torch.set_grad_enabled)": (torch.is_grad_enabled, torch.set_grad_enabled),

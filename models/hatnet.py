@@ -1,8 +1,8 @@
 """HAT-Net: a convolutional pyramid with hierarchical self-attention in every block, with GroupNorm of one group.
 
 Liu et al., "Vision Transformers with Hierarchical Attention", Machine Intelligence Research 21, 2024, arXiv 2106.03180;
-the networks follow the authors' code (yun-liu/HAT-Net, tag v2.0). The successor of TransCNN: same attention, other
-norms. These depend on the image, so that none folds into a convolution.
+the networks follow the authors' code (yun-liu/HAT-Net, tag v2.0). The successor of TransCNN, with the same attention
+and other norms. Their statistics depend on the image, so they cannot be folded into convolutions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def hatnet_large(classes: int) -> nn.Module:
 
 
 def hatnet_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels."""
+    """Small variant for images of 64 pixels, not from the paper."""
     return HATNet(
         classes,
         (32, 64, 96, 128),
@@ -68,8 +68,8 @@ def _published(
 
 
 class HATNet(Pyramid):
-    """Images (N, 3, S, S) -> logits (N, classes). `grids` are the windows and `pools` the reductions of the attentions
-    in the four stages; both must divide the maps of side S/4, S/8, S/16 and S/32.
+    """Images (N, 3, S, S) -> logits (N, classes). `grids`: window sides of the attentions in the four stages; `pools`:
+    their pooling factors. Both must divide the sides S/4, S/8, S/16 and S/32 of the feature maps.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class HATNet(Pyramid):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm of one group: each image (C, H, W) to zero mean and unit variance, then a scale and shift a channel."""
+    """GroupNorm with one group: normalize each image (C, H, W), then scale and shift each channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(1, channels, eps=1e-6)
 
 
 class Attention(_hierarchical.Attention):
-    """The attention of the pyramid, and a norm that the published checkpoints hold though nothing calls it: it counts
-    among the parameters, learns nothing, and is in no exported graph.
+    """Attention of the pyramid, with an additional norm that published checkpoints contain but the network does not
+    use: it counts in the number of parameters, is not trained, and is not exported.
     """
 
     def __init__(self, dim: int, *, head_dim: int, grid: int, pool: int) -> None:

@@ -1,9 +1,9 @@
-"""Float weights from the Hugging Face Hub, where timm keeps its own: `WEIGHTS=timm`.
+"""Download of timm's float weights from the Hugging Face Hub: `WEIGHTS=timm`.
 
-What has been downloaded once is taken from the cache and nobody is asked again: the same command means the same
-weights, with a network and without. The cache has the layout of the Hub's library, so that each finds the files of the
-other: `blobs/<SHA-256 of the content>`, and a link to it in `snapshots/<commit>`. No name in it is taken from an answer
-before it was checked to be a digest, and no content is kept that is not the one whose SHA-256 the Hub states.
+A downloaded file is reused from the cache without a request to the Hub: the same command gives the same weights, online
+and offline. The cache has the layout of the huggingface_hub library, and both share their files: `blobs/<SHA-256 of the
+content>`, with a link in `snapshots/<commit>`. File names are taken from a response only after they are checked to be
+digests, and content is kept only if it matches the SHA-256 that the Hub states.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from models.errors import BadRequest, CannotRunHere
 from models.spec import ModelSpec
 
 _FILE = "model.safetensors"
-# Read when the library is imported: it tells nobody about this machine, keeps to one cache (Xet would have its own) and
-# leaves it to us to say what went wrong. Whoever sets one of them means it.
-_MANNERS = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_VERBOSITY": "error"}
+# Settings that the library reads when it is imported: no telemetry, a single cache (Xet has its own), and no messages
+# below errors. Values that the user has set are kept.
+_DEFAULTS = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_VERBOSITY": "error"}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
@@ -31,7 +31,7 @@ log = logging.getLogger("edgeline")
 
 
 class Origin(NamedTuple):
-    """Where a file of the cache comes from."""
+    """Origin of a cached file."""
 
     repository: str
     revision: str  # commit
@@ -39,23 +39,23 @@ class Origin(NamedTuple):
 
 
 def download(spec: ModelSpec) -> Path:
-    """timm's weights of the model, in the cache of the Hub (below HF_HOME, else XDG_CACHE_HOME).
+    """Return the path of timm's weights of the model in the Hub's cache (below HF_HOME, else XDG_CACHE_HOME).
 
-    A file in the cache that is damaged, or no safetensors file, is removed and downloaded again. Raises BadRequest
-    where timm has none, CannotRunHere where they cannot be had.
+    A cached file that is damaged or not a safetensors file is removed and downloaded again. Raises BadRequest if timm
+    publishes no weights of the model, CannotRunHere if the download fails.
     """
     if spec.hub is None:
         raise BadRequest(
-            f"WEIGHTS=timm: timm publishes no weights of {spec.name}; give a checkpoint, WEIGHTS=<file>, or nothing: "
-            "then it is trained on DATA"
+            f"WEIGHTS=timm: timm publishes no weights of {spec.name}; give a checkpoint with WEIGHTS=<file>, or leave "
+            "WEIGHTS out to train on DATA"
         )
-    for name, value in _MANNERS.items():
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
-    found = try_to_load_from_cache(spec.hub, _FILE)
-    if isinstance(found, str):
-        file = Path(found).absolute()  # not `resolve`: what the link points to has no suffix
+    cached = try_to_load_from_cache(spec.hub, _FILE)
+    if isinstance(cached, str):
+        file = Path(cached).absolute()  # not `resolve`: the blob behind the link has no suffix
         if (damage := _damage(file)) is None:
             return file
         log.warning("%s is damaged: %s; removed from the cache", file, damage)
@@ -63,15 +63,15 @@ def download(spec: ModelSpec) -> Path:
     url = hf_hub_url(spec.hub, _FILE)
     try:
         return _fetched(spec.hub, url)
-    except Exception as error:  # of the library, or of the one that it speaks HTTP with: another one every few years
+    except Exception as error:  # of the library, or of its HTTP library, which changes between versions
         raise CannotRunHere(
-            f"WEIGHTS=timm: {url} could not be downloaded: {_reason(error)}; download it elsewhere and give it as "
-            "WEIGHTS=<file>"
+            f"WEIGHTS=timm: {url} could not be downloaded: {_reason(error)}; download it on another machine and give "
+            "it as WEIGHTS=<file>"
         ) from error
 
 
 def origin(file: Path | None) -> Origin | None:
-    """The repository and the commit of a file in the cache; None of any other file."""
+    """Return the repository, commit and SHA-256 of a file in the Hub's cache; None for any other file."""
     if file is None or file.parent.parent.name != "snapshots":
         return None
     blob, revision, repository = file.resolve().name, file.parent.name, file.parent.parent.parent.name
@@ -81,19 +81,24 @@ def origin(file: Path | None) -> Origin | None:
 
 
 def _fetched(repository: str, url: str) -> Path:
-    """Download `url` into the cache. Raises ValueError where the answer, or what came, is not what it should be."""
+    """Download `url` to the cache. Raises ValueError if the response's metadata or the content is invalid."""
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.file_download import http_get, repo_folder_name
     from huggingface_hub.utils._headers import build_hf_headers
 
-    # Asked first and once, because a download is tried again for half a minute. The weights are public: no token that
-    # may lie on this machine has to travel.
+    # The metadata is requested first, without retries: a download is retried for half a minute. The weights are public,
+    # so no access token of this machine is sent.
     stated = get_hf_file_metadata(url, token=False)
     digest, revision = stated.etag or "", stated.commit_hash or ""
     if not stated.etag or not stated.commit_hash:
-        raise ValueError("it does not seem to be served by a Hugging Face Hub endpoint: it states no commit or digest")
+        raise ValueError(
+            "the server does not seem to be a Hugging Face Hub endpoint: its response has no commit or digest"
+        )
     if not _SHA256.fullmatch(digest) or not _COMMIT.fullmatch(revision):
-        raise ValueError(f"its commit and SHA-256 are stated as {revision[:80]!a} and {digest[:80]!a}, which are none")
+        raise ValueError(
+            f"the response has commit {revision[:80]!a} and SHA-256 {digest[:80]!a}, expected 40 and 64 hexadecimal "
+            "digits"
+        )
     folder = Path(constants.HF_HUB_CACHE).absolute() / repo_folder_name(repo_id=repository, repo_type="model")
     blob = folder / "blobs" / digest
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +112,10 @@ def _fetched(repository: str, url: str) -> Path:
                 expected_size=stated.size,
                 displayed_filename=_FILE,
             )
-        if (found := _digest(scratch)) != digest:
-            raise ValueError(f"the Hub states content of sha256 {digest}, and sha256 {found} came; it is not kept")
+        if (actual := _digest(scratch)) != digest:
+            raise ValueError(f"expected content of sha256 {digest}, got sha256 {actual}; it is not kept")
         if why := _unreadable(scratch):
-            raise ValueError(f"it is not a whole safetensors file ({why}); it is not kept")
+            raise ValueError(f"it is not a complete safetensors file ({why}); it is not kept")
         scratch.replace(blob)
     finally:
         scratch.unlink(missing_ok=True)
@@ -118,7 +123,7 @@ def _fetched(repository: str, url: str) -> Path:
 
 
 def _linked(folder: Path, revision: str, blob: Path) -> Path:
-    """The file in the snapshot `revision`, and that snapshot made the one of the branch `main`."""
+    """Link `blob` in the snapshot `revision`, make it the snapshot of the branch `main`, and return the link."""
     file, reference = folder / "snapshots" / revision / _FILE, folder / "refs" / "main"
     for path in (file, reference):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,10 +137,10 @@ def _linked(folder: Path, revision: str, blob: Path) -> Path:
 
 
 def _damage(file: Path) -> str | None:
-    """Why a file of the cache cannot be used; None where it can."""
+    """Return the reason why a cached file cannot be used; None if it is intact."""
     expected = file.resolve().name
-    if _SHA256.fullmatch(expected) and (found := _digest(file)) != expected:
-        return f"expected sha256 {expected}, found {found}"
+    if _SHA256.fullmatch(expected) and (actual := _digest(file)) != expected:
+        return f"expected sha256 {expected}, found {actual}"
     return _unreadable(file)
 
 
@@ -151,7 +156,7 @@ def _unreadable(file: Path) -> str | None:
 
 
 def _drop(file: Path) -> None:
-    """Remove a file of the cache, and the blob that it is a link to where that lies in the cache, too."""
+    """Remove a cached file, and the blob that it links to if it lies in the same cache."""
     blob = file.resolve()
     if blob.parent == (file.parent.parent.parent / "blobs").resolve():
         with contextlib.suppress(FileNotFoundError):
@@ -165,12 +170,12 @@ def _digest(file: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in a few words: the library's messages are paragraphs."""
+    """Return a short reason for a failed download: the library's messages are paragraphs."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE forbids it"
+        return "HF_HUB_OFFLINE forbids downloads"
     if isinstance(error, HfHubHTTPError):
-        return f"the answer was {error.response.status_code} {error.response.reason_phrase}"
+        return f"the response was {error.response.status_code} {error.response.reason_phrase}"
     first_line = str(error).partition("\n")[0].strip()
     return first_line or type(error).__name__

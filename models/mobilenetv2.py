@@ -1,8 +1,8 @@
 """MobileNetV2: inverted residuals with linear bottlenecks.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, arXiv 1801.04381, Table 2; channels
-are rounded as in the authors' TensorFlow code. Modules are named as in timm, so its checkpoints fit key by key; those
-of torchvision and of tonylins/pytorch-mobilenet-v2, which number the blocks in one row, are renamed.
+are rounded as in the authors' TensorFlow code. Modules have timm's names, so that its checkpoints load key by key. The
+keys of torchvision and of tonylins/pytorch-mobilenet-v2, which number all blocks consecutively, are renamed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3
 
 
 def _renames(first: Sequence[str], later: Sequence[str], classifier: str) -> tuple[tuple[str, str], ...]:
-    """From `features.0` to `features.18` to our names. `first` is what they call the two convolutions of the block
-    without expansion, each followed by its norm; `later`, the three of all others.
+    """Return the renames of `features.0` to `features.18`.
+
+    `first`: names of the convolutions and norms in the block without expansion, alternating; `later`: the same for all
+    other blocks.
     """
     blocks = [(stage, block) for stage, (_, _, count, _) in enumerate(_STAGES) for block in range(count)]
     return (
@@ -47,7 +49,8 @@ def _inner(*convolutions: str) -> Iterator[str]:
 
 
 FORMATS = (
-    # Its other widths round all channels up and never scale the first two: other networks, refused for their shapes.
+    # Its other widths round all channels up and do not scale the first two layers: these networks differ from the
+    # variants here, and their shapes are rejected.
     Format(
         name="tonylins/pytorch-mobilenet-v2",
         signature=r"features\.1\.conv\.0\.weight",
@@ -111,7 +114,7 @@ class MobileNetV2(nn.Module):
                 inputs = outputs
             stages.append(stage)
         self.blocks = nn.Sequential(*stages)
-        head = divisible(1280 * max(1.0, width))  # the last layer only ever grows
+        head = divisible(1280 * max(1.0, width))  # the last layer is never narrower than 1280
         self.conv_head = nn.Conv2d(inputs, head, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(head)
         self.act2 = nn.ReLU6()
@@ -127,7 +130,7 @@ class MobileNetV2(nn.Module):
 
 
 class DepthwiseSeparable(nn.Module):
-    """The first block, with expansion 1: 3x3 depthwise -> 1x1 linear projection. It never has a skip."""
+    """First block, with expansion 1: 3x3 depthwise -> 1x1 linear projection, without a skip."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -142,7 +145,7 @@ class DepthwiseSeparable(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expand -> 3x3 depthwise -> 1x1 linear projection, ReLU6; identity skip where shape allows."""
+    """1x1 expand -> 3x3 depthwise -> 1x1 linear projection, ReLU6; identity skip if the shape is kept."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""MobileViT v1: inverted residuals, with transformers over 2x2-pixel patches inside the three deep stages.
+"""MobileViT v1: inverted residuals, with transformers over 2x2-pixel patches in the three deepest stages.
 
 Mehta & Rastegari, "MobileViT: Light-weight, General-purpose, and Mobile-friendly Vision Transformer", ICLR 2022,
-arXiv 2110.02178, Table 4; details as in the authors' code (apple/ml-cvnets, tag cvnets-v0.1). Modules are named as
-in timm, so its checkpoints fit key by key; those of the authors are renamed.
+arXiv 2110.02178, Table 4; details as in the authors' code (apple/ml-cvnets, tag cvnets-v0.1). Modules have timm's
+names, so that its checkpoints load key by key; the keys of the authors' checkpoints are renamed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from models._layers import (
 )
 from models.checkpoint import Format
 
-_PATCH = 2  # pixels a side, in every stage
+_PATCH = 2  # side of a patch in pixels of the feature map, in every stage
 _HEADS = 4
 _DEPTHS = (2, 4, 3)  # transformer layers in stages 3, 4 and 5
 
 
 def _rgb(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The stem for images in red, green, blue from one for blue, green, red."""
+    """Convert the stem's weights from BGR to RGB images."""
     name = "stem.conv.weight"
     return tensors | {name: tensors[name].flip(1)}
 
 
 FORMATS = (
     Format(
-        # The authors' MobileViT weights are those of v0.1, whose images OpenCV read: in blue, green, red. timm's are
-        # the same ones turned over, so the names tell the order of the channels, too. They do not for a training of
-        # one's own with v0.2 or later, which reads red, green, blue under the same names: rename such a file first.
+        # The authors' MobileViT weights are those of v0.1, trained on BGR images from OpenCV. timm's weights are the
+        # same with the stem converted to RGB, so the key names imply the channel order. This does not hold for models
+        # trained with v0.2 or later, which use RGB images and the same names: rename the keys of such a file first.
         name="apple/ml-cvnets",
         signature=r"conv_1\.block\.conv\.weight",
         renames=(
@@ -85,10 +85,10 @@ def mobilevit_s(classes: int) -> nn.Module:
 
 
 class MobileViT(nn.Module):
-    """Images (N, 3, S, S), S a multiple of 64 -> logits (N, classes).
+    """Images (N, 3, S, S) -> logits (N, classes); S is a multiple of 64.
 
-    `channels` are the outputs of stages 1 to 5, `dims` the token widths of the transformers in stages 3 to 5 (their
-    MLPs are twice as wide), `head` the channels before the classifier.
+    `channels`: output channels of stages 1 to 5. `dims`: token widths of the transformers in stages 3 to 5, whose MLPs
+    have twice this width. `head`: channels before the classifier.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class MobileViT(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expand -> 3x3 depthwise -> 1x1 linear projection, SiLU; identity skip where shape allows (MobileNetV2)."""
+    """1x1 expand -> 3x3 depthwise -> 1x1 linear projection, SiLU; identity skip if the shape is kept (MobileNetV2)."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, *, stride: int = 1) -> None:
         super().__init__()
@@ -151,10 +151,10 @@ class InvertedResidual(nn.Module):
 
 
 class MobileViTBlock(nn.Module):
-    """Local 3x3 convolution -> transformers that attend between like-placed pixels of all patches -> fusion with the
-    input. Maps (N, C, H, W) to the same shape; H and W must be even.
+    """Local 3x3 convolution -> attention between pixels at the same position in all patches -> fusion with the input.
+    (N, C, H, W) -> (N, C, H, W); H and W must be even.
 
-    Unfolding and folding are written with tensors of rank 4 (the textbook form needs rank 6, which Core ML refuses).
+    Unfolding and folding use tensors of rank 4 (the usual implementation has rank 6, which Core ML rejects).
     """
 
     def __init__(self, channels: int, dim: int, depth: int) -> None:
@@ -174,7 +174,7 @@ class MobileViTBlock(nn.Module):
 
 
 def unfold(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N * 4, H/2 * W/2, C): one sequence per place in the patch, one token per patch."""
+    """(N, C, H, W) -> (N * 4, H/2 * W/2, C): a sequence per position in the patch, with a token per patch."""
     _, channels, height, width = x.shape
     rows, columns = height // _PATCH, width // _PATCH
     x = x.reshape(-1, _PATCH, columns, _PATCH).transpose(1, 2)  # (N * C * rows, columns, 2, 2)
@@ -183,7 +183,7 @@ def unfold(x: Tensor) -> Tensor:
 
 
 def fold(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """The inverse of `unfold`: (N * 4, H/2 * W/2, C) -> (N, C, H, W)."""
+    """Inverse of `unfold`: (N * 4, H/2 * W/2, C) -> (N, C, H, W)."""
     rows, columns = height // _PATCH, width // _PATCH
     x = x.reshape(-1, _PATCH * _PATCH, rows * columns, channels).transpose(1, 3)  # (N, C, patches, 4)
     x = x.reshape(-1, columns, _PATCH, _PATCH).transpose(1, 2)  # (N * C * rows, 2, columns, 2)
@@ -211,15 +211,15 @@ class TransformerLayer(nn.Module):
 
 
 class ChannelBlock(MobileViTBlock):
-    """As `MobileViTBlock`, with transformers on maps (N, dim, 4, patches): one row for each place in the patch."""
+    """`MobileViTBlock` with transformers on feature maps (N, dim, 4, patches): a row per position in the patch."""
 
     def forward(self, x: Tensor) -> Tensor:
         local = self.conv_1x1(self.conv_kxk(x))
         _, dim, height, width = local.shape
         rows, columns = height // _PATCH, width // _PATCH
         unfolded = functional.pixel_unshuffle(local, _PATCH).reshape(-1, dim, _PATCH**2, rows * columns)
-        answers = self.norm(self.transformer(unfolded)).reshape(-1, dim * _PATCH**2, rows, columns)
-        folded = functional.pixel_shuffle(answers, _PATCH)
+        attended = self.norm(self.transformer(unfolded)).reshape(-1, dim * _PATCH**2, rows, columns)
+        folded = functional.pixel_shuffle(attended, _PATCH)
         return self.conv_fusion(torch.cat((x, self.conv_proj(folded)), 1))  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""What a model is: everything the pipeline needs to know about one, and nothing it has to guess."""
+"""Model specifications: the network, its preprocessing, its input sizes and its published figures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from models.checkpoint import Format
 
-# How a network is laid out: `tokens` as it was published, with linear layers on (N, length, channels); `channels` as
-# Apple's Neural Engine computes it best, with 1x1 convolutions on (N, channels, rows, length) and attention head by
+# Tensor layout of a network: `tokens` as published, with linear layers on (N, length, channels); `channels` as
+# recommended for Apple's Neural Engine, with 1x1 convolutions on (N, channels, rows, length) and attention head by
 # head. Both have the same parameters and give the same logits.
 Form = Literal["tokens", "channels"]
 
@@ -25,9 +25,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocess:
-    """How an image becomes an input: compose what is transparent over `background`, resize so that the centre crop of
-    share `crop` is `size` pixels wide, scale to [0, 1], subtract `mean`, divide by `std` (both RGB). One value serves
-    training, calibration, verification and the device.
+    """Preprocessing of an image: compose transparent pixels over `background`, resize so that the centre crop, the
+    share `crop` of the short side, is `size` pixels wide, scale to [0, 1], subtract `mean`, divide by `std` (both RGB).
+
+    Training, calibration, verification and the device use the same preprocessing.
     """
 
     size: int  # side of the square input, in pixels
@@ -40,7 +41,7 @@ class Preprocess:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """The input sides, in pixels, that an architecture takes without padding or resampling inside."""
+    """Input sides, in pixels, that an architecture supports without internal padding or resampling."""
 
     multiple_of: int
     minimum: int
@@ -50,7 +51,7 @@ class Sizes:
         return self.minimum <= size <= self.maximum and size % self.multiple_of == 0
 
     def nearest(self, size: int) -> tuple[int, ...]:
-        """The one or two sizes that work and lie closest to `size`, ascending."""
+        """Return the supported sizes closest to `size`, one or two, ascending."""
         low, high = -(-self.minimum // self.multiple_of), self.maximum // self.multiple_of
         below = min(max(size // self.multiple_of, low), high)
         above = min(max(-(-size // self.multiple_of), low), high)
@@ -59,29 +60,29 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """One variant of a family: how to build it, and the published figures that every later stage is held against.
+    """A model of a family: the function that builds it, and its published figures.
 
-    `network` names a function `module:function` that takes the number of classes and returns the float model in
-    training mode: images (N, 3, S, S) to logits (N, classes). It is a name, not the function, so that listing models
-    imports no framework. `parameters` and `macs` count the model with 1,000 classes at `preprocess.size` (the mini
-    variants: as built for the ten digits); 0 where nobody has counted.
+    `network` is `module:function`, the name of a function that takes the number of classes and returns the float model
+    in training mode: images (N, 3, S, S) to logits (N, classes). A name is used instead of the function so that listing
+    models imports no framework. `parameters` and `macs` are counted with 1,000 classes at `preprocess.size` (mini
+    variants: with the ten classes of the digits); 0 if unknown.
     """
 
-    ours: ClassVar[bool] = True  # tests hold our networks to the contract; others are checked when they come
+    ours: ClassVar[bool] = True  # built-in models are validated by tests; user-supplied models before each use
 
     name: str
     network: str
     preprocess: Preprocess
     sizes: Sizes
-    # Not part of a spec's identity (compare=False): correcting a figure must not retrain anything.
+    # Not part of the cache key (compare=False): correcting a figure must not retrain a model.
     parameters: int = field(default=0, compare=False)
     macs: int = field(default=0, compare=False)  # multiply-accumulates of one image, attention products included
-    top1: float | None = field(default=None, compare=False)  # published ImageNet-1k top-1 in percent; None: none is
-    source: str = field(default="", compare=False)  # who published `top1`
-    # Repository on the Hugging Face Hub whose `model.safetensors` WEIGHTS=timm loads; None where there is none.
+    top1: float | None = field(default=None, compare=False)  # published ImageNet-1k top-1 in percent; None: unpublished
+    source: str = field(default="", compare=False)  # publisher of `top1`
+    # Repository on the Hugging Face Hub whose `model.safetensors` WEIGHTS=timm loads; None if there is none.
     hub: str | None = field(default=None, compare=False)
-    classes: int = field(default=1000, compare=False)  # that `parameters` and `macs` are counted with
-    forms: tuple[Form, ...] = field(default=("tokens",), compare=False)  # that the network can be built in
+    classes: int = field(default=1000, compare=False)  # for which `parameters` and `macs` are counted
+    forms: tuple[Form, ...] = field(default=("tokens",), compare=False)  # supported layouts
 
     @property
     def module(self) -> str:
@@ -90,12 +91,12 @@ class ModelSpec:
 
     @property
     def code(self) -> str | Path:
-        """The module, or the file, whose code is part of every key built from this spec."""
+        """The module, or the user's file, whose code is part of the cache keys of this model."""
         return self.module
 
     @property
     def asked(self) -> str:
-        """What MODEL says to get this model."""
+        """The value of MODEL that selects this model."""
         return self.name
 
     @property
@@ -104,12 +105,12 @@ class ModelSpec:
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """The formats other than ours in which the family's checkpoints are published."""
-        found: tuple[Format, ...] = getattr(self._imported(), "FORMATS", ())
-        return found
+        """The third-party formats in which checkpoints of the family are published."""
+        formats: tuple[Format, ...] = getattr(self._imported(), "FORMATS", ())
+        return formats
 
     def build(self, classes: int, form: Form = "tokens") -> nn.Module:
-        """The float model with random weights, in training mode. `form` is one of `forms`."""
+        """Build the float model with random weights, in training mode. `form` must be one of `forms`."""
         module = self._imported()
         network = cast("nn.Module", getattr(module, self.network.partition(":")[2])(classes))
         if form == "channels":
@@ -119,10 +120,10 @@ class ModelSpec:
         return network
 
     def head(self) -> frozenset[str]:
-        """The keys of the model whose shape follows the number of classes."""
+        """Return the state_dict keys whose shape depends on the number of classes."""
         import torch
 
-        # Not every network of others can be built without numbers.
+        # Not every user-supplied network can be built on the meta device.
         with torch.device("meta" if self.ours else "cpu"):
             few, many = self.build(2).state_dict(), self.build(3).state_dict()
         return frozenset(name for name in few if name in many and few[name].shape != many[name].shape)

@@ -1,9 +1,8 @@
-"""Swin: attention within windows of a map, which every other block moves by half a window; four merged patches between
-the stages.
+"""Swin: attention within windows, shifted by half a window in every other block, with patch merging between stages.
 
 Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021, arXiv 2103.14030;
-details as in the authors' code (microsoft/Swin-Transformer). Stochastic depth, a regulariser of the training on
-ImageNet, is not implemented. Modules are named as in timm, so its checkpoints fit key by key.
+details as in the authors' code (microsoft/Swin-Transformer). Stochastic depth, a regularizer of training on ImageNet,
+is not implemented. Modules have timm's names, so that its checkpoints load key by key.
 """
 
 from __future__ import annotations
@@ -25,20 +24,22 @@ from models._layers import (
 )
 from models.checkpoint import Format
 
-_TABLES = r"layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)"  # which follow from window and map
+# Index tables and masks, which the network computes from window and map size.
+_TABLES = r"layers\.\d+\.blocks\.\d+\.(attn\.relative_position_index|attn_mask)"
 
 FORMATS = (
     Format(
         name="microsoft/Swin-Transformer",
         signature=r"layers\.0\.downsample\..*",
         renames=(
-            # Theirs end a stage with the merging that ours begin the next one with. Last first: no key moves twice.
+            # The authors' patch merging is at the end of a stage, here at the start of the next. From last to first, so
+            # that no key is renamed twice.
             *((rf"^layers\.{stage}\.downsample\.", f"layers.{stage + 1}.downsample.") for stage in (2, 1, 0)),
             (r"^head\.", "head.fc."),
         ),
         ignored=_TABLES,
     ),
-    # Our names, but saved when timm still counted the tables among the weights.
+    # The same names, from versions of timm that saved the tables with the weights.
     Format(
         name="huggingface/pytorch-image-models",
         signature=r"layers\.0\.blocks\.0\.attn\.relative_position_index",
@@ -46,8 +47,8 @@ FORMATS = (
     ),
 )
 
-_WIDER = 4  # times: the hidden layer of an MLP
-_APART = -100.0  # added to the logits of tokens that do not see each other: a share of 1e-43 is left
+_WIDER = 4  # hidden width of an MLP, relative to its input
+_APART = -100.0  # added to the attention logits of masked pairs: weights of about 1e-43 remain
 _TINY, _DEEP = (2, 2, 6, 2), (2, 2, 18, 2)
 
 
@@ -76,15 +77,15 @@ def swin_large_384(classes: int) -> nn.Module:
 
 
 def swin_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels: 16, 4 and 1 windows in the three stages."""
+    """Small variant for images of 64 pixels, not from the paper: 16, 4 and 1 windows in the three stages."""
     return Swin(classes, dim=32, depths=(2, 2, 2), heads=(2, 4, 8), window=4)
 
 
 class Swin(nn.Module):
     """Images (N, 3, S, S) -> logits (N, classes); S is a multiple of 4 * 2 ** (stages - 1) * window.
 
-    `dim` are the channels of the first stage, each later one doubles them and halves the map. Every map is
-    (N, H, W, C), as the linear layers and norms want it.
+    `dim` is the number of channels of the first stage; each later stage doubles the channels and halves the resolution.
+    Feature maps are (N, H, W, C), the layout of linear layers and LayerNorm.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Swin(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of an image as tokens of a map: (N, 3, H, W) -> (N, H / patch, W / patch, dim)."""
+    """Patch embedding: (N, 3, H, W) -> (N, H / patch, W / patch, dim)."""
 
     def __init__(self, dim: int, patch: int) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one token: (N, H, W, dim) -> (N, H / 2, W / 2, 2 * dim)."""
+    """Patch merging of 2x2 tokens: (N, H, W, dim) -> (N, H / 2, W / 2, 2 * dim)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -131,10 +132,9 @@ class PatchMerging(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm window attention and MLP, each with a residual, on a map (N, H, W, dim).
+    """Pre-norm window attention and MLP, each with a residual, on a feature map (N, H, W, dim).
 
-    A shifted block attends in windows that lie half a window further down and to the right, except where the map is
-    one window only: there is nothing to connect then.
+    The windows of a shifted block are half a window further down and right, unless the map has a single window.
     """
 
     def __init__(self, dim: int, heads: int, window: int, *, shifted: bool) -> None:
@@ -160,10 +160,10 @@ class Block(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention within each window, on tokens (N * windows, length, dim), biased by how far apart two
-    tokens are. `mask` (windows, length, length) is added where the windows of an image differ.
+    """Multi-head self-attention within windows, on tokens (N * windows, length, dim), with relative position biases.
 
-    What is added to the logits does not depend on the image: it is one constant of a traced network.
+    `mask` (windows, length, length) is added to the attention logits in shifted blocks. Biases and mask do not depend
+    on the image: in a traced network they are folded to a constant.
     """
 
     relative_position_index: Tensor
@@ -182,26 +182,26 @@ class WindowAttention(nn.Module):
         return self.proj(self.attended(self.qkv(x), mask))  # type: ignore[no-any-return]
 
     def attended(self, projected: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries, keys and values (N * windows, length, 3 * dim) -> the answers of all heads (..., length, dim)."""
+        """Attention of all heads: queries, keys, values (N * windows, length, 3 * dim) -> (..., length, dim)."""
         _, length, channels = projected.shape
         parts = projected.reshape(-1, length, 3 * self.heads, self.head_dim).transpose(1, 2)
         query, key, value = torch.split(parts, self.heads, 1)  # each (N * windows, heads, length, head_dim)
         bias = self.bias()
         if mask is not None:
-            # The heads of all windows of an image in one axis: one bias (1, windows * heads, length, length) serves
-            # every image, and no tensor has more than four axes.
+            # The heads of all windows of an image share an axis: a bias (1, windows * heads, length, length) is
+            # broadcast over images, and no tensor has a rank above 4.
             bias = (mask.unsqueeze(1) + bias).reshape(1, -1, length, length)
             query, key, value = (part.reshape(-1, bias.shape[1], length, self.head_dim) for part in (query, key, value))
-        answers = attend(query, key, value, bias).reshape(-1, self.heads, length, self.head_dim)
-        return answers.transpose(1, 2).reshape(-1, length, channels // 3)
+        attended = attend(query, key, value, bias).reshape(-1, self.heads, length, self.head_dim)
+        return attended.transpose(1, 2).reshape(-1, length, channels // 3)
 
     def bias(self) -> Tensor:
-        """What is added to the logits of every window: (1, heads, length, length)."""
+        """Return the relative position biases of a window: (1, heads, length, length)."""
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).unsqueeze(0)
 
 
 def relative_positions(window: int) -> Tensor:
-    """The row of the bias table that belongs to each pair of tokens of a window: (window ** 2, window ** 2)."""
+    """Return the row of the bias table for each pair of tokens of a window: (window ** 2, window ** 2)."""
     places = torch.arange(window**2)
     rows, columns = places // window, places % window
     down = rows.unsqueeze(1) - rows + window - 1
@@ -210,10 +210,10 @@ def relative_positions(window: int) -> Tensor:
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """What keeps tokens apart that only rolling the map has brought together in a window: 0 or -100, as
-    (windows, window ** 2, window ** 2).
+    """Return the mask (windows, window ** 2, window ** 2) of shifted windows: -100 for pairs of tokens that are in the
+    same window only because the map was rolled, otherwise 0.
     """
-    rows = torch.arange(height, device=device) >= height - shift  # the rows that came from the opposite edge
+    rows = torch.arange(height, device=device) >= height - shift  # rows rolled in from the opposite edge
     columns = torch.arange(width, device=device) >= width - shift
     origins = 2 * rows.unsqueeze(1) + columns
     windows = partition(origins.reshape(1, height, width, 1), window).squeeze(2)
@@ -221,14 +221,14 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
 
 
 def partition(x: Tensor, window: int) -> Tensor:
-    """(N, H, W, C) -> (N * windows, window ** 2, C), in rank 4 (the textbook form needs rank 6)."""
+    """(N, H, W, C) -> (N * windows, window ** 2, C), with tensors of rank 4 (the usual implementation has rank 6)."""
     _, _, width, channels = x.shape
     x = x.reshape(-1, window, width // window, window * channels).transpose(1, 2)  # (N * H / window, windows, ...)
     return x.reshape(-1, window**2, channels)
 
 
 def merge(x: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `partition`: (N * windows, window ** 2, C) -> (N, height, width, C)."""
+    """Inverse of `partition`: (N * windows, window ** 2, C) -> (N, height, width, C)."""
     _, length, channels = x.shape
     window = round(length**0.5)
     x = x.reshape(-1, width // window, window, window * channels).transpose(1, 2)
@@ -236,10 +236,10 @@ def merge(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def roll(x: Tensor, shift: int, axes: tuple[int, int] = (1, 2)) -> Tensor:
-    """Move a map (N, H, W, C) up and to the left by `shift` (down and right where negative); what leaves it at one edge
-    comes back at the other. (Left to itself, coremltools makes a gather of `torch.roll` for each axis.)
+    """Roll a feature map (N, H, W, C) up and to the left by `shift`, or down and to the right if it is negative.
 
-    `axes`: those of height and width.
+    Written with slices, as coremltools converts `torch.roll` to a gather per axis. `axes`: the axes of height and
+    width.
     """
     for axis in axes:
         before = (slice(None),) * axis
@@ -248,7 +248,7 @@ def roll(x: Tensor, shift: int, axes: tuple[int, int] = (1, 2)) -> Tensor:
 
 
 def neighbours(x: Tensor) -> Tensor:
-    """The tokens of each 2x2 square side by side, down before right: (N, H, W, C) -> (N, H / 2, W / 2, 4 * C)."""
+    """Concatenate the tokens of each 2x2 square, in column-major order: (N, H, W, C) -> (N, H / 2, W / 2, 4 * C)."""
     _, height, width, channels = x.shape
     return x.reshape(-1, 2, width, channels).transpose(1, 2).reshape(-1, height // 2, width // 2, 4 * channels)
 
@@ -257,29 +257,29 @@ def neighbours(x: Tensor) -> Tensor:
 
 
 class ChannelSwin(Swin):
-    """As `Swin`, with every map (N, C, H, W)."""
+    """`Swin` with feature maps (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.layers(self.patch_embed(x))).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class ChannelEmbedding(PatchEmbedding):
-    """Patches of an image as places of a map: (N, 3, H, W) -> (N, dim, H / patch, W / patch)."""
+    """Patch embedding: (N, 3, H, W) -> (N, dim, H / patch, W / patch)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x))  # type: ignore[no-any-return]
 
 
 class ChannelMerging(PatchMerging):
-    """Four neighbours become one place: (N, dim, H, W) -> (N, 2 * dim, H / 2, W / 2)."""
+    """Patch merging of 2x2 positions: (N, dim, H, W) -> (N, 2 * dim, H / 2, W / 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        corners = [x[:, :, row::2, column::2] for column in range(2) for row in range(2)]  # down before right
+        corners = [x[:, :, row::2, column::2] for column in range(2) for row in range(2)]  # column-major order
         return self.reduction(self.norm(torch.cat(corners, 1)))  # type: ignore[no-any-return]
 
 
 class ChannelBlock(Block):
-    """As `Block`, on a map (N, dim, H, W), all of it computed on windows (N, dim, windows, window ** 2)."""
+    """`Block` on a feature map (N, dim, H, W), computed on windows (N, dim, windows, window ** 2) throughout."""
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, height, width = x.shape
@@ -295,7 +295,7 @@ class ChannelBlock(Block):
 
 
 class ChannelWindowAttention(WindowAttention):
-    """As `WindowAttention`, on windows (N, dim, windows, length)."""
+    """`WindowAttention` on windows (N, dim, windows, length)."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = self.qkv(x, self.head_dim**-0.5)
@@ -304,7 +304,7 @@ class ChannelWindowAttention(WindowAttention):
 
 
 def channel_partition(x: Tensor, window: int) -> Tensor:
-    """(N, C, H, W) -> (N, C, windows, window ** 2), in rank 4 and with the last axis in its place."""
+    """(N, C, H, W) -> (N, C, windows, window ** 2), with tensors of rank 4 and without moving the last axis."""
     _, channels, height, width = x.shape
     if width > window:
         x = x.reshape(-1, window, width // window, window).transpose(1, 2)  # (N * C * H / window, windows, ...)
@@ -312,7 +312,7 @@ def channel_partition(x: Tensor, window: int) -> Tensor:
 
 
 def channel_merge(x: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `channel_partition`: (N, C, windows, window ** 2) -> (N, C, height, width)."""
+    """Inverse of `channel_partition`: (N, C, windows, window ** 2) -> (N, C, height, width)."""
     _, channels, _, length = x.shape
     window = round(length**0.5)
     if width > window:

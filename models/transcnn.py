@@ -1,7 +1,7 @@
-"""TransCNN: a convolutional pyramid with hierarchical self-attention in every block, with BatchNorm throughout.
+"""TransCNN: a convolutional pyramid with hierarchical self-attention and BatchNorm in every block.
 
 Liu et al., "Transformer in Convolutional Neural Networks", arXiv 2106.03180 v2; the networks follow the authors' code
-(yun-liu/TransCNN, tag v1.0), whose attention has two levels and no MLP. `MultiLevelAttention` is the form that the
+(yun-liu/TransCNN, tag v1.0), whose attention has two levels and no MLP. `MultiLevelAttention` is the attention that the
 paper's text describes, with any number of levels and an MLP in each.
 """
 
@@ -36,14 +36,14 @@ def transcnn_large(classes: int) -> nn.Module:
 
 
 def transcnn_mini(classes: int) -> nn.Module:
-    """A small variant of our own for images of 64 pixels."""
+    """Small variant for images of 64 pixels, not from the paper."""
     attentions = [partial(_two_levels, head_dim=32, grid=grid, pool=2) for grid in (4, 4, 2, 1)]
     return _mini(classes, attentions)
 
 
 def transcnn_multilevel_mini(classes: int) -> nn.Module:
-    """As `transcnn_mini`, with `MultiLevelAttention` in every stage but the last, which sees its map as a whole."""
-    levels = (((4, 2, 2), 16), ((4, 2, 2), 8), ((2, 2), 4))  # and the side of the map of an image of 64 pixels
+    """`transcnn_mini` with `MultiLevelAttention` in every stage except the last, which has global attention."""
+    levels = (((4, 2, 2), 16), ((4, 2, 2), 8), ((2, 2), 4))  # windows, and side of the map for an image of 64 pixels
     attentions = [partial(MultiLevelAttention, head_dim=32, grids=grids, side=side) for grids, side in levels]
     return _mini(classes, [*attentions, partial(_two_levels, head_dim=32, grid=1, pool=1)])
 
@@ -60,8 +60,8 @@ def _mini(classes: int, attentions: Sequence[Callable[[int], nn.Module]]) -> nn.
 
 
 class TransCNN(Pyramid):
-    """Images (N, 3, S, S) -> logits (N, classes). `attentions` are made from the channels of their stages, and must fit
-    maps of side S/4, S/8, S/16 and S/32.
+    """Images (N, 3, S, S) -> logits (N, classes). Each of `attentions` takes the channels of its stage and must support
+    its feature map, of side S/4, S/8, S/16 and S/32.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class InvertedResidual(nn.Module):
 
 
 class Downsample(nn.Module):
-    """The two-branch downsampling block: a strided 3x3 convolution, plus the largest of each 2x2 pixels through a 1x1
-    convolution. The authors have one between stages, not after the last.
+    """Two-branch downsampling block: a strided 3x3 convolution, plus 2x2 max pooling and a 1x1 convolution. As in the
+    authors' code, it is used between stages, not after the last.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -122,17 +122,18 @@ class Downsample(nn.Module):
 
 
 class MultiLevelAttention(nn.Module):
-    """H-MHSA with as many levels as `grids`, on maps (N, C, H, W) whose sides are multiples of `side`.
+    """H-MHSA with a level per element of `grids`, on feature maps (N, C, H, W) whose sides are multiples of `side`.
 
-    Level i attends within windows of grids[i] x grids[i] pixels; the next one sees its map reduced grids[i + 1] times,
-    as the sum of the largest and the mean of each window. The answer is the sum of all levels at full size:
+    Level i is attention within windows of grids[i] x grids[i] pixels. The input of the next level is its output,
+    downsampled by grids[i + 1] with the sum of max pooling and average pooling. The result is the sum of all levels at
+    full resolution:
 
         A_i = Level_i(X_i)    X_0 = X    X_i = MaxPool(A_{i-1}) + AvgPool(A_{i-1})    Y = A_0 + Upsample(A_1) + ...
 
-    Each level holds its own residuals, so X is part of Y. Enlarging is bilinear from pixel centre to pixel centre: with
-    the corners aligned instead, the answers of a window would lie beside its pixels.
+    Each level includes its residuals, so X is part of Y. Upsampling is bilinear with align_corners=False: with aligned
+    corners, the result of a window would be displaced from its pixels.
 
-    Raises ValueError where the windows do not cover the maps of some level.
+    Raises ValueError if the windows of a level do not divide its map.
     """
 
     def __init__(self, dim: int, *, head_dim: int, grids: Sequence[int], side: int) -> None:
@@ -141,7 +142,7 @@ class MultiLevelAttention(nn.Module):
             raise ValueError(f"heads of {head_dim} channels do not divide {dim} channels")
         if side % multiple(grids):
             raise ValueError(
-                f"windows of {', '.join(map(str, grids))} pixels a side, each level reduced by its own, do not divide "
+                f"windows of side {', '.join(map(str, grids))}, with each level downsampled by its own, do not divide "
                 f"a map of side {side}: it must be a multiple of {multiple(grids)}"
             )
         self.grids = tuple(grids)
@@ -149,20 +150,20 @@ class MultiLevelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.levels[0](x)
-        answer = x
+        result = x
         scale = 1
         for grid, level in zip(self.grids[1:], self.levels[1:], strict=True):
             x = level(functional.max_pool2d(x, grid, grid) + functional.avg_pool2d(x, grid, grid))
             scale *= grid
-            answer = answer + functional.interpolate(x, scale_factor=scale, mode="bilinear")
-        return answer
+            result = result + functional.interpolate(x, scale_factor=scale, mode="bilinear")
+        return result
 
 
 class Level(nn.Module):
-    """Attention within windows and an MLP, each with a residual, on maps (N, C, H, W).
+    """Attention within windows and an MLP, each with a residual, on feature maps (N, C, H, W).
 
-    The norms are where the two-level code of the authors has one, before a 1x1 convolution; the paper's text has none,
-    and the maps grow with every level.
+    The norms are placed as in the authors' two-level code, before a 1x1 convolution. The paper's text has no norms;
+    without them, activations grow with every level.
     """
 
     def __init__(self, dim: int, head_dim: int, grid: int) -> None:
@@ -180,6 +181,6 @@ class Level(nn.Module):
 
 
 def multiple(grids: Sequence[int]) -> int:
-    """What the side of a map must be a multiple of, for the windows of every level to cover theirs."""
+    """Return the number of which the side of a map must be a multiple, so that the windows of every level divide it."""
     reductions = [math.prod(grids[1 : index + 1]) for index in range(len(grids))]
     return math.lcm(*(reduction * grid for reduction, grid in zip(reductions, grids, strict=True)))

@@ -1,4 +1,4 @@
-"""Top-1 lost by an artifact against the float model, with its uncertainty, and the modules that lose most."""
+"""Accuracy loss of an artifact against the float model with its confidence interval, and the most sensitive modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from calibration.metrics import Labels, Logits
     from targets.base import Images
 
-_Z = 1.959964  # of the normal distribution, two-sided 95 %
+_Z = 1.959964  # quantile of the normal distribution, two-sided 95 %
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +21,10 @@ class Loss:
     """Difference of two paired accuracies in points of top-1."""
 
     points: float
-    interval: tuple[float, float]  # 95 %
+    interval: tuple[float, float]  # 95 % confidence interval
     images: int
-    worse: int  # images that float classifies correctly and the artifact does not
-    better: int  # the reverse
+    worse: int  # images that only the float model classifies correctly
+    better: int  # images that only the artifact classifies correctly
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -51,9 +51,11 @@ def loss(float_logits: Logits, logits: Logits, labels: Labels) -> Loss:
 
 
 def most_sensitive(program: GraphModule, images: Images, count: int) -> list[str]:
-    """Paths of the `count` modules of a quantized `program` whose rounded inputs move the logits most, worst first.
+    """Return the paths of the `count` modules of a quantized `program` that are most sensitive to the quantization of
+    their inputs, worst first.
 
-    Each module is measured alone on `images` (N, 3, S, S): its inputs are rounded, all other activations are not.
+    Each module is measured alone on `images` (N, 3, S, S): only its inputs are quantized, all other activations are
+    float.
     """
     from calibration.forcing import is_quantizer
     from calibration.metrics import snr_db
@@ -70,7 +72,7 @@ def most_sensitive(program: GraphModule, images: Images, count: int) -> list[str
 
 
 def _rounding(program: GraphModule, images: Images, rounded: Collection[Node]) -> Logits:
-    """Logits of `program` with the quantizers in `rounded` alone; others pass their inputs on."""
+    """Return the logits of `program` with only the quantizers in `rounded`; all others pass their input through."""
     import torch
 
     from calibration.forcing import is_quantizer
@@ -86,5 +88,5 @@ def _rounding(program: GraphModule, images: Images, rounded: Collection[Node]) -
             return super().run_node(node)
 
     with torch.no_grad():
-        found: Logits = Partly(program).run(torch.from_numpy(images)).numpy()
-    return found
+        logits: Logits = Partly(program).run(torch.from_numpy(images)).numpy()
+    return logits

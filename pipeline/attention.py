@@ -1,10 +1,10 @@
-"""Attention masks as converters understand them: rows of a mask that exclude every key.
+"""Rewrites of attention for converters: mask rows that exclude every key, and inputs without an axis of heads.
 
-`scaled_dot_product_attention` of torch returns zeros for a query whose mask excludes every key. Converters write a
-softmax over a row of -inf instead, which is not a number, or the mean of all values. Here the mask of such a row is
-opened, and the row's result set to zero, which every converter computes alike.
+`scaled_dot_product_attention` of torch returns zeros for a query whose mask excludes every key. Converters emit a
+softmax over a row of -inf, which gives NaN, or the mean of all values. The rewrite allows all keys in such a row and
+sets its result to zero, which is the same in every converter.
 
-Attention without an axis of heads, (N, length, channels), receives one: torch.onnx refuses it otherwise.
+Attention without an axis of heads, (N, length, channels), gets one head: torch.onnx rejects it otherwise.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 
-_MASK = 3  # place of `attn_mask` among the arguments
+_MASK = 3  # position of `attn_mask` among the arguments
 _WITHOUT_HEADS = 3  # axes of (N, length, channels)
 
 
 def with_open_rows(program: ExportedProgram) -> ExportedProgram:
-    """Rewrite masked attention in `program`, in place, and return it. A constant mask without such a row stays.
-    Attention without heads becomes that of one head.
+    """Rewrite masked attention in `program`, in place, and return it. Attention without heads gets one head.
+
+    A constant mask without a row that excludes every key is left unchanged.
 
     sdpa(q, k, v, mask)     becomes     where(any, sdpa(q, k, v, where(any, mask, 0)), 0),  any = any key allowed
     """
@@ -43,7 +44,7 @@ def with_open_rows(program: ExportedProgram) -> ExportedProgram:
 
 
 def _may_exclude_all(program: ExportedProgram, mask: Node) -> bool:
-    """Whether a row of the mask may exclude every key: known for a buffer, assumed for a computed mask."""
+    """Return whether a row of the mask may exclude every key: known for a buffer, assumed for a computed mask."""
     signature = program.graph_signature
     stored: dict[str, Any] = {**program.state_dict, **program.constants}
     names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
@@ -58,24 +59,24 @@ def _allowed(mask: Tensor) -> Tensor:
 
 
 def _call(graph: Graph, beside: Node, operator: Any, *arguments: Any) -> Node:
-    """A new operator, with the line and the names of `beside`."""
+    """Add an operator with the metadata (source line, module path) of the node `beside`."""
     import torch
 
-    made = graph.call_function(operator, arguments)
-    # Names, lines and shapes as a traced operator has them.
-    made.meta = {key: value for key, value in beside.meta.items() if key != "val"}
-    made.meta["val"] = operator(*(each.meta["val"] if isinstance(each, torch.fx.Node) else each for each in arguments))
-    return made
+    node = graph.call_function(operator, arguments)
+    # The metadata of a traced operator: module path, source line, and the output's shape and type.
+    node.meta = {key: value for key, value in beside.meta.items() if key != "val"}
+    node.meta["val"] = operator(*(each.meta["val"] if isinstance(each, torch.fx.Node) else each for each in arguments))
+    return node
 
 
 def _add_heads(graph: Graph, attention: Node) -> None:
-    """sdpa(q, k, v, mask) of three axes becomes sdpa(q[:, None], k[:, None], v[:, None], mask[:, None])[:, 0]."""
+    """Rewrite sdpa(q, k, v, mask) of rank 3 to sdpa(q[:, None], k[:, None], v[:, None], mask[:, None])[:, 0]."""
     import torch
 
     aten = torch.ops.aten
 
     def with_heads(node: Node) -> Node:
-        # A mask of two axes, (length, length), is broadcast over heads as it is.
+        # A mask of rank 2, (length, length), broadcasts over heads unchanged.
         return _call(graph, attention, aten.unsqueeze.default, node, 1) if node.meta["val"].dim() == 3 else node
 
     with graph.inserting_before(attention):

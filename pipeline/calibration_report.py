@@ -1,5 +1,5 @@
-"""What `make calibrate` leaves: every tensor's range as JSON and as a page to read, whether more images would have
-mattered, and TensorRT's calibration caches with the float graph that they belong to.
+"""The report of `make calibrate`: the range of every tensor as JSON and as an HTML page, an estimate of whether more
+calibration images would help, and TensorRT calibration caches with their float graph.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pipeline.store import Step, Store, file_digest
 from targets._calibration_cache import CalibrationCache, text, version_number
 
 TABLE, PAGE, GRAPH = "calibration.json", "calibration.html", "float.onnx"
-# JetPack 5 and 6 come with these releases; a cache counts for its own one alone, whose number is in its first line.
+# TensorRT releases of JetPack 5 and 6. A cache is valid only for the release whose number is in its first line.
 CACHES: Final = {"trt8.cache": version_number(8, 6, 1), "trt10.cache": version_number(10, 3, 0)}
 
 _TEMPLATE: Final = "calibration.html.j2"
 _WIDTH, _HEIGHT = 260, 44  # pixels of one histogram
 _CURVE_WIDTH, _CURVE_HEIGHT = 330, 140
-# What is drawn against the number of images: the field of a point, its title, and how many times it is shown.
+# Curves over the number of images: the field of a point, its title, and the factor for its display.
 _CURVES: Final = (
     ("median_change", "change of half of the ranges, %", 100),
     ("snr_db", "output against float, dB", 1),
@@ -35,7 +35,7 @@ log = logging.getLogger("edgeline")
 
 
 def write(run: Run, root: Path) -> dict[str, object]:
-    """Build the report of the run's calibration, or find it built, and answer with its files."""
+    """Build the report of the run's calibration or reuse it, and return the paths of its files."""
     artifact = Store(root).get(step(run))
     table = json.loads((artifact.path / TABLE).read_text())
     log.info("calibrator %s on %d images; %s", table["calibrator"], table["calibration_images"], table["sufficiency"])
@@ -48,7 +48,7 @@ def write(run: Run, root: Path) -> dict[str, object]:
 
 
 def step(run: Run) -> Step:
-    """The report of the post-training quantization of `run`."""
+    """Return the step that builds the report of the post-training quantization of `run`."""
     quantized, exported = stages.quantized(run), stages.exported(run)
     recipe = calibrating(run)
 
@@ -73,13 +73,13 @@ def step(run: Run) -> Step:
             "model": run.model.name,
             "data": run.data.name,
             "size": run.preprocess.size,
-            **{name: report[name] for name in _TOLD},
+            **{name: report[name] for name in _REPORTED},
             "curve": [asdict(point) for point in points],
             "sufficiency": sentence(points),
         }
         (out / TABLE).write_text(json.dumps(table, indent=1) + "\n")
         (out / PAGE).write_text(render(table))
-        if run.target.scheme.activations == "symmetric":  # the caches know no zero points
+        if run.target.scheme.activations == "symmetric":  # the caches have no zero points
             write_caches(inputs["exported"] / "model.onnx", out)
 
     return Step(
@@ -98,7 +98,7 @@ def step(run: Run) -> Step:
     )
 
 
-_TOLD: Final = (
+_REPORTED: Final = (  # fields of the quantization report that are copied to the table
     "calibrator",
     "calibrators_db",
     "repairs_db",
@@ -107,7 +107,7 @@ _TOLD: Final = (
     "ranges",
     "identity",
 )
-_REPAIRS: Final = {  # as `calibration.repairs` reports them: the first two with ranges of a trial
+_REPAIRS: Final = {  # corrections reported by `calibration.repairs`; the first two are measured with trial ranges
     "none": "channels as trained",
     "equalized": "channels of like ranges",
     "calibrated": "with the ranges below",
@@ -117,7 +117,7 @@ _REPAIRS: Final = {  # as `calibration.repairs` reports them: the first two with
 
 
 def write_caches(graph: Path, out: Path) -> None:
-    """Write the scales of an exported `graph` as caches, and the graph in float, whose tensors have the same names."""
+    """Write the scales of an exported `graph` as calibration caches, and the float graph with the same tensor names."""
     import onnx
 
     from targets._onnx import activation_scales, without_quantizers
@@ -131,8 +131,8 @@ def write_caches(graph: Path, out: Path) -> None:
 
 
 def render(table: Mapping[str, Any]) -> str:
-    """The page: what was calibrated, how the calibrators compare, the curve, and a row for every tensor, the most
-    clipped one first.
+    """Return the HTML page: the calibrated model, a comparison of calibrators, the sufficiency curves, and a row for
+    every tensor, most clipped first.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -154,7 +154,7 @@ def render(table: Mapping[str, Any]) -> str:
 
 
 def _bars(counts: list[int]) -> list[dict[str, float]]:
-    """Bars of heights by the logarithm of the counts: a range is decided where there are few values."""
+    """Return the bars of a histogram with logarithmic heights: the range depends on the rare large values."""
     from math import log1p
 
     highest, width = log1p(max(counts, default=0)) or 1.0, _WIDTH / max(len(counts), 1)
@@ -166,14 +166,14 @@ def _bars(counts: list[int]) -> list[dict[str, float]]:
 
 
 def _mark(row: Mapping[str, Any]) -> float:
-    """Where the chosen range ends, in pixels; at the right edge where it holds all."""
+    """Return the position of the end of the chosen range in pixels: the right edge if no value is clipped."""
     share = float(row["limit"]) / (float(row["peak"]) or 1.0)
     return round(min(share, 1.0) * _WIDTH, 2)
 
 
 def _curve(points: list[Mapping[str, Any]], field: str, times: int) -> list[dict[str, float]]:
-    """`times` the `field` of each point of the sufficiency curve, with its place in pixels: evenly spaced, from 0 to
-    the largest.
+    """Return the points of a curve: `times` the value of `field`, and its position in pixels. The points are evenly
+    spaced in x; y ranges from 0 to the largest value.
     """
     values = [times * point[field] for point in points]
     highest, step = max([0.0, *values]) or 1.0, (_CURVE_WIDTH - 80) / max(len(points) - 1, 1)

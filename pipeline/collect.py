@@ -1,8 +1,8 @@
-"""Garbage collection of a store: scratch of builds that were killed, artifacts that a newer one replaces, and what was
-moved to `quarantine`. Lists first; deletes when asked to.
+"""Garbage collection of a store: remains of killed builds, superseded artifacts, and the contents of `quarantine`.
 
-Measurements, logs of searches and pages are no artifacts and stay. What a live process builds or uses stays, too: see
-`pipeline.in_use`. Nothing here waits for a lock.
+Garbage is listed, and deleted only with `apply`. Measurements, search logs and pages are not artifacts and are never
+deleted, nor is anything that a running process builds or uses: see `pipeline.in_use`. The collection does not wait for
+locks.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any, Final
 from pipeline import in_use, integrity
 from pipeline.store import BUILDING, KEY_LETTERS, QUARANTINE, RESUME
 
-SCRATCH_DAYS: Final = 30  # that an interrupted training can be gone on from, where DAYS does not say otherwise
+SCRATCH_DAYS: Final = 30  # days for which an interrupted training can be resumed, unless DAYS is given
 _DAY: Final = 86_400  # seconds
-# Parameters that change with what is installed, not with what is asked for.
+# Parameters that depend on installed packages, not on the request.
 _INSTALLED: Final = frozenset({"versions", "toolchain", "executed"})
 
 log = logging.getLogger("edgeline")
@@ -34,39 +34,42 @@ log = logging.getLogger("edgeline")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Garbage:
-    """One file or folder of a store that can go."""
+    """A file or folder of a store that can be deleted."""
 
     path: Path
-    bytes: int  # of its files
+    bytes: int  # size of its files
     why: str
 
 
 def collect(root: Path, *, days: int | None = None, apply: bool = False) -> dict[str, object]:
-    """List what can be deleted below `root`, and delete it where `apply`.
+    """List the garbage below `root`, delete it if `apply`, and return the report.
 
-    `days`: artifacts that were not used for so long can go, too, with all that only they are made from.
+    `days`: artifacts that were not used for this number of days are garbage as well, with the inputs that only they
+    use.
     """
-    found = list(garbage(root, days))
-    freed = _freed(found)
+    items = list(garbage(root, days))
+    freed = _freed(items)
     removed = []
-    for item in found:
+    for item in items:
         gone = apply and _removed(item.path)
         removed += [item.path] * gone
         log.info("%-12s %s: %s", _size(item.bytes), item.path, item.why + "; in use, kept" * (apply and not gone))
     if apply:
-        log.info("%d of %d removed, %s", len(removed), len(found), _size(freed))
+        log.info("%d of %d removed, %s", len(removed), len(items), _size(freed))
     else:
-        log.info("%d can be removed, %s; APPLY=yes removes them", len(found), _size(freed))
+        log.info("%d can be removed, %s; APPLY=yes removes them", len(items), _size(freed))
     return {
         "applied": apply,
         "bytes": freed,
         "removed": len(removed),
-        "garbage": [asdict(item) | {"path": str(item.path), "removed": item.path in removed} for item in found],
+        "garbage": [asdict(item) | {"path": str(item.path), "removed": item.path in removed} for item in items],
     }
 
 
 def garbage(root: Path, days: int | None = None) -> Iterator[Garbage]:
-    """What can be deleted below `root`: artifacts and scratch first, then locks that belong to nothing."""
+    """Yield the garbage below `root`: artifacts and scratch folders, then locks without an artifact. `days` as in
+    `collect`.
+    """
     going: set[Path] = set()
     for item in (*_artifacts(root, days), *_scratch(root, SCRATCH_DAYS if days is None else days), *_kept_apart(root)):
         if not _is_held(item.path):
@@ -77,7 +80,7 @@ def garbage(root: Path, days: int | None = None) -> Iterator[Garbage]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """An artifact in a store, by its manifest."""
+    """An artifact in a store with its manifest."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -88,8 +91,8 @@ class _Found:
 
     @property
     def inputs(self) -> Mapping[str, str]:
-        found: Mapping[str, str] = self.manifest["ingredients"]["inputs"]
-        return found
+        inputs: Mapping[str, str] = self.manifest["ingredients"]["inputs"]
+        return inputs
 
     @cached_property
     def built(self) -> float:
@@ -101,35 +104,35 @@ class _Found:
 
 
 def _artifacts(root: Path, days: int | None) -> Iterator[Garbage]:
-    found: dict[str, _Found] = {}
+    by_key: dict[str, _Found] = {}
     for path in _stage_entries(root):
         if path.name.startswith(".") or not path.is_dir():
             continue
         if manifest := integrity.manifest_of(path):
-            found[manifest["key"]] = _Found(path=path, manifest=manifest)
+            by_key[manifest["key"]] = _Found(path=path, manifest=manifest)
         elif path.name[-KEY_LETTERS - 1 : -KEY_LETTERS] == "-":
             yield _item(path, "an artifact without its manifest, which is never used")
     newest: dict[str, _Found] = {}
-    for artifact in sorted(found.values(), key=lambda artifact: artifact.built):
-        newest[_purpose(artifact, found)] = artifact
+    for artifact in sorted(by_key.values(), key=lambda artifact: artifact.built):
+        newest[_purpose(artifact, by_key)] = artifact
     recent = time.time() - (days or 0) * _DAY
-    kept = {made.key for made in newest.values() if days is None or made.used > recent}
+    kept = {artifact.key for artifact in newest.values() if days is None or artifact.used > recent}
     pending = list(kept)
-    while pending:  # all that a kept one is made from
-        needed = found.get(pending.pop())
+    while pending:  # keep the transitive inputs of kept artifacts
+        needed = by_key.get(pending.pop())
         pending += [key for key in needed.inputs.values() if key not in kept] if needed else []
         kept |= set(needed.inputs.values()) if needed else set()
-    for artifact in found.values():
+    for artifact in by_key.values():
         if artifact.key not in kept:
-            later = newest[_purpose(artifact, found)]
+            later = newest[_purpose(artifact, by_key)]
             unused = f"not used for {(time.time() - artifact.used) / _DAY:.0f} days"
             yield _item(artifact.path, unused if later is artifact else f"replaced by {later.path.name}")
 
 
-def _purpose(artifact: _Found, found: Mapping[str, _Found]) -> str:
-    """A digest of what was asked for: equal for artifacts that differ by code and installed versions alone."""
+def _purpose(artifact: _Found, by_key: Mapping[str, _Found]) -> str:
+    """Return a digest of the request: equal for artifacts that differ only in code and installed versions."""
     ingredients = artifact.manifest["ingredients"]
-    inputs = {name: _purpose(found[key], found) if key in found else key for name, key in artifact.inputs.items()}
+    inputs = {name: _purpose(by_key[key], by_key) if key in by_key else key for name, key in artifact.inputs.items()}
     params = {name: value for name, value in ingredients["params"].items() if name not in _INSTALLED}
     label = artifact.path.name[:-KEY_LETTERS]
     return hashlib.sha256(
@@ -142,7 +145,7 @@ def _scratch(root: Path, days: int) -> Iterator[Garbage]:
         if path.name.startswith(BUILDING):
             yield _item(path, "left by a build that was killed")
         elif path.name.startswith(RESUME):
-            age = time.time() - max((found.stat().st_mtime for found in (path, *path.rglob("*"))), default=0.0)
+            age = time.time() - max((entry.stat().st_mtime for entry in (path, *path.rglob("*"))), default=0.0)
             if _owner(path).exists():
                 yield _item(path, "of an artifact that is finished")
             elif age >= days * _DAY:
@@ -155,7 +158,7 @@ def _kept_apart(root: Path) -> Iterator[Garbage]:
 
 
 def _locks(root: Path, going: set[Path]) -> Iterator[Garbage]:
-    """Locks and records of artifacts that are not there, or will not be."""
+    """Yield the locks and records of artifacts that do not exist, or are in `going`."""
     for path in _stage_entries(root):
         if path.name.startswith((".lock-", ".checked-")):
             owner = _owner(path)
@@ -165,13 +168,13 @@ def _locks(root: Path, going: set[Path]) -> Iterator[Garbage]:
 
 
 def _stage_entries(root: Path) -> list[Path]:
-    """What lies in the folders of stages."""
+    """Return the entries of all stage folders."""
     stages = [path for path in sorted(root.glob("*")) if path.is_dir() and path.name != QUARANTINE]
     return [path for stage in stages for path in sorted(stage.iterdir())]
 
 
 def _owner(path: Path) -> Path:
-    """The artifact that a scratch folder, a lock or a record belongs to; any other path itself."""
+    """Return the artifact of a scratch folder, lock or record; any other path unchanged."""
     name = path.name
     for kind in (BUILDING, RESUME, ".lock-", ".checked-"):
         if name.startswith(kind):
@@ -181,14 +184,17 @@ def _owner(path: Path) -> Path:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process builds the artifact that `path` belongs to, or uses it."""
+    """Return whether a process builds or uses the artifact that `path` belongs to."""
     with _free(_owner(path)) as free:
         return not free
 
 
 @contextlib.contextmanager
 def _free(artifact: Path) -> Iterator[bool]:
-    """Whether nobody builds or uses `artifact`; if so, nobody can begin to in this context. Makes no files."""
+    """Context manager: whether no process builds or uses `artifact`. If so, none can start to within the context.
+
+    Creates no files.
+    """
     with contextlib.ExitStack() as held:
         for file in (in_use.build_lock(artifact), in_use.lock_file(artifact)):
             if not file.exists():
@@ -202,7 +208,10 @@ def _free(artifact: Path) -> Iterator[bool]:
 
 
 def _removed(path: Path) -> bool:
-    """Delete `path` unless a process holds it. A folder gets the name of scratch first: half of it is no artifact."""
+    """Delete `path` unless a process holds it. Returns whether it was deleted.
+
+    A folder is renamed to a scratch folder first: after an interruption, its remains do not look like an artifact.
+    """
     with _free(_owner(path)) as free:
         if not free:
             return False
@@ -218,17 +227,17 @@ def _removed(path: Path) -> bool:
 
 
 def _item(path: Path, why: str) -> Garbage:
-    return Garbage(path=path, bytes=sum(found.st_size for _, found in _stats([path])), why=why)
+    return Garbage(path=path, bytes=sum(entry.st_size for _, entry in _stats([path])), why=why)
 
 
 def _freed(items: Iterable[Garbage]) -> int:
-    """Bytes that come free: of a file that several artifacts share, only where all of them go."""
+    """Return the bytes that are freed. A hard-linked file counts only if all its links are deleted."""
     links: Counter[tuple[int, int]] = Counter()
-    found = {}
+    entries = {}
     for _, entry in _stats(item.path for item in items):
         links[entry.st_dev, entry.st_ino] += 1
-        found[entry.st_dev, entry.st_ino] = entry
-    return sum(entry.st_size for inode, entry in found.items() if links[inode] >= entry.st_nlink)
+        entries[entry.st_dev, entry.st_ino] = entry
+    return sum(entry.st_size for inode, entry in entries.items() if links[inode] >= entry.st_nlink)
 
 
 def _stats(paths: Iterable[Path]) -> Iterator[tuple[Path, Any]]:

@@ -1,6 +1,8 @@
-"""The check of a network of somebody else's, before anything is trained: images (N, 3, S, S) to logits (N, classes),
-something to train, the same answer whenever it is asked and however often it is built, and a trace that every converter
-of the target can read.
+"""Validation of a user-supplied model before training.
+
+The model must map images (N, 3, S, S) to logits (N, classes), have trainable parameters, be deterministic and stateless
+in evaluation, be reproducible from its state_dict, and have a torch.export trace that every converter of the target
+accepts.
 """
 
 from __future__ import annotations
@@ -33,16 +35,17 @@ if TYPE_CHECKING:
     from models.spec import ModelSpec
     from pipeline.stages import Run
 
-_FEW, _MORE = 2, 3  # images: a network that counts on one of these numbers fails with the other
-_PICTURES = 8  # of the data: their answers must be finite
-_SAMPLE = 32  # of the data, whose answers by the trained network must be finite
+_FEW, _MORE = 2, 3  # batch sizes: a network with a hard-coded batch size fails with at least one of them
+_PICTURES = 8  # dataset images whose logits must be finite before training
+_SAMPLE = 32  # dataset images whose logits must be finite after training
 _TIMES = 4  # evaluations of the same images
-_LARGE = 100.0  # deviations of the inputs that show a limit which is applied in place
-# Decibels between answers that must be the same. Of one network on one machine: bit by bit, but for sums whose order
-# changes with the threads. Of other numbers of images, and of the trace: other kernels, so another order of sums.
+_LARGE = 100.0  # standard deviation of inputs that reach the limits of an in-place clamp
+# Least signal-to-noise ratio in decibels between logits that must be equal. _SAME_DB: repeated runs of one network on
+# one machine are bit-identical except for the order of sums, which depends on the threads. _NEAR_DB: another batch size
+# and the trace use other kernels and another order of sums.
 _SAME_DB, _NEAR_DB = 100.0, 60.0
-_DEEPEST = 3  # levels of containers that are searched for values outside the state dict
-_LISTED = 3  # names in a sentence
+_DEEPEST = 3  # levels of nested containers that are searched for values outside the state_dict
+_LISTED = 3  # names that a message lists
 
 log = logging.getLogger(__name__)
 
@@ -56,32 +59,38 @@ def check(
     state: Mapping[str, Tensor] | None = None,
     run: Run | None = None,
 ) -> None:
-    """Check a network of somebody else's, in seconds. Our own are not checked here: tests hold them to the same.
+    """Validate a user-supplied model; takes seconds. Edgeline's own models are skipped: tests cover them.
 
-    `pictures`: of the data, whose first ones must have finite answers. `state`: weights that were loaded; without them
-    the network has random ones. `run`: whose target must be able to convert the network.
+    `size`: input side in pixels. `pictures`: a part of the dataset, whose first images must have finite logits.
+    `state`: loaded weights; None: random initialization. `run`: the run whose target must be able to convert the model.
 
-    Raises BadRequest where `model` does not keep to the contract, CheckFailed where the linter finds errors in it or a
-    converter refuses it.
+    Raises BadRequest if `model` violates the contract, CheckFailed if the linter reports errors or a converter rejects
+    the model.
     """
     if isinstance(model, External):
-        with _randomness_of_its_own():
+        with _random_state_restored():
             program = _checked(model, size, classes, pictures, state)
             _converted(model, program, size, run)
 
 
 def check_target(run: Run) -> None:
-    """The part of `check` that depends on the target alone, where that has more converters than ONNX's."""
+    """Run the part of `check` that depends on the target, for targets with a converter besides the ONNX exporter.
+
+    Raises BadRequest and CheckFailed as `check` does.
+    """
     if isinstance(run.model, External) and isinstance(run.target, Checks):
-        with _randomness_of_its_own():
+        with _random_state_restored():
             network = run.model.build(len(run.data.classes)).eval()
             _converted(run.model, _exported(run.model, network, run.preprocess.size), run.preprocess.size, run)
 
 
 def check_trace(model: ModelSpec, size: int) -> None:
-    """The same for any number of classes, without pictures, and without what the linter and the converters say."""
+    """Run `check` for any number of classes, without dataset images, linter and converters.
+
+    Raises BadRequest as `check` does.
+    """
     if isinstance(model, External):
-        with _randomness_of_its_own():
+        with _random_state_restored():
             _checked(model, size, None, None, None)
 
 
@@ -104,45 +113,48 @@ def _checked(
     traced = _exported(model, network, size)
     _check_graph(model, traced)
     images, names = _examples(pictures, size)
-    answers = _finite(model, network, images, names, classes, settle=state is None)
-    _check_repeated(model, network, images, answers, classes)
-    _check_alone(model, network, images, answers, classes)
-    _check_rebuilt(model, network, images, answers, classes)
-    _check_trace(model, traced, images, answers)
+    expected = _finite(model, network, images, names, classes, settle=state is None)
+    _check_repeated(model, network, images, expected, classes)
+    _check_alone(model, network, images, expected, classes)
+    _check_rebuilt(model, network, images, expected, classes)
+    _check_trace(model, traced, images, expected)
     return traced
 
 
-# --- One part after the other ---------------------------------------------------------------------------------------
+# --- Checks, in order -----------------------------------------------------------------------------------------------
 
 
 def _check_state(model: External, network: nn.Module) -> None:
-    """What is saved between the stages must be numbers."""
+    """Check that the state_dict holds initialized tensors with finite values."""
     from torch.nn.parameter import is_lazy
 
     for name, tensor in network.state_dict().items():
         if is_lazy(tensor):
-            raise model.refusal(f"`{name}` of the new network has no shape yet; use layers that are told their inputs")
+            raise model.refusal(
+                f"`{name}` of the new network has no shape yet; use layers with a given number of inputs instead of "
+                "lazy layers"
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise model.refusal(
-                f"`{name}` of the new network holds NaN or infinite values; what is no weight is registered with "
+                f"`{name}` of the new network holds NaN or infinite values; register buffers that are not weights with "
                 "persistent=False"
             )
 
 
 def _check_training(model: External, network: nn.Module, size: int, classes: int | None) -> None:
-    """There is something to train, and the gradients can be computed."""
+    """Check that the logits depend on trainable parameters and that the gradients can be computed."""
     import torch
 
     logits = _logits(model, network, torch.randn(_FEW, 3, size, size), classes)
     if not logits.requires_grad:
-        raise model.refusal("its logits do not depend on parameters that could be trained")
+        raise model.refusal("its logits do not depend on trainable parameters")
     parameters = [each for each in network.parameters() if each.requires_grad]
     with model.guarded("its gradients cannot be computed: "):
         torch.autograd.grad(logits.square().sum(), parameters, allow_unused=True)
 
 
 def _check_input(model: External, network: nn.Module, size: int, classes: int | None) -> None:
-    """In evaluation it answers, and leaves images and buffers as they were."""
+    """Check that the forward pass in evaluation runs and changes neither its input nor its buffers in place."""
     import torch
 
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -151,24 +163,24 @@ def _check_input(model: External, network: nn.Module, size: int, classes: int | 
         given = images.clone()
         _logits(model, network, given, classes)
         if not torch.equal(images, given):
-            where = next((f": {_told(node)}" for node in _input_changes(_quietly(model, network, size))), "")
+            where = next((f": {_described(node)}" for node in _input_changes(_trace_or_none(model, network, size))), "")
             raise model.refusal(
-                f"in evaluation it changes its input in place{where}; write `x = x * 2` for `x *= 2`, and "
-                "inplace=False where the input is the images"
+                f"in evaluation it changes its input in place{where}; write `x = x * 2` for `x *= 2`, and use "
+                "inplace=False in layers that take the images"
             )
     after = network.state_dict()
     for name, tensor in before.items():
         if not torch.equal(tensor, after[name]):
             raise model.refusal(
-                f"in evaluation it changes its buffer `{name}`; an engine keeps nothing between two queries"
+                f"in evaluation it changes its buffer `{name}`; an engine keeps no state between queries"
             )
 
 
 def _check_graph(model: External, traced: ExportedProgram) -> None:
-    """No operator of the trace is random, or writes into a buffer."""
+    """Check that no operator of the trace draws random numbers or writes to a buffer."""
     for node in _random(traced):
         raise model.refusal(
-            f"in evaluation it is random: {_told(node)}; make it depend on self.training, as "
+            f"in evaluation it is random: {_described(node)}; make it depend on self.training, as "
             "functional.dropout(x, p, self.training) does"
         )
     buffers = traced.graph_signature.inputs_to_buffers
@@ -176,28 +188,28 @@ def _check_graph(model: External, traced: ExportedProgram) -> None:
         schema = getattr(node.target, "_schema", None)
         if schema and schema.is_mutable and (changed := buffers.get(_origin(node).name)):
             raise model.refusal(
-                f"in evaluation it changes its buffer `{changed}`; an engine keeps nothing between two queries"
+                f"in evaluation it changes its buffer `{changed}`; an engine keeps no state between queries"
             )
 
 
 def _finite(
     model: External, network: nn.Module, images: Tensor, names: Sequence[str], classes: int | None, *, settle: bool
 ) -> Tensor:
-    """The answers to `images`, all of them numbers."""
-    answers = _logits(model, network, images, classes)
-    if not bool(answers.isfinite().all()) and settle:
-        # Statistics of a norm that nothing was trained with: deep networks may overflow with them.
+    """Return the logits (N, classes) of `images`; raises BadRequest if a value is NaN or infinite."""
+    logits = _logits(model, network, images, classes)
+    if not bool(logits.isfinite().all()) and settle:
+        # An untrained deep network may overflow with the initial BatchNorm statistics (mean 0, variance 1).
         _settle(model, network, images, classes)
-        answers = _logits(model, network, images, classes)
-    for name, row in zip(names, answers, strict=True):
+        logits = _logits(model, network, images, classes)
+    for name, row in zip(names, logits, strict=True):
         if not bool(row.isfinite().all()):
-            found = row[~row.isfinite()][0]
-            raise model.refusal(f"its logits are not finite: {found:g} among those of {name}; expected numbers")
-    return answers
+            value = row[~row.isfinite()][0]
+            raise model.refusal(f"its logits are not finite: {value:g} for {name}; expected finite values")
+    return logits
 
 
 def _settle(model: External, network: nn.Module, images: Tensor, classes: int | None) -> None:
-    """Set the statistics of every BatchNorm to those of `images`."""
+    """Set the running statistics of every BatchNorm from `images`."""
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -205,7 +217,7 @@ def _settle(model: External, network: nn.Module, images: Tensor, classes: int | 
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all batches
+        norm.momentum = None  # cumulative average over all batches
     network.train()
     with torch.no_grad():
         _logits(model, network, images.repeat(2, 1, 1, 1), classes)
@@ -214,17 +226,17 @@ def _settle(model: External, network: nn.Module, images: Tensor, classes: int | 
     network.eval()
 
 
-def _check_repeated(model: External, network: nn.Module, images: Tensor, answers: Tensor, classes: int | None) -> None:
-    """The same images have the same answers every time."""
+def _check_repeated(model: External, network: nn.Module, images: Tensor, expected: Tensor, classes: int | None) -> None:
+    """Check that repeated evaluation of the same images gives the same logits."""
     before = _outside(network)
     for _ in range(_TIMES - 1):
         again = _logits(model, network, images.clone(), classes)
-        if (found := _db(answers, again)) < _SAME_DB:
+        if (snr := _db(expected, again)) < _SAME_DB:
             changed = _differing(before, _outside(network))
-            hint = f": {changed} changed" if changed else ": something in Python is random, or counts"
+            hint = f": {changed} changed" if changed else ": Python code draws random numbers or counts calls"
             raise model.refusal(
-                f"in evaluation it answers the same images differently when asked again ({found:.1f} dB){hint}; an "
-                "engine keeps nothing between two queries"
+                f"in evaluation its logits of the same images change from run to run ({snr:.1f} dB){hint}; an engine "
+                "keeps no state between queries"
             )
     if counted := _differing(before, _outside(network)):
         log.warning(
@@ -232,61 +244,64 @@ def _check_repeated(model: External, network: nn.Module, images: Tensor, answers
         )
 
 
-def _check_alone(model: External, network: nn.Module, images: Tensor, answers: Tensor, classes: int | None) -> None:
-    """The answer to an image does not depend on the others of its batch."""
+def _check_alone(model: External, network: nn.Module, images: Tensor, expected: Tensor, classes: int | None) -> None:
+    """Check that the logits of an image do not depend on the other images of the batch."""
     alone = _logits(model, network, images[:1].clone(), classes)
-    if (found := _db(answers[:1], alone)) < _NEAR_DB:
+    if (snr := _db(expected[:1], alone)) < _NEAR_DB:
         raise model.refusal(
-            f"in evaluation its answer to an image depends on the other images of the batch ({found:.1f} dB between "
-            f"{len(images)} images and one); take means and norms over one image, and let BatchNorm track statistics"
+            f"in evaluation its logits of an image depend on the other images of the batch ({snr:.1f} dB between "
+            f"batches of {len(images)} and 1); compute means and norms per image, and let BatchNorm track statistics"
         )
 
 
-def _check_rebuilt(model: External, network: nn.Module, images: Tensor, answers: Tensor, classes: int | None) -> None:
-    """A network that is built again and given the same state answers the same, whatever it was asked before."""
+def _check_rebuilt(model: External, network: nn.Module, images: Tensor, expected: Tensor, classes: int | None) -> None:
+    """Check that a new instance with the same state_dict gives the same logits, after it has evaluated other images."""
     import torch
 
     random.seed(2)
     torch.manual_seed(2)
     other = model.build(classes or model.classes)
-    with model.guarded("built again, it cannot take the state_dict of the first: "):
+    with model.guarded("a second instance cannot load the state_dict of the first: "):
         other.load_state_dict(network.state_dict())
     other.eval()
-    _logits(model, other, torch.randn_like(images), classes)  # what it may keep of its first images
+    _logits(model, other, torch.randn_like(images), classes)  # a network may store values of its first images
     again = _logits(model, other, images.clone(), classes)
-    if (found := _db(answers, again)) < _SAME_DB:
+    if (snr := _db(expected, again)) < _SAME_DB:
         differing = _differing(_outside(network), _outside(other))
         hint = f": {differing} differs and is not in the state_dict" if differing else ""
         raise model.refusal(
-            f"built again with the same state_dict, it answers differently ({found:.1f} dB){hint}; what is random, or "
-            "taken from the first images, must be a parameter or a buffer (register_buffer)"
+            f"a second instance with the same state_dict gives other logits ({snr:.1f} dB){hint}; values that are "
+            "random, or taken from the first images, must be parameters or buffers (register_buffer)"
         )
 
 
-def _check_trace(model: External, traced: ExportedProgram, images: Tensor, answers: Tensor) -> None:
-    """The trace computes what the network does."""
+def _check_trace(model: External, traced: ExportedProgram, images: Tensor, expected: Tensor) -> None:
+    """Check that the trace gives the logits of the network."""
     import torch
 
     with model.guarded("its trace by torch.export fails: "), torch.no_grad():
-        found = _db(answers, traced.module()(images.clone()))
-    if found < _NEAR_DB:
+        snr = _db(expected, traced.module()(images.clone()))
+    if snr < _NEAR_DB:
         raise model.refusal(
-            f"its trace by torch.export answers differently ({found:.1f} dB): torch.export keeps what Python computes "
-            "while tracing, such as numpy arrays, random numbers, attributes and `.item()`; compute it with tensors"
+            f"its trace by torch.export gives other logits ({snr:.1f} dB): torch.export stores Python values of the "
+            "trace as constants (numpy arrays, random numbers, attributes, `.item()`); compute them with tensors"
         )
 
 
-# --- Answers --------------------------------------------------------------------------------------------------------
+# --- Logits ---------------------------------------------------------------------------------------------------------
 
 
 def _logits(model: External, network: nn.Module, images: Tensor, classes: int | None) -> Tensor:
-    """What the network says of `images`, checked for its form; modes and settings are as they were."""
+    """Return the logits of `images` after checking their form.
+
+    Raises BadRequest if the forward pass fails, has the wrong output, or changes a global setting or a module's mode.
+    """
     import torch
 
     mode = "in training" if network.training else "in evaluation"
     shape = tuple(images.shape)
     modes = [module.training for module in network.modules()]
-    # As in the stages: some networks keep what evaluation computes.
+    # As in the stages: some networks store tensors during evaluation.
     with torch.set_grad_enabled(network.training):
         before = foreign.settings()
         try:
@@ -296,12 +311,15 @@ def _logits(model: External, network: nn.Module, images: Tensor, classes: int | 
             changed = foreign.restored(before)
     if changed:
         raise model.refusal(
-            f"{mode} its forward switches {changed[0]} and leaves it so; use a context, such as `with torch.no_grad():`"
+            f"{mode} its forward switches {changed[0]} without restoring it; use a context manager, such as "
+            "`with torch.no_grad():`"
         )
     for (name, module), training in zip(network.named_modules(), modes, strict=True):
         if module.training is not training:
             kind = "training" if module.training else "evaluation"
-            raise model.refusal(f"{mode} its forward switches `{name or 'the network'}` to {kind} and leaves it so")
+            raise model.refusal(
+                f"{mode} its forward switches `{name or 'the network'}` to {kind} mode without restoring it"
+            )
     _check_form(model, logits, mode, shape, classes)
     return cast("Tensor", logits)
 
@@ -314,14 +332,16 @@ def _check_form(model: External, logits: object, mode: str, shape: tuple[int, ..
     images = shape[0]
     if logits.ndim != 2 or len(logits) != images or classes not in (None, logits.shape[1]):
         expected = f"({images}, {classes or 'classes'})"
-        hint = "; a function with a parameter `classes` is told their number" if logits.ndim == 2 and classes else ""
+        hint = "; a function with a parameter `classes` receives their number" if logits.ndim == 2 and classes else ""
         raise model.refusal(
             f"{mode} it returns a tensor {tuple(logits.shape)} for images {shape}, expected logits {expected}{hint}"
         )
     if logits.dtype != torch.float32:
         raise model.refusal(f"{mode} it returns {logits.dtype}, expected torch.float32")
     if logits.layout is not torch.strided or logits.device.type != "cpu":
-        raise model.refusal(f"{mode} it returns logits on {logits.device} ({logits.layout}), expected a plain tensor")
+        raise model.refusal(
+            f"{mode} it returns logits on {logits.device} ({logits.layout}), expected a dense tensor on the CPU"
+        )
 
 
 def _db(reference: Tensor, other: Tensor) -> float:
@@ -331,22 +351,22 @@ def _db(reference: Tensor, other: Tensor) -> float:
 
 
 def _examples(pictures: Images | None, size: int) -> tuple[Tensor, list[str]]:
-    """Images to ask the network about, and their names: the first pictures of the data, otherwise random ones."""
+    """Return input images (N, 3, S, S) and their names: the first images of the dataset, otherwise random images."""
     import torch
 
-    found, names = [], []
+    images, names = [], []
     for index in range(min(_PICTURES, len(pictures)) if pictures is not None else 0):
         assert pictures is not None
         for image, _ in pictures.batches(1, [index]):
-            found.append(image)
+            images.append(image)
             names.append(picture(pictures, index))
-    if found:
-        return torch.cat(found), names
+    if images:
+        return torch.cat(images), names
     return torch.randn(_MORE, 3, size, size), [f"random image {index}" for index in range(_MORE)]
 
 
 def picture(pictures: Images, index: int) -> str:
-    """How the picture at `index` of a part of the data is called: its file, where it has one."""
+    """Return the display name of the image at `index`: its file name, or its index and dataset part."""
     parts = getattr(pictures.data, "parts", None)
     unnamed = f"picture {index} of {pictures.data.name}, {pictures.part}"
     name = parts[pictures.part][index].file.name if parts else unnamed
@@ -354,9 +374,11 @@ def picture(pictures: Images, index: int) -> str:
 
 
 def check_answers(run: Run, network: nn.Module, logits: npt.NDArray[np.float32]) -> None:
-    """Raises CheckFailed where an answer of the trained `network` is no number, naming the picture: in the `logits` of
-    the test part, for the first pictures of the validation part, which every later step is compared on, and for a
-    sample of the training part, which calibrates.
+    """Check that the logits of the trained `network` are finite.
+
+    Checked are `logits`, the logits of the whole test part; the first images of the validation part, on which later
+    steps are compared; and a sample of the training part, which is used for calibration. Raises CheckFailed with the
+    name of the first image whose logits are not finite.
     """
     from calibration import program
 
@@ -364,18 +386,21 @@ def check_answers(run: Run, network: nn.Module, logits: npt.NDArray[np.float32])
     for part in ("val", "train"):
         images = run.images(part)
         order = images.stratified(_SAMPLE, run.seed) if part == "train" else range(min(_SAMPLE, len(images)))
-        # Of our own networks tests know that numbers stay numbers; weights of others are compared on the other parts.
+        # Tests cover Edgeline's own models on the training part; foreign weights are checked on the other two parts.
         if not wrong and len(order) and (part == "val" or isinstance(run.model, External)):
             wrong = unfinite(images, program.logits(network, images.batches(_SAMPLE, list(order))), order)
     if wrong:
         raise CheckFailed(
-            f"the float network of MODEL={run.model.asked} cannot be used: {wrong}; keep its numbers finite (an "
-            "epsilon in divisions, logarithms and roots), or leave the picture out"
+            f"the float network of MODEL={run.model.asked} cannot be used: {wrong}; keep its values finite (an "
+            "epsilon in divisions, logarithms and roots), or remove the picture from the data"
         )
 
 
 def unfinite(pictures: Images, logits: npt.NDArray[np.float32], order: Sequence[int] | None = None) -> str | None:
-    """What is wrong with the `logits` of the pictures of a part, all or those of `order`, where one is no number."""
+    """Return a description of the NaN or infinite values in `logits` (N, classes); None if all are finite.
+
+    `order`: the indices of the images that the rows of `logits` belong to; None: all images of the part.
+    """
     import numpy as np
 
     wrong = np.flatnonzero(~np.isfinite(logits).all(1))
@@ -392,8 +417,8 @@ def unfinite(pictures: Images, logits: npt.NDArray[np.float32], order: Sequence[
 
 
 @contextlib.contextmanager
-def _randomness_of_its_own() -> Iterator[None]:
-    """The generators of torch, numpy and Python go on afterwards as if nothing had been drawn."""
+def _random_state_restored() -> Iterator[None]:
+    """Restore the random generators of torch, numpy and Python on exit."""
     import numpy as np
     import torch
 
@@ -406,21 +431,21 @@ def _randomness_of_its_own() -> Iterator[None]:
             np.random.set_state(arrays)
 
 
-# --- Values outside the state dict ----------------------------------------------------------------------------------
+# --- Values outside the state_dict ----------------------------------------------------------------------------------
 
 
 def _outside(network: nn.Module) -> dict[str, object]:
-    """Copies of the numbers and tensors that modules keep beside what is in the state dict, by their paths."""
+    """Return copies of the numbers and tensors that modules hold outside the state_dict, by attribute path."""
     from torch import nn
 
     own = vars(nn.Module()).keys() | {"_is_hf_initialized"}
-    found: dict[str, object] = {}
+    outside: dict[str, object] = {}
     for path, module in network.named_modules():
         values = {name: value for name, value in vars(module).items() if name not in own}
         values |= {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         for name, value in values.items():
-            found |= _leaves(f"{path}.{name}" if path else name, value)
-    return found
+            outside |= _leaves(f"{path}.{name}" if path else name, value)
+    return outside
 
 
 def _leaves(path: str, value: object, depth: int = 0) -> dict[str, object]:
@@ -433,15 +458,15 @@ def _leaves(path: str, value: object, depth: int = 0) -> dict[str, object]:
         return {path: value.copy()}
     if isinstance(value, bool | int | float | complex | str):
         return {path: value}
-    found: dict[str, object] = {}
+    leaves: dict[str, object] = {}
     if depth < _DEEPEST and isinstance(value, list | tuple | dict):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            found |= _leaves(f"{path}[{key!r}]", item, depth + 1)
-    return found
+            leaves |= _leaves(f"{path}[{key!r}]", item, depth + 1)
+    return leaves
 
 
 def _differing(before: Mapping[str, object], after: Mapping[str, object]) -> str:
-    """The names of values that are not the same in both, or not in both."""
+    """Return the names of values that differ, or exist in only one of the two mappings, as a comma-separated list."""
     import numpy as np
 
     names = [
@@ -471,7 +496,7 @@ def _exported(model: External, network: nn.Module, size: int) -> ExportedProgram
 
     with model.guarded("torch.export cannot trace it: ", foreign.TRACING_LIMIT_S):
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # where torch prints the graph so far
+            with contextlib.redirect_stderr(io.StringIO()):  # torch prints the partial graph to stderr
                 return program.export(copy.deepcopy(network), size)
         except GuardOnDataDependentSymNode as error:
             why = (
@@ -480,14 +505,14 @@ def _exported(model: External, network: nn.Module, size: int) -> ExportedProgram
             raise model.refusal(f"torch.export cannot trace it: {model.place(error)}{why}") from error
         except UserError as error:
             raise model.refusal(
-                "torch.export cannot trace it for any number of images: somewhere Python counts them (an `if`, `for` "
-                "or `int()` on x.shape[0], or a loop over the images); leave that side to `-1`, `x.flatten(1)` and "
-                "the like"
+                "torch.export cannot trace it with a dynamic batch size: Python code uses the number of images (an "
+                "`if`, `for` or `int()` on x.shape[0], or a loop over the images); use `-1` for that dimension, or "
+                "`x.flatten(1)`"
             ) from error
 
 
-def _quietly(model: External, network: nn.Module, size: int) -> ExportedProgram | None:
-    """The trace, to name lines in; None where there is none."""
+def _trace_or_none(model: External, network: nn.Module, size: int) -> ExportedProgram | None:
+    """Return the trace, used to name source lines in messages; None if the network cannot be traced."""
     try:
         return _exported(model, network, size)
     except Exception:
@@ -495,7 +520,7 @@ def _quietly(model: External, network: nn.Module, size: int) -> ExportedProgram 
 
 
 def _input_changes(traced: ExportedProgram | None) -> Iterator[Node]:
-    """The operators that write into the images."""
+    """Yield the operators that write to the input images in place."""
     given = set(traced.graph_signature.user_inputs) if traced else set()
     for node in traced.graph.nodes if traced else ():
         schema = getattr(node.target, "_schema", None)
@@ -504,7 +529,7 @@ def _input_changes(traced: ExportedProgram | None) -> Iterator[Node]:
 
 
 def _origin(node: Node) -> Node:
-    """The tensor whose memory an operator's first argument shows."""
+    """Return the node of the tensor that the first argument of an operator is a view of."""
     from torch.fx import Node
 
     first = node.args[0] if node.args else None
@@ -512,12 +537,12 @@ def _origin(node: Node) -> Node:
         schema = getattr(first.target, "_schema", None)
         if schema and not any(value.alias_info for value in schema.returns):
             break
-        first = first.args[0]  # a view, an operator in place, or one of several results
+        first = first.args[0]  # a view, an in-place operator, or an item of several results
     return first if isinstance(first, Node) else node
 
 
 def _random(traced: ExportedProgram) -> Iterator[Node]:
-    """The operators that draw random numbers on the way to the logits."""
+    """Yield the operators that draw random numbers and influence the logits."""
     import torch
 
     needed: set[Node] = set()
@@ -537,7 +562,7 @@ def _random(traced: ExportedProgram) -> Iterator[Node]:
 
 
 def _draws(node: Node) -> bool:
-    """Whether an operator that may be random is so with its arguments."""
+    """Return whether an operator with the nondeterministic tag draws random numbers with its arguments."""
     schema = cast(Any, node.target)._schema
     given = {
         argument.name: node.args[place]
@@ -549,8 +574,8 @@ def _draws(node: Node) -> bool:
     return not off and not ("dropout" in schema.name and given.get("p") == 0)
 
 
-def _told(node: Node) -> str:
-    """An operator by its name, line and module."""
+def _described(node: Node) -> str:
+    """Return the name, source line and module path of an operator."""
     from calibration.program import module_path
     from calibration.sources import line, operator
 
@@ -562,9 +587,9 @@ def _told(node: Node) -> str:
 
 
 def _converted(model: External, traced: ExportedProgram, size: int, run: Run | None) -> None:
-    """The network can be exported, and built for the target of `run` where that has a converter of its own.
+    """Check that the network can be exported to ONNX, and converted by the target of `run` if it has its own converter.
 
-    Raises CheckFailed naming the operator and its line.
+    Raises CheckFailed with the operator and its source line.
     """
     from calibration import program
     from calibration.fold import fold

@@ -1,10 +1,10 @@
-"""Show the measurements: one static HTML page, a section per device, nothing hidden and nothing fetched.
+"""Dashboard of the measurements: a static HTML page with a section per device.
 
-The page is a single file without scripts, fonts or links to anywhere, so it can be mailed, archived or opened from a
-board. What is INVALID is shown as INVALID, with its reason.
+The page is a single file without scripts, external fonts or links, so it can be mailed, archived or opened from a
+device. Invalid measurements are shown as INVALID, with the reason.
 
-A line of a table is a cell of `pipeline.results`: measurements of one thing on one device. Networks of one name, but of
-other files, data or weights, are groups of their own, and no comparison crosses them.
+A line of a table is a cell of `pipeline.results`: the measurements of one engine configuration on one device. Networks
+with the same name but different files, data or weights form separate groups, and are not compared with each other.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FIRST_COMMAND: Final = "make profile MODEL=mobilevit_xs TARGET=cpu"
 # Top-1 must stay at 99 % of the float model's. Source: MLPerf inference rules, accuracy target of ResNet-50.
 KEPT_ACCURACY: Final = 0.99
 
-_COSTLIEST: Final = 8  # operators that are shown of a plan
-_KINDS: Final = 5  # types of operators that are named for a unit
-_LETTER, _LINE = 7, 13  # pixels of the labels in the scatter
-_DETAILED: Final = 500  # lines with details, those measured last: a page of 8 MB is what a browser opens at once
-_DEEPEST: Final = 4  # levels of a JSON object, beyond which it is shown as text
-_MOST_PAIRS: Final = 40  # of a JSON object
-_DIGEST: Final = 8  # letters of a digest that are shown
-# Names of choices that float engines do not have.
+_COSTLIEST: Final = 8  # operators of a plan that are listed
+_KINDS: Final = 5  # operator types that are listed for a unit
+_LETTER, _LINE = 7, 13  # width of a letter and height of a line of scatter plot labels, in pixels
+_DETAILED: Final = 500  # most recently measured lines with details: browsers open a page of 8 MB without delay
+_DEEPEST: Final = 4  # levels of a JSON object that are flattened; deeper levels are shown as text
+_MOST_PAIRS: Final = 40  # name-value pairs of a JSON object that are shown
+_DIGEST: Final = 8  # hexadecimal digits of a digest that are shown
+# Names of options that apply to INT8 recipes only.
 _OF_INTEGERS: Final = frozenset(
     {"max_drop", *(item.name for recipe in (recipes.Ptq, recipes.Qat) for item in fields(recipe))}
 )
@@ -49,8 +49,9 @@ _MINUS: Final = "\N{MINUS SIGN}"
 
 
 def write_beside(overview: Overview, out: Path) -> Path:
-    """Write the page to `out`; or, where that folder cannot be written, to the current one, as a file of the same name.
-    Returns the absolute path. Raises CannotRunHere where neither can be written.
+    """Write the page to `out`; if its folder cannot be written, to a file of the same name in the current folder.
+
+    Returns the absolute path. Raises CannotRunHere if neither folder can be written.
     """
     refusals = []
     for place in dict.fromkeys((out.absolute(), Path.cwd() / out.name)):
@@ -61,17 +62,17 @@ def write_beside(overview: Overview, out: Path) -> Path:
         else:
             return place.resolve()
     raise CannotRunHere(
-        f"cannot write the page of measurements ({'; '.join(refusals)}); give this user the right to write one of "
-        "these folders, or make room on its disk"
+        f"cannot write the page of measurements ({'; '.join(refusals)}); give this user write permission for one of "
+        "these folders, or free space on its disk"
     )
 
 
 def write(overview: Overview, out: Path) -> None:
-    """Write the page to `out`, whole or not at all: a reader never meets half of it."""
+    """Write the page to `out` atomically."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        # Names from elsewhere may hold half of a surrogate pair, which has no bytes of its own.
+        # Names from other databases may contain a lone surrogate, which UTF-8 cannot encode.
         scratch.write_text(render(overview, now=datetime.now(UTC)), encoding="utf-8", errors="replace")
         scratch.replace(out)
     finally:
@@ -79,7 +80,7 @@ def write(overview: Overview, out: Path) -> None:
 
 
 def render(overview: Overview, *, now: datetime) -> str:
-    """The page, made at `now`, as text."""
+    """Return the page as HTML text. `now` is the time shown on it."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -104,7 +105,7 @@ def render(overview: Overview, *, now: datetime) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """Lengths in percent of the longest p90 among one model's valid rows; `beyond` where a row would be longer."""
+    """Lengths in percent of the longest p90 among one model's valid rows; `beyond` if the row's p90 is longer."""
 
     p50: float
     p90: float
@@ -113,7 +114,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spark:
-    """The p50 of every run of one cell, oldest first, as points (x, y, valid) in pixels."""
+    """Sparkline: the p50 of the runs of one cell, oldest first, as points (x, y, valid) in pixels."""
 
     points: tuple[tuple[float, float, bool], ...]
     label: str
@@ -125,29 +126,29 @@ class Spark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One line of a table: the latest measurement of a cell, and what it is compared with."""
+    """A line of a table: the latest measurement of a cell, with its history and comparisons."""
 
     row: Row
     runs: int
-    earlier: tuple[Past, ...]  # newest first, thinned
-    detailed: bool  # whether the page has room for its details
+    earlier: tuple[Past, ...]  # thinned history, newest first
+    detailed: bool  # whether the page includes its details
     bar: Bar
     spark: Spark | None
     speedup: str  # p50 of fp32 over p50, or a dash
     delta: str  # top-1 minus the float model's, in points, or a dash
     below_target: bool  # top-1 is under KEPT_ACCURACY of the float model's
     fastest_recipe: bool  # of this model on this device, at this size and batch
-    best_device: bool  # of all devices for this model and recipe, at this size and batch
+    best_device: bool  # fastest of all devices for this model and recipe, at this size and batch
 
     @property
     def told_earlier(self) -> str:
-        """How many earlier measurements there are, and how many of them the page lists."""
+        """The number of earlier measurements, and how many of them the page lists."""
         listed, there = len(self.earlier), self.runs - 1
         return f"{there}" if listed == there else f"{there}, of which {listed} are listed"
 
     @property
     def start(self) -> list[tuple[str, str]]:
-        """What came before the first timed query, and where the operators run, as name-value pairs."""
+        """Load time, time of the first query, and operators per compute unit, as name-value pairs."""
         times = (("loading, ms", self.row.load_ms), ("first query, ms", self.row.first_ms))
         return [(name, _ms(value)) for name, value in times if value is not None] + [
             (f"operators, {unit}", _share(share)) for unit, share in shares(self.row.plan or ()).items()
@@ -159,17 +160,17 @@ class Entry:
 
     @property
     def mark(self) -> str:
-        """The name of the symbol and colour that stand for the recipe."""
+        """The name of the recipe's symbol and colour."""
         return self.row.recipe if self.row.recipe in _MARKS else "other"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The lines of one network with one set of weights on one device and data."""
+    """Table lines of one network with one set of weights and data, on one device."""
 
     model: str
     family: str
-    facts: tuple[tuple[str, str], ...]  # which network, data and weights those are
+    facts: tuple[tuple[str, str], ...]  # network, data and weights, as name-value pairs
     entries: tuple[Entry, ...]
 
 
@@ -182,7 +183,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trail:
-    """The valid recipes of one model in the scatter, fastest first; the label stands beside the slowest."""
+    """Valid measurements of one model in the scatter plot, fastest first; the label is beside the slowest."""
 
     label: str
     label_x: float
@@ -197,12 +198,12 @@ class Trail:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scatter:
-    """Top-1 over p50 (logarithmic), in pixels of a WIDTH x HEIGHT drawing."""
+    """Scatter plot of top-1 over p50 (logarithmic axis), in pixels of a WIDTH x HEIGHT drawing."""
 
     trails: tuple[Trail, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
-    summary: str  # the picture in words
+    summary: str  # text alternative of the plot
 
     WIDTH = 1240
     HEIGHT = 340
@@ -211,7 +212,7 @@ class Scatter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """One device of one target."""
+    """Section of the page: one device of one target."""
 
     target: str
     device: str
@@ -236,7 +237,7 @@ _MARKS: Final = ("fp32", "fp16", "int8_ptq", "int8_qat", "other")  # the symbols
 
 
 def _sections(cells: Sequence[Cell]) -> list[Section]:
-    detailed = {cell.latest.id for cell in cells[:_DETAILED]}  # those measured last come first
+    detailed = {cell.latest.id for cell in cells[:_DETAILED]}  # `cells` starts with the most recently measured
     best = {row.id for row in _best_devices([cell.latest for cell in cells])}
     devices = _by(cells, lambda cell: (cell.latest.target, cell.latest.device))
     sections = []
@@ -275,7 +276,7 @@ def _group(cells: list[Cell], *, detailed: Set[int | None], best: Set[int | None
 
 
 def _facts(identity: Identity) -> tuple[tuple[str, str], ...]:
-    """Which network, data and weights these are, as name-value pairs in a few letters."""
+    """Return network, data and weights as short name-value pairs."""
     data = identity.data or "unknown"
     weights = identity.weights_from or "unknown"
     data += f" {identity.data_digest[:_DIGEST]}" if identity.data_digest else ""
@@ -285,7 +286,7 @@ def _facts(identity: Identity) -> tuple[tuple[str, str], ...]:
 
 
 def _is_file(identity: Identity) -> bool:
-    """Whether the network is not one of ours, whose name says everything."""
+    """Return whether the network is known and not built in; the name of a built-in network identifies it."""
     return identity.network is not None and not identity.network.startswith("models.")
 
 
@@ -293,7 +294,7 @@ Network: TypeAlias = tuple[str, str | None, str | None, str | None, str | None]
 
 
 def _network_of(row: Row) -> Network:
-    """What must be equal where latencies or accuracies are compared, beyond what `_setting` has."""
+    """Return the values that must be equal to compare latencies or accuracies, in addition to those of `_setting`."""
     return row.model, row.identity.network, row.identity.data, row.identity.data_digest, row.identity.weights
 
 
@@ -307,7 +308,7 @@ def _line_order(row: Row) -> tuple[int, int, int, str, str, int, str]:
 
 
 def _best_devices(latest: Sequence[Row]) -> Iterator[Row]:
-    """The fastest valid row of each model and recipe, where more than one device has one."""
+    """Yield the fastest valid row of each model and recipe with valid rows on several devices."""
     for same in _by(_valid(latest), _on_any_device).values():
         if len({(row.target, row.device) for row in same}) > 1:
             yield min(same, key=_p50)
@@ -318,7 +319,7 @@ def _on_any_device(row: Row) -> tuple[object, ...]:
 
 
 def _fastest_recipes(lines: Sequence[Row]) -> Iterator[Row]:
-    """The fastest valid row at each size and batch, where there is a choice."""
+    """Yield the fastest valid row at each size and batch with several valid rows."""
     for same in _by(_valid(lines), lambda row: (row.size, row.batch)).values():
         if len(same) > 1:
             yield min(same, key=_p50)
@@ -333,7 +334,7 @@ def _p50(row: Row) -> float:
 
 
 def _scale(lines: Sequence[Row]) -> float:
-    """Milliseconds of a full bar. Invalid rows count only where there is nothing else: one may be off by anything."""
+    """Return the milliseconds of a full bar: the longest p90 of the valid rows, or of all if none is valid."""
     return max(row.summary.p90_ms for row in _valid(lines) or lines)
 
 
@@ -350,7 +351,7 @@ def _speedup(row: Row, lines: Sequence[Row]) -> str:
 
 
 def _setting(row: Row) -> tuple[object, ...]:
-    """What must be equal where recipes are compared: of the choices, all that a float engine has, too."""
+    """Return the values that must be equal to compare recipes: of the options, only those that float engines have."""
     choices = (row.identity.choices or "").split()
     shared = tuple(choice for choice in choices if choice.partition("=")[0] not in _OF_INTEGERS)
     return row.size, row.batch, row.threads, row.unit, shared
@@ -369,7 +370,7 @@ def _below_target(row: Row) -> bool:
 
 
 def _spark(runs: Sequence[Past], *, width: int = 64, height: int = 18) -> Spark | None:
-    """Of runs, oldest first. None for a single one: a point has no history."""
+    """Return the sparkline of `runs`, oldest first; None for fewer than two runs."""
     if len(runs) < 2:
         return None
     values = [row.summary.p50_ms for row in runs]
@@ -386,7 +387,7 @@ def _spark(runs: Sequence[Past], *, width: int = 64, height: int = 18) -> Spark 
 
 
 def _scatter(entries: Sequence[Entry]) -> Scatter | None:
-    """None where fewer than two valid rows carry an accuracy."""
+    """Return the scatter plot; None if fewer than two valid rows have an accuracy."""
     shown = [(entry, entry.row.top1) for entry in entries if entry.row.summary.valid and entry.row.top1 is not None]
     if len(shown) < 2:
         return None
@@ -413,7 +414,7 @@ def _trails(points: Sequence[Point]) -> tuple[Trail, ...]:
     for label, same in zip(_labels([same[0].entry.row for same in together.values()]), together.values(), strict=True):
         path = tuple(sorted(same, key=lambda point: point.x))
         width = _LETTER * len(label)
-        crowded = path[-1].x > Scatter.RIGHT - 9 - width  # no room on the right: go above
+        crowded = path[-1].x > Scatter.RIGHT - 9 - width  # no room on the right: place the label above
         x, y = (path[-1].x + 5, path[-1].y - 10) if crowded else (path[-1].x + 9, path[-1].y + 4)
         box = (x - width, x) if crowded else (x, x + width)
         height = _free_height(box, y, taken)
@@ -421,7 +422,7 @@ def _trails(points: Sequence[Point]) -> tuple[Trail, ...]:
             taken.append((*box, height))
         trails.append(
             Trail(
-                label="" if height is None else label,  # each point has it in its title
+                label="" if height is None else label,  # the title of each point also has the label
                 label_x=round(x, 1),
                 label_y=round(y if height is None else height, 1),
                 anchor="end" if crowded else "start",
@@ -432,36 +433,36 @@ def _trails(points: Sequence[Point]) -> tuple[Trail, ...]:
 
 
 def _free_height(box: tuple[float, float], y: float, taken: Sequence[Box]) -> float | None:
-    """The height nearest to `y` at which a label from left to right of `box` covers none of `taken`; None where every
-    height is taken.
+    """Return the height nearest to `y` at which a label with the horizontal extent `box` overlaps no label of `taken`;
+    None if there is none.
     """
     left, right = box
     near = [height for low, high, height in taken if low < right and left < high]
     steps = range(math.ceil((Scatter.BOTTOM - Scatter.TOP) / _LINE))
-    heights = sorted((y + _LINE * sign * step for step in steps for sign in (1, -1)), key=lambda one: abs(one - y))
-    inside = (one for one in heights if one == y or Scatter.TOP <= one <= Scatter.BOTTOM)
-    return next((one for one in inside if all(abs(one - other) >= _LINE for other in near)), None)
+    heights = sorted((y + _LINE * sign * step for step in steps for sign in (1, -1)), key=lambda each: abs(each - y))
+    inside = (each for each in heights if each == y or Scatter.TOP <= each <= Scatter.BOTTOM)
+    return next((each for each in inside if all(abs(each - other) >= _LINE for other in near)), None)
 
 
 def _labels(rows: Sequence[Row]) -> Iterator[str]:
-    """A name for the trail of each row: the model's, and what tells trails of that model apart."""
+    """Yield the label of each row's trail: the model's name, and the values in which trails of this model differ."""
     sizes = {(row.size, row.batch) for row in rows}
     named = _by(rows, lambda row: row.model)
     for row in rows:
         same = [other.identity for other in named[row.model]]
         parts = [row.model]
-        if len({one.network for one in same if _is_file(one)}) > 1:
+        if len({each.network for each in same if _is_file(each)}) > 1:
             parts.append(_short(row.identity.network))
-        if len({(one.data, one.data_digest) for one in same}) > 1:
+        if len({(each.data, each.data_digest) for each in same}) > 1:
             parts.append(row.identity.data or "unknown data")
-        if len({one.weights for one in same}) > 1 and len({(one.network, one.data_digest) for one in same}) == 1:
+        if len({each.weights for each in same}) > 1 and len({(each.network, each.data_digest) for each in same}) == 1:
             parts.append(f"weights {(row.identity.weights or 'unknown')[:_DIGEST]}")
         parts += [f"({row.size} px, batch {row.batch})"] * (len(sizes) > 1)
         yield " ".join([*(_cut(part, 40) for part in parts), *([row.unit] if row.unit else [])])
 
 
 def _short(name: str | None) -> str:
-    """The last two parts of a path."""
+    """Return the last two parts of a path."""
     return "/".join((name or "unknown").split("/")[-2:])
 
 
@@ -474,7 +475,7 @@ Axis: TypeAlias = tuple[Callable[[float], float], tuple[tuple[float, str], ...]]
 
 
 def _log_axis(values: Sequence[float]) -> Axis:
-    """Milliseconds to pixels, with ticks at 1, 2 and 5 of each decade."""
+    """Return the logarithmic axis from milliseconds to pixels, with ticks at 1, 2 and 5 of each decade."""
     low, high = math.log10(min(values) / 1.25), math.log10(max(values) * 1.25)
 
     def pixel(value: float) -> float:
@@ -487,7 +488,7 @@ def _log_axis(values: Sequence[float]) -> Axis:
 
 
 def _linear_axis(values: Sequence[float]) -> Axis:
-    """Percent to pixels (which grow downwards), with three to seven ticks at round numbers."""
+    """Return the linear axis from percent to pixels (growing downwards), with three to seven ticks at round numbers."""
     margin = max((max(values) - min(values)) * 0.12, 0.25)
     low, high = min(values) - margin, max(values) + margin
     step = next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if (high - low) / step <= 6)
@@ -501,13 +502,13 @@ def _linear_axis(values: Sequence[float]) -> Axis:
 
 
 def _ms(value: float) -> str:
-    """Milliseconds with three significant digits, and never fewer than the unit."""
+    """Format milliseconds with three significant digits; from 1000 ms on, as whole milliseconds."""
     digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 1000 else 0
     return f"{value:.{digits}f}"
 
 
 def _share(share: Share) -> str:
-    """One unit's part of a plan: how many operators, how much of the cost, and the most frequent types."""
+    """Format one unit's share of a plan: number of operators, share of the cost, and most frequent types."""
     kinds = [f"{kind} {count}" for kind, count in share.kinds.items()]
     more = ", \N{HORIZONTAL ELLIPSIS}" if len(kinds) > _KINDS else ""
     return f"{share.operators} ({share.cost:.1%} of the cost): {', '.join(kinds[:_KINDS])}{more}"
@@ -518,18 +519,18 @@ def _percent(value: float | None) -> str:
 
 
 def _minute(created: str | None) -> str:
-    """An ISO time as a person reads it, to the minute."""
+    """Format an ISO time as date and time to the minute."""
     return created[:16].replace("T", " ") if created else "unknown"
 
 
 def _cut(text: str | None, letters: int = 200) -> str:
-    """`text`, shortened where it is longer: a page has room for many rows."""
+    """Shorten `text` to `letters` characters and an ellipsis."""
     text = text or ""
     return text if len(text) <= letters else f"{text[:letters]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _pairs(values: object, prefix: str = "", depth: int = 0) -> list[tuple[str, str]]:
-    """A JSON object as flat name-value pairs: {"before": {"load": 1}} becomes ("before load", "1")."""
+    """Flatten a JSON object to name-value pairs: {"before": {"load": 1}} becomes ("before load", "1")."""
     if not isinstance(values, Mapping):
         return [(_cut(prefix.strip()), "unknown" if values is None else _cut(str(values)))]
     flat: list[tuple[str, str]] = []
@@ -548,7 +549,7 @@ _Key = TypeVar("_Key")
 
 
 def _by(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
-    """Items with equal keys together, in the order they came."""
+    """Group items by key, in order of appearance."""
     groups: dict[_Key, list[_Item]] = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)

@@ -1,4 +1,4 @@
-"""Where two computations of one model part: the first tensor, in order of execution, that is not the same in both."""
+"""Divergence of two executions of one model: find the first tensor, in order of execution, that differs."""
 
 from __future__ import annotations
 
@@ -19,60 +19,67 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, npt.NDArray[Any]]
 
-_LEAST_DB = 30.0  # below it a tensor counts as another one
+_LEAST_DB = 30.0  # signal-to-noise ratio below which a tensor counts as different
 
 
 def export_divergence(export: Export, images: Images) -> str:
-    """One sentence: the first tensor in which ONNX Runtime parts from the torch program, for a few `images`."""
-    found = onnx_tensors(export.onnx, images)
-    return _sentence(_first(torch_tensors(export.program, images), found), "ONNX Runtime", "torch")
+    """Return a sentence that names the first tensor in which ONNX Runtime differs from the torch program on `images`
+    (N, 3, S, S).
+    """
+    tensors = onnx_tensors(export.onnx, images)
+    return _sentence(_first(torch_tensors(export.program, images), tensors), "ONNX Runtime", "torch")
 
 
 def engine_divergence(target: Target, export: Export, engine: Path, images: Images) -> str:
-    """One sentence: the first tensor in which `engine`, or else the graph that it was compiled from, parts from ONNX
-    Runtime on the export, for one query.
+    """Return a sentence that names the first tensor in which `engine` differs from ONNX Runtime on the export.
+
+    `images` is one query. If the target cannot read tensors inside an engine, the graph that the engine was compiled
+    from is compared instead.
     """
     if isinstance(target, Probes):
         reference = onnx_tensors(export.onnx, images)
         return _sentence(_first(reference, target.probe(engine, list(reference), images)), target.name, "ONNX Runtime")
     graph = target.graph(engine)
     if graph is None:
-        return f"{target.name} shows no tensors inside an engine"
+        return f"{target.name} cannot read tensors inside an engine"
     return graph_divergence(export, graph, images)
 
 
 def graph_divergence(export: Export, graph: Path, images: Images) -> str:
-    """One sentence: the first tensor in which the ONNX file `graph` parts from the export, for one query."""
+    """Return a sentence that names the first tensor in which the ONNX file `graph` differs from the export, for one
+    query `images`.
+    """
     diverging = _first(onnx_tensors(export.onnx, images), onnx_tensors(graph, images))
     return _sentence(diverging, str(graph), str(export.onnx))
 
 
 def torch_tensors(program: Path, images: Images) -> dict[str, npt.NDArray[Any]]:
-    """Every float tensor that a saved torch program computes from `images`, in order, by the name that it also has in
-    the ONNX file: that of its node, and for the last one that of the output.
+    """Return every float tensor that a saved torch program computes from `images`, by name, in order of execution.
+
+    Names are those of the ONNX file: the node's name, and the name of the model output for the last tensor.
     """
     import torch
 
     from calibration import program as programs
 
-    found: dict[str, npt.NDArray[Any]] = {}
+    tensors: dict[str, npt.NDArray[Any]] = {}
 
     class Recorder(torch.fx.Interpreter):
         def run_node(self, node: torch.fx.Node) -> Any:
             value = super().run_node(node)
             if node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point():
-                found[OUTPUT_NAME if node is last else node.name] = value.numpy()
+                tensors[OUTPUT_NAME if node is last else node.name] = value.numpy()
             return value
 
     graph = programs.load(program).module()
     (last,) = graph.graph.output_node().all_input_nodes
     with torch.no_grad():
         Recorder(graph).run(torch.from_numpy(images))
-    return found
+    return tensors
 
 
 def onnx_tensors(model: Path, images: Images) -> dict[str, npt.NDArray[Any]]:
-    """Every float tensor that ONNX Runtime computes from `images`, by name, in order."""
+    """Return every float tensor that ONNX Runtime computes from `images`, by name, in order of execution."""
     import onnx
     import onnxruntime
 
@@ -81,7 +88,7 @@ def onnx_tensors(model: Path, images: Images) -> dict[str, npt.NDArray[Any]]:
     del graph.graph.output[:]
     graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # nothing fuses away
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # fusion would remove tensors
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return dict(zip(names, session.run(None, {INPUT_NAME: images}), strict=True))
 
@@ -94,7 +101,7 @@ def _float_names(graph: onnx.ModelProto) -> list[str]:
     constants = {tensor.name for tensor in graph.graph.initializer}
     outputs = []
     for node in graph.graph.node:
-        if constants.issuperset(node.input):  # a weight on its way to the layer, whose output says more
+        if constants.issuperset(node.input):  # depends on weights only: the layer's output is compared instead
             constants.update(node.output)
         else:
             outputs += node.output
@@ -102,17 +109,17 @@ def _float_names(graph: onnx.ModelProto) -> list[str]:
 
 
 def _first(reference: Tensors, other: Tensors) -> tuple[str, float] | None:
-    """The first name of `reference` whose tensor in `other` differs, with the decibels between them."""
+    """Return the name of the first tensor of `reference` that differs in `other`, and the ratio in decibels."""
     for name, expected in reference.items():
-        found = other.get(name)
-        if found is not None and found.shape == expected.shape and np.issubdtype(expected.dtype, np.floating):
-            decibels = snr_db(expected, found)
+        tensor = other.get(name)
+        if tensor is not None and tensor.shape == expected.shape and np.issubdtype(expected.dtype, np.floating):
+            decibels = snr_db(expected, tensor)
             if decibels < _LEAST_DB:
                 return name, decibels
     return None
 
 
-def _sentence(diverging: tuple[str, float] | None, found: str, reference: str) -> str:
+def _sentence(diverging: tuple[str, float] | None, tested: str, reference: str) -> str:
     if diverging is None:
-        return f"no tensor that {found} and {reference} both name is below {_LEAST_DB:.0f} dB"
-    return f"{found} first parts from {reference} at tensor `{diverging[0]}` ({diverging[1]:.1f} dB)"
+        return f"no tensor that {tested} and {reference} share is below {_LEAST_DB:.0f} dB"
+    return f"{tested} first differs from {reference} at tensor `{diverging[0]}` ({diverging[1]:.1f} dB)"

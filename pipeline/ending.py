@@ -1,5 +1,5 @@
-"""How a command ends that is told to: signals as exceptions, so that the last line of stdout is still an answer, and
-standard streams that nobody reads any more.
+"""Process termination: SIGTERM and SIGHUP as exceptions, so that the result is still printed as the last line of
+stdout, and closed or unread standard streams.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from types import FrameType
 from typing import Any, Final, TextIO
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
-UNREAD: Final = 128 + signal.SIGPIPE  # exit code where nobody reads the answer, as of a program that SIGPIPE ends
+UNREAD: Final = 128 + signal.SIGPIPE  # exit code if stdout has no reader, as of a program that SIGPIPE terminates
 
 
 class Ended(KeyboardInterrupt):
-    """A signal that ends the process. Whatever lets a KeyboardInterrupt pass lets this pass."""
+    """A termination signal. A subclass of KeyboardInterrupt, so that `except Exception` does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -28,10 +28,10 @@ class Ended(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def by_exception() -> Iterator[None]:
-    """Raise Ended on SIGTERM and SIGHUP; the second signal ends the process at once. A signal that is ignored, as under
-    nohup, stays ignored.
+    """Raise Ended on SIGTERM and SIGHUP within the context; a second signal terminates the process at once. Ignored
+    signals, as under nohup, stay ignored.
     """
-    if threading.current_thread() is not threading.main_thread():  # no other thread may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -51,15 +51,16 @@ def by_exception() -> Iterator[None]:
 
 
 def open_streams() -> None:
-    """Give the numbers of closed standard streams to the null device, or the next file that is opened would get one,
-    and with it all that a library prints there; and lose what is written to a stderr that nobody reads.
+    """Open the null device in place of closed standard streams, and ignore broken pipes on stderr.
+
+    Otherwise the next opened file would get the number of a closed stream, and library output with it.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:  # it has the lowest number that is free
+            if opened != number:  # os.open returns the lowest free number
                 os.dup2(opened, number)
                 os.close(opened)
     if sys.stdout is None:
@@ -71,7 +72,7 @@ def open_streams() -> None:
 
 
 def answered(line: str) -> bool:
-    """Print the last line of stdout, and say whether somebody can have read it."""
+    """Print the last line of stdout. Returns False if stdout is closed or has no reader."""
     if isinstance(sys.stdout, _Closed):
         return False
     try:
@@ -83,21 +84,21 @@ def answered(line: str) -> bool:
 
 
 def discard_stdout() -> None:
-    """Send what is left to be written to nobody, or the interpreter fails to write it at its exit."""
+    """Redirect stdout to the null device: the interpreter would fail to flush the remaining output at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
 
 
 class _Closed(io.TextIOWrapper):
-    """In place of a stdout that was closed before the program began: libraries expect one."""
+    """Replacement for a stdout that was closed before the program started: libraries expect a stream."""
 
     def __init__(self) -> None:
         super().__init__(open(os.devnull, "wb"))  # noqa: SIM115, PTH123 - open until the process ends
 
 
 class _Unread:
-    """A text stream whose reader may go away without ending the work."""
+    """A text stream that ignores broken pipes: the command continues when the reader exits."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,9 +1,9 @@
 """Set up `.venv` from a lock file: `python3.11 -P pipeline/environment.py .venv/.ready-NUMBER requirements.lock`.
 
-make runs this with the machine's own Python before any package is there: standard library alone. An environment is made
-under a name of its own in `.cache/venvs`, for its scripts and `pyvenv.cfg` hold absolute paths and none can be renamed.
-`.venv` is a link, replaced at once when all is installed: it leads to a whole environment or to none. One process at a
-time sets up; the next one finds the work done.
+make runs this module with the system's Python before any package is installed, so it imports the standard library only.
+Each environment gets a unique folder in `.cache/venvs`: its scripts and `pyvenv.cfg` contain absolute paths, so it
+cannot be renamed. `.venv` is a symbolic link that is replaced atomically after the installation: it leads to a complete
+environment or to none. Only one process sets up at a time; a process that waited uses the result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _NO_VENV: Final = "cannot create environments; on Debian and Ubuntu: apt install
 
 
 def main(ready: Path, lock: Path) -> int:
-    """Make `ready`, a file in the environment that is installed from `lock`. Returns the exit code."""
+    """Install an environment from `lock`, link `.venv` to it, and create the file `ready` in it.
+
+    Returns the exit code: 0, or 3 if the installation failed.
+    """
     signal.signal(signal.SIGTERM, _end)
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     with _alone() as held:
@@ -37,22 +40,23 @@ def main(ready: Path, lock: Path) -> int:
             return 0
         remove_unused()
         _tell(f"setting up {LINK} from {lock}; this takes a few minutes, once")
-        made = ENVIRONMENTS / f"{ready.name.removeprefix('.ready-')}-{os.getpid()}-{time.time_ns()}"
+        folder = ENVIRONMENTS / f"{ready.name.removeprefix('.ready-')}-{os.getpid()}-{time.time_ns()}"
         try:
-            code = _install(made, lock, held)
+            code = _install(folder, lock, held)
             if code == 0:
-                (made / ready.name).touch()
-                _link(made)
+                (folder / ready.name).touch()
+                _link(folder)
         finally:
-            if not _is_linked(made):
-                shutil.rmtree(made, ignore_errors=True)
+            if not _is_linked(folder):
+                shutil.rmtree(folder, ignore_errors=True)
         remove_unused()
         return code
 
 
 def remove_unused() -> None:
-    """Remove every environment that `.venv` does not lead to, unless a process runs in it. Whoever calls holds the
-    lock, so none of them is being made.
+    """Remove every environment that `.venv` does not link to, unless a process runs in it.
+
+    The caller must hold the lock of the set-up, so that no environment is being installed.
     """
     for folder in ENVIRONMENTS.iterdir():
         if folder.is_dir() and not _is_linked(folder) and not _in_use(folder):
@@ -61,7 +65,7 @@ def remove_unused() -> None:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[int]:
-    """Hold the lock of all set-ups in this checkout: the number of the file that is locked."""
+    """Hold the lock of all set-ups in this checkout; yields the file descriptor of the lock file."""
     with (ENVIRONMENTS / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,56 +75,63 @@ def _alone() -> Iterator[int]:
         yield lock.fileno()
 
 
-def _install(made: Path, lock: Path, held: int) -> int:
-    """Fill the folder `made`. The lock is handed down, so that it is held until the last process that writes ends."""
-    if subprocess.call([sys.executable, "-m", "venv", str(made)], stdout=2, pass_fds=[held]):
+def _install(folder: Path, lock: Path, held: int) -> int:
+    """Create an environment in `folder` and install `lock`. Returns the exit code.
+
+    Child processes inherit the descriptor `held`, so that the set-up stays locked until the last of them ends.
+    """
+    if subprocess.call([sys.executable, "-m", "venv", str(folder)], stdout=2, pass_fds=[held]):
         _tell(f"{sys.executable} {_NO_VENV}")
         return 3
-    pip = [str(made / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-cache-dir"]
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-cache-dir"]
     for number, arguments in enumerate(steps(lock.read_text())):
-        part = made / f"requirements-{number}.txt"
+        part = folder / f"requirements-{number}.txt"
         part.write_text(arguments.text)
         command = [*pip, *arguments.options, "--requirement", str(part)]
         if not arguments.options and CUDA.exists():
-            versions = made / "constraints.txt"
+            versions = folder / "constraints.txt"
             versions.write_text(pins(CUDA.read_text()))
             command += ["--constraint", str(versions)]
         if subprocess.call(command, stdout=2, pass_fds=[held]):
-            _tell(f"{lock} was not installed, for the reason above; nothing is left of it, and {LINK} is as it was")
+            _tell(f"{lock} was not installed, for the reason above; it was removed again, and {LINK} is unchanged")
             return 3
     return 0
 
 
 def pins(lock: str) -> str:
-    """The versions of a lock file without its hashes, for what a build of torch may need that the CPU lock has not."""
-    return "".join(f"{found}\n" for found in re.findall(r"^([\w.-]+==[^\s;]+)", lock, re.MULTILINE))
+    """Return the pinned versions of a lock file without hashes: pip constraints for dependencies of a torch build that
+    are not in the CPU lock.
+    """
+    return "".join(f"{pin}\n" for pin in re.findall(r"^([\w.-]+==[^\s;]+)", lock, re.MULTILINE))
 
 
 class Step(NamedTuple):
-    """One call of pip: options, and the lines of its requirements file."""
+    """A call of pip: its options, and the text of its requirements file."""
 
     options: tuple[str, ...]
     text: str
 
 
 def steps(lock: str) -> list[Step]:
-    """A lock file in the calls that install it: first all requirements with hashes, which pip then demands of every one
-    of them; then those without, whose files differ from one distributor to the next (see `pipeline/locks.py`), together
-    with what they need that is not in the lock.
+    """Split a lock file into the pip calls that install it.
+
+    The first call installs all requirements with hashes, with `--require-hashes`. The second call installs requirements
+    without hashes, whose files differ between distributors (see `pipeline/locks.py`), and their dependencies that are
+    not in the lock.
     """
     requirements = re.findall(r"^[^\s#].*\n?(?:[ \t]+.*\n?)*", lock, re.MULTILINE)
     hashed = [text for text in requirements if "--hash=" in text]
     plain = [text for text in requirements if "--hash=" not in text]
-    found = [Step(("--require-hashes", "--no-deps"), "".join(hashed))] if hashed else []
-    return [*found, Step((), "".join(plain))] if plain else found
+    calls = [Step(("--require-hashes", "--no-deps"), "".join(hashed))] if hashed else []
+    return [*calls, Step((), "".join(plain))] if plain else calls
 
 
-def _link(made: Path) -> None:
-    """Let `.venv` lead to the environment `made`, at once. A folder of that name, from before, is moved away."""
+def _link(folder: Path) -> None:
+    """Link `.venv` to the environment `folder` atomically. An existing folder `.venv` is moved away first."""
     if LINK.is_dir() and not LINK.is_symlink():
         LINK.rename(ENVIRONMENTS / f"before-{time.time_ns()}")
     new = LINK.with_name(f"{LINK.name}.{os.getpid()}")
-    new.symlink_to(made)
+    new.symlink_to(folder)
     new.replace(LINK)
 
 
@@ -129,7 +140,7 @@ def _is_linked(folder: Path) -> bool:
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a process has files of `folder` mapped, such as compiled modules; as far as Linux shows its processes."""
+    """Return whether a process has mapped files of `folder`, such as compiled modules, according to /proc (Linux)."""
     inside = f"{folder.resolve()}/".encode()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
@@ -152,5 +163,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        _tell(f"{LINK} was not set up: {error}; make room, or the folder writable, and run the same command again")
+        _tell(f"{LINK} was not set up: {error}; free space or make the folder writable, and run the same command again")
         sys.exit(3)

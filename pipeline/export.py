@@ -1,10 +1,10 @@
-"""From a torch program to the files that every target compiles, each compared with the program on real images.
+"""Export of a torch program to the files that targets compile, each compared with the program on real images.
 
-program.pt2 -> model.pt2     decomposed; Core ML reads this
-            -> model.onnx    explicit Q/DQ, simplified, dynamic batch; everyone else reads this
-            -> scales.json   every quantizer's scale, by module path
-            -> tensors.json  names of the tensors that both graphs share
-            -> ranges.json   the range of every tensor of model.onnx on real images, by which FP16 graphs are typed
+program.pt2 -> model.pt2     decomposed program; input of the Core ML target
+            -> model.onnx    explicit Q/DQ pairs, simplified, dynamic batch; input of all other targets
+            -> scales.json   scales of every quantized layer, by module path
+            -> tensors.json  names of the tensors that model.pt2 and model.onnx share
+            -> ranges.json   range of every tensor of model.onnx on real images, used to assign FP16 or FP32
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ if TYPE_CHECKING:
     from pipeline.lint import Finding
     from targets.base import Images, Logits
 
-# The newest opset that TensorRT 10.3 (JetPack 6) reads; Q/DQ in FP16 needs 19.
+# The newest opset that TensorRT 10.3 (JetPack 6) supports; Q/DQ in FP16 needs 19.
 OPSET = 20
 
-# Least agreement in decibels of ONNX Runtime with torch, end to end, where activations are not rounded: the order of
-# sums is the only difference. (With rounding, such a difference tips values from one integer to the next, and every
-# later layer sees that: two right executions may be as far apart as the rounding itself.)
+# Least signal-to-noise ratio in decibels of ONNX Runtime against torch, end to end, without quantization of
+# activations: only the order of sums differs. (With quantization, such a difference moves values across rounding
+# boundaries and propagates to every later layer: two correct executions may differ by as much as the rounding itself.)
 _FLOAT_DB = 60.0
-_DECOMPOSED_DB = 90.0  # of the decomposed program with the program before it, in torch
-_COMPARED = 2  # images that all tensors are compared on
+_DECOMPOSED_DB = 90.0  # least ratio of the decomposed program against the original program, both in torch
+_COMPARED = 2  # images on which all tensors are compared
 
-# What onnxsim must leave alone: it rewrites a linear layer on tokens as Reshape - Gemm - Reshape, which hides it from
-# the attention and LayerNorm fusions of TensorRT and OpenVINO; and a softmax over one element as a run-time
-# Shape - ConstantOfShape.
+# Disabled onnxsim optimizers. The first rewrites a linear layer on tokens as Reshape - Gemm - Reshape, which prevents
+# the attention and LayerNorm fusions of TensorRT and OpenVINO; the second rewrites a softmax over one element as a
+# run-time Shape - ConstantOfShape.
 _SKIPPED_OPTIMIZERS = ["fuse_matmul_add_bias_into_gemm_batched", "eliminate_nop_softmax"]
 
-_SHOWN = 3  # errors of the linter
+_SHOWN = 3  # linter errors that a message lists
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +76,16 @@ def export(
     target: str | None = None,
     pictures: Iterable[Images] = (),
 ) -> None:
-    """Write the files of a `targets.base.Export` into `out`. `asked` is MODEL, where that is not the name in
-    `description`; `scheme` is what the program was quantized by; `target`: whose errors of the linter count, None: all.
-    The ranges of tensors are measured on `pictures`, batches of (N, 3, S, S), beside `sample`.
+    """Write the files of a `targets.base.Export` to `out`.
 
-    Raises CheckFailed where the linter finds errors in the program, and where simplification or conversion changed what
-    the graph computes on `sample` (N, 3, S, S): an operator, given the torch program's inputs, that does not match it
-    (it is named), or the whole graph without rounding of activations, below 60 dB.
+    `sample`: images (N, 3, S, S) on which every conversion is compared. `description`: content of model.json. `asked`:
+    the value of MODEL, if it differs from the name in `description`. `scheme`: the scheme that the program was
+    quantized with. `target`: the target whose linter errors count; None: all targets. `pictures`: batches
+    (N, 3, S, S) on which tensor ranges are measured, in addition to `sample`.
+
+    Raises CheckFailed if the linter reports errors, or if decomposition, conversion or simplification changed the
+    results on `sample`: an operator does not match torch for torch's own inputs (the message names it), or the whole
+    graph without quantization of activations is below 60 dB.
     """
     import onnx
     import torch
@@ -111,13 +114,13 @@ def export(
     forced = partial(_forced.onnx_tensors, simplified)
     proven = parity.check(decomposed.module(), sample[:_COMPARED], names, forced, "the ONNX export")
     log.info("the ONNX conversion: %d operators match torch, integers equal", proven["operators"])
-    answers = _answers(simplified, sample)
-    _compare("onnxsim", _answers(plain, sample), answers)
+    outputs = _onnx_logits(simplified, sample)
+    _compare("onnxsim", _onnx_logits(plain, sample), outputs)
     if scales:
         _compare_without_rounding(graph, simplified, sample)
-        log.info("the ONNX conversion: %.0f dB with rounding, on %d images", snr_db(logits, answers), len(sample))
+        log.info("the ONNX conversion: %.0f dB with rounding, on %d images", snr_db(logits, outputs), len(sample))
     else:
-        _compare("the ONNX conversion", logits, answers)
+        _compare("the ONNX conversion", logits, outputs)
     _check_quantizers(simplified, scales, scheme)
 
     ranges = measured(simplified, chain([sample], pictures), _lines(graph))
@@ -130,7 +133,7 @@ def export(
 
 
 def _lines(graph: GraphModule) -> dict[str, str]:
-    """The line of the network's source that each operator comes from, by the name that its result has in ONNX too."""
+    """Return the source line of each operator by the name of its output tensor, which is the same in ONNX."""
     from calibration.sources import line
 
     operators = [node for node in graph.graph.nodes if node.op == "call_function"]
@@ -139,7 +142,7 @@ def _lines(graph: GraphModule) -> dict[str, str]:
 
 
 def check(program: ExportedProgram, target: str | None = None) -> None:
-    """Raises CheckFailed where `export` would refuse `program` without having run it."""
+    """Run the checks of `export` that need no images. Raises CheckFailed if the linter or the ONNX exporter fails."""
     from pipeline.lint import lint
 
     _refuse_errors(lint(program, target))
@@ -164,26 +167,26 @@ def _refuse_errors(findings: Sequence[Finding]) -> None:
 
 
 def _check_decomposed(decomposed: ExportedProgram, logits: Logits, sample: Images) -> None:
-    """Raises CheckFailed where decomposition changed what the program computes on `sample`."""
+    """Raise CheckFailed if decomposition changed the results of the program on `sample`."""
     import torch
 
     with torch.no_grad():
-        found = snr_db(logits, decomposed.module()(torch.from_numpy(sample)).numpy())
-    if found < _DECOMPOSED_DB:
+        snr = snr_db(logits, decomposed.module()(torch.from_numpy(sample)).numpy())
+    if snr < _DECOMPOSED_DB:
         raise CheckFailed(
-            f"not exported: the program decomposed by torch.export is {found:.1f} dB from the program before it on "
-            f"{len(sample)} images, expected at least {_DECOMPOSED_DB:.0f} dB; this is a fault of a decomposition in "
-            "torch: report the model's operators"
+            f"not exported: the program decomposed by torch.export matches the original program to {snr:.1f} dB only, "
+            f"on {len(sample)} images, expected at least {_DECOMPOSED_DB:.0f} dB; this is a fault of a decomposition "
+            "in torch: report the model's operators"
         )
 
 
 def _shared_names(
     decomposed: ExportedProgram, converted: ExportedProgram, model: ModelProto, sample: Images
 ) -> list[str]:
-    """Tensors that `model.pt2` and the ONNX graph name alike, in order of execution.
+    """Return the names of tensors that are equal in `model.pt2` and the ONNX graph, in order of execution.
 
-    The ONNX graph names tensors as the program `converted` that torch.onnx made of ours does, decomposed its own way:
-    names are shared where both programs compute equal tensors by them.
+    torch.onnx decomposes the program in its own way: `converted` is the result, and the ONNX graph has its tensor
+    names. A name is shared if both programs compute equal tensors under it.
     """
     produced = {name for node in model.graph.node for name in node.output}
     common = parity.common_names(decomposed.module(), converted.module(), sample[:_COMPARED])
@@ -191,12 +194,12 @@ def _shared_names(
 
 
 def _onnx_program(program: ExportedProgram) -> ONNXProgram:
-    """The program in ONNX. Raises CheckFailed where an operator has no counterpart there."""
+    """Convert the program to ONNX. Raises CheckFailed if an operator has no ONNX equivalent."""
     import torch
 
     try:
         with _small_constants_kept():
-            made = torch.onnx.export(
+            converted = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
@@ -207,18 +210,18 @@ def _onnx_program(program: ExportedProgram) -> ONNXProgram:
             )
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
-        while cause.__cause__:  # the first one is an essay
+        while cause.__cause__:  # the innermost cause is short and names the operator; the outer ones are long
             cause = cause.__cause__
         raise CheckFailed(
             f"not exported: torch.onnx cannot convert the network{_named_place(program, str(cause))}: "
             f"{str(cause).partition(chr(10))[0]}"
         ) from error
-    assert made is not None
-    return made
+    assert converted is not None
+    return converted
 
 
 def _with_dynamic_batch(model: ModelProto) -> ModelProto:
-    """`model` with its first axis called "batch", rather than the tracer's "s77"."""
+    """Rename the symbolic first dimension of `model` from the tracer's name, such as "s77", to "batch"."""
     (batch,) = {value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
@@ -227,23 +230,23 @@ def _with_dynamic_batch(model: ModelProto) -> ModelProto:
     return model
 
 
-def _named_place(program: ExportedProgram, said: str) -> str:
-    """The line of the first operator that an error of torch.onnx names, with a comma; "" where it names none."""
+def _named_place(program: ExportedProgram, message: str) -> str:
+    """Return ", at LINE" for the first operator that the error `message` of torch.onnx names; "" if it names none."""
     from calibration.sources import nearest_line
 
     for graph in (program.graph, program.run_decompositions({}).graph, program.run_decompositions().graph):
         for node in graph.nodes:
             schema = getattr(node.target, "_schema", None)
-            if schema and f"{schema.name.replace('::', '.')}'" in said:
+            if schema and f"{schema.name.replace('::', '.')}'" in message:
                 return f", at {nearest_line(node)}"
     return ""
 
 
 @contextmanager
 def _small_constants_kept() -> Iterator[None]:
-    """Graphs that are exported inside keep the sum of a value and a constant of up to 1e-8: `log(x + 1e-8)`.
+    """Context manager that keeps additions of constants up to 1e-8, as in `log(x + 1e-8)`, in exported graphs.
 
-    onnxscript 0.7 drops additions of 0, and takes every number within 1e-8 of it for 0.
+    onnxscript 0.7 removes additions of 0, and treats every number within 1e-8 of 0 as 0.
     """
     from onnxscript.rewriter import _matcher
 
@@ -257,8 +260,10 @@ def _small_constants_kept() -> Iterator[None]:
 
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:
-    """`torch.pixel_unshuffle` in ONNX: (N, C, H, W) -> (N, C * factor ** 2, H / factor, W / factor), one channel at a
-    time, for which the order of SpaceToDepth is that of torch. (torch.onnx would write it with tensors of rank 6.)
+    """Translate `torch.pixel_unshuffle` to ONNX: (N, C, H, W) -> (N, C * factor ** 2, H / factor, W / factor).
+
+    SpaceToDepth is applied to each channel separately, where its channel order is that of torch. (The translation of
+    torch.onnx uses tensors of rank 6.)
     """
     import onnxscript
 
@@ -266,8 +271,8 @@ def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:
     _, channels, height, width = x.shape
     blocks = [channels * downscale_factor**2, height // downscale_factor, width // downscale_factor]
     planes = onnx.Reshape(x, onnx.Constant(value_ints=[-1, 1, height, width]))
-    found = onnx.SpaceToDepth(planes, blocksize=downscale_factor)
-    return onnx.Reshape(found, onnx.Constant(value_ints=[-1, *blocks]))
+    unshuffled = onnx.SpaceToDepth(planes, blocksize=downscale_factor)
+    return onnx.Reshape(unshuffled, onnx.Constant(value_ints=[-1, *blocks]))
 
 
 def _simplified(model: ModelProto) -> ModelProto:
@@ -277,22 +282,22 @@ def _simplified(model: ModelProto) -> ModelProto:
     return simplified  # type: ignore[no-any-return]
 
 
-def _answers(model: ModelProto, sample: Images) -> Logits:
+def _onnx_logits(model: ModelProto, sample: Images) -> Logits:
     return reference_logits(model.SerializeToString(), sample)
 
 
-def _compare(what: str, expected: Logits, answers: Logits) -> None:
-    found = snr_db(expected, answers)
-    log.info("%s: %.0f dB on %d images", what, found, len(answers))
-    if found < _FLOAT_DB:
+def _compare(step: str, expected: Logits, logits: Logits) -> None:
+    snr = snr_db(expected, logits)
+    log.info("%s: %.0f dB on %d images", step, snr, len(logits))
+    if snr < _FLOAT_DB:
         raise CheckFailed(
-            f"{what} changed the model: {found:.1f} dB between the logits before and after on {len(answers)} images, "
+            f"{step} changed the model: {snr:.1f} dB between the logits before and after on {len(logits)} images, "
             f"expected at least {_FLOAT_DB:.0f} dB"
         )
 
 
 def _compare_without_rounding(graph: GraphModule, model: ModelProto, sample: Images) -> None:
-    """Compare a quantized `graph` with its conversion end to end, both without the rounding of activations.
+    """Compare a quantized `graph` with its ONNX conversion end to end, both without quantization of activations.
 
     Raises CheckFailed below 60 dB.
     """
@@ -300,11 +305,13 @@ def _compare_without_rounding(graph: GraphModule, model: ModelProto, sample: Ima
 
     with torch.no_grad():
         smooth = _smooth_graph(graph)(torch.from_numpy(sample)).numpy()
-    _compare("the ONNX conversion, without rounding of activations,", smooth, _answers(_smooth_model(model), sample))
+    _compare(
+        "the ONNX conversion, without rounding of activations,", smooth, _onnx_logits(_smooth_model(model), sample)
+    )
 
 
 def _smooth_graph(graph: GraphModule) -> GraphModule:
-    """A copy of a converted `graph` that leaves activations as they are."""
+    """Return a copy of a quantized `graph` without the Q/DQ pairs of activations."""
     import torch
 
     smooth = copy.deepcopy(graph)
@@ -317,7 +324,7 @@ def _smooth_graph(graph: GraphModule) -> GraphModule:
 
 
 def _smooth_model(model: ModelProto) -> ModelProto:
-    """A copy of an ONNX `model` that leaves activations as they are."""
+    """Return a copy of an ONNX `model` without the Q/DQ pairs of activations."""
     import onnx
 
     smooth = onnx.ModelProto()
@@ -335,8 +342,10 @@ def _smooth_model(model: ModelProto) -> ModelProto:
 
 
 def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], scheme: Scheme = SHARED) -> None:
-    """Hold the graph to what the consumers of `scheme` read: int8 with zero point 0, in an affine scheme uint8 for
-    activations, and no integer bias; and to `scales`, those of the torch program, layer by layer.
+    """Check the Q/DQ nodes of the graph against `scheme` and against `scales` of the torch program, layer by layer.
+
+    Weights must be int8 with zero point 0, activations too, or uint8 in an affine scheme; biases must not be integers.
+    Raises CheckFailed otherwise.
     """
     from onnx import TensorProto, numpy_helper
 
@@ -349,7 +358,7 @@ def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], sche
         affine = scheme.activations == "affine" and stored is None
         if affine and (zero is None or zero.data_type != TensorProto.UINT8):
             raise CheckFailed(
-                f"{node.name} of the ONNX export rounds an activation to something else than uint8; ONNX Runtime has "
+                f"{node.name} of the ONNX export quantizes an activation to a type that is not uint8; ONNX Runtime has "
                 "no fast kernels for it"
             )
         if not affine and (zero is None or zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any()):
@@ -357,20 +366,22 @@ def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], sche
                 f"{node.name} of the ONNX export has a zero point that is not int8 0; TensorRT refuses it"
             )
         if stored is not None and stored.data_type != TensorProto.INT8:
-            raise CheckFailed(f"{node.name} of the ONNX export rounds a constant that is not int8; TensorRT refuses it")
+            raise CheckFailed(
+                f"{node.name} of the ONNX export has a quantized constant that is not int8; TensorRT refuses it"
+            )
     expected = sorted((layer["activation"], layer["weight"]) for layer in scales.values())
-    found = sorted(_layer_scales(model))
-    if found != expected:
-        differing = sum(layer not in expected for layer in found)
+    exported = sorted(_layer_scales(model))
+    if exported != expected:
+        differing = sum(layer not in expected for layer in exported)
         raise CheckFailed(
-            f"the ONNX export has {len(found)} quantized layers, {differing} of them with scales that are not the "
-            f"torch program's, which has {len(expected)}"
+            f"the ONNX export has {len(exported)} quantized layers, {differing} of them with scales that do not match "
+            f"the torch program, which has {len(expected)}"
         )
 
 
 def _layer_scales(model: ModelProto) -> Iterator[tuple[float, list[float]]]:
-    """Of each layer that multiplies a rounded input by a stored integer weight: the scale of its input, which is
-    quantized and dequantized with the same one, and those of its weight.
+    """Yield the input scale and the per-channel weight scales of each layer with a quantized input and an integer
+    weight. Q and DQ of the input must have the same scale.
     """
     from onnx import numpy_helper
 

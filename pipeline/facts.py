@@ -1,4 +1,4 @@
-"""What is known of a verified engine beyond its export: for those who use it, where the target writes that down."""
+"""Provenance of a verified engine, which targets write to its files: versions, paper, weights, data and accuracy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 def facts(run: Run, key: str, report: Mapping[str, object]) -> Facts:
-    """`key` is the engine's; `report`, what its verification found."""
+    """Return the provenance of the engine with cache key `key` and verification report `report`."""
     spec = run.model
     published = f"{spec.top1} % top-1 on ImageNet-1k ({spec.source})" if spec.top1 else None
     return Facts(
@@ -39,12 +39,12 @@ def facts(run: Run, key: str, report: Mapping[str, object]) -> Facts:
 
 @functools.cache
 def version() -> str:
-    """Edgeline's own."""
+    """Return the version of Edgeline."""
     return str(tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
 def paper(spec: ModelSpec) -> str | None:
-    """The paper that one of our families follows, as its module cites it at its top; None where it cites none."""
+    """Return the paper that the module of a built-in model cites in its docstring; None if it cites none."""
     if not spec.ours:
         return None
     file = _ROOT / (spec.module.replace(".", "/") + ".py")

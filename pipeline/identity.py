@@ -1,6 +1,8 @@
-"""The identity of a measurement: which network, data, weights and choices it belongs to, so that no history mixes two.
+"""Identity of a measurement: its network, data, weights and options, so that each history belongs to a single engine
+configuration.
 
-Names alone do not suffice: two files may define a `net`, two folders be called `images`, and a checkpoint be replaced.
+Names alone do not suffice: two files may both define `net`, two folders may both be named `images`, and a checkpoint
+may be replaced.
 """
 
 from __future__ import annotations
@@ -23,20 +25,20 @@ from pipeline.store import plain
 if TYPE_CHECKING:
     from pipeline.stages import Run
 
-# Fields of a run that other columns hold, that are no part of what is measured, or that are compared field by field.
+# Fields of a run that have columns of their own, do not affect the measurement, or are compared field by field.
 _APART: Final = frozenset({"model", "recipe", "target", "data", "preprocess", "weights", "trained", "batch", "verdict"})
 
 
 def identity(run: Run) -> Identity:
-    """Of all measurements of the run's engine. Reads the checkpoint once; builds nothing."""
-    made = stages.weights(run)
-    digest = made.params["file"]
+    """Return the identity of measurements of the run's engine. Reads the checkpoint once; builds nothing."""
+    weights = stages.weights(run)
+    digest = weights.params["file"]
     from_file = run.weights is not None and isinstance(digest, str)
     return Identity(
         network=_network(run),
         data=run.data.name,
-        data_digest=_digest(plain(made.params["data"])),
-        weights=str(digest) if from_file else made.key,
+        data_digest=_digest(plain(weights.params["data"])),
+        weights=str(digest) if from_file else weights.key,
         weights_from=_weights_from(run),
         choices=" ".join(f"{name}={value}" for name, value in sorted(_choices(run).items())) or None,
     )
@@ -56,25 +58,25 @@ def _weights_from(run: Run) -> str:
 
 
 def _choices(run: Run) -> dict[str, str]:
-    """What differs from the defaults of the run's model, recipe and data, by the name of its field."""
-    default = {item.name: item.default for item in dataclasses.fields(run)}
-    found = {name: value for name, value in default.items() if name not in _APART and getattr(run, name) != value}
-    chosen = {name: _text(getattr(run, name)) for name in found}
-    usual = run.data.preprocess(run.model)
-    ours, theirs = (dict(_leaves(plain(replace(one, size=0)))) for one in (run.preprocess, usual))
+    """Return the options that differ from the defaults of the run's model, recipe and data, by field name."""
+    defaults = {item.name: item.default for item in dataclasses.fields(run)}
+    changed = [name for name, value in defaults.items() if name not in _APART and getattr(run, name) != value]
+    chosen = {name: _text(getattr(run, name)) for name in changed}
+    default = run.data.preprocess(run.model)
+    ours, theirs = (dict(_leaves(plain(replace(each, size=0)))) for each in (run.preprocess, default))
     chosen |= {name: _text(value) for name, value in ours.items() if theirs.get(name) != value}
     return chosen | _of_recipe(run)
 
 
 def _of_recipe(run: Run) -> dict[str, str]:
-    """What the recipe has been asked for beyond its defaults: PLACEMENT, CALIBRATOR, FORCE and the like."""
-    usual = calibration.recipe.ALL.get(run.recipe.name)
-    if usual is None or type(usual) is not type(run.recipe):
+    """Return the recipe's options that differ from its defaults, such as PLACEMENT, CALIBRATOR and FORCE."""
+    default = calibration.recipe.ALL.get(run.recipe.name)
+    if default is None or type(default) is not type(run.recipe):
         return {}
     runtime: families.Runtime = "cpu" if run.target.name in ("cpu", "onnxruntime") else "accelerator"
-    usual = with_ptq(usual, placement=families.default(run.model.family, runtime))
+    default = with_ptq(default, placement=families.default(run.model.family, runtime))
     ours: Recipe = run.recipe
-    theirs: Recipe = usual
+    theirs: Recipe = default
     chosen = {}
     if isinstance(ours, Ptq | Qat) and isinstance(theirs, Ptq | Qat):
         if ours.budget is not None:
@@ -100,7 +102,7 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _text(value: object) -> str:
-    """In one word, so that choices can be told apart again."""
+    """Format a value without spaces, as options are joined with spaces."""
     return "_".join(str(value).split())
 
 

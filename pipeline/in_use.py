@@ -1,7 +1,8 @@
-"""Artifacts in use: what this process has asked for is not deleted by another process before this one ends.
+"""Locks on artifacts in use: an artifact that this process uses is not deleted by other processes until it ends.
 
-Each artifact has a file beside it that its users hold a shared lock on; whoever deletes takes that lock exclusively and
-never waits for it. The kernel releases a lock however a process ends. The file's mtime is the hour of the last use.
+Each artifact has a lock file beside it. Users hold a shared lock on it; garbage collection takes an exclusive lock
+without waiting. The kernel releases locks when a process ends, even if it is killed. The mtime of the lock file is the
+time of the last use, to the hour.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
-_MOST: Final = 256  # locks held by this process; a command uses some ten artifacts
-_NOTED_S: Final = 3600  # a use is noted once an hour: a cached command writes nothing
+_MOST: Final = 256  # locks that this process holds at most; a command uses about ten artifacts
+_NOTED_S: Final = 3600  # seconds between updates of the mtime: a repeated cached command writes nothing
 _held: dict[Path, IO[str]] = {}
 
 
 def lock_file(artifact: Path) -> Path:
-    """The file whose shared lock its users hold."""
+    """Return the lock file of the artifact's users, who hold a shared lock."""
     return artifact.with_name(f".lock-{artifact.name}.used")
 
 
 def build_lock(artifact: Path) -> Path:
-    """The file whose exclusive lock its builder holds."""
+    """Return the lock file of the artifact's builder, who holds an exclusive lock."""
     return artifact.with_name(f".lock-{artifact.name}")
 
 
 def hold(artifact: Path) -> None:
-    """Keep `artifact`, there or not yet, from deletion until this process ends, and note the use.
+    """Protect `artifact`, which need not exist yet, from deletion until this process ends, and record the use.
 
-    In a store that cannot be written nothing is locked: nobody can delete there either.
+    In a read-only store nothing is locked: nothing can be deleted there either.
     """
     file = lock_file(artifact).absolute()
     with contextlib.suppress(OSError):
@@ -45,7 +46,7 @@ def hold(artifact: Path) -> None:
 
 
 def last_use(artifact: Path) -> float | None:
-    """Seconds since the epoch; None where it was never used, or nothing is known of it."""
+    """Return the time of the last use in seconds since the epoch; None if unknown or never used."""
     try:
         return lock_file(artifact).stat().st_mtime
     except OSError:
@@ -53,9 +54,9 @@ def last_use(artifact: Path) -> float | None:
 
 
 def locked(file: Path, *, exclusive: bool, waits: Callable[[], None] | None = None) -> IO[str]:
-    """Open and lock `file`, once more where it was deleted between the two. `waits` is called before waiting.
+    """Open and lock `file`; repeat if it was deleted between the two operations. Closing the file releases the lock.
 
-    Closing the file, or the end of the process, releases the lock.
+    `waits` is called before waiting for a lock that another process holds.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH

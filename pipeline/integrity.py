@@ -1,10 +1,10 @@
-"""Integrity of a published artifact: whether its files are still the bytes that were published.
+"""Integrity check of a published artifact: detect files that changed after publication.
 
-The manifest holds the SHA-256 of every file. Reading all files at each use would cost more than the rest of a cached
-command, so a record beside the artifact holds the metadata (size, mtime, ctime, inode) that its files had when they
-were last read in full. Files whose metadata is unchanged are trusted until the machine is started again; whoever writes
-a file and resets its mtime still changes its ctime. The scheme is that of Git's index, including its remedy for writes
-within one tick of the file system's clock (Documentation/technical/racy-git).
+The manifest holds the SHA-256 of every file. Hashing all files at each use would cost more than the rest of a cached
+command. A record beside the artifact therefore holds the metadata (size, mtime, ctime, inode) of its files at the last
+full check. Files with unchanged metadata are trusted until the next reboot; a program that writes a file and resets its
+mtime still changes its ctime. Git's index uses the same scheme, including the workaround for writes within one tick of
+the file system's clock (Documentation/technical/racy-git).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import Any, Final
 
 MANIFEST: Final = "artifact.json"
 
-_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")  # of Linux: new at every start of the machine
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")  # Linux: a new random id at each boot
 _TICK_NS: Final = 20_000_000  # ctime advances by a tick of the kernel's timer: at most 10 ms (CONFIG_HZ=100)
 _FIELDS: Final = frozenset({"key", "ingredients", "seconds", "files", "digest"})
 
-Metadata = dict[str, list[int]]  # by relative name: size in bytes, mtime and ctime in ns, inode
+Metadata = dict[str, list[int]]  # by relative file name: size in bytes, mtime in ns, ctime in ns, inode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Damage:
-    """The first file of an artifact that is not as it was published."""
+    """A file of an artifact that differs from its published content."""
 
     file: str  # relative to the artifact
-    expected: str  # SHA-256, or in words
+    expected: str  # SHA-256, or a description
     found: str
 
     def __str__(self) -> str:
@@ -44,13 +44,16 @@ class Damage:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's content in 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(folder: Path, *, key: str, ingredients: Mapping[str, object], seconds: float) -> None:
-    """Write the manifest of all files in `folder`, durably. Raises ValueError where one is not a regular file."""
+    """Write the manifest of all files in `folder` and flush it to disk (fsync).
+
+    Raises ValueError if an entry is not a regular file.
+    """
     settle(folder)
     files = {}
     for name, entry in sorted(_entries(folder).items()):
@@ -67,25 +70,25 @@ def seal(folder: Path, *, key: str, ingredients: Mapping[str, object], seconds: 
 
 
 def damage(folder: Path, key: str, record: Path) -> Damage | None:
-    """The first damage found in the artifact `folder` of `key`; None where every file is as published.
+    """Return the first damage in the artifact `folder` with `key`; None if every file is unchanged.
 
-    `record` is the file with the metadata of the last full check. It is replaced after a full check that found no
-    damage, where it can be written: a store on a read-only file system is checked in full every time.
+    `record` is the file with the metadata of the last full check. It is replaced after a full check without damage. On
+    a read-only file system it cannot be written, and every check is a full check.
     """
     before = metadata(folder)
     if _recorded(record) == _content(key, before):
         return None
     settle(folder)
     before = metadata(folder)
-    if found := _checked(folder, key):
-        return found
-    if metadata(folder) == before:  # nobody wrote while the files were read
+    if first := _checked(folder, key):
+        return first
+    if metadata(folder) == before:  # no file was written during the check
         write_record(record, key, before)
     return None
 
 
 def damage_of(file: Path) -> Damage | None:
-    """Damage of a file that may lie in an artifact of any store; None where it is whole, or in no artifact."""
+    """Return the damage of a file inside an artifact of any store; None if it is unchanged or not in an artifact."""
     file = file.resolve()
     folder = next((folder for folder in file.parents if (folder / MANIFEST).is_file()), None)
     if folder is None:
@@ -100,33 +103,33 @@ def damage_of(file: Path) -> Damage | None:
     return Damage(file=name, expected=expected or "no such file", found=f"{found} ({file.stat().st_size} bytes)")
 
 
-def write_record(record: Path, key: str, found: Metadata) -> None:
-    """Replace `record`, whole or not at all; leave it where it cannot be written."""
+def write_record(record: Path, key: str, files: Metadata) -> None:
+    """Replace `record` atomically with the metadata `files`. Do nothing if it cannot be written."""
     scratch = record.with_name(f"{record.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         try:
-            scratch.write_text(json.dumps(_content(key, found)))
+            scratch.write_text(json.dumps(_content(key, files)))
             scratch.replace(record)
         finally:
             scratch.unlink(missing_ok=True)
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:
-    """The manifest of an artifact; None where it cannot be read as one or fails its own digests."""
-    found = _manifest(folder, None)
-    return None if isinstance(found, Damage) else found
+    """Return the manifest of an artifact; None if it is missing, malformed or does not match its own digest."""
+    manifest = _manifest(folder, None)
+    return None if isinstance(manifest, Damage) else manifest
 
 
 def settle(folder: Path) -> None:
-    """Wait until any later write must give a file of `folder` a ctime that none has now: at most 20 ms."""
+    """Wait until any later write to a file of `folder` gets a ctime that no file has now: at most 20 ms."""
     latest = max((entry.st_ctime_ns for entry in _entries(folder).values()), default=0)
     wait_ns = latest + _TICK_NS - time.time_ns()
-    if 0 < wait_ns <= _TICK_NS:  # beyond that, a clock was set back, and nothing is gained by waiting
+    if 0 < wait_ns <= _TICK_NS:  # a longer wait means that the clock was set back: waiting does not help
         time.sleep(wait_ns / 1e9)
 
 
 def _checked(folder: Path, key: str) -> Damage | None:
-    """Compare the manifest with `key` and with itself, then every file with the manifest."""
+    """Return the first damage: check the manifest against `key` and its own digest, then each file against it."""
     manifest = _manifest(folder, key)
     if isinstance(manifest, Damage):
         return manifest
@@ -138,12 +141,12 @@ def _checked(folder: Path, key: str) -> Damage | None:
             size = f" ({present[name].st_size} bytes)" if name in present else ""
             return Damage(file=name, expected=digest, found=f"{found}{size}")
     for name in sorted(present.keys() - expected.keys() - {MANIFEST}):
-        return Damage(file=name, expected="no such file", found=f"one of {present[name].st_size} bytes")
+        return Damage(file=name, expected="no such file", found=f"a file of {present[name].st_size} bytes")
     return None
 
 
 def _found(folder: Path, name: str, entry: os.stat_result | None) -> str:
-    """The digest of a file, or why it has none."""
+    """Return the SHA-256 of a file, or a description of why it cannot be computed."""
     if entry is None:
         return "no file"
     if not stat.S_ISREG(entry.st_mode):
@@ -155,7 +158,10 @@ def _found(folder: Path, name: str, entry: os.stat_result | None) -> str:
 
 
 def _manifest(folder: Path, key: str | None) -> dict[str, Any] | Damage:
-    """The manifest, whose bytes are those that `seal` writes; `key` None accepts that of any artifact."""
+    """Return the manifest if its bytes are exactly as `seal` writes them; otherwise the damage.
+
+    `key` is the expected key of the artifact; None accepts any.
+    """
 
     def damaged(expected: str, found: str) -> Damage:
         return Damage(file=MANIFEST, expected=expected, found=found)
@@ -184,27 +190,27 @@ def _manifest(folder: Path, key: str | None) -> dict[str, Any] | Damage:
 
 
 def _entries(folder: Path, prefix: str = "") -> dict[str, os.stat_result]:
-    """Everything in `folder` that is not a folder, by relative name; links are not followed."""
-    found: dict[str, os.stat_result] = {}
+    """Return the stat result of every entry below `folder` except folders, by relative name; links are not followed."""
+    files: dict[str, os.stat_result] = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / prefix) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                found |= _entries(folder, f"{prefix}{entry.name}/")
+                files |= _entries(folder, f"{prefix}{entry.name}/")
             else:
-                found[f"{prefix}{entry.name}"] = entry.stat(follow_symlinks=False)
-    return found
+                files[f"{prefix}{entry.name}"] = entry.stat(follow_symlinks=False)
+    return files
 
 
 def metadata(folder: Path) -> Metadata:
-    """What a record of the artifact `folder` would hold now."""
+    """Return the current metadata of the files in the artifact `folder`, as a record stores it."""
     return {
         name: [entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns, entry.st_ino]
         for name, entry in _entries(folder).items()
     }
 
 
-def _content(key: str, found: Metadata) -> dict[str, object]:
-    return {"boot": _boot(), "key": key, "files": found}
+def _content(key: str, files: Metadata) -> dict[str, object]:
+    return {"boot": _boot(), "key": key, "files": files}
 
 
 def _recorded(record: Path) -> object:
@@ -216,7 +222,7 @@ def _recorded(record: Path) -> object:
 
 @functools.cache
 def _boot() -> str:
-    """A name of the machine's current run; where the system has none, the day: a full check a day."""
+    """Return an identifier of the current boot; where the system has none, the date: one full check per day."""
     try:
         return _BOOT.read_text().strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""The licences of what is installed in `.venv`, from the metadata of its packages: `python -m pipeline.licenses`.
+"""Licences of the packages installed in `.venv`, from their metadata: `python -m pipeline.licenses`.
 
-The table goes to stdout, and what needs attention to stderr: packages under proprietary terms, and those that state
-nothing. Classifiers and texts are quoted, not interpreted: what they oblige to is for a person to read.
+The table is printed to stdout; packages with proprietary terms or without a stated licence are listed on stderr.
+Classifiers and licence texts are quoted, not interpreted: a person must read the obligations.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Final
 
 UNKNOWN: Final = "not stated"
-_LONGEST: Final = 60  # letters of a licence; longer ones are texts, of which the first line is shown
+_LONGEST: Final = 60  # characters shown of the first line of a licence text
 _PROPRIETARY: Final = re.compile(r"proprietary|nvidia|all rights reserved|end user license", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class License:
-    """A package and what its metadata state of its licence."""
+    """A package with the licence in its metadata."""
 
     package: str
     version: str
@@ -32,18 +32,18 @@ class License:
 
 
 def licenses(distributions: Iterable[importlib.metadata.Distribution] | None = None) -> list[License]:
-    """The licences of all installed packages, by name."""
-    found = {
-        License(package=made.metadata["Name"], version=made.version, license=stated(made.metadata))
-        for made in (importlib.metadata.distributions() if distributions is None else distributions)
-        if made.metadata["Name"]
+    """Return the licences of `distributions` (None: all installed packages), sorted by package name."""
+    rows = {
+        License(package=each.metadata["Name"], version=each.version, license=stated(each.metadata))
+        for each in (importlib.metadata.distributions() if distributions is None else distributions)
+        if each.metadata["Name"]
     }
-    return sorted(found, key=lambda one: one.package.lower())
+    return sorted(rows, key=lambda row: row.package.lower())
 
 
 def stated(metadata: importlib.metadata.PackageMetadata) -> str:
-    """The licence in a package's metadata: its SPDX expression (PEP 639), else its classifiers, else the first line of
-    its text.
+    """Return the licence in a package's metadata: its SPDX expression (PEP 639), else its classifiers, else the first
+    line of its text, else `UNKNOWN` with the names of its licence files.
     """
     for expression in metadata.get_all("License-Expression") or ():
         return str(expression)
@@ -59,7 +59,7 @@ def stated(metadata: importlib.metadata.PackageMetadata) -> str:
 
 
 def table(rows: Iterable[License]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as a Markdown table."""
     lines = [("package", "version", "licence"), ("---",) * 3]
     lines += [(row.package, row.version, row.license.replace("|", "/")) for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,12 +1,12 @@
-"""Find in a traced program what an accelerator refuses or runs slowly, and say where in the sources it stands.
+"""Linter of traced programs: report operators that an accelerator rejects or runs slowly, with their source lines.
 
-A rule is one entry of `RULES`: a function that yields the operators at fault, and the words for them. Rules look at
-operators that an activation enters: whatever depends on parameters alone is folded into constants before the export.
+A rule is an entry of `RULES`: a function that yields the operators at fault, a reason and a remedy. Rules apply to
+operators with an activation as input: subgraphs of parameters only are folded into constants before the export.
 
-Where the reasons come from: what coremltools 9.0 and torch.onnx make of each operator, seen by running them; Apple's
-rules for the Neural Engine (apple/coreai-models, neural_engine_rules.md) and what others found out about it
-(hollance/neural-engine, ane-guide.readthedocs.io, roboflow/rf-detr#1495); TensorRT's documentation and issues. Where an
-operator runs is Apple's secret and changes between devices: those rules are warnings.
+Sources: the conversions of each operator by coremltools 9.0 and torch.onnx, observed by running them; Apple's rules for
+the Neural Engine (apple/coreai-models, neural_engine_rules.md) and independent findings about it
+(hollance/neural-engine, ane-guide.readthedocs.io, roboflow/rf-detr#1495); TensorRT's documentation and issues. Apple
+does not document on which unit an operator runs, and it changes between devices: rules about it are warnings.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 Level: TypeAlias = Literal["error", "warning"]
 
-_SHOWN = 4  # different details of one finding
+_SHOWN = 4  # distinct details that a finding lists
 
 _LARGEST_RANK = 5
 _CHANNELS = 8
-_HEADS = range(16, 257, 8)  # dimensions of attention heads that TensorRT has fused kernels for
+_HEADS = range(16, 257, 8)  # attention head dimensions with fused kernels in TensorRT
 _LARGEST_POOL, _POOL_STRIDES = 13, (1, 2, 4)
-_INITIAL_SCALE = 1.0  # what a FakeQuant is made with
-_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0  # normal FP16 numbers; the smallest is that of a range of zeros
+_INITIAL_SCALE = 1.0  # of a FakeQuant before calibration
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-14, 65504.0  # normal FP16 numbers; an all-zero range gets the smallest scale
 
 _UNFOLDS = frozenset({"im2col", "unfold", "unfold_copy"})
 _GATHERS = frozenset(
@@ -45,7 +45,7 @@ _OFF_ENGINE = frozenset(
     | {"lstm", "gru", "rnn_tanh", "rnn_relu", "conv3d", "conv_transpose3d", "prod"}
 )
 _FLOAT_CONVOLUTIONS = frozenset({"conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
-# What operators do to a constant that is added or compared, in the words of `targets._half`.
+# Operator kinds of `targets._half` by torch operator name, to follow constants that are added or compared.
 _HALF_KINDS = {
     **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "clone", "flatten"), "Reshape"),
     **dict.fromkeys(("expand", "expand_as", "repeat"), "Expand"),
@@ -60,11 +60,11 @@ _TRANSPARENT = frozenset({"dropout", "clone", "contiguous", "quantize_per_tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What is wrong at one line of a network, however many modules and operators it is wrong in."""
+    """A problem at one source line of a network, in one or more modules and operators."""
 
     level: Level
     rule: str
-    module: str  # path of the first one; all are in `modules`
+    module: str  # path of the first module; all are in `modules`
     line: str  # "models/swin.py:120"
     reason: str
     remedy: str
@@ -76,7 +76,7 @@ class Finding:
         return f"{self.line}: {self.level}: {self.rule}: {module}: {self.reason}; {self.remedy}"
 
 
-Hit: TypeAlias = "tuple[Node, str]"  # an operator, and what about it is wrong
+Hit: TypeAlias = "tuple[Node, str]"  # an operator, and the detail that violates the rule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,14 +86,14 @@ class Rule:
     find: Callable[[GraphModule], Iterator[Hit]]
     reason: str  # follows the details of the hits and a colon
     remedy: str
-    targets: frozenset[str] = frozenset()  # that an error is one for; for all others it is a warning. None: for all
+    targets: frozenset[str] = frozenset()  # targets to which `level` applies; a warning for others. Empty: all targets
 
 
 def lint(program: ExportedProgram | GraphModule, target: str | None = None) -> list[Finding]:
-    """Everything that the rules find, errors first. `target`: the one that the program is for; None: for any.
+    """Return the findings of all rules, errors first. `target`: name of the program's target; None: any target.
 
-    `program`: as `calibration.program.export` makes it, float or quantized; or a graph that is folded already, such as
-    those of `calibration.quantize.traced` and `prepare`.
+    `program`: a result of `calibration.program.export`, float or quantized; or a graph with folded constants, as
+    returned by `calibration.quantize.traced` and `prepare`.
     """
     graph = _folded(program)
     grouped: dict[tuple[str, ...], tuple[Rule, list[Hit]]] = {}
@@ -106,7 +106,7 @@ def lint(program: ExportedProgram | GraphModule, target: str | None = None) -> l
 
 
 def _folded(program: ExportedProgram | GraphModule) -> GraphModule:
-    """The graph as it will be exported. A quantized one was folded before; its constants are what quantizers made."""
+    """Return the graph as it will be exported. A quantized graph is already folded: its constants are quantized."""
     from torch.fx import GraphModule
 
     from calibration.fold import fold
@@ -115,7 +115,7 @@ def _folded(program: ExportedProgram | GraphModule) -> GraphModule:
         return program
     graph = program.module()
     if not any(operator(node).startswith("dequantize") for node in graph.graph.nodes):
-        fold(graph)  # the program keeps its weights: what is folded is stored anew
+        fold(graph)  # folded constants are new tensors: the weights of `program` stay unchanged
     return graph
 
 
@@ -123,11 +123,11 @@ def _finding(rule: Rule, hits: list[Hit], target: str | None) -> Finding:
     from calibration.program import module_path
 
     node = hits[0][0]
-    spared = target is not None and bool(rule.targets) and target not in rule.targets
-    whose = f"TARGET={', '.join(sorted(rule.targets))}" if rule.targets else ""
-    named = f"an error for {whose}: " if spared else f"{whose}: " if whose else ""
+    unaffected = target is not None and bool(rule.targets) and target not in rule.targets
+    affected = f"TARGET={', '.join(sorted(rule.targets))}" if rule.targets else ""
+    named = f"an error for {affected}: " if unaffected else f"{affected}: " if affected else ""
     return Finding(
-        level="warning" if spared else rule.level,
+        level="warning" if unaffected else rule.level,
         rule=rule.name,
         module=module_path(node),
         line=line(node),
@@ -139,25 +139,25 @@ def _finding(rule: Rule, hits: list[Hit], target: str | None) -> Finding:
 
 
 def _listed(details: Iterable[str]) -> str:
-    """Different details, the words that all begin with said once: "head dimension 30, 36"."""
+    """Join distinct details; a common prefix appears once: "head dimension 30, 36"."""
     first, *others = (detail.split() for detail in dict.fromkeys(details))
     common = len(list(takewhile(lambda words: len({*words}) == 1, zip(first, *others, strict=False)))) if others else 0
     shown = [first, *(words[common:] for words in others[: _SHOWN - 1])]
     return ", ".join(map(" ".join, shown)) + (", ..." if len(others) >= _SHOWN else "")
 
 
-# --- What nodes say -------------------------------------------------------------------------------------------------
+# --- Properties of nodes --------------------------------------------------------------------------------------------
 
 
 def _operators(graph: GraphModule, names: Iterable[str] | None = None) -> Iterator[Node]:
-    """The operators of a graph, or those of some names, in order of execution."""
+    """Yield the operators of a graph, all or those with the given names, in order of execution."""
     for node in graph.graph.nodes:
         if node.op == "call_function" and (names is None or operator(node) in names):
             yield node
 
 
 def _argument(node: Node, name: str) -> Any:
-    """The value of an operator's argument, whether it was given by place, by name, or not at all."""
+    """Return the value of an operator's argument: positional, keyword or default. Raises KeyError if it has none."""
     schema = cast(Any, node.target)._schema
     for place, argument in enumerate(schema.arguments):
         if argument.name == name:
@@ -166,7 +166,7 @@ def _argument(node: Node, name: str) -> Any:
 
 
 def _shape(node: Node) -> tuple[Any, ...]:
-    """The sides of the tensor that a node makes, some of them symbols; () where it makes none, or several."""
+    """Return the shape of a node's output, which may have symbolic sizes; () if the output is not a single tensor."""
     return tuple(getattr(node.meta.get("val"), "shape", ()))
 
 
@@ -180,9 +180,9 @@ def _symbols(sides: Iterable[Any]) -> set[Any]:
 
 
 def _source(node: Node) -> Node:
-    """Where the first input of a node comes from, past rounding and what does nothing at inference."""
+    """Return the producer of a node's first input, skipping quantizers and operators without effect at inference."""
     before = cast("Node", node.args[0])
-    passes = operator(before) in _TRANSPARENT or before.op == "call_module"  # modules of a graph: quantizers
+    passes = operator(before) in _TRANSPARENT or before.op == "call_module"  # the modules of a graph are quantizers
     return _source(before) if passes and before.args else before
 
 
@@ -194,7 +194,7 @@ def _module_class(node: Node) -> str:
 
 
 def _named(*names: str) -> Callable[[GraphModule], Iterator[Hit]]:
-    """Finds the operators of these names."""
+    """Return a rule function that yields the operators with these names."""
 
     def find(graph: GraphModule) -> Iterator[Hit]:
         return ((node, operator(node)) for node in _operators(graph, names))
@@ -209,7 +209,7 @@ def _high_ranks(graph: GraphModule) -> Iterator[Hit]:
 
 
 def _dynamic_shapes(graph: GraphModule) -> Iterator[Hit]:
-    """Each side that varies, where it first appears. That of the batch may."""
+    """Yield each node at which a new dynamic dimension appears, except the batch dimension."""
     known: set[Any] = set()
     for node in graph.graph.nodes:
         sides = _shape(node)
@@ -224,7 +224,7 @@ def _dynamic_shapes(graph: GraphModule) -> Iterator[Hit]:
 
 
 def _shape_arithmetic(graph: GraphModule) -> Iterator[Hit]:
-    """The operators on tensors that take a computed number: the computation itself has no line in the sources."""
+    """Yield the tensor operators with a computed size as argument: operators on sizes have no source line."""
     for node in _operators(graph):
         if _shape(node) and any(type(entry.meta.get("val")).__name__ == "SymInt" for entry in node.all_input_nodes):
             yield node, f"{operator(node)} to a computed size"
@@ -246,7 +246,7 @@ def _uneven_pools(graph: GraphModule) -> Iterator[Hit]:
 
 
 def _reordered_pools(graph: GraphModule) -> Iterator[Hit]:
-    """Those over a map whose axes lie in memory in another order, which the result then keeps."""
+    """Yield the pools over a permuted (non-contiguous) feature map, whose memory order the result keeps."""
     for node in _operators(graph, {"adaptive_avg_pool2d"}):
         value = cast("Node", node.args[0]).meta.get("val")
         if value is not None and not value.is_contiguous():
@@ -257,12 +257,12 @@ def _vanishing(graph: GraphModule) -> Iterator[Hit]:
     from targets._half import epsilons
 
     nodes = {node.name: node for node in _operators(graph)}
-    for found, constant, _ in epsilons([_half_operator(graph, node) for node in nodes.values()]):
-        yield nodes[found.name], f"{operator(nodes[found.name])} with {constant:g}"
+    for reader, constant, _ in epsilons([_half_operator(graph, node) for node in nodes.values()]):
+        yield nodes[reader.name], f"{operator(nodes[reader.name])} with {constant:g}"
 
 
 def _half_operator(graph: GraphModule, node: Node) -> HalfOperator:
-    """A node as `targets._half` reads it."""
+    """Return a node as an operator of `targets._half`."""
     import numpy as np
 
     from targets._half import Operator
@@ -287,7 +287,7 @@ def _half_operator(graph: GraphModule, node: Node) -> HalfOperator:
 
 
 def _scalar(graph: GraphModule, argument: Any) -> float | None:
-    """The number that an operator is given, in the graph or as a stored tensor of one element; None for others."""
+    """Return the value of a scalar argument, a Python float or a stored tensor of one element; None for others."""
     if isinstance(argument, float):
         return argument
     if _operator_of(argument) in ("lift_fresh_copy", "clone", "detach", "detach_"):
@@ -308,11 +308,11 @@ def _unquantized(graph: GraphModule) -> Iterator[Hit]:
         if operator(node) != "conv2d":
             yield node, operator(node)
         elif isinstance(node.args[4] if len(node.args) > 4 else None, str):
-            yield node, "conv2d with another padding on either side"
+            yield node, "conv2d with asymmetric padding"
 
 
 def _norms(graph: GraphModule) -> Iterator[Hit]:
-    """Those that folding has left."""
+    """Yield the batch normalizations that folding did not remove."""
     for node in _operators(graph, {"batch_norm", "_native_batch_norm_legit_no_training"}):
         yield node, f"BatchNorm after {operator(_source(node)) or 'the input'}"
 
@@ -325,8 +325,10 @@ def _grouped(graph: GraphModule) -> Iterator[Hit]:
 
 
 def _channels(graph: GraphModule) -> Iterator[Hit]:
-    """Odd numbers of output channels, except of classes. What a depthwise convolution puts out, it has been given."""
-    inner: set[Node] = set()  # what another layer follows
+    """Yield layers whose number of output channels is not a multiple of 8. The classifier is exempt, and so are
+    depthwise convolutions, whose number of channels is that of their input.
+    """
+    inner: set[Node] = set()  # nodes followed by a conv2d or linear layer
     for node in reversed(graph.graph.nodes):
         if any(user in inner or operator(user) in ("conv2d", "linear") for user in node.users):
             inner.add(node)
@@ -338,7 +340,7 @@ def _channels(graph: GraphModule) -> Iterator[Hit]:
 
 
 def _head_dimensions(graph: GraphModule) -> Iterator[Hit]:
-    """Of the values that the softmax of an attention weighs."""
+    """Yield the products of softmax and values in attention whose head dimension has no fused TensorRT kernel."""
     for node in _operators(graph, {"matmul", "bmm"}):
         if operator(_source(node)) == "softmax" and (dimension := _shape(node)[-1]) not in _HEADS:
             yield node, f"head dimension {dimension}"
@@ -348,32 +350,34 @@ def _head_dimensions(graph: GraphModule) -> Iterator[Hit]:
 
 
 def _uncalibrated(graph: GraphModule) -> Iterator[Hit]:
-    for layer, what, scales in _scales(graph):
+    for layer, operand, scales in _scales(graph):
         initial = all(scale == _INITIAL_SCALE for scale in scales)
-        # A channel of zeros in a weight is nothing unusual; zeros alone as the input of a layer are.
-        if initial or (what == "input" and scales == [_SMALLEST_SCALE]):
-            yield layer, f"{what} scale {scales[0]:g}"
+        # An all-zero weight channel is common; an all-zero layer input is an error.
+        if initial or (operand == "input" and scales == [_SMALLEST_SCALE]):
+            yield layer, f"{operand} scale {scales[0]:g}"
 
 
 def _unusable_scales(graph: GraphModule) -> Iterator[Hit]:
-    for layer, what, scales in _scales(graph):
-        wrong = [scale for scale in scales if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE]  # NaN neither
+    for layer, operand, scales in _scales(graph):
+        wrong = [scale for scale in scales if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE]  # includes NaN
         if wrong:
-            yield layer, f"{what} scale {wrong[0]:g}" + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
+            yield layer, f"{operand} scale {wrong[0]:g}" + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
 
 
 def _scales(graph: GraphModule) -> Iterator[tuple[Node, str, list[float]]]:
-    """Each layer that reads rounded values, which of its inputs they are, and the scales: of a prepared graph those of
-    its FakeQuants, unless they are still observing, of a converted one those of its operators.
+    """Yield each layer with a quantized input, the name of the input ("input" or "weight") and its scales.
+
+    The scales of a prepared graph are those of its FakeQuant modules, without modules that still observe; the scales of
+    a converted graph are those of its dequantize operators.
     """
     from calibration.fake_quant import ActivationFakeQuant, FakeQuant
 
     for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(module := graph.get_submodule(node.target), FakeQuant):
-            seen = (
+            observed = (
                 module.statistics.peak if isinstance(module, ActivationFakeQuant) else cast(Any, module).weight.ndim > 1
             )
-            scales: list[float] = [] if seen else module.scale.tolist()
+            scales: list[float] = [] if observed else module.scale.tolist()
         elif operator(node).startswith("dequantize_per_"):
             scales = _values(graph, node.args[1])
         else:
@@ -383,12 +387,12 @@ def _scales(graph: GraphModule) -> Iterator[tuple[Node, str, list[float]]]:
 
 
 def _values(graph: GraphModule, scale: Any) -> list[float]:
-    """The numbers of a scale that is written into the graph, or stored beside it."""
+    """Return the values of a scale, a literal of the graph or a stored tensor; [NaN] if the tensor is empty."""
     if isinstance(scale, float | int):
         return [float(scale)]
     owner, _, name = str(scale.target).rpartition(".")
-    found: list[float] = getattr(graph.get_submodule(owner), name).flatten().tolist()
-    return found or [math.nan]
+    values: list[float] = getattr(graph.get_submodule(owner), name).flatten().tolist()
+    return values or [math.nan]
 
 
 RULES: tuple[Rule, ...] = (
@@ -397,109 +401,110 @@ RULES: tuple[Rule, ...] = (
         level="error",
         targets=frozenset({"coreml"}),
         find=_high_ranks,
-        reason=f"Core ML refuses tensors of more than {_LARGEST_RANK} axes",
-        remedy="reshape in two steps, and let an axis that does not take part join the batch: reshape(-1, ...)",
+        reason=f"Core ML rejects tensors of rank above {_LARGEST_RANK}",
+        remedy="reshape in two steps, and merge an axis that is not needed into the batch: reshape(-1, ...)",
     ),
     Rule(
         name="dynamic-shape",
         level="error",
         targets=frozenset({"coreml"}),
         find=_dynamic_shapes,
-        reason="the Neural Engine runs static shapes alone",
-        remedy="let nothing vary but the batch: trace at one size, and let no shape depend on values",
+        reason="the Neural Engine runs static shapes only",
+        remedy="keep all dimensions but the batch fixed: trace at one size, and let no shape depend on tensor values",
     ),
     Rule(
         name="unfold",
         level="error",
         targets=frozenset({"coreml"}),
         find=_named(*_UNFOLDS),
-        reason="coremltools 9.0 has no converter for Tensor.unfold, and ONNX gathers what im2col copies",
-        remedy="cut patches with reshape and transpose, overlapping ones with slices or a convolution of fixed weights",
+        reason="coremltools 9.0 has no converter for Tensor.unfold, and im2col becomes a Gather in ONNX",
+        remedy="cut patches with reshape and transpose; overlapping patches with slices or a convolution with fixed "
+        "weights",
     ),
     Rule(
         name="uncalibrated",
         level="error",
         find=_uncalibrated,
-        reason="its quantizer has seen nothing but zeros, or nothing at all, and clips whatever comes",
-        remedy="calibrate with images that take this path, or remove the layer if none does",
+        reason="its quantizer has observed only zeros or no values, so its range clips every other value",
+        remedy="calibrate with images that reach this layer, or remove the layer if none does",
     ),
     Rule(
         name="scale",
         level="error",
         find=_unusable_scales,
-        reason="no positive normal FP16 number: graphs in half precision would divide by zero, or overflow",
-        remedy="look for infinite or vanishing weights and activations at this layer, then calibrate again",
+        reason="not a positive normal FP16 number: graphs in half precision would divide by zero or overflow",
+        remedy="check for infinite or vanishing weights and activations at this layer, then calibrate again",
     ),
     Rule(
         name="shape-arithmetic",
         level="warning",
         find=_shape_arithmetic,
-        reason="the batch is counted at run time, by operators on shapes that no engine fuses",
-        remedy="write -1 for the batch in reshape; add a class token to a row of zeros rather than expand it",
+        reason="the batch size is computed at run time by operators on shapes that no engine fuses",
+        remedy="use -1 for the batch in reshape; add a class token to a row of zeros instead of expanding it",
     ),
     Rule(
         name="gather",
         level="warning",
         find=_named(*_GATHERS),
-        reason="gathers from activations leave the Neural Engine, and no engine fuses the Gather or GatherND of ONNX",
-        remedy="take slices where the indices are fixed; index parameters only, which is computed before the export",
+        reason="a gather from activations does not run on the Neural Engine, and no engine fuses Gather or GatherND",
+        remedy="use slices if the indices are fixed; index parameters only, which is folded before the export",
     ),
     Rule(
         name="neural-engine",
         level="warning",
         find=_named(*_OFF_ENGINE),
-        reason="known to leave the Neural Engine: the network goes on elsewhere, and every change of unit costs time",
-        remedy="say it with convolutions, matrix products, pools and slices, or do it after the network",
+        reason="known not to run on the Neural Engine: it runs on the GPU or CPU, and every change of unit costs time",
+        remedy="use convolutions, matrix products, pools and slices, or compute it after the network",
     ),
     Rule(
         name="pool",
         level="warning",
         find=_pools,
-        reason=f"the Neural Engine is known to pool up to {_LARGEST_POOL} pixels, with strides 1, 2 and 4",
-        remedy="two pools one after the other, or mean((2, 3)) over the whole map",
+        reason=f"the Neural Engine is known to support pools of up to {_LARGEST_POOL} pixels with strides 1, 2 and 4",
+        remedy="use two successive pools, or mean((2, 3)) over the whole feature map",
     ),
     Rule(
         name="uneven-pool",
         level="warning",
         find=_uneven_pools,
-        reason="Core ML takes one slice and mean for every output pixel, and ONNX gathers computed indices",
-        remedy="choose a size that the output divides, or avg_pool2d",
+        reason="Core ML computes a slice and a mean per output pixel, and ONNX a Gather with computed indices",
+        remedy="choose an input size that the output size divides, or use avg_pool2d",
     ),
     Rule(
         name="permuted-pool",
         level="warning",
         find=_reordered_pools,
-        reason="torch.onnx writes the order of its axes in memory into the graph, as a Gather over computed indices",
-        remedy="x.mean((2, 3), keepdim=True)",
+        reason="torch.onnx exports the memory order of its axes as a Gather with computed indices",
+        remedy="use x.mean((2, 3), keepdim=True)",
     ),
     Rule(
         name="vanishing-constant",
         level="warning",
         find=_vanishing,
-        reason="FP16 flushes it to 0 and divides 0 by 0 behind it, so these operators compute in float32, which the "
-        "Neural Engine has not",
-        remedy="an eps of 1e-6 or more: F.normalize(x, eps=1e-6), log(x + 1e-6), clamp(min=1e-6)",
+        reason="FP16 flushes the constant to 0, and a division 0/0 may follow, so these operators run in float32, "
+        "which the Neural Engine does not support",
+        remedy="use an eps of 1e-6 or more: F.normalize(x, eps=1e-6), log(x + 1e-6), clamp(min=1e-6)",
     ),
     Rule(
         name="not-quantized",
         level="warning",
         find=_unquantized,
-        reason="stays in float in INT8 recipes, which quantize linear, and conv2d with the same padding on both sides",
-        remedy="upsample and convolve instead of transposing; pad both sides alike; conv2d of height 1 for conv1d",
+        reason="stays in float in INT8 recipes, which quantize linear and conv2d with symmetric padding",
+        remedy="upsample and convolve instead of transposing; pad both sides equally; conv2d of height 1 for conv1d",
     ),
     Rule(
         name="batch-norm",
         level="warning",
         find=_norms,
-        reason="no layer can absorb it exactly, so it is an operator of its own between the layers, in float",
-        remedy="norm right after the convolution, before the activation; or let unpadded layers alone read it",
+        reason="it cannot be folded exactly into a layer, so it stays a separate float operator",
+        remedy="place it directly after the convolution, before the activation; or feed only unpadded layers from it",
     ),
     Rule(
         name="grouped-conv",
         level="warning",
         find=_grouped,
-        reason="TensorRT runs INT8 one group after the other, slower than FP16 (NVIDIA/TensorRT issue 4529)",
-        remedy="groups=1, or one group a channel and a 1x1 convolution",
+        reason="TensorRT runs INT8 groups sequentially, slower than FP16 (NVIDIA/TensorRT issue 4529)",
+        remedy="use groups=1, or a depthwise convolution (one group per channel) and a 1x1 convolution",
     ),
     Rule(
         name="channels",
@@ -512,7 +517,7 @@ RULES: tuple[Rule, ...] = (
         name="head-dimension",
         level="warning",
         find=_head_dimensions,
-        reason="TensorRT documents fused attention for multiples of 8 from 16 to 256; others are padded, or not fused",
-        remedy="choose the number of heads for that",
+        reason="TensorRT documents fused attention for multiples of 8 from 16 to 256; others are padded or not fused",
+        remedy="choose the number of heads to get such a dimension",
     ),
 )

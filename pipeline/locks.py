@@ -1,13 +1,13 @@
-"""Resolve `requirements.in` into the lock files of all systems: `python -P pipeline/locks.py UV`, as `make lock` does.
+"""Resolve `requirements.in` to the lock files of all systems: `python -P pipeline/locks.py UV`, as `make lock` does.
 
-uv resolves for systems that this one is not, and takes from the registry the SHA-256 of every file of a release, for
-all platforms. Versions that a lock file has already are kept; delete a line, or the file, to have the newest.
+uv resolves for systems other than the current one, and reads the SHA-256 of every file of a release, for all platforms,
+from the registry. Versions in an existing lock file are kept; delete a line, or the file, to get the newest version.
 
 - `requirements-cuda.lock`: Linux on x86-64 with the torch of the registry, which is built for CUDA
 - `requirements-macos.lock`: macOS 14 on Apple silicon
-- `requirements.lock`: Linux with torch's CPU build. Each distributor of that build (torch's own index, a local folder)
-  has files and hashes of its own, and the registry has none, so `torch` is the one line without hashes: a listed hash
-  would refuse every other right file. Every other package is checked.
+- `requirements.lock`: Linux with torch's CPU build. Each distributor of this build (torch's own index, a local folder)
+  has its own files and hashes, and the registry has none. `torch` is therefore the only line without hashes: a listed
+  hash would reject correct files of other distributors. The hashes of all other packages are checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Final
 SOURCE: Final = Path("requirements.in")
 CPU, CUDA, MACOS = (Path(f"requirements{name}.lock") for name in ("", "-cuda", "-macos"))
 
-# Needed by the CUDA build of torch alone.
+# Packages that only the CUDA build of torch needs.
 _OF_CUDA: Final = re.compile(r"(?:nvidia-|cuda-|triton\b)")
 _ON_X86: Final = re.compile(r"^(tensorrt[\w.-]*==\S+)", re.MULTILINE)
 _MARKER: Final = ' ; sys_platform == "linux" and platform_machine == "x86_64"'
@@ -37,7 +37,7 @@ def main(uv: str) -> None:
 
 
 def cpu(cuda: str) -> str:
-    """The lock of Linux with torch's CPU build, from that with its CUDA build."""
+    """Convert the lock file for torch's CUDA build to the lock file for its CPU build."""
     kept = []
     for entry in entries(cuda):
         if entry.startswith("torch=="):
@@ -48,7 +48,7 @@ def cpu(cuda: str) -> str:
 
 
 def entries(lock: str) -> list[str]:
-    """A lock file in parts: each requirement with the lines of its hashes."""
+    """Split a lock file into requirements, each with the lines of its hashes."""
     return re.findall(r"^[^\s#].*\n(?:[ \t].*\n)*", lock, re.MULTILINE)
 
 
@@ -75,4 +75,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
     except subprocess.CalledProcessError as error:
-        sys.exit(f"{SOURCE} was not resolved, for the reason above (exit code {error.returncode}); locks are as before")
+        sys.exit(
+            f"{SOURCE} was not resolved, for the reason above (exit code {error.returncode}); lock files are unchanged"
+        )

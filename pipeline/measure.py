@@ -1,7 +1,8 @@
-"""Time an engine, one query in flight, until enough was seen; then say what was measured and whether to believe it.
+"""Latency measurement of an engine with one query in flight, and a check of its validity.
 
-This is the only stopwatch of the project. An engine is an artifact and is built once; a measurement is an event, and
-each carries the conditions it was taken under and a verdict: valid, or the sentence that says why not.
+All latencies of the project come from this module. An engine is an artifact and is built once; a measurement is an
+event. Each measurement records the conditions under which it was taken, and is valid or has a sentence with the reasons
+why it is not.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from models.errors import BadRequest, CannotRunHere
 if TYPE_CHECKING:
     from targets.base import Images, Session
 
-# Queries below which a percentile says nothing at 99 % confidence: the smallest n with
+# Least number of queries for a percentile at 99 % confidence: the smallest n with
 # P(at most 1 of n queries is slower than the true percentile) <= 1 %. Source: LoadGen's early stopping (MLPerf
 # inference rules, appendix "Early Stopping"; p95 needs 130).
 BACKED_FROM: Final = {"p50": 11, "p90": 64, "p99": 662}
 
-# A latency is not one number when its halves disagree: clocks fell, or the warm-up was too short.
-MAX_DRIFT: Final = 0.10  # between the medians of the first and the second half, relative to the first
-# Standard deviation over mean of the fastest 99 % of the queries. trtexec calls GPU compute time unstable from 0.025;
-# a host clock also sees the scheduler, hence the wide margin. The slowest 1 % is left out because one stall of the
-# operating system among a thousand queries is what `max_ms` is for.
+# Largest relative difference between the medians of the first and second half of a run. Above it, the clock frequency
+# dropped or the warm-up was too short, and a single latency does not describe the run.
+MAX_DRIFT: Final = 0.10
+# Largest coefficient of variation (standard deviation over mean) of the fastest 99 % of the queries. trtexec calls GPU
+# compute time unstable from 0.025; a host clock also includes the scheduler, hence the wide margin. The slowest 1 % is
+# left out: a single stall of the operating system among a thousand queries is reported by `max_ms`.
 MAX_CV: Final = 0.5
 
-# Share of the processor's time that others took in the moment before the first query. The load average would not do: it
-# still holds the build that came before, a minute after it ended.
+# Largest share of processor time that other processes may use just before the first query. The load average is not
+# suitable: it includes a preceding build for a minute after its end.
 MAX_BUSY: Final = 0.25
-_BUSY_SECONDS: Final = 0.5  # that moment
+_BUSY_SECONDS: Final = 0.5  # over which this share is measured
 
 _STAT: Final = Path("/proc/stat")
 _CORES: Final = Path("/sys/devices/system/cpu")
@@ -48,30 +50,29 @@ _BAR: Final = "{desc}: {percentage:3.0f}% |{bar}| {remaining} left{postfix}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimingPlan:
-    """When a measurement is finished: both floors are reached, as in LoadGen (few samples and short runs both lie), or
-    where `either`, one of them.
+    """Stopping rule: a measurement ends when both minimums are reached, or with `either`, one of them.
 
-    The floors count what the session reports, so time spent between queries (a network, the progress bar) is not
-    taken for time spent on the device.
+    Both are required as in LoadGen, because few samples and short runs are both misleading. Time is the sum of the
+    latencies that the session reports, so time between queries (a network connection, the progress bar) does not count.
     """
 
-    warmup: int = 20  # queries that are run first and forgotten
+    warmup: int = 20  # queries before the measurement, discarded
     min_queries: int = BACKED_FROM["p90"]
-    min_seconds: float = 3.0  # inside timed queries
+    min_seconds: float = 3.0  # in timed queries
     either: bool = False
-    chunk: int = 16  # queries between two looks at the floors; a run ends up to this many queries late
+    chunk: int = 16  # queries between checks of the minimums; a run may end this many queries late
 
     def __post_init__(self) -> None:
         usable = self.warmup >= 0 and self.min_queries >= 1 and self.chunk >= 1
-        least = math.ulp(0.0) if self.either else 0.0  # a floor of no time at all would be reached before any query
+        least = math.ulp(0.0) if self.either else 0.0  # with `either`, 0 s would be reached before the first query
         if not (usable and math.isfinite(self.min_seconds) and self.min_seconds >= least):
             raise BadRequest(
                 f"cannot time with {self}: expected warmup >= 0, min_queries >= 1, chunk >= 1 and a finite "
-                "min_seconds >= 0 (above 0 where either floor will do); leave an option out to get its default"
+                "min_seconds >= 0 (above 0 with either=True); leave an option out to get its default"
             )
 
     def method(self) -> dict[str, object]:
-        """How latencies taken with this plan came about, as stored beside every row."""
+        """Return the description of the measurement method that is stored with every row."""
         return {
             "warmup": self.warmup,
             "min_queries": self.min_queries,
@@ -84,16 +85,16 @@ class TimingPlan:
 
 
 STANDARD: Final = TimingPlan()
-# Where one engine is timed on several units, one after the other: 1,000 queries or 10 s on each, whichever comes first.
-# A thousand back every percentile, and for a unit that is too slow for a thousand nobody waits.
+# For one engine timed on several units in sequence: 1,000 queries or 10 s on each, whichever comes first. 1,000 queries
+# suffice for every percentile, and the time limits the wait for a slow unit.
 ON_UNITS: Final = TimingPlan(min_queries=1_000, min_seconds=10.0, either=True)
 
 
 def time_session(session: Session, images: Images, plan: TimingPlan = STANDARD) -> list[int]:
-    """The latency of every query after the warm-up, in nanoseconds, in the order they ran.
+    """Return the latency of every query after the warm-up, in nanoseconds, in order of execution.
 
-    `images` is one query: exactly `session.batch` preprocessed images. The bar on stderr advances with the floor that
-    the end waits for. Raises CannotRunHere where the session's clock is broken.
+    `images` is one query: exactly `session.batch` preprocessed images. A progress bar on stderr shows the progress
+    toward the end of the run. Raises CannotRunHere if the session's clock is broken.
     """
     samples: list[int] = []
     busy_ns = 0
@@ -112,25 +113,27 @@ def time_session(session: Session, images: Images, plan: TimingPlan = STANDARD) 
 
 
 def _progress(queries: int, busy_ns: int, plan: TimingPlan) -> float:
-    """The share that is reached of the slower floor, or where either will do, of the faster one; 1.0 at the end."""
+    """Return the progress from 0 to 1 toward both minimums, or with `either`, toward the nearer minimum."""
     of_time = busy_ns / (plan.min_seconds * 1e9) if plan.min_seconds else 1.0
     floors = queries / plan.min_queries, of_time
     return min(max(floors) if plan.either else min(floors), 1.0)
 
 
 def timed(session: Session, images: Images, count: int) -> list[int]:
-    found = session.latencies_ns(images, count)
-    if len(found) != count or min(found) <= 0:
+    """Return the latencies of `count` queries in nanoseconds. Raises CannotRunHere if the session's clock is broken."""
+    latencies = session.latencies_ns(images, count)
+    if len(latencies) != count or min(latencies) <= 0:
         raise CannotRunHere(
-            f"cannot time on this device: {count} queries came back as {len(found)} latencies, the shortest "
-            f"{min(found, default=None)} ns; expected one latency above 0 ns for each; repair the target's clock first"
+            f"cannot time on this device: {count} queries returned {len(latencies)} latencies, the shortest "
+            f"{min(latencies, default=None)} ns; expected one latency above 0 ns per query; repair the target's clock "
+            "first"
         )
-    return found
+    return latencies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """What a run of queries amounts to. `why_invalid` is None, or names every cause in one sentence."""
+    """Statistics of a measurement. `why_invalid` is None for a valid one, otherwise a sentence with every reason."""
 
     p50_ms: float
     p90_ms: float
@@ -148,7 +151,7 @@ class Summary:
 
     @property
     def backed(self) -> tuple[str, ...]:
-        """The percentiles that `n` queries are enough for; the others are shown, and should not be quoted."""
+        """The percentiles for which `n` queries suffice; the others are shown, and should not be quoted."""
         return tuple(name for name, needed in BACKED_FROM.items() if self.n >= needed)
 
 
@@ -159,19 +162,21 @@ def summarize(
     before: Conditions | None = None,
     after: Conditions | None = None,
 ) -> Summary:
-    """Condense latencies in nanoseconds, in the order they ran, and judge them against the plan and the conditions.
+    """Compute statistics of latencies in nanoseconds, in order of execution, and check their validity.
 
-    Percentiles are nearest rank as trtexec defines it: of n ascending samples, the one at index
-    max(n - 1 - int((1 - p) * n), 0); no interpolation, so each is a latency that happened. Source: NVIDIA/TensorRT,
-    samples/common/sampleReporting.cpp, findPercentile.
+    Percentiles are nearest rank as trtexec defines it: of n ascending samples, the sample at index
+    max(n - 1 - int((1 - p) * n), 0). There is no interpolation: each percentile is a measured latency. Source:
+    NVIDIA/TensorRT, samples/common/sampleReporting.cpp, findPercentile.
 
-    Invalid is a run that
-    - has fewer queries, or less time in them, than `plan` asks for;
-    - is scattered: the fastest 99 % have a coefficient of variation above MAX_CV;
-    - drifts: the medians of its halves are more than MAX_DRIFT apart;
-    - began on a busy machine: more than MAX_BUSY of the processor taken by others;
-    - was throttled: the kernel counted thermal throttling between `before` and `after`.
-    A condition that is unknown is no cause: pass none for a device other than this machine.
+    A measurement is invalid if
+    - it has fewer queries, or less time in queries, than `plan` requires;
+    - it is scattered: the coefficient of variation of the fastest 99 % is above MAX_CV;
+    - it drifts: the medians of its halves differ by more than MAX_DRIFT;
+    - it started on a busy machine: other processes used more than MAX_BUSY of the processor time;
+    - it was throttled: the kernel counted thermal throttling between `before` and `after`.
+    Unknown conditions are ignored: leave `before` and `after` out for a device other than this machine.
+
+    Raises BadRequest if `samples` is empty.
     """
     if not samples:
         raise BadRequest("cannot summarize a measurement without latencies: expected at least one query; measure again")
@@ -233,8 +238,8 @@ def _disturbed(before: Conditions | None, after: Conditions | None) -> Iterator[
         return
     if before.busy is not None and before.busy > MAX_BUSY:
         yield (
-            f"the machine was busy before the first query: {before.busy:.0%} of the processor taken by others, more "
-            f"than {MAX_BUSY:.0%}"
+            f"the machine was busy before the first query: other processes used {before.busy:.0%} of the processor, "
+            f"more than {MAX_BUSY:.0%}"
         )
     if after is None or before.throttle_events is None or after.throttle_events is None:
         return
@@ -244,13 +249,13 @@ def _disturbed(before: Conditions | None, after: Conditions | None) -> Iterator[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditions:
-    """The state of this machine at one moment. None means unknown: nothing here is guessed."""
+    """State of this machine at one moment. None means unknown: no value is estimated."""
 
     load_1min: float | None  # load average over one minute: runnable (and, on Linux, disk-waiting) tasks
-    busy: float | None  # share of all cores' time that was not idle in the half second until now
+    busy: float | None  # share of all cores' time that was not idle during the last half second
     cpu: str | None
     logical_cores: int | None
-    allowed_cores: int | None  # that this process may run on
+    allowed_cores: int | None  # cores on which this process may run
     governor: str | None  # CPU frequency governors of the allowed cores, comma separated where they differ
     cpu_mhz: float | None  # current frequency, mean over the allowed cores
     throttle_events: int | None  # thermal throttling counted by the kernel since boot, summed over all cores
@@ -279,7 +284,7 @@ class Conditions:
 
 
 def _busy() -> float | None:
-    """Watches for half a second, in which this thread sleeps."""
+    """Measure the share of processor time that is not idle; this thread sleeps for half a second."""
     before = jiffies()
     time.sleep(_BUSY_SECONDS)
     after = jiffies()
@@ -290,7 +295,10 @@ def _busy() -> float | None:
 
 
 def jiffies() -> tuple[int, int] | None:
-    """Time that all cores have spent since boot, in clock ticks: in total, and idle. Source: proc(5), /proc/stat."""
+    """Return the time of all cores since boot in clock ticks, in total and idle; None where /proc/stat is missing.
+
+    Source: proc(5), /proc/stat.
+    """
     try:
         fields = [int(field) for field in _STAT.read_text().splitlines()[0].split()[1:]]
     except OSError:
@@ -299,26 +307,26 @@ def jiffies() -> tuple[int, int] | None:
 
 
 def throttle_events() -> int | None:
-    """Thermal throttling that the kernel has counted since boot, summed over all cores; None where it counts none."""
+    """Return the thermal throttling events since boot, summed over all cores; None if the kernel counts none."""
     counts = _per_core(range(os.cpu_count() or 0), "thermal_throttle/core_throttle_count")
     return sum(map(int, counts)) if counts else None
 
 
 def _allowed_cores() -> list[int]:
-    """Core numbers; empty where the system does not tell (macOS)."""
+    """Return the numbers of the cores on which this process may run; empty if the system does not report it (macOS)."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def _per_core(cores: Sequence[int], name: str) -> list[str]:
-    """One value of each core's folder in /sys; empty unless every core has it."""
+    """Return the content of the file `name` in each core's folder of /sys; empty unless every core has the file."""
     try:
         return [(_CORES / f"cpu{core}" / name).read_text().strip() for core in cores]
-    except OSError:  # virtual machines and containers show none of these files
+    except OSError:  # virtual machines and containers do not have these files
         return []
 
 
 def _cpu() -> str | None:
-    """The processor's own name: /proc/cpuinfo on Linux, sysctl on macOS. ARM boards often have none."""
+    """Return the processor's model name from /proc/cpuinfo (Linux) or sysctl (macOS); ARM boards often have none."""
     if sys.platform == "darwin":
         name = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(name, capture_output=True, text=True, check=False).stdout.strip() or None

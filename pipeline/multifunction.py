@@ -1,4 +1,4 @@
-"""Several engines in one file: a model at several resolutions, or made small in several ways, behind one download."""
+"""Multifunction engines: one file with a model at several resolutions or in several recipes, as separate functions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from targets.base import Merges, Part
 
 
 def named(runs: Sequence[Run]) -> dict[str, Run]:
-    """The runs by the name of the function that each becomes, each once, in the order that they were asked for.
+    """Return the runs by function name, without duplicates, in the given order.
 
-    Raises BadRequest where they do not make a file with several functions.
+    Raises BadRequest if the target does not support several functions, or if there is only one function.
     """
     target = runs[0].target
     if not isinstance(target, Merges):
-        raise BadRequest(f"TARGET={target.name}: its engines have one function each; TARGET=coreml can have several")
+        raise BadRequest(f"TARGET={target.name}: engines with several functions are not supported; use TARGET=coreml")
     functions = {
         f"{run.recipe.name}_{run.preprocess.size}": replace(
             run, deployment=target.deployment_of_part(run.storage, run.deployment)
@@ -31,14 +31,17 @@ def named(runs: Sequence[Run]) -> dict[str, Run]:
     }
     if len(functions) < 2:
         raise BadRequest(
-            f"{next(iter(functions))} is one function alone: give several resolutions in SIZES, or several recipes in "
+            f"{next(iter(functions))} is a single function: give several resolutions in SIZES or several recipes in "
             "RECIPES, or use make engine"
         )
     return functions
 
 
 def multifunction(functions: Mapping[str, Run]) -> Step:
-    """The engines of `functions` as one file, each checked against the engine it came from, and `report.json`."""
+    """Return the step that merges the engines of `functions` into one file, with `report.json`.
+
+    Each function is compared with its source engine.
+    """
     first = next(iter(functions.values()))
     target = first.target
     assert isinstance(target, Merges)
@@ -59,7 +62,7 @@ def multifunction(functions: Mapping[str, Run]) -> Step:
         stage="multifunction",
         label=first.label(f"{len(functions)}_functions", target.name),
         inputs=engines,
-        # The order is not that of `inputs`, whose names are sorted for the key: the first function is the default.
+        # The key does not depend on the order of `inputs`, but the first function is the default: list the order.
         params={"functions": list(functions), "toolchain": target.toolchain()},
         code=("pipeline.facts", type(target).__module__),
         build=build,
@@ -68,12 +71,12 @@ def multifunction(functions: Mapping[str, Run]) -> Step:
 
 def _row(name: str, run: Run, engine: Step, report: Mapping[str, object]) -> dict[str, object]:
     kept = ("top1", "float_top1", "images", "executed", "by")
-    made = {"function": name, "recipe": run.recipe.name, "size": run.preprocess.size, "key": engine.key}
-    return made | {field: report[field] for field in kept}
+    row = {"function": name, "recipe": run.recipe.name, "size": run.preprocess.size, "key": engine.key}
+    return row | {field: report[field] for field in kept}
 
 
 def _bytes(folder: Path) -> int:
-    """Of the engine itself, not of what describes it."""
+    """Return the size of the engine in bytes, without manifest, report and model card."""
     described = {MANIFEST, "report.json", "model.json", "MODEL_CARD.md"}
     files = (file for file in folder.rglob("*") if file.is_file() and file.name not in described)
     return sum(file.stat().st_size for file in files)

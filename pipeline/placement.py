@@ -1,4 +1,4 @@
-"""Say in a few numbers where the operators of an engine run, and what share of its cost that is."""
+"""Summary of a compute plan: operators and share of the estimated cost per compute unit."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Final
 
 from targets.base import Placement
 
-NOWHERE: Final = "not placed"  # operators of which the runtime says nothing, such as those that unpack weights
+NOWHERE: Final = "not placed"  # operators for which the runtime reports no unit, such as unpacking of weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What one unit has of a plan."""
+    """Share of one compute unit in a plan."""
 
     operators: int
-    cost: float  # share of the whole query, from 0 to 1, as the runtime estimates it
-    kinds: Mapping[str, int]  # operators by type, the most frequent first
+    cost: float  # share of the whole query, from 0 to 1, estimated by the runtime
+    kinds: Mapping[str, int]  # number of operators by type, most frequent first
 
 
 def shares(plan: Iterable[Placement]) -> dict[str, Share]:
-    """What each preferred unit has of a plan, the one with the largest cost first."""
+    """Return the share of each preferred unit, largest cost first."""
     by_unit: dict[str, list[Placement]] = defaultdict(list)
     for placement in plan:
         by_unit[placement.preferred or NOWHERE].append(placement)
-    found = {unit: _share(placements) for unit, placements in by_unit.items()}
-    return dict(sorted(found.items(), key=lambda entry: (-entry[1].cost, -entry[1].operators)))
+    by_share = {unit: _share(placements) for unit, placements in by_unit.items()}
+    return dict(sorted(by_share.items(), key=lambda entry: (-entry[1].cost, -entry[1].operators)))
 
 
 def costliest(plan: Iterable[Placement], count: int) -> list[Placement]:
-    """The `count` operators with the largest cost, the largest first; those of no known cost are left out."""
+    """Return the `count` operators with the largest cost, largest first, without operators of unknown cost."""
     known = [placement for placement in plan if placement.cost]
     return sorted(known, key=lambda placement: placement.cost or 0, reverse=True)[:count]
 

@@ -1,4 +1,4 @@
-"""The preprocessing that SIZE, MEAN, STD, CROP, INTERPOLATION and BACKGROUND ask for."""
+"""Parsing of the preprocessing variables MEAN, STD, CROP, INTERPOLATION and BACKGROUND."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ Colour: TypeAlias = tuple[int, int, int]
 Numbers: TypeAlias = tuple[float, float, float]
 
 _INTERPOLATIONS: Mapping[str, Literal["bilinear", "bicubic"]] = {"bilinear": "bilinear", "bicubic": "bicubic"}
-_LEAST_STD, _LARGEST_STD = 1e-3, 10.0  # 1/255 is in use: of networks that take 0 to 255
+_LEAST_STD, _LARGEST_STD = 1e-3, 10.0  # networks with inputs from 0 to 255 use 1/255
 
 
 def asked(preprocess: Preprocess, values: Mapping[str, str]) -> Preprocess:
-    """`preprocess` with what `values` (by variable, empty: as it is) ask for. Raises BadRequest."""
+    """Return `preprocess` with the values of the variables in `values` (empty: unchanged).
+
+    Raises BadRequest for an invalid value.
+    """
     changes: dict[str, Any] = {}
     if text := values["mean"]:
         changes["mean"] = _three("MEAN", text, 0.0, 1.0)
@@ -39,45 +42,48 @@ def asked(preprocess: Preprocess, values: Mapping[str, str]) -> Preprocess:
 
 
 def colour(text: str) -> Colour:
-    """Red, green and blue of a CSS colour (`white`, `#7f7f7f`), or of three numbers. Raises BadRequest."""
+    """Return red, green and blue (0 to 255) of a CSS colour (`white`, `#7f7f7f`) or of three numbers.
+
+    Raises BadRequest for any other text.
+    """
     if numbers := re.fullmatch(r"\s*(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})\s*", text, re.ASCII):
-        found: tuple[int, ...] = tuple(int(number) for number in numbers.groups())
+        rgb: tuple[int, ...] = tuple(int(number) for number in numbers.groups())
     else:
         from PIL import ImageColor
 
         try:
-            found = ImageColor.getrgb(text)
+            rgb = ImageColor.getrgb(text)
         except ValueError:
-            found = ()
-    if len(found) != 3 or max(found) > 255:
+            rgb = ()
+    if len(rgb) != 3 or max(rgb) > 255:
         raise BadRequest(
             f"BACKGROUND={printable(text)}: expected a colour such as white, #7f7f7f, or three numbers from 0 to 255"
         )
-    return found[0], found[1], found[2]
+    return rgb[0], rgb[1], rgb[2]
 
 
 def _three(name: str, text: str, lowest: float, highest: float) -> Numbers:
-    found = [_number(word) for word in text.replace(",", " ").split()]
-    if len(found) != 3 or not all(lowest <= number <= highest for number in found):
-        hint = "; divide by 255" if len(found) == 3 and all(highest < number <= 255 for number in found) else ""
+    numbers = [_number(word) for word in text.replace(",", " ").split()]
+    if len(numbers) != 3 or not all(lowest <= number <= highest for number in numbers):
+        hint = "; divide by 255" if len(numbers) == 3 and all(highest < number <= 255 for number in numbers) else ""
         raise BadRequest(
             f"{name}={printable(text)}: expected three numbers from {lowest:g} to {highest:g}, of red, green and blue "
             f"scaled to [0, 1], such as {name}='0.5 0.5 0.5'{hint}"
         )
-    return found[0], found[1], found[2]
+    return numbers[0], numbers[1], numbers[2]
 
 
 def _crop(text: str) -> float:
-    found = _number(text)
-    if not 0.1 <= found <= 1:
+    crop = _number(text)
+    if not 0.1 <= crop <= 1:
         raise BadRequest(
             f"CROP={printable(text)}: expected a number from 0.1 to 1, the share of the short side that the input shows"
         )
-    return found
+    return crop
 
 
 def _number(text: str) -> float:
-    """The number in `text`; NaN where it is none."""
+    """Return the number in `text`; NaN if it is not a number."""
     try:
         return float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:

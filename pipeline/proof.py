@@ -1,9 +1,10 @@
-"""Hold what artifacts carry against the checkpoint that they were made from, module by module, number by number.
+"""Parity of quantization parameters: compare the scales and int8 weights of artifacts with their checkpoint, number by
+number for each module.
 
-identical  every scale and every int8 weight is the checkpoint's
-folded     the same numbers, stored in another way: turned, or once for several modules
-rounded    a scale is another number, and the same one in FP16
-different  anything else
+identical  every scale and every int8 weight equals the checkpoint's
+folded     equal numbers in another layout: transposed or reshaped, or stored once for several modules
+rounded    a scale differs, but is equal after conversion to FP16
+different  any other difference
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ if TYPE_CHECKING:
     from calibration.carried import Integers, Scales
 
 Verdict: TypeAlias = Literal["identical", "folded", "rounded", "different"]
-VERDICTS: Final[tuple[Verdict, ...]] = get_args(Verdict)  # from the best to the worst
+VERDICTS: Final[tuple[Verdict, ...]] = get_args(Verdict)  # best to worst
 
 Pair: TypeAlias = tuple[Carried | None, Carried | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """How one quantity of one module is in one artifact."""
+    """Comparison of one quantity of one module in one artifact with the checkpoint."""
 
-    what: str  # activation scale, weight scales, int8 weights, or the module itself
+    what: str  # activation scale, weight scales, int8 weights, or quantized operator
     verdict: Verdict = "identical"
-    note: str = ""  # of all but the identical: what was found and what was expected
-    relative: float = 0.0  # largest difference of a rounded scale, as a fraction of it
+    note: str = ""  # found and expected values; "" if identical
+    relative: float = 0.0  # largest relative difference of a rounded scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One module in one artifact."""
+    """All findings of one module in one artifact."""
 
     module: str
     artifact: str
-    operator: str  # what the artifact calls it
+    operator: str  # its name in the artifact
     findings: tuple[Finding, ...]
-    compared: int = 0  # numbers that were read from the artifact
+    compared: int = 0  # numbers read from the artifact
 
     @property
     def verdict(self) -> Verdict:
         return worst(finding.verdict for finding in self.findings)
 
     def __str__(self) -> str:
-        told = [f"{found.what}: {found.note}" for found in self.findings if found.verdict == self.verdict]
-        return f"{self.module} in {self.artifact} ({self.operator or 'no operator'}): {'; '.join(told)}"
+        notes = [f"{finding.what}: {finding.note}" for finding in self.findings if finding.verdict == self.verdict]
+        return f"{self.module} in {self.artifact} ({self.operator or 'no operator'}): {'; '.join(notes)}"
 
 
 def worst(verdicts: Iterator[Verdict]) -> Verdict:
@@ -64,29 +65,31 @@ def worst(verdicts: Iterator[Verdict]) -> Verdict:
 
 
 def rows(checkpoint: Path, scales: Path, artifacts: Mapping[str, Path]) -> list[Row]:
-    """Compare the torch program `checkpoint` with `scales` (scales.json) and with the files of `artifacts`, each by its
-    name and read by the format that its suffix tells.
+    """Compare the torch program `checkpoint` with the file `scales` (scales.json) and with the files of `artifacts`, by
+    artifact name. The suffix of a file selects its reader: .onnx, .mlpackage or .xml.
+
+    Raises CheckFailed if an artifact is damaged, NotImplementedError for another suffix.
     """
     from calibration import carried, program
 
     expected = carried.carried(program.load(checkpoint).module())
-    found = _compared("scales.json", _paired_by_name(expected, _listed(scales)))
+    compared = _compared("scales.json", _paired_by_name(expected, _listed(scales)))
     for name, path in artifacts.items():
-        found += _compared(name, _paired(expected, _read(path)))
-    return found
+        compared += _compared(name, _paired(expected, _read(path)))
+    return compared
 
 
-def summary(found: Sequence[Row]) -> dict[str, Any]:
-    """Counts of modules by their worst verdict, the same for each artifact, and everything that was found."""
-    modules = {row.module: [other for other in found if other.module == row.module] for row in found}
-    verdicts = {module: worst(row.verdict for row in those) for module, those in modules.items()}
-    artifacts = {name: [row for row in found if row.artifact == name] for name in {row.artifact: None for row in found}}
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the report: counts of modules by their worst verdict, overall and per artifact, and all findings."""
+    modules = {row.module: [other for other in rows if other.module == row.module] for row in rows}
+    verdicts = {module: worst(row.verdict for row in own) for module, own in modules.items()}
+    artifacts = {name: [row for row in rows if row.artifact == name] for name in {row.artifact: None for row in rows}}
     return {
         **_counts(verdicts.values()),
-        "largest_rounding": max((finding.relative for row in found for finding in row.findings), default=0.0),
+        "largest_rounding": max((finding.relative for row in rows for finding in row.findings), default=0.0),
         "artifacts": {
-            name: {**_counts(row.verdict for row in those), "compared": sum(row.compared for row in those)}
-            for name, those in artifacts.items()
+            name: {**_counts(row.verdict for row in own), "compared": sum(row.compared for row in own)}
+            for name, own in artifacts.items()
         },
         "modules": [
             {
@@ -98,10 +101,10 @@ def summary(found: Sequence[Row]) -> dict[str, Any]:
                         "verdict": row.verdict,
                         "findings": [asdict(finding) for finding in row.findings],
                     }
-                    for row in those
+                    for row in own
                 },
             }
-            for module, those in modules.items()
+            for module, own in modules.items()
         ],
     }
 
@@ -115,15 +118,15 @@ def _counts(verdicts: Any) -> dict[str, int]:
 
 
 def _read(path: Path) -> list[Carried]:
-    """What a file carries. Raises CheckFailed where it is damaged."""
+    """Read the quantization parameters and weights of a file. Raises CheckFailed if the file is damaged."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         return _reader(path)(path)
-    except (DecodeError, LookupError, OSError, RuntimeError, ValueError) as error:  # what damaged files make them raise
-        told = " ".join(str(error).split())
+    except (DecodeError, LookupError, OSError, RuntimeError, ValueError) as error:  # raised by readers of damaged files
+        reason = " ".join(str(error).split())
         raise CheckFailed(
-            f"{path} cannot be read back: {told}; delete {path.parent} and run this again to build it anew"
+            f"{path} cannot be read back: {reason}; delete {path.parent} and run the same command again to rebuild it"
         ) from error
 
 
@@ -141,11 +144,11 @@ def _reader(path: Path) -> Callable[[Path], list[Carried]]:
             from targets import _carried_openvino
 
             return _carried_openvino.carried
-    raise NotImplementedError(f"{path}: nothing here reads {path.suffix}")
+    raise NotImplementedError(f"{path}: no reader for {path.suffix} files; expected .onnx, .mlpackage or .xml")
 
 
 def _listed(scales: Path) -> list[Carried]:
-    """The layers of a scales.json; it has no weights, and one scale for both ends of a quantizer."""
+    """Read the layers of a scales.json, which has no weights, and one scale for Q and DQ of an activation."""
     return [
         Carried(
             name=name,
@@ -163,7 +166,7 @@ def _listed(scales: Path) -> list[Carried]:
 
 
 def _paired(expected: Sequence[Carried], found: Sequence[Carried]) -> list[Pair]:
-    """By the names of torch nodes where a format keeps them, in order of execution where it does not."""
+    """Pair operators by the names of torch nodes if the format keeps them, otherwise by order of execution."""
     if not any(carried.aliases for carried in found):
         return list(zip_longest(expected, found))
     named = {carried.aliases[0]: carried for carried in expected}
@@ -175,15 +178,15 @@ def _paired(expected: Sequence[Carried], found: Sequence[Carried]) -> list[Pair]
             unknown.append(carried)
         else:
             pairs.append((named.pop(known), carried))
-    # torch.onnx numbers additions by itself; what the order pairs wrongly is found to be different.
+    # torch.onnx renumbers additions, so the rest is paired by order; a wrong pair is reported as different.
     return [*pairs, *zip_longest(named.values(), unknown)]
 
 
 def _paired_by_name(expected: Sequence[Carried], listed: Sequence[Carried]) -> list[Pair]:
-    """Layers alone: scales.json lists no other operator."""
-    found = {carried.name: carried for carried in listed}
-    layers = [(carried, found.pop(carried.name, None)) for carried in expected if carried.weight is not None]
-    return [*layers, *((None, carried) for carried in found.values())]
+    """Pair layers by name; operators without weights are left out, as scales.json lists layers only."""
+    by_name = {carried.name: carried for carried in listed}
+    layers = [(carried, by_name.pop(carried.name, None)) for carried in expected if carried.weight is not None]
+    return [*layers, *((None, carried) for carried in by_name.values())]
 
 
 # --- Comparing ------------------------------------------------------------------------------------------------------
@@ -195,18 +198,20 @@ def _compared(artifact: str, pairs: Sequence[Pair]) -> list[Row]:
 
 
 def _sharing(pairs: Sequence[Pair]) -> dict[str, list[str]]:
-    """Places in an artifact that hold what the checkpoint keeps apart, with the modules that use them."""
+    """Return the places of an artifact that several modules share but the checkpoint stores separately, with the
+    modules.
+    """
     users: dict[str, dict[str, str]] = {}
     for expected, found in pairs:
         if expected is not None and found is not None:
             pairs_of_places = [
-                (wanted.place, came.place)
-                for wanted, came in zip(expected.activations, found.activations, strict=False)
+                (reference.place, activation.place)
+                for reference, activation in zip(expected.activations, found.activations, strict=False)
             ]
             if expected.weight and found.weight:
                 pairs_of_places.append((expected.weight.place, found.weight.place))
-            for wanted_place, place in pairs_of_places:
-                users.setdefault(place, {}).setdefault(wanted_place, expected.name)
+            for reference_place, place in pairs_of_places:
+                users.setdefault(place, {}).setdefault(reference_place, expected.name)
     return {place: list(modules.values()) for place, modules in users.items() if len(modules) > 1}
 
 
@@ -219,7 +224,7 @@ def _row(artifact: str, expected: Carried | None, found: Carried | None, sharing
         findings += _activations(expected.activations, found.activations, sharing)
         findings += _weight(expected.weight, found.weight, sharing)
     return Row(
-        module=(expected or found).name,  # type: ignore[union-attr]  # one of the two there is
+        module=(expected or found).name,  # type: ignore[union-attr]  # at most one of the two is None
         artifact=artifact,
         operator=found.name if found else "",
         findings=tuple(findings),
@@ -238,23 +243,23 @@ def _activations(
 ) -> Iterator[Finding]:
     what = "activation scale"
     if len(expected) != len(found):
-        note = f"{len(found)} rounded inputs, expected {len(expected)}"
+        note = f"{len(found)} quantized inputs, expected {len(expected)}"
         yield Finding(what=what, verdict="different", note=note)
         return
-    for wanted, came in zip(expected, found, strict=True):
+    for reference, activation in zip(expected, found, strict=True):
         places = ("where it is quantized", "where it is dequantized")
         yield (
-            _zero_point(what, came.zero_point)
-            or _scales(what, wanted.scales, came.scales, places)
-            or _stored(what, sharing.get(came.place), "")
+            _zero_point(what, activation.zero_point)
+            or _scales(what, reference.scales, activation.scales, places)
+            or _stored(what, sharing.get(activation.place), "")
         )
 
 
 def _weight(expected: Weight | None, found: Weight | None, sharing: Mapping[str, list[str]]) -> Iterator[Finding]:
     if expected is None or found is None:
         if expected is not found:
-            came, wanted = ("float" if weight is None else "int8" for weight in (found, expected))
-            yield Finding(what="int8 weights", verdict="different", note=f"found {came}, expected {wanted}")
+            types = ["float" if weight is None else "int8" for weight in (found, expected)]
+            yield Finding(what="int8 weights", verdict="different", note=f"found {types[0]}, expected {types[1]}")
         return
     places = [f"of output channel {index}" for index in range(len(expected.scales))]
     yield (
@@ -274,21 +279,21 @@ def _zero_point(what: str, found: int) -> Finding | None:
 
 
 def _stored(what: str, modules: Sequence[str] | None, rearranged: str) -> Finding:
-    """Of equal numbers: whether they stand in the file as the checkpoint has them."""
+    """Return the finding for equal numbers: folded if the file stores them in another layout or shares them."""
     shared = f"stored once for {', '.join(modules)}" if modules else ""
     notes = [note for note in (rearranged, shared) if note]
     return Finding(what=what, verdict="folded", note=", ".join(notes)) if notes else Finding(what=what)
 
 
 def _scales(what: str, expected: Scales, found: Scales, places: Sequence[str]) -> Finding | None:
-    """None where all are identical."""
+    """Compare scales; None if all are identical."""
     if found.shape != expected.shape:
-        return Finding(what=what, verdict="different", note=f"{found.size} of them, expected {expected.size}")
+        return Finding(what=what, verdict="different", note=f"{found.size} values, expected {expected.size}")
     if (found == expected).all():
         return None
-    with np.errstate(over="ignore"):  # what is beyond FP16 becomes infinite there
-        half, wanted = found.astype(np.float16), expected.astype(np.float16)
-    unequal = np.flatnonzero(half != wanted)
+    with np.errstate(over="ignore"):  # values beyond the range of FP16 become infinite
+        half, expected_half = found.astype(np.float16), expected.astype(np.float16)
+    unequal = np.flatnonzero(half != expected_half)
     if len(unequal):
         index = unequal[0]
         note = f"found {found[index]!s} {places[index]}, expected {expected[index]!s}"
@@ -298,7 +303,7 @@ def _scales(what: str, expected: Scales, found: Scales, places: Sequence[str]) -
 
 
 def _turned(found: Integers, expected: Integers) -> tuple[Integers, str]:
-    """`found` in the shape of what was expected, where it has as many numbers in another one."""
+    """Return `found` in the shape of `expected`, transposed or reshaped, with a note; unchanged if the sizes differ."""
     if found.shape == expected.shape or found.size != expected.size:
         return found, ""
     flat = found.reshape(expected.shape)
@@ -308,7 +313,7 @@ def _turned(found: Integers, expected: Integers) -> tuple[Integers, str]:
 
 
 def _integers(expected: Integers, found: Integers) -> Finding | None:
-    """None where all are identical."""
+    """Compare int8 weights; None if all are identical."""
     what = "int8 weights"
     if found.shape != expected.shape or found.dtype != expected.dtype:
         note = f"{found.dtype} of shape {found.shape}, expected {expected.dtype} of shape {expected.shape}"

@@ -1,5 +1,5 @@
-"""One checkpoint, many artifacts, one proof: every scale and int8 weight is read back from the artifacts of a run and
-held against the torch program that all of them were made from.
+"""The `prove` command: read every scale and int8 weight back from the artifacts of a run, and compare them with the
+torch program that all artifacts were built from.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from pipeline.proof import Row
 
 PROOF = "proof.json"
-_SHOWN = 20  # modules that are not identical; proof.json has all
-# Where each artifact keeps what is read, by the name of the step that makes it.
+_SHOWN = 20  # differences that are printed; proof.json lists all
+# The file of each artifact that holds its scales and weights, by the name of the step that builds it.
 _FILES = {"exported": "model.onnx", "tensorrt": "model.onnx", "coreml": "model.mlpackage", "cpu": "model.xml"}
 
 log = logging.getLogger("edgeline")
 
 
 def prove(run: Run, root: Path) -> dict[str, object]:
-    """Build what the run's checkpoint becomes, or reuse it, and compare; from disk, even where a proof is there.
+    """Build or reuse all artifacts of the run's checkpoint and compare their scales and weights with it.
 
-    Raises CheckFailed, with all findings in its answer, where an artifact carries another number than the checkpoint.
+    The files are read and compared even if a cached proof exists. Raises CheckFailed, with all findings in its
+    `answer`, if a number of an artifact differs from the checkpoint. Raises BadRequest and CannotRunHere as `proof`
+    does.
     """
     step, store = proof(run), Store(root)
     try:
@@ -48,8 +50,9 @@ def prove(run: Run, root: Path) -> dict[str, object]:
 
 
 def proof(run: Run) -> Step:
-    """What was found, in `proof.json`: published only if nothing is different. Raises BadRequest where the recipe has
-    no scales, CannotRunHere where no Core ML package can be built.
+    """Return the step that compares all artifacts and writes `proof.json`; it is published only if no number differs.
+
+    Raises BadRequest if the recipe has no scales, CannotRunHere if Core ML packages cannot be built on this machine.
     """
     inputs = made(run)
 
@@ -67,12 +70,15 @@ def proof(run: Run) -> Step:
 
 
 def made(run: Run) -> dict[str, Step]:
-    """The checkpoint of a run and everything that is made of it here, by name."""
+    """Return the steps of the run's checkpoint and of all artifacts that this machine can build from it, by name.
+
+    Raises as `proof` does.
+    """
     if run.recipe.precision != "int8":
-        raise BadRequest(f"RECIPE={run.recipe.name} has no scales to prove; give RECIPE=int8_qat or RECIPE=int8_ptq")
+        raise BadRequest(f"RECIPE={run.recipe.name} has no scales to prove; use RECIPE=int8_qat or RECIPE=int8_ptq")
     coreml = replace(run, target=targets.ALL["coreml"])
     if reason := coreml.target.missing():
-        raise CannotRunHere(f"nothing to prove without a Core ML package: {reason}")
+        raise CannotRunHere(f"cannot prove without a Core ML package: {reason}")
     rtx, cpu = (replace(run, target=targets.ALL[name], interface="tensor", deployment=None) for name in ("rtx", "cpu"))
     checkpoint = stages.quantized(coreml)
     served = cpu.target.missing() is None and stages.quantized(cpu).key == checkpoint.key
@@ -86,7 +92,7 @@ def made(run: Run) -> dict[str, Step]:
 
 
 def typed(run: Run) -> Step:
-    """The graph that TensorRT would compile, where it is not installed."""
+    """Return the step that writes the ONNX graph that TensorRT compiles, for machines without TensorRT."""
 
     def build(inputs: Inputs, out: Path) -> None:
         import onnx
@@ -106,13 +112,16 @@ def typed(run: Run) -> Step:
 
 
 def checked(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """What was found in the `folders` of `made`. Raises CheckFailed where anything is different."""
+    """Compare the artifacts in `folders`, by the names of `made`, and return the report.
+
+    Raises CheckFailed if a number differs.
+    """
     from pipeline.proof import rows, summary
 
     files = {name: folders[name] / file for name, file in _FILES.items() if name in folders}
-    found = rows(folders["quantized"] / "program.pt2", folders["exported"] / "scales.json", files)
-    report = summary(found)
-    _refuse([row for row in found if row.verdict == "different"], files, report)
+    compared = rows(folders["quantized"] / "program.pt2", folders["exported"] / "scales.json", files)
+    report = summary(compared)
+    _refuse([row for row in compared if row.verdict == "different"], files, report)
     return report
 
 
@@ -121,11 +130,11 @@ def _refuse(differing: Sequence[Row], files: Mapping[str, Path], report: Mapping
         row = differing[0]
         folder = files.get(row.artifact, files["exported"]).parent
         more = f" ({len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise CheckFailed(f"{row}{more}; delete {folder} and run this again to build it anew", answer=report)
+        raise CheckFailed(f"{row}{more}; delete {folder} and run the same command again to rebuild it", answer=report)
 
 
 def tell(report: Mapping[str, Any]) -> None:
-    """Counts of modules for each artifact, then the modules that are not identical."""
+    """Log the counts of modules for each artifact, then the modules that are not identical."""
     from pipeline.proof import VERDICTS
 
     log.info("%-14s" + " %10s" * len(VERDICTS) + "  %s", "modules", *VERDICTS, "numbers compared")
@@ -133,10 +142,10 @@ def tell(report: Mapping[str, Any]) -> None:
         cells = [counts[verdict] for verdict in VERDICTS]
         log.info("%-14s" + " %10d" * len(VERDICTS) + "  %d", name, *cells, counts["compared"])
     lines = [
-        f"{found['verdict']}: {module['module']} in {artifact}: {finding['what']}: {finding['note']}"
+        f"{entry['verdict']}: {module['module']} in {artifact}: {finding['what']}: {finding['note']}"
         for module in report["modules"]
-        for artifact, found in module["artifacts"].items()
-        for finding in found["findings"]
+        for artifact, entry in module["artifacts"].items()
+        for finding in entry["findings"]
         if finding["verdict"] != "identical"
     ]
     for line in lines[:_SHOWN]:

@@ -1,7 +1,7 @@
-"""Remember every measurement for good: rows are appended to one database table and never changed or deleted.
+"""Database of measurements: an append-only table. Rows are never changed or deleted.
 
-A newer version may add columns to the table of an older one; rows from before have nothing in them. A reader changes
-nothing at all: `Results(..., read_only=True)` works on a read-only file of any earlier schema.
+A newer version may add columns to the table of an older version; older rows have NULL in them. Readers do not write:
+`Results(..., read_only=True)` works on a read-only file of any earlier schema.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from models.errors import BadRequest, CannotRunHere, EdgelineError
 from pipeline.measure import Summary
 from targets.base import Placement
 
-SCHEMA: Final = 3  # SQLite keeps it in `PRAGMA user_version`; 0 is a database that is not set up yet
-BUSY_MS: Final = 30_000  # how long a writer waits for another one
+SCHEMA: Final = 3  # stored by SQLite in `PRAGMA user_version`; 0 is a database without tables
+BUSY_MS: Final = 30_000  # how long a writer waits for the write lock of another process
 
-CELLS_SHOWN: Final = 1_000  # of an overview: those measured last
-RECENT: Final = 20  # measurements of a cell that an overview lists without gaps, the latest included
-_HISTORY_SHOWN: Final = 4_000  # measurements before the latest ones, over all cells of an overview
-_OLDER: Final = 40  # measurements of a cell before the recent ones, evenly spaced, at most
-_LARGEST_JSON: Final = 64 << 20  # bytes, of one row's samples or plan: a million samples take 8 MB
-# What a row raises whose compressed or JSON columns another program has written, or damage has changed.
+CELLS_SHOWN: Final = 1_000  # most recently measured cells in an overview
+RECENT: Final = 20  # latest measurements of a cell that an overview lists without gaps
+_HISTORY_SHOWN: Final = 4_000  # earlier measurements in an overview, over all cells
+_OLDER: Final = 40  # evenly spaced measurements of a cell before the recent measurements, at most
+_LARGEST_JSON: Final = 64 << 20  # bytes of one row's samples or plan: a million samples take 8 MB
+# Exceptions from decoding compressed or JSON columns that are damaged or written by another program.
 _UNDECODABLE: Final = (zlib.error, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
-_AT_ONCE: Final = 500  # ids in one statement: SQLite takes 32,766 values, older versions 999
+_AT_ONCE: Final = 500  # ids per statement: SQLite accepts 32,766 parameters, older versions 999
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """The network, the data and the choices that two measurements share if they belong to one history, beyond the names
-    of model, recipe, target and device. None means unknown: rows of databases before schema 3.
+    """Network, data, weights and options that two measurements must share to belong to one history, in addition to the
+    names of model, recipe, target and device. None means unknown: rows of databases before schema 3.
     """
 
     network: str | None = None  # `module:function`; with the file's absolute path where MODEL names a file
     data: str | None = None  # name
     data_digest: str | None = None  # SHA-256 of `Data.identity()`
-    weights: str | None = None  # SHA-256 of the checkpoint, or the key of the artifact that training or chance made
-    weights_from: str | None = field(default=None, compare=False)  # for people: "read from x.pt"
-    choices: str | None = None  # variables that are not at their defaults, such as "form=channels placement=conv"
+    weights: str | None = None  # SHA-256 of the checkpoint, or cache key of trained or random weights
+    weights_from: str | None = field(default=None, compare=False)  # human-readable: "read from x.pt"
+    choices: str | None = None  # variables with values other than the default, such as "form=channels placement=conv"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One measurement, with everything needed to believe it or to repeat it. None means unknown or not applicable."""
+    """One measurement, with its conditions and everything needed to repeat it. None: unknown or not applicable."""
 
     model: str
     family: str
@@ -64,24 +64,24 @@ class Row:
     recipe: str
     precision: str
     size: int  # side of the square input, in pixels
-    batch: int  # images per query: latencies are per query
+    batch: int  # images per query; latencies are per query
     threads: int | None
-    unit: str | None = None  # where the target has a choice of them (targets.base.HasUnits)
+    unit: str | None = None  # compute unit, if the target has several (targets.base.HasUnits)
     artifact_key: str
     artifact_path: str
     method: Mapping[str, object] = field(default_factory=dict)  # TimingPlan.method()
     summary: Summary
-    samples_ns: Sequence[int]  # every timed query, in the order they ran
+    samples_ns: Sequence[int]  # latency of every timed query, in order of execution
     versions: Mapping[str, str] = field(default_factory=dict)
     conditions: Mapping[str, object] = field(default_factory=dict)  # for example {"before": ..., "after": ...}
     top1: float | None = None  # percent, of the artifact
     float_top1: float | None = None  # percent, of the float model on the same images
-    agreement: float | None = None  # percent of images on which both predict the same class
-    load_ms: float | None = None  # what came before the first timed query, where the runtime tells it apart
-    first_ms: float | None = None
-    plan: Sequence[Placement] | None = None  # where the operators run
+    agreement: float | None = None  # percent of images with the same predicted class as the float model
+    load_ms: float | None = None  # time to load the engine, if the runtime reports it
+    first_ms: float | None = None  # time of the first query, if the runtime reports it
+    plan: Sequence[Placement] | None = None  # compute plan: the unit of each operator
     identity: Identity = Identity()
-    # `append` gives both, and ignores what is there.
+    # Set by `append`, which ignores given values.
     id: int | None = None
     created: str | None = None  # UTC, ISO 8601
 
@@ -99,31 +99,31 @@ class Past:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """All measurements of one thing on one device: equal in the columns `CELL`."""
+    """All measurements of one engine configuration on one device: they are equal in the columns `CELL`."""
 
-    latest: Row  # by id: clocks go wrong, ids do not. Its `samples_ns` are not loaded
+    latest: Row  # the highest id, as clocks may be wrong; its `samples_ns` are not loaded
     runs: int
-    recent: tuple[Past, ...]  # the newest ones, the latest included, newest first
-    older: tuple[Past, ...]  # of those before, newest first and evenly thinned; the first one is among them
+    recent: tuple[Past, ...]  # latest measurements without gaps, newest first, including `latest`
+    older: tuple[Past, ...]  # evenly thinned earlier measurements, newest first, including the oldest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overview:
-    """What a database holds, aggregated by the database itself: its size in memory does not grow with the rows."""
+    """Summary of a database, aggregated in SQL: its size in memory is bounded, whatever the number of rows."""
 
     measurements: int = 0
     invalid: int = 0
     models: int = 0
-    cells: tuple[Cell, ...] = ()  # those measured last first
-    left_out: int = 0  # cells beyond the limit, measured before all that are here
+    cells: tuple[Cell, ...] = ()  # most recently measured first
+    left_out: int = 0  # cells beyond the limit, all measured earlier
 
 
 class Results:
-    """The measurements in one database: a path (SQLite) or any SQLAlchemy URL. What is missing is created, or where
-    `read_only`, taken for empty.
+    """Measurements in one database, given by a path (SQLite) or a SQLAlchemy URL.
 
-    Several processes may append at once. Raises BadRequest where the database is damaged, of a later Edgeline, not
-    writable or not ours; CannotRunHere where its driver is not installed or the disk is full.
+    A missing database or table is created; with `read_only` it counts as empty. Several processes may append
+    concurrently. Raises BadRequest if the database is damaged, not writable, written by a later version of Edgeline or
+    by another program; CannotRunHere if its driver is not installed or the disk is full.
     """
 
     def __init__(self, url_or_path: str | Path, *, read_only: bool = False) -> None:
@@ -141,12 +141,12 @@ class Results:
                 self._add_columns()
 
     def append(self, row: Row) -> int:
-        """Store a measurement as it is, stamped with the time of this call, and return its id."""
+        """Append a measurement with the current time, and return its id. Raises as the constructor does."""
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._explained(), self._engine.begin() as connection:
             inserted = connection.execute(sa.insert(_MEASUREMENTS).values(_columns(row, created)))
         key = inserted.inserted_primary_key
-        assert key is not None  # every driver gives it for a table with one integer key
+        assert key is not None  # every driver returns it for a table with an integer primary key
         return int(key[0])
 
     def rows(
@@ -158,19 +158,19 @@ class Results:
         recipe: str | None = None,
         artifact_key: str | None = None,
     ) -> list[Row]:
-        """The measurements that match every given value, oldest first."""
-        wanted = {"model": model, "target": target, "device": device, "recipe": recipe, "artifact_key": artifact_key}
+        """Return the measurements that match every given value, oldest first."""
+        filters = {"model": model, "target": target, "device": device, "recipe": recipe, "artifact_key": artifact_key}
         query = sa.select(_MEASUREMENTS).order_by(_MEASUREMENTS.c.id)
-        for name, value in wanted.items():
+        for name, value in filters.items():
             if value is not None:
                 query = query.where(_MEASUREMENTS.c[name] == value)
         with self._explained(*_UNDECODABLE), self._engine.connect() as connection:
-            return [_row(found) for found in connection.execute(query).mappings()]
+            return [_row(record) for record in connection.execute(query).mappings()]
 
     def overview(self, *, cells: int = CELLS_SHOWN) -> Overview:
-        """The latest measurement of each of the `cells` measured last, and a thinned history of each.
+        """Return the latest measurement and a thinned history of each of the `cells` most recently measured cells.
 
-        Aggregated in SQL: no samples are read, and only rows that are shown. Raises BadRequest as opening does.
+        Aggregated in SQL: samples are not read, and only the rows of the result are. Raises as the constructor does.
         """
         if self._read_only and self._url.get_backend_name() == "sqlite" and not _exists(self._url):
             return Overview()
@@ -183,14 +183,14 @@ class Results:
             return _overview(connection, cells)
 
     def close(self) -> None:
-        """Let go of the database's files. Optional: the end of the process does the same."""
+        """Close the database. Optional: the end of the process closes it too."""
         self._engine.dispose()
 
     def _set_up_sqlite(self) -> None:
-        """Create what is missing, or change an older database in place, whole or not at all."""
+        """Create the table, or migrate an older database in place, in one transaction."""
         with self._engine.begin() as connection:
             if _sqlite_schema(connection, self._url) != SCHEMA:
-                # One process at a time gets past this line; the next one finds the work done.
+                # Only one process at a time gets past this line; the next process sees the current schema.
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
                 if _sqlite_schema(connection, self._url) != SCHEMA:
                     self._bring_up_to_date(connection)
@@ -207,7 +207,7 @@ class Results:
         connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA}")
 
     def _add_columns(self) -> None:
-        """Change an older database in place. Another process may be doing the same: then its columns are as good."""
+        """Add missing columns to an older database. Another process may add the same columns concurrently."""
         with self._engine.connect() as connection:
             missing = _missing(connection)
         for name in missing:
@@ -221,8 +221,8 @@ class Results:
 
     @contextmanager
     def _explained(self, *decoding: type[Exception]) -> Iterator[None]:
-        """Turn the errors of the database's driver into one sentence with the database's name and the next step; and
-        those of `decoding`.
+        """Convert driver errors, and exceptions of the types `decoding`, to an error with the database's name and the
+        next step.
         """
         caught: tuple[type[Exception], ...] = (OSError, *decoding)
         try:
@@ -236,38 +236,41 @@ class Results:
             raise _refusal(_shown(self._url), cause) from e
 
     def _check_columns(self, there: sa.Connection | sa.Engine) -> None:
-        """Raises BadRequest where the table is not ours: every version of ours has had the columns of the first."""
+        """Raise BadRequest if the table lacks a column of the first schema: then another program created it."""
         if missing := [name for name in _missing(there) if name not in _ADDED]:
             raise BadRequest(
                 f"cannot use the results database {_shown(self._url)}: its table {_MEASUREMENTS.name} has no column "
-                f"{', '.join(missing)}; another program wrote it, so name another database"
+                f"{', '.join(missing)}; another program created it: name a different database"
             )
 
 
 def _sqlite_schema(connection: sa.Connection, url: sa.URL) -> int:
-    found = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-    if found > SCHEMA:
+    """Return the schema version of a SQLite database. Raises BadRequest if it is newer than SCHEMA."""
+    schema = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+    if schema > SCHEMA:
         raise BadRequest(
-            f"cannot use the results database {_shown(url)}: it has schema {found}, and this Edgeline knows schemas up "
-            f"to {SCHEMA}; update Edgeline, or name another database"
+            f"cannot use the results database {_shown(url)}: it has schema {schema}, and this version of Edgeline "
+            f"supports schemas up to {SCHEMA}; update Edgeline, or name a different database"
         )
-    return found
+    return schema
 
 
 def _missing(there: sa.Connection | sa.Engine) -> list[str]:
-    """The columns that the database's table lacks."""
-    found = {column["name"] for column in sa.inspect(there).get_columns(_MEASUREMENTS.name)}
-    return [column.name for column in _MEASUREMENTS.columns if column.name not in found]
+    """Return the names of the columns that the database's table lacks."""
+    present = {column["name"] for column in sa.inspect(there).get_columns(_MEASUREMENTS.name)}
+    return [column.name for column in _MEASUREMENTS.columns if column.name not in present]
 
 
 def _addition(name: str, dialect: sa.Dialect) -> str:
-    """The statement that adds a column to the table: it takes no time and touches no row."""
+    """Return the statement that adds a column to the table, an operation that does not rewrite rows."""
     column = sa.schema.CreateColumn(_MEASUREMENTS.c[name]).compile(dialect=dialect)
     return f"ALTER TABLE {_MEASUREMENTS.name} ADD COLUMN {column}"
 
 
 def _inflated(value: bytes) -> bytes:
-    """Raises zlib.error where `value` is not compressed, ValueError where it would inflate beyond the limit."""
+    """Decompress `value`. Raises zlib.error if it is not compressed data, ValueError if it is incomplete or above the
+    size limit.
+    """
     inflating = zlib.decompressobj()
     text = inflating.decompress(value, _LARGEST_JSON)
     if inflating.unconsumed_tail or not inflating.eof:
@@ -276,7 +279,7 @@ def _inflated(value: bytes) -> bytes:
 
 
 class _Samples(sa.types.TypeDecorator[list[int]]):
-    """Latencies as zlib-compressed JSON: about a quarter of the text's size, and any language reads it back."""
+    """Latencies as zlib-compressed JSON: about a quarter of the text's size, and readable from any language."""
 
     impl = sa.LargeBinary
     cache_ok = True
@@ -289,17 +292,17 @@ class _Samples(sa.types.TypeDecorator[list[int]]):
         return samples
 
 
-def _placement(found: dict[str, Any]) -> Placement:
-    """Raises ValueError where another program has written a plan of other types."""
-    cost = found["cost"]
-    words = (found["name"], found["kind"], found["preferred"] or "", *found["supported"])
-    if not all(isinstance(word, str) for word in words) or not (cost is None or isinstance(cost, int | float)):
-        raise ValueError(f"a plan holds {found!s:.60}, expected texts and a number")
-    return Placement(**found | {"supported": tuple(found["supported"])})
+def _placement(entry: dict[str, Any]) -> Placement:
+    """Decode an entry of a plan. Raises ValueError if another program wrote values of other types."""
+    cost = entry["cost"]
+    texts = (entry["name"], entry["kind"], entry["preferred"] or "", *entry["supported"])
+    if not all(isinstance(text, str) for text in texts) or not (cost is None or isinstance(cost, int | float)):
+        raise ValueError(f"a plan holds {entry!s:.60}, expected texts and a number")
+    return Placement(**entry | {"supported": tuple(entry["supported"])})
 
 
 class _Plan(sa.types.TypeDecorator[tuple[Placement, ...]]):
-    """Placements, as zlib-compressed JSON too: hundreds of operators are a tenth of the text's size."""
+    """Placements as zlib-compressed JSON: for hundreds of operators, about a tenth of the text's size."""
 
     impl = sa.LargeBinary
     cache_ok = True
@@ -347,7 +350,7 @@ _MEASUREMENTS: Final = sa.Table(
     sa.Column("top1", sa.Float),
     sa.Column("float_top1", sa.Float),
     sa.Column("agreement", sa.Float),
-    # Since schema 2. Columns that come later are nullable, and named in _ADDED.
+    # Since schema 2. Columns added after schema 1 are nullable and listed in _ADDED.
     sa.Column("unit", sa.String(40)),
     sa.Column("load_ms", sa.Float),
     sa.Column("first_ms", sa.Float),
@@ -359,16 +362,16 @@ _MEASUREMENTS: Final = sa.Table(
     sa.Column("weights", sa.String(64)),
     sa.Column("weights_from", sa.Text),
     sa.Column("choices", sa.Text),
-    sqlite_autoincrement=True,  # the id of a row is never given to another one
+    sqlite_autoincrement=True,  # ids are never reused
 )
 _IDENTITY_COLUMNS: Final = tuple(item.name for item in fields(Identity))
 _ADDED: Final = ("unit", "load_ms", "first_ms", "plan", *_IDENTITY_COLUMNS)
-# The columns in which all measurements of one cell are equal: all that a person chooses, on one device.
+# The columns in which all measurements of one cell are equal: the device, and everything that the user chooses.
 CELL: Final = (
     *("target", "device", "model", "recipe", "size", "batch", "threads", "unit"),
     *(name for name in _IDENTITY_COLUMNS if name != "weights_from"),
 )
-# A scan of this index alone answers which measurement of each cell is the latest: the table is larger by its samples.
+# A covering index for the latest measurement of each cell: the table itself is much larger because of the samples.
 _CELLS: Final = (
     f"CREATE INDEX IF NOT EXISTS measurements_cells ON measurements ({', '.join((*CELL, 'id DESC', 'valid'))})"
 )
@@ -379,13 +382,13 @@ _KINDS: Final[Mapping[type, tuple[tuple[type, ...], str]]] = {
     float: ((int, float), "a number"),
     str: ((str,), "text"),
 }
-# Of the columns that SQLAlchemy hands on as they are stored.
+# Accepted types of the columns that SQLAlchemy returns without conversion.
 _TYPES: Final = {
     column.name: _KINDS[column.type.python_type]
     for column in _MEASUREMENTS.columns
     if isinstance(column.type, sa.Integer | sa.Float | sa.String)
 }
-# What can be drawn: a picosecond to eleven days, and percent.
+# Accepted values: latencies from a picosecond to eleven days, and percentages.
 _RANGES: Final = (
     (_LATENCIES, (1e-9, 1e9), "milliseconds above 0"),
     (("top1", "float_top1", "agreement"), (0, 100), "percent from 0 to 100"),
@@ -397,8 +400,8 @@ _ROW_COLUMNS: Final = tuple(
     if column.name not in (*_SUMMARY_COLUMNS, *_IDENTITY_COLUMNS, *_GIVEN_BY_APPEND)
 )
 
-# The file itself refuses to be rewritten, whoever opens it. REPLACE deletes without firing delete triggers, hence the
-# third one; a row inserted without an id shows up there as -1.
+# Triggers in the file reject changes from any program. REPLACE deletes rows without firing delete triggers, hence the
+# third trigger; there the id of a row inserted without an id is -1.
 _REFUSED: Final = "SELECT RAISE(ABORT, 'measurements are never changed or deleted: append a new row')"
 _EVENTS: Final = {
     "no_update": "UPDATE ON measurements",
@@ -418,50 +421,52 @@ def _columns(row: Row, created: str) -> dict[str, object]:
     return {**values, "created": created, "valid": row.summary.valid}
 
 
-def _row(found: Mapping[Any, Any]) -> Row:
+def _row(record: Mapping[Any, Any]) -> Row:
     row = Row(
-        **{name: found[name] for name in _ROW_COLUMNS if name != "samples_ns"},
-        samples_ns=found.get("samples_ns", ()),
-        summary=_summary(found),
-        identity=Identity(**{name: found[name] for name in _IDENTITY_COLUMNS}),
+        **{name: record[name] for name in _ROW_COLUMNS if name != "samples_ns"},
+        samples_ns=record.get("samples_ns", ()),
+        summary=_summary(record),
+        identity=Identity(**{name: record[name] for name in _IDENTITY_COLUMNS}),
     )
-    return replace(row, id=found["id"], created=found["created"])
+    return replace(row, id=record["id"], created=record["created"])
 
 
-def _past(found: Mapping[Any, Any]) -> Past:
+def _past(record: Mapping[Any, Any]) -> Past:
     return Past(
-        id=found["id"],
-        created=found["created"],
-        summary=_summary(found),
-        top1=found["top1"],
-        artifact_key=found["artifact_key"],
+        id=record["id"],
+        created=record["created"],
+        summary=_summary(record),
+        top1=record["top1"],
+        artifact_key=record["artifact_key"],
     )
 
 
-def _summary(found: Mapping[Any, Any]) -> Summary:
-    """Raises ValueError where another program has written a value of another type: SQLite takes any type anywhere."""
-    _check_types(found)
+def _summary(record: Mapping[Any, Any]) -> Summary:
+    """Decode the statistics of a row. Raises ValueError for a value of another type or range: SQLite columns accept
+    values of any type, and another program may have written them.
+    """
+    _check_types(record)
     for names, (low, high), words in _RANGES:
         for name in names:
-            value = found.get(name)
+            value = record.get(name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"row {found['id']} has {value} in {name}, expected {words}")
-    return Summary(**{name: found[name] for name in _SUMMARY_COLUMNS})
+                raise ValueError(f"row {record['id']} has {value} in {name}, expected {words}")
+    return Summary(**{name: record[name] for name in _SUMMARY_COLUMNS})
 
 
-def _check_types(found: Mapping[Any, Any]) -> None:
+def _check_types(record: Mapping[Any, Any]) -> None:
     for name, (kinds, words) in _TYPES.items():
-        value = found.get(name)
+        value = record.get(name)
         missing = value is None and _MEASUREMENTS.c[name].nullable
-        if name in found and not missing and (not isinstance(value, kinds) or value != value):
+        if name in record and not missing and (not isinstance(value, kinds) or value != value):
             words = "milliseconds above 0" if name in _LATENCIES else words
-            raise ValueError(f"row {found['id']} has {value!r:.60} in {name}, expected {words}")
+            raise ValueError(f"row {record['id']} has {value!r:.60} in {name}, expected {words}")
 
 
 def _overview(connection: sa.Connection, cells: int) -> Overview:
     table = _readable(connection)
-    found, invalid = _scanned(connection, table)
-    newest = sorted(found.values(), key=max, reverse=True)
+    ids_by_cell, invalid = _scanned(connection, table)
+    newest = sorted(ids_by_cell.values(), key=max, reverse=True)
     shown = {ids[0]: ids for ids in (sorted(ids, reverse=True) for ids in newest[:cells])}
     latest = {row.id: row for row in _rows_of(connection, table, list(shown))}
     histories = _histories(connection, table, shown)
@@ -469,7 +474,7 @@ def _overview(connection: sa.Connection, cells: int) -> Overview:
     return Overview(
         measurements=sum(map(len, newest)),
         invalid=invalid,
-        models=len({(cell[at["model"]], cell[at["network"]]) for cell in found}),
+        models=len({(cell[at["model"]], cell[at["network"]]) for cell in ids_by_cell}),
         cells=tuple(
             Cell(latest=latest[key], runs=len(ids), recent=histories[key][0], older=histories[key][1])
             for key, ids in shown.items()
@@ -479,8 +484,10 @@ def _overview(connection: sa.Connection, cells: int) -> Overview:
 
 
 def _scanned(connection: sa.Connection, table: sa.FromClause) -> tuple[dict[tuple[object, ...], list[int]], int]:
-    """The ids of every cell in any order, and the number of invalid measurements: one scan, of the index where there is
-    one. Several aggregations would be several scans of all samples in a database that has none yet.
+    """Return the ids of every cell, in any order, and the number of invalid measurements.
+
+    A single scan, of the index if the database has it. Without the index, a scan reads all samples, so separate
+    aggregations would read them several times.
     """
     ids: dict[tuple[object, ...], list[int]] = defaultdict(list)
     invalid = 0
@@ -492,7 +499,7 @@ def _scanned(connection: sa.Connection, table: sa.FromClause) -> tuple[dict[tupl
 
 
 def _readable(connection: sa.Connection) -> sa.FromClause:
-    """The table, with NULL for the columns that an older database lacks and a reader may not add."""
+    """Return the table with NULL for the columns that an older database lacks: a reader does not add columns."""
     if not (missing := _missing(connection)):
         return _MEASUREMENTS
     columns: list[sa.ColumnElement[Any]] = [
@@ -512,24 +519,28 @@ def _rows_of(connection: sa.Connection, table: sa.FromClause, ids: Sequence[int]
 def _histories(
     connection: sa.Connection, table: sa.FromClause, shown: Mapping[int, Sequence[int]]
 ) -> dict[int, tuple[tuple[Past, ...], tuple[Past, ...]]]:
-    """The recent and the older measurements of each cell by the id of its latest one; `shown` has all, newest first."""
+    """Return the recent and the older measurements of each cell, by the id of its latest measurement.
+
+    `shown` maps this id to all ids of the cell, newest first.
+    """
     each = _HISTORY_SHOWN // max(len(shown), 1)
     recent, older = min(RECENT, max(each // 2, 2)), min(_OLDER, max(each // 2, 1))
     chosen = {key: (ids[:recent], _thinned(ids[recent:], older)) for key, ids in shown.items()}
-    wanted = [one for parts in chosen.values() for part in parts for one in part]
+    needed = [key for parts in chosen.values() for part in parts for key in part]
     names = ("id", "created", *_SUMMARY_COLUMNS, "top1", "artifact_key")
     past: dict[int, Past] = {}
-    for start in range(0, len(wanted), _AT_ONCE):
+    for start in range(0, len(needed), _AT_ONCE):
         query = sa.select(*(table.c[name] for name in names))
-        query = query.where(table.c.id.in_(wanted[start : start + _AT_ONCE]))
-        past |= {found["id"]: _past(found) for found in connection.execute(query).mappings()}
+        query = query.where(table.c.id.in_(needed[start : start + _AT_ONCE]))
+        past |= {record["id"]: _past(record) for record in connection.execute(query).mappings()}
     return {
-        key: (tuple(past[one] for one in new), tuple(past[one] for one in old)) for key, (new, old) in chosen.items()
+        key: (tuple(past[each] for each in new), tuple(past[each] for each in old))
+        for key, (new, old) in chosen.items()
     }
 
 
 def _thinned(ids: Sequence[int], most: int) -> Sequence[int]:
-    """At most `most` of `ids` at even steps, the last one among them."""
+    """Return at most `most` of `ids` at even steps, including the last."""
     step = max(1, -(-len(ids) // most))
     return ids[::-1][::step][::-1]
 
@@ -540,7 +551,7 @@ def _url(url_or_path: str | Path) -> sa.URL:
             return sa.make_url(url_or_path)
         except exc.ArgumentError as e:
             raise BadRequest(
-                f"cannot read the database URL {url_or_path!r}; expected one like sqlite:///build/results.db or "
+                f"cannot read the database URL {url_or_path!r}; expected a URL such as sqlite:///build/results.db or "
                 "postgresql://user@host/name, or a path"
             ) from e
     return sa.URL.create("sqlite", database=str(url_or_path))
@@ -552,7 +563,7 @@ def _engine(url: sa.URL) -> sa.Engine:
     except exc.NoSuchModuleError as e:
         raise BadRequest(
             f"cannot use the results database {_shown(url)}: SQLAlchemy has no database named {url.drivername!r}; "
-            "expected sqlite, postgresql, mysql or another one with its dialect installed"
+            "expected sqlite, postgresql, mysql or another database with its dialect installed"
         ) from e
     except ModuleNotFoundError as e:
         raise CannotRunHere(
@@ -563,7 +574,7 @@ def _engine(url: sa.URL) -> sa.Engine:
 
 
 def _reading_engine(url: sa.URL) -> sa.Engine:
-    """An engine whose connections change nothing: SQLite is opened read-only, servers are left to their rights."""
+    """Return an engine for reading: SQLite files are opened read-only; on servers, the user's privileges apply."""
     if url.get_backend_name() != "sqlite" or not url.database:
         return _engine(url)
     path = Path(url.database).absolute()
@@ -571,16 +582,18 @@ def _reading_engine(url: sa.URL) -> sa.Engine:
 
 
 def _open_read_only(path: Path) -> sqlite3.Connection:
-    """Whatever the file system allows. A database in WAL mode needs a shared-memory file beside it, which a folder that
-    cannot be written has no place for; then it is read without, which is right as long as no process writes, and none
-    can. Source: sqlite.org/wal.html, "Read-Only Databases".
+    """Open a SQLite file read-only, also in a read-only folder.
+
+    A database in WAL mode needs a shared-memory file beside it, which cannot be created in a read-only folder. It is
+    then opened without this file, which is correct because no process can write there. Source: sqlite.org/wal.html,
+    "Read-Only Databases".
     """
     journal = path.with_name(f"{path.name}-wal")
     pending = journal.exists() and journal.stat().st_size > 0
     for options in ("mode=ro", "mode=ro&vfs=unix-none" if pending else "immutable=1"):
         connection = sqlite3.connect(f"file:{quote(str(path))}?{options}", uri=True, timeout=BUSY_MS / 1000)
         try:
-            if "vfs" in options:  # keeps the index of the journal in memory
+            if "vfs" in options:  # keeps the WAL index in memory instead of shared memory
                 connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError as error:
@@ -596,35 +609,35 @@ def _exists(url: sa.URL) -> bool:
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:
-    """Readers go on while one process writes, and writers queue: WAL, and a wait instead of an error."""
+    """Enable WAL, so that a writer does not block readers, and make writers wait for the lock instead of failing."""
     connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
     connection.execute("PRAGMA journal_mode = WAL")
 
 
 def _refusal(database: str, cause: BaseException | str | None) -> EdgelineError:
-    """The sentence for an error of a database's driver, or of the decoding of its rows."""
+    """Return the exception for an error of the database driver or of decoding a row."""
     name = getattr(cause, "sqlite_errorname", "")
     if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
         return CannotRunHere(
-            f"cannot write the results database {database}: {cause}; make room on its disk and run the same command "
-            "again: every measurement that was recorded is still there"
+            f"cannot write the results database {database}: {cause}; free space on its disk and run the same command "
+            "again: all recorded measurements are still there"
         )
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return CannotRunHere(
             f"cannot use the results database {database}: {cause}; another process has been writing to it for "
-            f"{BUSY_MS // 1000} s: run the same command again when that has ended"
+            f"{BUSY_MS // 1000} s: run the same command again when that process has ended"
         )
     if name.startswith(("SQLITE_READONLY", "SQLITE_PERM")):
         return CannotRunHere(
-            f"cannot write the results database {database}: {cause}; give this user the right to write the file and "
+            f"cannot write the results database {database}: {cause}; give this user write permission for the file and "
             "its folder"
         )
     return BadRequest(
         f"cannot use the results database {database}: {cause}; expected an Edgeline results database that this user "
-        "can write; move it away to start a new one, or name another"
+        "can write; move it away to start a new database, or name a different database"
     )
 
 
 def _shown(url: sa.URL) -> str:
-    """The database's name for a message: a path for SQLite, otherwise the URL without its password."""
+    """Return the database's name for messages: a path for SQLite, otherwise the URL without its password."""
     return url.database or "in memory" if url.get_backend_name() == "sqlite" else url.render_as_string()

@@ -1,6 +1,7 @@
-"""The `sensitivity` verb: what each module of a model, and each kind of operator, loses by computing in integers alone.
+"""The `sensitivity` command: INT8 sensitivity per module and per kind of operator, worst first.
 
-The table is an artifact: it follows from the weights, the arithmetic and the calibration, and is measured once.
+Each module or kind is measured with only its operators in INT8. The table is an artifact: it depends on the weights,
+the quantization scheme and the calibration, and is measured once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ log = logging.getLogger("edgeline")
 
 
 def sensitivity(run: Run, root: Path) -> dict[str, object]:
-    """Measure the table, or find it measured, and tell it, the most sensitive module first."""
+    """Measure the sensitivity table or read it from the cache, log it, most sensitive module first, and return it."""
     artifact = Store(root).get(step(run))
     table: dict[str, Any] = json.loads((artifact.path / _FILE).read_text())
     log.info("%-44s %-26s %6s %8s %9s", "in integers, the rest in float", "kind", "MACs", "dB", "top-1")
@@ -39,7 +40,10 @@ def sensitivity(run: Run, root: Path) -> dict[str, object]:
 
 
 def step(run: Run) -> Step:
-    """The table of post-training quantization with the placement of the run's recipe. Leaves `sensitivity.json`."""
+    """Return the step that measures the table, for post-training quantization with the placement of the run's recipe.
+
+    The artifact contains `sensitivity.json`.
+    """
     recipe = calibrating(run)
 
     def build(inputs: Mapping[str, Path], out: Path) -> None:
@@ -80,16 +84,16 @@ def step(run: Run) -> Step:
 
 
 def calibrating(run: Run) -> Ptq:
-    """The post-training quantization that the run's recipe begins with; without one, the usual one."""
+    """Return the post-training quantization of the run's recipe; `int8_ptq` for recipes without quantization."""
     match run.recipe:
         case Ptq():
             return run.recipe
         case Qat():
             return run.recipe.warm_start
         case _:
-            usual = calibration.recipe.ALL["int8_ptq"]
-            assert isinstance(usual, Ptq)
-            return usual
+            default = calibration.recipe.ALL["int8_ptq"]
+            assert isinstance(default, Ptq)
+            return default
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[object, ...]:

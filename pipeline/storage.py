@@ -1,4 +1,4 @@
-"""Storage that refuses to be written: one sentence, whichever library met the refusal and however it reports it."""
+"""Detection of full disks: convert the errors with which libraries report one to a single CannotRunHere."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from typing import Final
 from models.errors import CannotRunHere, EdgelineError
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# How Rust (safetensors), C++ (coremltools) and SQLite report what Python raises as OSError.
+# Messages of Rust (safetensors), C++ (coremltools) and SQLite for errors that Python raises as OSError.
 _FULL_WORDS: Final = re.compile(
     r"no space left on device|os error (?:28|122|27)\b|StorageFull|disk quota exceeded|file too large"
     r"|database or disk is full",
     re.IGNORECASE,
 )
-# How a C++ stream (OpenVINO), a copy by std::filesystem (coremltools) and torch's archives report any failed write.
+# Messages for any failed write of C++ streams (OpenVINO), std::filesystem copies (coremltools) and torch archives.
 _FAILED_WORDS: Final = re.compile(r"iostream error|input/output error|unexpected pos|cannot copy", re.IGNORECASE)
-_LITTLE: Final = 64 << 20  # bytes: with less room, a write that failed for no stated reason failed for lack of it
-_NONE: Final = 64 << 10  # bytes: with less room, so did a library that states nothing about writing
-# Of programs, not of disks.
+_LITTLE: Final = 64 << 20  # bytes of free space below which a failed write without a reason counts as a full disk
+_NONE: Final = 64 << 10  # bytes of free space below which any library error counts as a full disk
+# Programming errors, which never count as a full disk.
 _FAULTS: Final = (AssertionError, AttributeError, ImportError, IndexError, KeyError, NameError, TypeError)
 
 
 def refusal(error: BaseException, path: Path) -> CannotRunHere | None:
-    """What to report where `error` means that there is no room to write `path`, or for the temporary files of a
-    library; None where it means something else.
+    """Return the exception to raise if `error` is caused by a full disk; None for other causes.
+
+    The disk is that of `path`, the output, or that of the temporary folder, which libraries use.
     """
     if isinstance(error, EdgelineError) and not is_full(error):
         return None
     folder = min((path, Path(tempfile.gettempdir())), key=_room)
     if not is_full(error) and not _is_for_lack_of(_room(folder), error):
         return None
-    named = (found.filename for found in _chain(error) if isinstance(found, OSError) and found.errno in _FULL)
+    named = (cause.filename for cause in _chain(error) if isinstance(cause, OSError) and cause.errno in _FULL)
     file = next(filter(None, named), path if _room(path) < _LITTLE else folder)
     return CannotRunHere(
-        f"{file} cannot be written: no space left on the device ({_told(error)}); make room and run the same command "
-        "again, which goes on from what is finished"
+        f"{file} cannot be written: no space left on the device ({_summary(error)}); free space and run the same "
+        "command again, which resumes from the finished steps"
     )
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, reports a full disk, a used-up quota or a limit of file sizes."""
+    """Return whether `error` or one of its causes reports a full disk, an exceeded quota or a file size limit."""
     return any(
-        found.errno in _FULL if isinstance(found, OSError) and found.errno else bool(_FULL_WORDS.search(str(found)))
-        for found in _chain(error)
+        cause.errno in _FULL if isinstance(cause, OSError) and cause.errno else bool(_FULL_WORDS.search(str(cause)))
+        for cause in _chain(error)
     )
 
 
@@ -58,26 +59,27 @@ def _is_for_lack_of(room: int, error: BaseException) -> bool:
     return room < _NONE or (room < _LITTLE and bool(_FAILED_WORDS.search(str(error))))
 
 
-def _told(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}"[:200] if first else type(error).__name__
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and its causes, outermost first."""
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or found.__context__
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def _room(path: Path) -> int:
-    """Free bytes where `path` is, or would be."""
+    """Return the free bytes of the file system of `path`, which need not exist; 64 MiB if it is unknown."""
     for folder in (path, *path.absolute().parents):
         try:
-            found = os.statvfs(folder)
+            status = os.statvfs(folder)
         except OSError:
             continue
-        return found.f_bavail * found.f_frsize
+        return status.f_bavail * status.f_frsize
     return _LITTLE

@@ -1,8 +1,9 @@
-"""Build things once. An artifact's key is the digest of everything that went into it.
+"""Content-addressed artifact store: each artifact is built once, and its key is the digest of everything it depends on.
 
-A `Step` says what would be built and from what; its key is known without building anything. The `Store` builds what is
-missing, each artifact once however many processes ask for it, and publishes it whole or not at all. An artifact whose
-files are no longer those that were published is moved to `quarantine` and built again.
+A `Step` describes an artifact: its input steps, parameters, code and build function. Its cache key is computed without
+building anything. The `Store` builds missing artifacts, each once even when several processes request it at the same
+time, and publishes each atomically. An artifact whose files changed after publication is moved to `quarantine` and
+rebuilt.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ __all__ = [
 QUARANTINE: Final = "quarantine"
 BUILDING: Final = ".building-"
 RESUME: Final = ".resume-"
-KEY_LETTERS: Final = 12  # of the key, in the name of an artifact's folder
-_ATTEMPTS = 3  # at a build whose inputs are damaged while it runs
+KEY_LETTERS: Final = 12  # leading hexadecimal digits of the key in the name of an artifact's folder
+_ATTEMPTS = 3  # to build an artifact, where its inputs are damaged during the build
 _ROOT = Path(__file__).parent.parent
 _LAYERS = ("pipeline", "targets", "calibration", "models")
 
@@ -57,14 +58,14 @@ log = logging.getLogger("edgeline")
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One artifact that could be built: from `inputs`, with `params`, by `build` and the code of the modules `code`,
-    ours by name, others by file.
+    """Description of one artifact: `build` makes it from `inputs` and `params` with the code of the modules `code`.
 
-    `build` receives the folders of the inputs by name, and the empty folder to fill.
+    `code` holds Edgeline's modules by dotted name and a user's modules by file. `build` is called with the folders of
+    the inputs by name and the empty folder to fill.
     """
 
     stage: str
-    label: str  # for people; the key decides
+    label: str  # human-readable; two steps with the same label are distinguished by their keys
     inputs: Mapping[str, Step]
     params: Mapping[str, object]
     code: tuple[str | Path, ...]
@@ -85,7 +86,7 @@ class Step:
         return hashlib.sha256(json.dumps(self.ingredients, sort_keys=True).encode()).hexdigest()
 
     def chain(self) -> Iterator[Step]:
-        """Every step that this one needs, inputs first, itself last, each once."""
+        """Yield all transitive dependencies and the step itself, in topological order, each once."""
         seen: dict[str, Step] = {}
         for step in self.inputs.values():
             seen |= {needed.key: needed for needed in step.chain()}
@@ -95,23 +96,23 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """A finished, immutable folder."""
+    """A published, immutable folder."""
 
     step: Step
     path: Path
-    cached: bool  # it was there before this process asked
+    cached: bool  # it existed before this process requested it
 
     @property
     def key(self) -> str:
         return self.step.key
 
     def files(self) -> dict[str, int]:
-        """Relative names and sizes in bytes."""
+        """Return the size in bytes of each file by relative name, without the manifest."""
         return {str(path.relative_to(self.path)): path.stat().st_size for path in _files(self.path)}
 
 
 class Store:
-    """Artifacts under one folder, one subfolder a stage."""
+    """Artifacts under the folder `root`, with one subfolder per stage."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -120,21 +121,23 @@ class Store:
         return self.root / step.stage / f"{step.label}-{step.key[:KEY_LETTERS]}"
 
     def record(self, step: Step) -> Path:
-        """The file with the metadata of the artifact's last full check; see `pipeline.integrity`."""
+        """Return the path of the file with the metadata of the artifact's last full check; see `pipeline.integrity`."""
         path = self.path(step)
         return path.with_name(f".checked-{path.name}")
 
     def damage(self, step: Step) -> Damage | None:
-        """The first damage in the artifact of `step`; None where it is whole, or was never built."""
+        """Return the first damage in the artifact of `step`; None if it is intact or was never built."""
         path = self.path(step)
         return integrity.damage(path, step.key, self.record(step)) if os.path.lexists(path) else None
 
     def has(self, step: Step) -> bool:
-        """Whether the artifact of `step` is there, and whole."""
+        """Return whether the artifact of `step` exists and is intact."""
         return os.path.lexists(self.path(step)) and self.damage(step) is None
 
     def restored(self, step: Step) -> bool:
-        """Whether the artifact of `step` is there. A damaged one is built again at once, needed or not."""
+        """Return whether the artifact of `step` exists and is intact. A damaged artifact is rebuilt first, and the
+        result is False.
+        """
         if not os.path.lexists(self.path(step)):
             return False
         if self.damage(step) is None:
@@ -143,11 +146,10 @@ class Store:
         return False
 
     def get(self, step: Step) -> Artifact:
-        """The artifact of `step`, whole: built now if nobody has, or if its files are not those that were published.
-        Its inputs are only looked at if it must be built.
+        """Return the artifact of `step`; build it if it is missing or damaged. Inputs are checked only for a build.
 
-        The artifact is safe from `make gc` until this process ends. Raises CannotRunHere where there is no room for it,
-        and where its inputs change on disk while it is built.
+        The artifact is protected from `make gc` until this process ends. Raises CannotRunHere if the disk is full, or
+        if the inputs change on disk during each of three builds.
         """
         path = self.path(step)
         if os.path.lexists(path):
@@ -170,20 +172,23 @@ class Store:
         )
 
     def explain(self, step: Step) -> list[str]:
-        """Why the artifact of `step` will be reused, or what makes it differ from the latest of the same label."""
+        """Return the reasons why the artifact of `step` will be reused or rebuilt: for a rebuild, the differences from
+        the latest artifact with the same label.
+        """
         if damage := self.damage(step):
             return [f"damaged: {damage}; it will be moved to {self.root / QUARANTINE} and built again"]
         if self.has(step):
             return ["nothing that it depends on has changed"]
-        found = (self.root / step.stage).glob(f"{glob.escape(step.label)}-{'?' * KEY_LETTERS}/{MANIFEST}")
-        for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        manifests = (self.root / step.stage).glob(f"{glob.escape(step.label)}-{'?' * KEY_LETTERS}/{MANIFEST}")
+        for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
             if manifest := integrity.manifest_of(path.parent):
                 return list(_differences(manifest["ingredients"], step.ingredients))
         return ["it was never built"]
 
     def _quarantined(self, step: Step) -> dict[str, str] | None:
-        """Move the artifact away if it is damaged. Returns the digests that its files had when it was published, where
-        its manifest still has them. Whoever calls this holds the artifact's lock.
+        """Move a damaged artifact to `quarantine`. The caller must hold the artifact's lock.
+
+        Returns the SHA-256 of each published file by name; None if the artifact is intact or its manifest is damaged.
         """
         damage, path = self.damage(step), self.path(step)
         if damage is None:
@@ -198,7 +203,7 @@ class Store:
         return manifest["files"] if manifest and manifest["key"] == step.key else None
 
     def _compare(self, step: Step, before: Mapping[str, str] | None) -> None:
-        """Say whether an artifact that was built again has the bits that it had before it was damaged."""
+        """Log whether a rebuilt artifact is bit-identical to the artifact before its damage."""
         manifest = integrity.manifest_of(self.path(step))
         if before is None or manifest is None:
             return
@@ -210,9 +215,9 @@ class Store:
             log.info("%-10s restored: every file is as it was published before", step.stage)
 
     def _build(self, step: Step, inputs: Mapping[str, Path], path: Path) -> bool:
-        """Build and publish the artifact; False, and nothing published, where an input changed meanwhile."""
+        """Build and publish the artifact. Returns False without publishing if an input changed during the build."""
         scratch = path.with_name(f"{BUILDING}{path.name}")
-        # Left by a process that was killed while building: whoever holds the lock is alone.
+        # Remains of a build that was killed: only the holder of the lock builds.
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
@@ -236,7 +241,7 @@ class Store:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _inputs_changed(self, step: Step) -> bool:
-        """Whether an input is no longer what the build was given: then what was built is not what its key says."""
+        """Return whether an input was damaged or deleted during the build: the key then does not match the result."""
         for needed in step.inputs.values():
             if not self.has(needed):
                 why = self.damage(needed) or "it is gone"
@@ -245,7 +250,7 @@ class Store:
         return False
 
     def _publish(self, step: Step, scratch: Path, path: Path, seconds: float) -> None:
-        """The manifest is written last and the rename publishes all at once: a reader sees everything or nothing."""
+        """Publish atomically: the manifest is written last, then the folder is renamed to its final name."""
         _set_modes(scratch)
         integrity.seal(scratch, key=step.key, ingredients=step.ingredients, seconds=seconds)
         integrity.settle(scratch)
@@ -255,7 +260,7 @@ class Store:
 
     @contextlib.contextmanager
     def _alone(self, step: Step) -> Iterator[None]:
-        """Hold this artifact's lock; the kernel lets go of it however the process ends."""
+        """Hold the artifact's build lock. The kernel releases it when the process ends, even if it is killed."""
         path = self.path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         waits = partial(log.info, "%-10s wait   another process is building %s", step.stage, path)
@@ -264,14 +269,16 @@ class Store:
 
 
 def resumable(scratch: Path) -> Path:
-    """The folder for what a build can go on from when it is killed: `scratch`, the folder that it fills, is begun anew.
-    Whoever builds holds the artifact's lock, and so is alone there, too. It is removed when the artifact is published.
+    """Return the folder for the state from which a killed build resumes; `scratch`, the folder of the build itself, is
+    emptied at the start of each attempt.
+
+    The artifact's build lock also protects this folder. It is removed when the artifact is published.
     """
     return scratch.with_name(scratch.name.replace(BUILDING, RESUME, 1))
 
 
 def plain(value: object) -> object:
-    """Reduce a description to JSON. A value with no stable form is an error, never a guess."""
+    """Convert a description to JSON types. Raises TypeError for a value without a stable JSON form."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
@@ -285,7 +292,7 @@ def plain(value: object) -> object:
 
 
 class _Module(NamedTuple):
-    """A module by its dotted name, and the folder that the name starts from."""
+    """A module: its dotted name, and the folder that the name is relative to."""
 
     name: str
     folder: Path = _ROOT
@@ -296,7 +303,7 @@ class _Module(NamedTuple):
 
     @property
     def file(self) -> Path:
-        """A package of ours is only a name here: what it re-exports is imported from its parts."""
+        """The source file. A package of Edgeline has none here: the modules that it re-exports from are tracked."""
         return self.folder / (self.name.replace(".", "/") + ".py")
 
     @property
@@ -306,27 +313,28 @@ class _Module(NamedTuple):
 
 @functools.cache
 def _code(root: str | Path) -> dict[str, str]:
-    """Digests of the code of `root` and of every module that it imports, directly or not, at its top or inside a
-    function: of ours and, where it is a file of somebody's, of those in its folder. Of packages that such a file
-    imports, the versions.
+    """Return the digest of the code of `root` and of all modules that it imports, transitively, by module.
+
+    Imports at module level and inside functions count. Modules of Edgeline are tracked, and for a user's file also the
+    modules in its folder. Packages that a user's file imports are tracked by version.
     """
-    found: set[_Module] = set()
+    visited: set[_Module] = set()
     packages: set[str] = set()
     pending = [_Module(root) if isinstance(root, str) else _Module(root.stem, root.parent)]
     while pending:
         module = pending.pop()
-        if module in found or not module.file.is_file():
+        if module in visited or not module.file.is_file():
             continue
-        found.add(module)
+        visited.add(module)
         for name in _imports(module):
             pending += _places(name, module)
             packages |= set() if module.ours else {name.partition(".")[0]}
-    return {module.label: _file_code(module) for module in sorted(found)} | _installed(packages)
+    return {module.label: _file_code(module) for module in sorted(visited)} | _installed(packages)
 
 
 @functools.cache
 def _imports(module: _Module) -> frozenset[str]:
-    """What a module imports: modules by their names, and what may be one, or something in one."""
+    """Return the dotted names that a module imports. `from a import b` gives `a` and `a.b`: `b` may be a module."""
     names: set[str] = set()
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.Import):
@@ -339,59 +347,61 @@ def _imports(module: _Module) -> frozenset[str]:
 
 
 def _places(name: str, module: _Module) -> list[_Module]:
-    """Where the code may be that `module` imports as `name`."""
+    """Return the candidate modules for the import of `name` in `module`."""
     parts = name.split(".")
     if parts[0] in _LAYERS:
         return [_Module(name)]
     if module.ours:
         return []
     packages = [".".join([*parts[:length], "__init__"]) for length in range(1, len(parts) + 1)]
-    return [_Module(found, module.folder) for found in (name, *packages)]
+    return [_Module(candidate, module.folder) for candidate in (name, *packages)]
 
 
 def _installed(packages: Collection[str]) -> dict[str, str]:
-    """The versions of those that are called as they are imported."""
-    found = {}
+    """Return the installed version of each package whose distribution has the name of its import."""
+    versions = {}
     for name in sorted(packages):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 @functools.cache
 def _file_code(module: _Module) -> str:
-    """Digest of what a module does: editing a comment, a docstring or the layout rebuilds nothing."""
+    """Return the digest of a module's syntax tree: editing comments, docstrings or layout rebuilds nothing."""
     return _digest(_tree(module))
 
 
 @functools.cache
 def _own_code(module: _Module, name: str) -> dict[str, str]:
-    """Digests of the definition `name` of a module of ours, and of those in the module that it uses, directly or not:
-    a module that only holds stages together is no single piece of code.
+    """Return the digests of the definition `name` of an Edgeline module and of the module's definitions that it uses,
+    transitively.
+
+    Stages that share a module depend only on their own definitions, not on the whole module.
     """
     if not module.file.exists():
         return {}
     definitions = _definitions(_tree(module))
-    found: set[str] = set()
+    visited: set[str] = set()
     pending = [name]
     while pending:
         used = pending.pop()
-        if used in definitions and used not in found:
-            found.add(used)
+        if used in definitions and used not in visited:
+            visited.add(used)
             pending += [node.id for node in ast.walk(definitions[used]) if isinstance(node, ast.Name)]
-    return {f"{module.name}.{name}": _digest(definitions[name]) for name in sorted(found)}
+    return {f"{module.name}.{name}": _digest(definitions[name]) for name in sorted(visited)}
 
 
 def _definitions(tree: ast.Module) -> dict[str, ast.stmt]:
-    """The functions, classes and constants at the top of a module."""
-    found: dict[str, ast.stmt] = {}
+    """Return the module-level functions, classes and constants by name."""
+    definitions: dict[str, ast.stmt] = {}
     for statement in tree.body:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            found[statement.name] = statement
+            definitions[statement.name] = statement
         elif isinstance(statement, ast.Assign | ast.AnnAssign):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            found |= {target.id: statement for target in targets if isinstance(target, ast.Name)}
-    return found
+            definitions |= {target.id: statement for target in targets if isinstance(target, ast.Name)}
+    return definitions
 
 
 def _digest(node: ast.AST) -> str:
@@ -400,7 +410,7 @@ def _digest(node: ast.AST) -> str:
 
 @functools.cache
 def _tree(module: _Module) -> ast.Module:
-    """The syntax of a module without its docstrings."""
+    """Return the syntax tree of a module without docstrings."""
     tree = ast.parse(module.file.read_bytes())
     for node in ast.walk(tree):
         match getattr(node, "body", None):
@@ -414,22 +424,23 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _set_modes(folder: Path) -> None:
-    """Give every file and folder the mode that the umask leaves: some libraries write files that others cannot read.
+    """Set the mode of every file and folder according to the umask: some libraries write files that only their owner
+    can read.
 
-    A mode that is right already is not set: files may be shared with another artifact, whose ctime would change.
+    A correct mode is not set again: a file may be hard-linked into another artifact, whose ctime would change.
     """
-    allowed = stat.S_IMODE(folder.stat().st_mode) & 0o777  # of a folder made just now: 0777 & ~umask
+    allowed = stat.S_IMODE(folder.stat().st_mode) & 0o777  # the folder was just created: 0777 & ~umask
     for path in folder.rglob("*"):
         if path.is_symlink():
             continue
         mode = stat.S_IMODE(path.stat().st_mode)
-        wanted = allowed if path.is_dir() else allowed & (0o777 if mode & 0o100 else 0o666)
-        if mode != wanted:
-            path.chmod(wanted)
+        expected = allowed if path.is_dir() else allowed & (0o777 if mode & 0o100 else 0o666)
+        if mode != expected:
+            path.chmod(expected)
 
 
 def _differences(before: object, after: object, where: str = "") -> Iterator[str]:
-    """The leaves in which two descriptions differ, as sentences."""
+    """Yield a sentence for each leaf in which two descriptions differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             yield from _differences(before.get(name), after.get(name), f"{where}.{name}" if where else name)
@@ -438,6 +449,6 @@ def _differences(before: object, after: object, where: str = "") -> Iterator[str
         if layer == "code":
             yield f"the code of {rest} changed"
         elif layer == "inputs":
-            yield f"its input `{rest}` is another one"
+            yield f"input `{rest}` changed"
         else:
             yield f"{rest or where} was {json.dumps(before)}, is {json.dumps(after)}"

@@ -1,4 +1,4 @@
-"""What every process of the pipeline asks of the libraries around it, before any of them is imported."""
+"""Process setup before any library is imported: logging, warnings and OpenMP settings."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _CHATTY = ("torch", "torchao", "onnxscript", "onnx_ir", "coremltools", "openvino
 
 
 class _Escaping(logging.Formatter):
-    """Log lines without terminal escapes: names of files and classes are the user's, and may hold any byte."""
+    """Log formatter that escapes control characters: file and class names come from the user and may hold any byte."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped(super().format(record), keep="\n\t")
 
 
 def settle() -> None:
+    """Set up logging, warnings and OpenMP for this process."""
     _be_quiet()
     _share_the_machine()
 
 
 def _be_quiet() -> None:
-    """Let only this project speak, on stderr: libraries announce optional parts that nobody asked for."""
+    """Log to stderr, and silence libraries below errors: they announce missing optional parts."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Escaping("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -38,11 +39,13 @@ def _be_quiet() -> None:
 
 
 def _share_the_machine() -> None:
-    """Let OpenMP threads sleep while they wait. Spinning ones make a training step ten times slower as soon as another
-    process wants the same cores, and gain a few percent where none does. Read when torch is imported: not before here.
+    """Configure OpenMP threads to sleep while they wait, and limit their number to the CPU quota.
 
-    OpenMP counts the processors of the affinity alone: with a CPU quota below that, as in containers, its threads would
-    spend most of each period waiting for the next one.
+    Spinning threads make a training step ten times slower when another process uses the same cores, and gain a few
+    percent otherwise. torch reads the variables when it is imported, so this function must run first.
+
+    OpenMP counts only the processors of the affinity mask. With a CPU quota below this number, as in containers, its
+    threads would spend most of each quota period waiting for the next period.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if hasattr(os, "sched_getaffinity") and threads() < len(os.sched_getaffinity(0)):

@@ -1,9 +1,9 @@
-"""Choose by measurement which operators compute in integers: build candidates, time each on the target, keep the best.
+"""Placement search: choose by measurement which operators run in INT8, for the fastest engine within the budget.
 
-Candidates are patterns of operator kinds; around the best of them, one kind more or less; then one stage more in float.
-Each is timed in turns with the float engine and the best so far, and judged on the validation part. What is finished is
-a line in a log, so a search that was interrupted goes on where it was. Timings taken under doubtful conditions keep no
-candidate and are not reused: the same command times those candidates again.
+Candidates are patterns of operator kinds; then the best pattern with one kind added or removed, or with one stage of
+the network in float. Each candidate is built, timed in alternation with the float engines and the best candidate so
+far, and evaluated on the validation part. Each result is a line of a log, so an interrupted search resumes. A candidate
+timed under doubtful conditions is not kept, and its timings are not reused: the same command times it again.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ log = logging.getLogger("edgeline")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """What came of one placement."""
+    """The result of one placement."""
 
     placement: str
-    over: str | None  # the recipe of the float engine that is hardest to beat; None: it was not built, see `why_not`
-    speedup: float | None  # over that engine
-    ci: list[float] | None
-    over_fp32: float | None  # speedup
+    over: str | None  # recipe of the fastest float engine; None: the candidate was not built, see `why_not`
+    speedup: float | None  # relative to the engine of `over`
+    ci: list[float] | None  # 95 % confidence interval of `speedup`
+    over_fp32: float | None  # speedup relative to the FP32 engine
     drop: float | None  # points of top-1 below the FP32 engine, on the validation part
-    beat: str | None  # the best placement before it; None: there was none
-    kept: bool  # it became the best one
-    why_not: str | None  # it did not
-    busy: float | None  # share of the processor that others took while it was timed
-    doubt: str | None  # why its timings decide nothing; it is then timed again by the next search
+    beat: str | None  # the best placement before this candidate; None: there was none
+    kept: bool  # the candidate became the best
+    why_not: str | None  # reason why it was not kept
+    busy: float | None  # share of the processor time that other processes used during its timing
+    doubt: str | None  # reason why its timings are inconclusive; the next search times it again
 
 
 class Log:
-    """Finished candidates, a line each. A line that was cut short by the end of its process is dropped; a damaged one
-    is passed over, and its candidate measured again.
+    """Log of finished candidates, one JSON line each. An incomplete last line is truncated. A damaged line is ignored,
+    and its candidate is measured again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,12 +77,12 @@ class Log:
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
         if path.exists():
             os.truncate(path, len(whole) + bool(whole))
-        self.lines: list[dict[str, Any]] = [found for line in whole.splitlines() if (found := _decoded(line))]
+        self.lines: list[dict[str, Any]] = [entry for line in whole.splitlines() if (entry := _decoded(line))]
 
-    def find(self, what: Mapping[str, object]) -> dict[str, Any] | None:
-        """The line that holds all of `what`, and was not measured under doubtful conditions."""
+    def find(self, key: Mapping[str, object]) -> dict[str, Any] | None:
+        """Return the first line with all items of `key`, without lines measured under doubtful conditions."""
         decided = (line for line in self.lines if line.get("doubt") is None)
-        return next((line for line in decided if what.items() <= line.items()), None)
+        return next((line for line in decided if key.items() <= line.items()), None)
 
     def append(self, line: Mapping[str, object]) -> None:
         text = json.dumps(line)
@@ -90,13 +90,15 @@ class Log:
             file.write(text.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.lines.append(json.loads(text))  # as it will be read
+        self.lines.append(json.loads(text))  # the same types as after reading the file
 
 
 def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object]:
-    """The placement of the run's model that is fastest on its target within the accuracy budget, or none where that is
-    a float engine, or undecided where conditions were doubtful. Raises CannotRunHere where the target cannot be timed,
-    BadRequest where the recipe has no placement.
+    """Search the placement with which the run's model is fastest on its target within the accuracy budget.
+
+    The result is a placement, "float" if no placement is faster than the float engines, or "undecided" if conditions
+    were doubtful. Raises CannotRunHere if the target cannot be timed on this machine, BadRequest if the recipe is not
+    INT8.
     """
     search = Search(run=run, root=root, plan=plan)
     best = search.search()
@@ -116,11 +118,11 @@ def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object
         log.info("float: no placement of %d is faster within the budget", len(candidates))
     command = search.again() if undecided and best is None else search.next_command(best)
     log.info("%s", command)
-    told = final or dict.fromkeys(("over", "speedup", "ci", "drop"))
+    gain = final or dict.fromkeys(("over", "speedup", "ci", "drop"))
     return {
         "placement": None if best is None else str(best),
         "answer": str(best) if best else "undecided" if undecided else "float",
-        **{name: told[name] for name in ("over", "speedup", "ci", "drop")},
+        **{name: gain[name] for name in ("over", "speedup", "ci", "drop")},
         "candidates": candidates,
         "why_undecided": undecided,
         "log": str(search.record.path),
@@ -131,24 +133,24 @@ def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object
 def _undecided(doubts: Sequence[str], candidates: int) -> str:
     return (
         f"undecided: {len(doubts)} of {candidates} candidates were timed under doubtful conditions ({doubts[-1]}); run "
-        "the same command again while nothing else runs here: only those are timed again"
+        "the same command again while nothing else runs on this machine: only these candidates are timed again"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """One search: what it compares with, and what it has found."""
+    """A placement search with its results."""
 
     run: Run
     root: Path
-    plan: ComparisonPlan = _PLAN  # of each candidate; the winner is timed for twice as long
-    candidates: dict[str, dict[str, Any]] = field(default_factory=dict)  # the line of each that was tried, in order
+    plan: ComparisonPlan = _PLAN  # for each candidate; the winner is timed again for twice as long
+    candidates: dict[str, dict[str, Any]] = field(default_factory=dict)  # log line by placement, in order of trial
     _answered: dict[Path, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.run.recipe, Ptq | Qat):
             raise BadRequest(
-                f"RECIPE={self.run.recipe.name} computes in no integers, so there is nothing to place; use "
+                f"RECIPE={self.run.recipe.name} runs no operators in INT8, so there is no placement to search; use "
                 "RECIPE=int8_ptq or RECIPE=int8_qat"
             )
         if reason := self.run.target.not_executed():
@@ -158,8 +160,10 @@ class Search:
             )
 
     def search(self) -> Placement | None:
-        """Every pattern; then single changes of the best one, or of the fastest one that loses too much where none is
-        good; then of what was best among those, until nothing is better.
+        """Try every pattern, then single changes of the best placement, until no change is better.
+
+        If no pattern is kept, the changes start from the fastest pattern, even if it exceeds the accuracy budget.
+        Returns the best placement; None if none was kept.
         """
         best: Placement | None = None
         centre: Placement | None = None
@@ -176,23 +180,26 @@ class Search:
         return best
 
     def tried(self, placement: Placement, best: Placement | None) -> Candidate:
-        """The candidate from the log, or built, timed and judged now."""
+        """Return the candidate of `placement` from the log; if it is missing, build, time and evaluate it."""
         key: dict[str, object] = {"placement": str(placement), "beat": None if best is None else str(best)}
         line = self.record.find(key)
         if line is None:
-            made = self._measured(placement, best)
-            line = {name: getattr(made, name) for name in Candidate.__slots__}
+            candidate = self._measured(placement, best)
+            line = {name: getattr(candidate, name) for name in Candidate.__slots__}
             self.record.append(line)
         else:
-            made = Candidate(**line)
+            candidate = Candidate(**line)
         self.candidates[str(placement)] = line
-        log.info("%-48s %s", placement, _sentence(made))
-        return made
+        log.info("%-48s %s", placement, _sentence(candidate))
+        return candidate
 
     def confirmed(self, best: Placement) -> dict[str, Any]:
-        """The winner timed once more against the float engines: of many that were timed, the fastest one had luck."""
-        found = self.record.find({"confirmed": str(best)})
-        if found is None:
+        """Time the winner once more against the float engines and return its log line.
+
+        The fastest of many candidates was partly fast by chance (selection bias), so its first timing is too good.
+        """
+        line = self.record.find({"confirmed": str(best)})
+        if line is None:
             longer = replace(self.plan, max_seconds=2 * self.plan.max_seconds, width=self.plan.width / 2)
             path = self._built(best)
             comparison = self._timed({**self._floats, "candidate": path}, longer)
@@ -208,28 +215,28 @@ class Search:
                     "doubt": comparison.doubt_about("candidate", over),
                 }
             )
-            found = self.record.lines[-1]
-        return found
+            line = self.record.lines[-1]
+        return line
 
     @cached_property
     def record(self) -> Log:
-        """Of this model, target and machine, at this version of all that engines are made of."""
-        entered = {
+        """The log of this model, target, machine, budget and plan, and of the current cache keys of the engines."""
+        ingredients = {
             "engines": [stages.compiled(run).key for run in (self._placed(LAYERS), *self._float_runs.values())],
             "budget": str(self.run.max_drop),
             "plan": plain(self.plan),
             "machine": [os.uname().nodename, threads()],
             "columns": list(Candidate.__slots__),
         }
-        key = hashlib.sha256(json.dumps(entered, sort_keys=True).encode()).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
         return Log(self.root / "tune" / f"{self.run.label(self.run.target.name)}-{key}.jsonl")
 
     def again(self) -> str:
-        """The command that times the undecided candidates again."""
+        """Return the command that times the undecided candidates again."""
         return f"{self._command('tune')} RECIPE={self.run.recipe.name}"
 
     def next_command(self, best: Placement | None) -> str:
-        """What a person types next; without a placement, for the float engine that was hardest to beat."""
+        """Return the command that builds the best engine; without a placement, the fastest float engine."""
         words = self._command("engine")
         if best is None:
             hardest = [line["over"] for line in self.record.lines if line.get("over") and not line["doubt"]]
@@ -241,7 +248,7 @@ class Search:
         return f"make {verb} MODEL={model} TARGET={target} SIZE={self.run.preprocess.size}"
 
     def _measured(self, placement: Placement, best: Placement | None) -> Candidate:
-        made = Candidate(
+        blank = Candidate(
             placement=str(placement),
             over=None,
             speedup=None,
@@ -256,8 +263,8 @@ class Search:
         )
         try:
             path = self._built(placement)
-        except CheckFailed as error:  # a runtime that cannot do this one may do the next
-            return replace(made, why_not=str(error))
+        except CheckFailed as error:  # the runtime may support the next placement
+            return replace(blank, why_not=str(error))
         engines = {**self._floats, "candidate": path} | ({"best": self._built(best)} if best else {})
         comparison = self._timed(engines, self.plan)
         over, speedup = self._hardest(comparison)
@@ -268,9 +275,9 @@ class Search:
         if why_not is None and not speedup.gains:
             why_not = f"not faster than {over}"
         if why_not is None and best and comparison.speedup("candidate", "best").low <= 1:
-            why_not = f"not surely faster than {best}"
+            why_not = f"not significantly faster than {best}"
         return replace(
-            made,
+            blank,
             over=over,
             speedup=round(speedup.ratio, 4),
             ci=speedup.ci,
@@ -283,34 +290,34 @@ class Search:
         )
 
     def _hardest(self, comparison: Comparison) -> tuple[str, Speedup]:
-        """The float engine that the candidate gains least over, and that gain."""
+        """Return the float engine over which the candidate's speedup is smallest, and this speedup."""
         gains = {name: comparison.speedup("candidate", name) for name in self._floats}
         return min(gains.items(), key=lambda gain: gain[1].ratio)
 
     def _loses_too_much(self, engine: Path) -> str | None:
-        reference, found, images = self._top1(self._floats["fp32"]), self._top1(engine), len(self._images)
-        if self.run.max_drop.holds(reference, found, images):
+        reference, top1, images = self._top1(self._floats["fp32"]), self._top1(engine), len(self._images)
+        if self.run.max_drop.holds(reference, top1, images):
             return None
         allowed = self.run.max_drop.tolerance(reference, images)
-        return f"loses {reference - found:.2f} points of top-1, and {allowed:.2f} are allowed"
+        return f"loses {reference - top1:.2f} points of top-1, and {allowed:.2f} are allowed"
 
     def _around(self, best: Placement) -> Iterator[Placement]:
-        """`best` with one kind more or less, and with one stage more in float."""
-        for kind in self._found:
-            kinds = tuple(one for one in KINDS if (one in best.kinds) != (one == kind))
+        """Yield `best` with one kind added or removed, and with one more stage of the network in float."""
+        for kind in self._paths_by_kind:
+            kinds = tuple(other for other in KINDS if (other in best.kinds) != (other == kind))
             yield replace(best, kinds=kinds)
-        rounded = [path for kind in best.kinds for path in self._found[kind] if not best.keeps_float(path)]
+        rounded = [path for kind in best.kinds for path in self._paths_by_kind[kind] if not best.keeps_float(path)]
         parts = _parts(rounded)
-        if len(parts) > 1:  # one must be left
+        if len(parts) > 1:  # at least one stage must stay in INT8
             yield from (best.without(stage) for stage in parts)
 
     def _present(self, pattern: Placement) -> Placement:
-        """`pattern` without the kinds that the model has none of, so that no program is built twice."""
-        return replace(pattern, kinds=tuple(kind for kind in pattern.kinds if kind in self._found))
+        """Return `pattern` without the kinds that the model does not have, so that no program is built twice."""
+        return replace(pattern, kinds=tuple(kind for kind in pattern.kinds if kind in self._paths_by_kind))
 
     @cached_property
-    def _found(self) -> dict[Kind, list[str]]:
-        """The modules of each kind of operator that the model has."""
+    def _paths_by_kind(self) -> dict[Kind, list[str]]:
+        """The module paths of the model by kind of operator."""
         from calibration.quantize import traced
 
         model = self.run.model.build(len(self.run.data.classes), self.run.form).eval()
@@ -318,7 +325,7 @@ class Search:
 
     @cached_property
     def _float_runs(self) -> dict[str, Run]:
-        """The run of each float engine that this machine computes fast."""
+        """The run of each float engine by recipe: FP32, and FP16 if the target runs it fast on this machine."""
         half = isinstance(self.run.target, Accounts) and self.run.target.half()
         recipes = ("fp32", "fp16") if half else ("fp32",)
         return {name: replace(self.run, recipe=calibration.recipe.ALL[name]) for name in recipes}
@@ -337,8 +344,9 @@ class Search:
         return padded(images.numpy(), self.run.batch)
 
     def _placed(self, placement: Placement) -> Run:
-        """The run that stands for `placement`: training would cost hours and changes no engine's speed, and a budget
-        would move modules to float that the placement does not name.
+        """Return the run that represents `placement` in the search: post-training quantization without a budget.
+
+        Training would take hours without changing an engine's speed, and a budget would move further modules to float.
         """
         recipe = self.run.recipe
         ptq = recipe.warm_start if isinstance(recipe, Qat) else recipe
@@ -357,48 +365,48 @@ class Search:
             return compare(sessions, self._query, plan, seed=self.run.seed)
 
     def _top1(self, engine: Path) -> float:
-        """Percent of the validation part. The test part is for the engine that is chosen."""
+        """Return the top-1 in percent on the validation part. The test part is reserved for the chosen engine."""
         if engine not in self._answered:
             right: list[bool] = []
             with self.run.target.open(engine) as session:
                 for images, labels in self._images.batches(_READ_AT_ONCE):
-                    found = in_queries(session.infer, session.batch, images.numpy()).argmax(1)
-                    right += (found == labels.numpy()).tolist()
+                    predicted = in_queries(session.infer, session.batch, images.numpy()).argmax(1)
+                    right += (predicted == labels.numpy()).tolist()
             self._answered[engine] = 100 * float(np.mean(right))
         return self._answered[engine]
 
 
 def _decoded(line: bytes) -> dict[str, Any] | None:
-    """A line of a log; None where it is not what `Log.append` writes."""
+    """Decode a line of a log; None if it does not have the format of `Log.append`."""
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(found, dict) and ("placement" not in found or found.keys() == set(Candidate.__slots__))
-    return found if whole else None
+    whole = isinstance(entry, dict) and ("placement" not in entry or entry.keys() == set(Candidate.__slots__))
+    return entry if whole else None
 
 
 def _modules(graph: GraphModule) -> dict[Kind, list[str]]:
     from calibration.program import module_path
     from calibration.quantizer import kind_of
 
-    found: dict[Kind, list[str]] = {}
+    modules: dict[Kind, list[str]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_function" and (kind := kind_of(node)):
-            found.setdefault(kind, []).append(module_path(node))
-    return found
+            modules.setdefault(kind, []).append(module_path(node))
+    return modules
 
 
 def _parts(paths: Sequence[str]) -> list[str]:
-    """The parts of a network that `paths` lie in: `stages.2` of `stages.2.1.conv`, `stem` of `stem.conv`."""
+    """Return the distinct stages of `paths`: `stages.2` for `stages.2.1.conv`, `stem` for `stem.conv`."""
     cut = (path.split(".") for path in paths)
     return list(dict.fromkeys(".".join(path[: 2 if path[1:2] and path[1].isdigit() else 1]) for path in cut))
 
 
 def _fastest(tried: Mapping[Placement, Candidate]) -> Placement | None:
-    """The fastest of those that are surely faster than float, whatever they lose."""
-    sure = {placement: found for placement, found in tried.items() if found.ci and not found.doubt}
-    faster = [(found.speedup or 0.0, placement) for placement, found in sure.items() if found.ci and found.ci[0] > 1]
+    """Return the fastest placement whose confidence interval lies above 1, at any accuracy; None if none does."""
+    sure = {placement: candidate for placement, candidate in tried.items() if candidate.ci and not candidate.doubt}
+    faster = [(each.speedup or 0.0, placement) for placement, each in sure.items() if each.ci and each.ci[0] > 1]
     return max(faster, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
@@ -406,7 +414,7 @@ def _sentence(candidate: Candidate) -> str:
     if candidate.speedup is None or candidate.ci is None:
         return f"not built: {candidate.why_not}"
     low, high = candidate.ci
-    told = f"{candidate.speedup:.2f} [{low:.2f}, {high:.2f}] times as fast as {candidate.over}"
+    gain = f"{candidate.speedup:.2f} [{low:.2f}, {high:.2f}] times as fast as {candidate.over}"
     if candidate.over != "fp32":
-        told += f", {candidate.over_fp32:.2f} as fp32"
-    return f"{told}, drop {candidate.drop:.2f}: {candidate.why_not or 'the best so far'}"
+        gain += f", {candidate.over_fp32:.2f} as fp32"
+    return f"{gain}, drop {candidate.drop:.2f}: {candidate.why_not or 'the best so far'}"

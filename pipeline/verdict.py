@@ -1,4 +1,4 @@
-"""Say whether an INT8 engine is worth shipping: it is built and timed in turns with the float engines of its model."""
+"""Recommendation to ship INT8 or float: time the INT8 engine in alternation with the float engines of its model."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ log = logging.getLogger("edgeline")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """What speaks for an engine and against it."""
+    """Accuracy and size of an engine."""
 
     recipe: str
     top1: float  # percent
     drop: float  # points of top-1 below the float model
-    allowed: float  # such points
-    agreement: float  # percent of the images that the float model answers alike
-    bytes: int  # of the artifact
-    integer_share: float | None  # percent of its multiply-accumulates; None where the target does not tell
+    allowed: float  # points of top-1 that the budget allows
+    agreement: float  # percent of images with the same predicted class as the float model
+    bytes: int  # size of the artifact
+    integer_share: float | None  # percent of multiply-accumulates in INT8; None if the target does not report it
 
     @property
     def name(self) -> str:
@@ -50,12 +50,12 @@ class Engine:
 
 
 def can_judge(run: Run) -> bool:
-    """Whether there is an INT8 engine to judge, and this machine can time it."""
+    """Return whether the recipe of `run` is INT8 and this machine can execute the target."""
     return run.recipe.precision == "int8" and run.target.not_executed() is None
 
 
 def is_pending(root: Path, artifact: Artifact) -> bool:
-    """Whether a verdict on `artifact` was begun and none has decided yet."""
+    """Return whether a verdict on `artifact` was started and is still undecided."""
     return _pending(root, artifact).exists()
 
 
@@ -64,9 +64,11 @@ def _pending(root: Path, artifact: Artifact) -> Path:
 
 
 def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
-    """Compare `artifact`, the INT8 engine of `run`, with the FP32 engine of the same weights and, where this machine
-    computes in 16 bits, with the FP16 engine; tell it as a table, and answer with it and one sentence. `ship` is None
-    where the conditions were doubtful; `is_pending` then holds for the artifact until a verdict decides.
+    """Compare `artifact`, the INT8 engine of `run`, with the FP32 engine of the same weights, and with the FP16 engine
+    if the target runs it fast on this machine.
+
+    Logs a table, and returns it with the recipe to ship and one sentence. `ship` is None if the conditions were
+    doubtful; `is_pending` is then true for the artifact until a later verdict decides.
     """
     _pending(root, artifact).parent.mkdir(parents=True, exist_ok=True)
     _pending(root, artifact).touch()
@@ -74,11 +76,11 @@ def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
     if why_no_fp16 is None:
         try:
             artifacts["fp16"] = _float_engine(run, "fp16", root)
-        except CheckFailed as error:  # 16 bits are too few for this model, which is no fault of its INT8 engine
+        except CheckFailed as error:  # FP16 is not accurate enough for this model; INT8 may be
             why_no_fp16 = str(error)
     artifacts[run.recipe.name] = artifact
-    comparison = timed_in_turns(run, {name: made.path for name, made in artifacts.items()}, _PLAN)
-    engines = [_engine(run, name, made) for name, made in artifacts.items()]
+    comparison = timed_in_turns(run, {name: built.path for name, built in artifacts.items()}, _PLAN)
+    engines = [_engine(run, name, built) for name, built in artifacts.items()]
     ship, sentence = judged(engines, comparison)
     _tell(engines, comparison, sentence)
     if ship is not None:
@@ -87,7 +89,7 @@ def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
         "ship": ship,
         "sentence": sentence,
         "engines": {engine.recipe: _row(engine, comparison) for engine in engines},
-        "over_fp16": _told(comparison.speedup(run.recipe.name, "fp16")) if "fp16" in artifacts else None,
+        "over_fp16": _gain(comparison.speedup(run.recipe.name, "fp16")) if "fp16" in artifacts else None,
         "why_no_fp16": why_no_fp16,
         "rounds": len(comparison.medians_ns),
         "why_doubtful": sentence.removeprefix("undecided: ") if ship is None else None,
@@ -95,8 +97,10 @@ def verdict(run: Run, root: Path, artifact: Artifact) -> dict[str, object]:
 
 
 def judged(engines: list[Engine], comparison: Comparison) -> tuple[str | None, str]:
-    """The recipe to ship and the reason, of `engines` in the order FP32, FP16 where there is one, INT8. No recipe, and
-    the reason, where the conditions of the comparison are doubtful or an interval that decides is vague.
+    """Return the recipe to ship and a sentence with the reason.
+
+    `engines`: FP32, FP16 if it exists, and INT8, in this order. The recipe is None if the conditions of the comparison
+    are doubtful, or if a deciding confidence interval is too wide.
     """
     *floats, integer = engines
     if comparison.doubt:
@@ -113,7 +117,7 @@ def judged(engines: list[Engine], comparison: Comparison) -> tuple[str | None, s
     if doubt := comparison.doubt_about(integer.recipe, best.recipe):
         return None, _undecided(doubt, integer)
     if not gain.gains:
-        why = f"INT8 is {gain} times as fast, and what pays is {LEAST_GAIN} with an interval above 1"
+        why = f"INT8 is {gain} times as fast; it must be at least {LEAST_GAIN}, with a 95 % confidence interval above 1"
         return best.recipe, f"ship {best.name}: {why}"
     share = "" if integer.integer_share is None else f", with {integer.integer_share:.0f} % of its MACs in integers"
     why = f"{gain} times as fast as {best.name}, {integer.drop:.2f} points of top-1 below float{share}"
@@ -122,7 +126,10 @@ def judged(engines: list[Engine], comparison: Comparison) -> tuple[str | None, s
 
 def _undecided(doubt: str, integer: Engine) -> str:
     accuracy = "" if integer.accurate else f"; apart from speed, {_loss(integer)}"
-    return f"undecided: {doubt}{accuracy}; run the same command again while nothing else runs here, to time them again"
+    return (
+        f"undecided: {doubt}{accuracy}; run the same command again while nothing else runs on this machine, to time "
+        "the engines again"
+    )
 
 
 def _loss(integer: Engine) -> str:
@@ -130,7 +137,7 @@ def _loss(integer: Engine) -> str:
 
 
 def timed_in_turns(run: Run, engines: Mapping[str, Path], plan: ComparisonPlan) -> Comparison:
-    """The engines in these folders, all of the run's target, timed on the same validation images."""
+    """Time engines of the run's target, by name and folder, in alternation on the same validation images."""
     with ExitStack() as opened:
         sessions = {name: opened.enter_context(run.target.open(path)) for name, path in engines.items()}
         return compare(sessions, _query(run), plan, seed=run.seed)
@@ -148,7 +155,7 @@ def _float_engine(run: Run, recipe: str, root: Path) -> Artifact:
 def _no_half(run: Run) -> str | None:
     if isinstance(run.target, Accounts) and run.target.half():
         return None
-    return f"{run.target.name} has no 16-bit floats on this machine that are faster"
+    return f"{run.target.name} does not run 16-bit floats faster than 32-bit floats on this machine"
 
 
 def _engine(run: Run, recipe: str, artifact: Artifact) -> Engine:
@@ -168,7 +175,7 @@ def _engine(run: Run, recipe: str, artifact: Artifact) -> Engine:
 def _row(engine: Engine, comparison: Comparison) -> dict[str, object]:
     return {
         "p50_ms": round(comparison.p50_ms(engine.recipe), 4),
-        **_told(comparison.speedup(engine.recipe, "fp32")),
+        **_gain(comparison.speedup(engine.recipe, "fp32")),
         "top1": engine.top1,
         "drop": round(engine.drop, 3),
         "agreement": engine.agreement,
@@ -177,7 +184,7 @@ def _row(engine: Engine, comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _told(speedup: Speedup) -> dict[str, object]:
+def _gain(speedup: Speedup) -> dict[str, object]:
     return {"speedup": round(speedup.ratio, 4), "ci": speedup.ci}
 
 

@@ -1,16 +1,17 @@
-"""Verification of an artifact: its conversion operator by operator, its accuracy on the whole test part.
+"""Verification of an artifact: its conversion operator by operator, and its accuracy on the whole test part.
 
     torch float -> torch quantized -> ONNX Runtime on the export -> engine
 
-Three gates, each of which ends with CheckFailed:
+Three checks, each of which raises CheckFailed:
 
-1. Parity: every operator of the converted graph, given the torch program's own inputs, gives the same integers and
-   equal floats (`pipeline.parity`). This proves the conversion and names the operator at fault.
-2. Noise: each step's logits are no further from the step before than two right executions of the same graph are from
-   each other, beyond chance (`calibration.noise`). This finds faults of fusion, which parity cannot see.
+1. Parity: every operator of the converted graph, given the torch program's own inputs, returns the same integers and
+   equal floats up to rounding (`pipeline.parity`). This verifies the conversion and names the operator at fault.
+2. Noise: the logits of each step differ from those of the previous step by no more than two correct executions of the
+   same graph differ, beyond chance (`calibration.noise`). This detects fusion errors, which parity cannot detect.
 3. Accuracy: the artifact loses at most `run.max_drop` points of top-1 against the float model (`pipeline.accuracy`).
 
-Where the engine cannot be executed, the graph that it was compiled from is, and the report says so.
+If the engine cannot be executed on this machine, the graph that it was compiled from is executed instead, and the
+report records it.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ if TYPE_CHECKING:
 _ON_EXPORT = "onnxruntime, on the export"
 _READ_AT_ONCE = 64  # images
 _YARDSTICK_BATCH = 32  # images
-_SENSITIVITY_IMAGES, _WORST = 8, 3  # modules that a refusal names
-_YARDSTICK_IMAGES = 256  # of the test part: enough for the noise's tail, at twice the cost of running them
-# Least signal-to-noise ratio in decibels of a float program after torch.export against the network before it.
+_SENSITIVITY_IMAGES, _WORST = 8, 3  # images for the sensitivity in an error message, and modules that it names
+_YARDSTICK_IMAGES = 256  # test images for the noise: enough for its tail, at twice the cost of running them
+# Least signal-to-noise ratio in decibels of the exported float program against the network before torch.export.
 _EXPORTED_DB = 60.0
-# The recipe to try where one costs too much.
+# The recipe to suggest if a recipe loses too much accuracy.
 _GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "int8_lsq": "fp16", "w8a16": "fp16", "w4a16": "w8a16"}
 _GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
 
@@ -61,21 +62,21 @@ log = logging.getLogger("edgeline")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """Results of one step on the test part."""
+    """Results of one step on the test part, compared with the previous step."""
 
     name: str
     top1: float  # percent
-    agreement: float  # percent of the images that the step before answers alike
-    snr_db: float  # of its logits against those of the step before
-    # Against the step before, beside the noise of two right executions; None for a step that may differ as it will.
+    agreement: float  # percent of images with the same predicted class as in the previous step
+    snr_db: float  # signal-to-noise ratio of the logits against those of the previous step
+    # Comparison with the noise of two correct executions; None for steps whose difference is limited by accuracy alone.
     noise_db: float | None = None
-    changed: int | None = None  # answers that differ beyond the noise
-    ties: int | None = None  # answers that differ within the noise
+    changed: int | None = None  # predictions that differ beyond the noise
+    ties: int | None = None  # predictions that differ within the noise
 
 
 @dataclass(kw_only=True, slots=True)
 class Ladder:
-    """Steps from the float model to the artifact, each compared with the step before as it is added."""
+    """Steps from the float model to the artifact. Each step is compared with the previous step when it is added."""
 
     labels: Labels
     float_logits: Logits
@@ -84,22 +85,25 @@ class Ladder:
     steps: list[Step] = field(default_factory=list)
 
     def add(self, name: str, logits: Logits, *, float_type: FloatType, diverging: Callable[[], str]) -> None:
-        """Add a step that computes the same as the step before, in `float_type`.
+        """Add a step that must match the previous step up to rounding in `float_type`.
 
-        Raises CheckFailed, with the sentence of `diverging`, where it differs from the step before by more than the
-        noise of two right executions, beyond chance.
+        Raises CheckFailed if the step differs from the previous step by more than the noise of two correct executions,
+        beyond chance. `diverging` returns the sentence that ends the message.
         """
         self.steps.append(self._within_noise(name, logits, float_type, diverging))
         self.logits = logits
 
     def beside(self, name: str, logits: Logits, *, float_type: FloatType) -> dict[str, float]:
-        """Accuracy of another execution of the last step. Raises CheckFailed as `add` does; adds no step."""
-        step = self._within_noise(name, logits, float_type, lambda: f"{self.steps[-1].name} is right")
-        found = agreement(self.float_logits, logits)
-        return {"top1": round(step.top1, 3), "agreement": round(found, 3), "snr_db": step.snr_db}
+        """Return the accuracy of a second execution of the last step, without adding a step.
+
+        Raises CheckFailed as `add` does.
+        """
+        step = self._within_noise(name, logits, float_type, lambda: f"{self.steps[-1].name} is correct")
+        same = agreement(self.float_logits, logits)
+        return {"top1": round(step.top1, 3), "agreement": round(same, 3), "snr_db": step.snr_db}
 
     def note(self, name: str, logits: Logits) -> None:
-        """Add a step that may differ from the step before: its cost is accuracy, which the budget limits."""
+        """Add a step that may differ from the previous step; the accuracy budget limits the difference."""
         self.steps.append(self._compared(name, logits))
         self.logits = logits
 
@@ -107,9 +111,9 @@ class Ladder:
         distance = self.yardstick(float_type).distance(self.logits, logits)
         if distance.exceeds:
             raise CheckFailed(
-                f"{name} does not match {self.steps[-1].name}: {distance.snr_db:.1f} dB, where two right executions in "
-                f"{float_type} are {distance.noise_db:.1f} dB apart, and {distance.changed} of {len(self.labels)} "
-                f"answers changed beyond that noise ({distance.ties} ties not counted), expected at most "
+                f"{name} does not match {self.steps[-1].name}: {distance.snr_db:.1f} dB, where two correct executions "
+                f"in {float_type} agree to {distance.noise_db:.1f} dB, and {distance.changed} of {len(self.labels)} "
+                f"predictions changed beyond that noise ({distance.ties} ties not counted), expected at most "
                 f"{distance.allowed}; {diverging()}"
             )
         return replace(
@@ -129,9 +133,9 @@ class Ladder:
 
 
 def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -> dict[str, object]:
-    """The report of `engine`; `before` holds the folders of the weights and quantized stages.
+    """Verify `engine` and return the report. `before` holds the folders of the stages `weights` and `quantized`.
 
-    Raises CheckFailed where a step changed the model, or the artifact loses more than `run.max_drop` allows.
+    Raises CheckFailed if a step changed the model, or the artifact loses more top-1 than `run.max_drop` allows.
     """
     inspected = run.target.inspect(export, engine)
     why_not = run.target.not_executed()
@@ -139,48 +143,48 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     proven = {"export": _export_parity(run, export, program)}
     if isinstance(run.target, Evaluates):
         inspected["replayed"] = run.target.replay(export, engine, _query(run, export))
-    elif found := _engine_parity(run, export, engine, program):
-        proven[run.target.name] = found
+    elif engine_parity := _engine_parity(run, export, engine, program):
+        proven[run.target.name] = engine_parity
     inspected["parity"] = proven
 
     def diverging() -> str:
-        if isinstance(run.target, Evaluates):  # replayed by then
-            return "each of its operators, computed without the rounding of FP16, agrees with torch: try RECIPE=fp32"
+        if isinstance(run.target, Evaluates):  # `replay` has passed at this point
+            return "each of its operators, computed without FP16 rounding, matches torch: try RECIPE=fp32"
         return engine_divergence(run.target, export, engine, _query(run, export))
 
     if why_not is None:
         with run.target.open(engine) as session:
             execute = partial(in_queries, session.infer, session.batch)
-            ladder = _climbed(run, export, before, (run.target.name, execute), diverging)
+            ladder = _all_steps(run, export, before, (run.target.name, execute), diverging)
         units = _on_units(run, export, engine, ladder) if isinstance(run.target, HasUnits) else {}
         return {**_report(run, export, ladder), **units, "inspected": inspected}
     if isinstance(run.target, Evaluates):
         last = run.target.evaluator, run.target.evaluate(export, engine)
-        ladder = _climbed(run, export, before, last, diverging)
+        ladder = _all_steps(run, export, before, last, diverging)
         why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
         return {**_report(run, export, ladder, executed=True, why_not=why_not), "inspected": inspected}
     graph = run.target.graph(engine)
-    ladder = _climbed(run, export, before, executor(graph) if graph else None, diverging)
+    ladder = _all_steps(run, export, before, executor(graph) if graph else None, diverging)
     return {**_report(run, export, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
 
 
 def _program(export: Export) -> GraphModule:
-    """The torch program of an export, the reference of every conversion."""
+    """Load the torch program of an export, the reference of every conversion."""
     from calibration import program
 
     return program.load(export.program).module()
 
 
 def _export_parity(run: Run, export: Export, program: GraphModule) -> dict[str, object]:
-    """Prove the export operator by operator. Raises CheckFailed naming the operator that differs."""
+    """Compare the ONNX export with torch operator by operator. Raises CheckFailed with the operator that differs."""
     forced = partial(_forced.onnx_tensors, export.onnx)
     return parity.check(program, _query(run, export), export.tensors(), forced, "the ONNX export")
 
 
 def _engine_parity(run: Run, export: Export, engine: Path, program: GraphModule) -> dict[str, object] | None:
-    """Prove the compiled graph operator by operator; None where the target has no graph of its own to look into.
+    """Compare the compiled graph with torch operator by operator; None if the target has no readable graph.
 
-    Raises CheckFailed naming the operator that differs.
+    Raises CheckFailed with the operator that differs.
     """
     float_type: FloatType = run.target.float_type(export.precision)
     wide: set[str] = set()
@@ -196,21 +200,24 @@ def _engine_parity(run: Run, export: Export, engine: Path, program: GraphModule)
 
 
 def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, object]:
-    """Accuracy on each of the units that the target can be confined to, and nearness to the ladder's last step, for
-    which the runtime was free to choose. Raises CheckFailed where a unit's answers differ beyond the noise.
+    """Return the accuracy on each compute unit of the target, and the distance from the last step of `ladder`, in which
+    the runtime chose the units. Raises CheckFailed if the logits on a unit differ by more than the noise.
     """
     assert isinstance(run.target, HasUnits)
-    found = {}
+    units = {}
     for unit in run.target.units:
         with run.target.open_on(engine, unit) as session:
-            logits = _answers(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
+            logits = _outputs(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
         float_type = run.target.float_type(export.precision)
-        found[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
-    return {"units": found}
+        units[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
+    return {"units": units}
 
 
 def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> dict[str, object]:
-    """The report of a bundle: that of the graph in it, since the engine does not exist yet. Raises as `verify` does."""
+    """Verify the graph in a bundle, whose engine is built later on the device, and return the report.
+
+    Raises CheckFailed as `verify` does.
+    """
     graph, program = bundle / "model.onnx", _program(export)
     float_type = run.target.float_type(export.precision)
     forced = partial(_forced.onnx_tensors, graph)
@@ -231,49 +238,54 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
     def diverging() -> str:
         return graph_divergence(export, graph, query)
 
-    ladder = _climbed(run, export, before, executor(graph), diverging)
+    ladder = _all_steps(run, export, before, executor(graph), diverging)
     report = _report(run, export, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
     return {**report, "inspected": {"parity": proven}}
 
 
-def _climbed(
+def _all_steps(
     run: Run,
     export: Export,
     before: Mapping[str, Path],
     last: tuple[str, Executor] | None,
     diverging: Callable[[], str],
 ) -> Ladder:
-    """The ladder from torch to ONNX Runtime on the export, and on to the `last` step where there is one."""
+    """Execute all steps on the test part: torch, ONNX Runtime on the export, and `last` (name and executor) if given.
+
+    Raises CheckFailed if a step does not match the previous step.
+    """
     executors = {_ON_EXPORT: reference(export.onnx)} | dict([last] if last else [])
-    answers = _answers(run, executors)
-    with np.load(before["weights"] / "test.npz") as found:
-        labels, logits = found["labels"], found["logits"]
+    outputs = _outputs(run, executors)
+    with np.load(before["weights"] / "test.npz") as arrays:
+        labels, logits = arrays["labels"], arrays["logits"]
     ladder = Ladder(labels=labels, float_logits=logits, logits=logits, yardstick=_yardsticks(run, export))
     ladder.note("torch float", ladder.logits)
-    with np.load(before["quantized"] / "test.npz") as found:
-        ladder.note("torch quantized" if export.precision == "int8" else "torch exported", found["logits"])
+    with np.load(before["quantized"] / "test.npz") as arrays:
+        ladder.note("torch quantized" if export.precision == "int8" else "torch exported", arrays["logits"])
     if export.precision != "int8" and ladder.steps[-1].snr_db < _EXPORTED_DB:
         raise CheckFailed(
             f"torch exported does not match torch float: {ladder.steps[-1].snr_db:.1f} dB, expected at least "
-            f"{_EXPORTED_DB:.0f} dB; the network built for export differs from the trained network in something that "
-            "its state_dict does not hold"
+            f"{_EXPORTED_DB:.0f} dB; the network built for export differs from the trained network in a value outside "
+            "the state_dict"
         )
     ladder.add(
         _ON_EXPORT,
-        answers[_ON_EXPORT],
+        outputs[_ON_EXPORT],
         float_type="f32",
         diverging=lambda: "each operator alone matches: the graph amplifies float differences more than expected",
     )
     if last and export.storage:
-        ladder.note(last[0], answers[last[0]])
+        ladder.note(last[0], outputs[last[0]])
     elif last:
         float_type = run.target.float_type(export.precision)
-        ladder.add(last[0], answers[last[0]], float_type=float_type, diverging=diverging)
+        ladder.add(last[0], outputs[last[0]], float_type=float_type, diverging=diverging)
     return ladder
 
 
 def _yardsticks(run: Run, export: Export) -> Callable[[FloatType], Yardstick]:
-    """The noise of two right executions of the export's torch program on test images, by float type."""
+    """Return a function that gives the noise of two correct executions of the torch program on test images, by float
+    type.
+    """
     from calibration import noise
 
     @functools.cache
@@ -285,20 +297,20 @@ def _yardsticks(run: Run, export: Export) -> Callable[[FloatType], Yardstick]:
     return of_type
 
 
-def _answers(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
-    """What each executor says of the whole test part, which is read once and never held as a whole."""
+def _outputs(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
+    """Return the logits (N, classes) of each executor on the whole test part, which is read once, in batches."""
     test = run.images("test")
-    found: dict[str, list[Logits]] = {name: [] for name in executors}
+    batches: dict[str, list[Logits]] = {name: [] for name in executors}
     with bar(total=len(test), title="verification", unit="image") as progress:
         for images, _ in test.batches(_READ_AT_ONCE):
             for name, execute in executors.items():
-                found[name].append(execute(images.numpy()))
+                batches[name].append(execute(images.numpy()))
             progress.update(len(images))
-    return {name: np.concatenate(logits) for name, logits in found.items()}
+    return {name: np.concatenate(logits) for name, logits in batches.items()}
 
 
 def _query(run: Run, export: Export) -> Images:
-    """The first test images, as many as one query takes."""
+    """Return the first test images as one query (batch, 3, S, S)."""
     images, _ = next(run.images("test").batches(export.batch))
     return padded(images.numpy(), export.batch)
 
@@ -306,25 +318,25 @@ def _query(run: Run, export: Export) -> Images:
 def _report(
     run: Run, export: Export, ladder: Ladder, *, executed: bool = True, why_not: str | None = None
 ) -> dict[str, object]:
-    """Accuracy of the ladder's last step. Raises CheckFailed where it loses more than the budget allows."""
-    found, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
+    """Return the report of the ladder's last step. Raises CheckFailed if it exceeds the accuracy budget."""
+    accurate, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
     loss = accuracy.loss(ladder.float_logits, ladder.logits, ladder.labels)
     judged = (run.data.classes, ladder.labels, ladder.float_logits, ladder.logits)
     if run.trained and (sentence := losing_classes(*judged)):
         log.warning("warning: %s", printable(sentence))
-    if not run.max_drop.holds(reference, found, loss.images):
+    if not run.max_drop.holds(reference, accurate, loss.images):
         allowed = run.max_drop.tolerance(reference, loss.images)
         raise CheckFailed(
             f"the {run.recipe.name} artifact of {run.model.name} loses {loss}, from {reference:.2f} % in float to "
-            f"{found:.2f} %; {allowed:.2f} points are allowed"
-            f"{'' if loss.interval[0] > allowed else '; the interval holds the budget: more test images may decide'}"
+            f"{accurate:.2f} %; {allowed:.2f} points are allowed"
+            f"{'' if loss.interval[0] > allowed else '; the budget lies in the interval: test with more images'}"
             f"; try {_remedy(run, export)}"
         )
     return {
         "executed": executed,
         "why_not": why_not,
         "by": ladder.steps[-1].name,
-        "top1": round(found, 3),
+        "top1": round(accurate, 3),
         "float_top1": round(reference, 3),
         "lost": asdict(loss),
         "agreement": round(agreement(ladder.float_logits, ladder.logits), 3),
@@ -336,18 +348,16 @@ def _report(
 
 
 def _remedy(run: Run, export: Export) -> str:
-    """Next commands where the accuracy budget does not hold."""
+    """Return suggestions for an artifact that exceeds the accuracy budget."""
     gentler = f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
     if not isinstance(run.recipe, Ptq | Qat):
         return gentler
-    tried = [gentler]
+    options = [gentler]
     if isinstance(run.recipe, Qat):
-        tried.append(f"more epochs (EPOCHS={2 * run.recipe.epochs if run.recipe.epochs else ''})")
+        options.append(f"more epochs (EPOCHS={2 * run.recipe.epochs if run.recipe.epochs else ''})")
     if run.recipe.budget is None:
-        tried.append(f"MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds")
-    tried.append("another CALIBRATOR=")
+        options.append(f"MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds")
+    options.append("a different CALIBRATOR=")
     images, _ = next(run.images("test").batches(_SENSITIVITY_IMAGES))
     worst = accuracy.most_sensitive(_program(export), images.numpy(), _WORST)
-    return (
-        f"{', or '.join(tried)}; modules whose rounding costs most: {', '.join(worst)} (`make sensitivity` lists all)"
-    )
+    return f"{', or '.join(options)}; most sensitive modules: {', '.join(worst)} (`make sensitivity` lists all)"

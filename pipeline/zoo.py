@@ -1,9 +1,9 @@
-"""The zoo: every model at full size through export and the toolchains that run without a device, and how each fared.
+"""The zoo: build every model at full size with the toolchains that run without a device, and tabulate the results.
 
-No weights are needed: they are random, with BatchNorm statistics and INT8 ranges from crops of two photographs, so
-that what is built has the real structure and activations of ordinary size. What the models answer means nothing.
+Weights are random, with BatchNorm statistics and INT8 ranges from crops of two photographs, so that the artifacts have
+the real structure and activations of realistic magnitude. Their predictions are meaningless.
 
-Each model has a process of its own, so that its peak of memory is its own, and its failure, too:
+Each model is built in a separate process, which isolates its failures and its peak memory:
 
     python -m pipeline.zoo MODEL STORE
 """
@@ -29,7 +29,7 @@ from pipeline import stages, surroundings
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Store
 
-LARGEST = 60_000_000  # parameters of the models that are built when none is named
+LARGEST = 60_000_000  # parameters of the largest model that is built by default
 RECIPES = ("fp16", "int8_ptq")
 TARGETS = ("rtx", "coreml")
 
@@ -44,7 +44,7 @@ log = logging.getLogger("edgeline")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One model, made small one way, for one target."""
+    """Result of one model with one recipe for one target."""
 
     model: str
     recipe: str
@@ -52,55 +52,57 @@ class Row:
     parameters: int
     macs: int
     nodes: int | None  # of the exported ONNX graph
-    rank: int | None  # the most axes of any of its tensors
-    bytes: int | None  # of the artifact
-    seconds: float | None  # that the target's toolchain took
-    peak_gib: float  # memory of the process until then, from random weights on
-    status: str  # "built", or the sentence that says why not
+    rank: int | None  # highest rank of its tensors
+    bytes: int | None  # size of the artifact
+    seconds: float | None  # build time of the target's toolchain
+    peak_gib: float  # peak memory of the process up to this build, including all earlier steps
+    status: str  # "built", or the sentence of the error
 
 
 def default_models() -> tuple[ModelSpec, ...]:
-    """The models of the catalog that were published and are small enough for an edge device."""
+    """Return the published models of the catalog (1000 classes) with at most `LARGEST` parameters."""
     return tuple(spec for spec in models.ALL.values() if spec.parameters <= LARGEST and spec.classes == 1000)
 
 
 def build(specs: Sequence[ModelSpec], root: Path) -> list[Row]:
-    """The rows of all `specs`, also left in `zoo.md` and, model by model, in JSON: what was built before is not built
-    again.
+    """Build all `specs` and return the rows. They are also written to `zoo.md`, and per model to JSON files.
+
+    Artifacts that are already built are reused.
     """
     folder = root / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     log.info(_PATTERN.format(*_COLUMNS))
     for spec in specs:
-        found = _in_its_own_process(spec, root, folder / f"{spec.name}.log")
-        for row in found:
+        built = _in_its_own_process(spec, root, folder / f"{spec.name}.log")
+        for row in built:
             log.info(_PATTERN.format(*_cells(row)))
-        rows += found
+        rows += built
     (folder / "zoo.md").write_text(table(rows))
     return rows
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as a Markdown table."""
     lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row) for row in rows)]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def rows_of(spec: ModelSpec, root: Path) -> list[Row]:
-    """Build `spec` for every target and recipe of the zoo, in this process. An earlier result stays while nothing that
-    it depends on has changed: it knows the peak of memory of the time when everything was built.
+    """Build `spec` for every target and recipe of the zoo, in this process.
+
+    Earlier rows are returned while their cache keys are unchanged: they hold the peak memory of the actual builds.
     """
     runs = [_run(spec, recipe, target) for recipe in RECIPES for target in TARGETS]
     keys = [stages.compiled(run).key for run in runs]
     kept = root / _FOLDER / f"{spec.name}.json"
-    if kept.exists() and (found := json.loads(kept.read_text()))["keys"] == keys:
-        return [Row(**row) for row in found["rows"]]
+    if kept.exists() and (earlier := json.loads(kept.read_text()))["keys"] == keys:
+        return [Row(**row) for row in earlier["rows"]]
     rows = [_row(run, Store(root)) for run in runs]
     if all(row.status == BUILT for row in rows):
         written = kept.with_suffix(".part")
         written.write_text(json.dumps({"keys": keys, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-        written.rename(kept)  # whole or not at all
+        written.rename(kept)  # atomic
     return rows
 
 
@@ -147,7 +149,7 @@ def _row(run: Run, store: Store) -> Row:
 
 
 def _shape(path: Path) -> tuple[int, int]:
-    """Nodes of an ONNX graph, and the most axes that one of its tensors has."""
+    """Return the number of nodes of an ONNX graph and the highest rank of its tensors."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
@@ -155,9 +157,9 @@ def _shape(path: Path) -> tuple[int, int]:
     return len(graph.node), max(ranks)
 
 
-def _in_its_own_process(spec: ModelSpec, root: Path, told: Path) -> list[Row]:
-    """Run this file for one model; what it tells goes to the file `told`."""
-    with told.open("w") as log_file:
+def _in_its_own_process(spec: ModelSpec, root: Path, log_path: Path) -> list[Row]:
+    """Run this module for one model in a separate process, with its stderr in the file `log_path`."""
+    with log_path.open("w") as log_file:
         command = [sys.executable, "-m", "pipeline.zoo", spec.name, str(root)]
         ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=log_file, text=True, check=False)
     if ended.returncode == 0:
@@ -173,7 +175,7 @@ def _in_its_own_process(spec: ModelSpec, root: Path, told: Path) -> list[Row]:
             macs=spec.macs,
             **nothing,
             peak_gib=0.0,
-            status=f"{how}; {told} tells more",
+            status=f"{how}; see {log_path}",
         )
     ]
 

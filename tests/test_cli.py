@@ -116,7 +116,7 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         (["engine", "--weights", "./timm"], r"^WEIGHTS=\./timm: there is no such file; give .* checkpoint, or `timm`$"),
         (
             ["engine", "--model", "mobilenetv2_035", "--weights", "timm"],
-            r"^WEIGHTS=timm: timm publishes no weights of mobilenetv2_035; give a checkpoint, WEIGHTS=<file>, or",
+            r"^WEIGHTS=timm: timm publishes no weights of mobilenetv2_035; give a checkpoint with WEIGHTS=<file>, or",
         ),
         (["engine", "--weights", "timm", "--batch", "0"], r"^BATCH=0: "),  # before anything is downloaded
         (["engine", "--recipe", "w8a16"], r"^RECIPE=w8a16: TARGET=cpu has no such choice; TARGET=coreml has, or leave"),
@@ -280,11 +280,11 @@ def another_model(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "name", "sentence"),
     [
-        (truncated, "short.pt", "is not a PyTorch checkpoint, or a damaged one; copy it again"),
+        (truncated, "short.pt", "is not a PyTorch checkpoint, or is damaged; copy it again"),
         (diverged, "nan.pth", "`head.bias` holds NaN or infinite values"),
         (pickled, "pickle.pt", "holds pickled Python objects, which could run code when loaded, and is refused"),
         (another_model, "other.pt", "is not a checkpoint of this model: it lacks"),
-        (lambda path: path.write_bytes(b"\0" * 7), "short.safetensors", "is not a whole safetensors file"),
+        (lambda path: path.write_bytes(b"\0" * 7), "short.safetensors", "is not a complete safetensors file"),
     ],
     ids=["truncated", "NaN", "pickle", "another model", "truncated safetensors"],
 )
@@ -321,7 +321,7 @@ def test_a_link_to_a_checkpoint_is_read_as_what_it_is_called(tmp_path: Path) -> 
     (tmp_path / "model.safetensors").symlink_to("0123abcd")
     file = str(tmp_path / "model.safetensors")
     said = refused(tmp_path, 2, "engine", "--model", "convmixer_mini", "--weights", file)
-    assert said.startswith(f"WEIGHTS={file} is not a whole safetensors file")
+    assert said.startswith(f"WEIGHTS={file} is not a complete safetensors file")
 
 
 # --- What is right --------------------------------------------------------------------------------------------------

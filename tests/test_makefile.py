@@ -299,7 +299,7 @@ def test_another_file_than_the_lock_file_means_is_not_installed(offline: Path) -
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 2
     assert "DO NOT MATCH THE HASHES" in said
-    assert "was not installed, for the reason above; nothing is left of it, and .venv is as it was" in said
+    assert "was not installed, for the reason above; it was removed again, and .venv is unchanged" in said
     assert (offline / ".venv").resolve() == before and works(offline)
     assert environments(offline) == [before]
 

@@ -21,10 +21,10 @@ from models.errors import BadRequest
 
 State = dict[str, Tensor]
 
-DAMAGED = "WEIGHTS={path} is not a PyTorch checkpoint, or a damaged one; copy it again"
+DAMAGED = "WEIGHTS={path} is not a PyTorch checkpoint, or is damaged; copy it again"
 PICKLED = (
     "WEIGHTS={path} holds pickled Python objects, which could run code when loaded, and is refused; save "
-    "model.state_dict() alone, or convert it to safetensors where you trust it"
+    "only model.state_dict(), or convert it to safetensors on a machine where you trust it"
 )
 STATELESS = "WEIGHTS={path} holds no state dict: expected tensors by name, as model.state_dict() gives"
 
@@ -132,7 +132,7 @@ def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, 
 def test_of_several_networks_one_must_be_named(tmp_path: Path, state: State) -> None:
     path = tmp_path / "w.pt"
     torch.save({"first": state, "second": state}, path)
-    sentence = "WEIGHTS={path} holds several state dicts: `first`, `second`; name one, as in WEIGHTS={path}#first"
+    sentence = "WEIGHTS={path} holds several state dicts: `first`, `second`; choose one, as in WEIGHTS={path}#first"
     with pytest.raises(BadRequest, match=exactly(sentence, path)):
         checkpoint.stored(path)
     assert checkpoint.stored(path, "second").key == "second"
@@ -237,7 +237,9 @@ def test_a_twin_that_safetensors_leaves_out_is_filled(tmp_path: Path) -> None:
 def test_twins_that_differ_are_refused() -> None:
     state = {name: tensor.clone() for name, tensor in Tied().state_dict().items()}
     checkpoint.load_into(Tied(), state, FILE)
-    with pytest.raises(BadRequest, match=r"`first\.weight` and `second\.weight` differ, and are one tensor in this"):
+    with pytest.raises(
+        BadRequest, match=r"`first\.weight` and `second\.weight` differ, but are the same tensor in this"
+    ):
         checkpoint.load_into(Tied(), {**state, "second.weight": torch.zeros(4, 4)}, FILE)
 
 
@@ -284,7 +286,7 @@ def test_a_torch_file_of_the_old_format_that_ends_early_is_damaged(tmp_path: Pat
 
 def test_safetensors_that_end_early_are_damaged_wherever_they_end(tmp_path: Path, state: State) -> None:
     whole, path = save(state), tmp_path / "w.safetensors"
-    sentence = rf"^WEIGHTS={re.escape(str(path))} is not a whole safetensors file \(.+\); copy it again$"
+    sentence = rf"^WEIGHTS={re.escape(str(path))} is not a complete safetensors file \(.+\); copy it again$"
     for end in range(0, len(whole), 29):
         path.write_bytes(whole[:end])
         with pytest.raises(BadRequest, match=sentence):
@@ -354,7 +356,9 @@ def test_one_value_that_is_not_finite_is_enough(tmp_path: Path, state: State, va
     path = tmp_path / f"w.{suffix}"
     state["1.running_var"][2] = value
     path.write_bytes(save(state) if suffix == "safetensors" else torch_bytes(state))
-    sentence = "WEIGHTS={path}: `1.running_var` holds NaN or infinite values; the training diverged, use an earlier one"
+    sentence = (
+        "WEIGHTS={path}: `1.running_var` holds NaN or infinite values; the training diverged: use an earlier checkpoint"
+    )
     with pytest.raises(BadRequest, match=exactly(sentence, path)):
         checkpoint.read(path)
 
@@ -448,7 +452,7 @@ def test_a_key_that_a_foreign_file_lacks_is_said_to_be_named_as_here(state: Stat
     foreign = {re.sub(r"^0\.", "first.", name): tensor for name, tensor in state.items()}
     del foreign["first.bias"]
     with pytest.raises(
-        BadRequest, match=r"\(in the format of somebody\) .* it lacks 0.bias, as named here; it holds 8 tensors"
+        BadRequest, match=r"\(in the format of somebody\) .* it lacks 0.bias, in Edgeline's names; it holds 8 tensors"
     ):
         checkpoint.load_into(network(), foreign, FILE, formats=[FOREIGN])
 
@@ -536,7 +540,7 @@ def test_a_tensor_that_repeats_what_is_stored_is_refused(
     path.write_bytes(torch_bytes({**state, "0.bias": tensor}, zipped=zipped))
     assert path.stat().st_size < 20_000
     with pytest.raises(
-        BadRequest, match=r"`0\.bias` of shape \(.*\) repeats fewer numbers that are stored; save `tens"
+        BadRequest, match=r"`0\.bias` of shape \(.*\) is an expanded view with fewer numbers stored; save `tens"
     ):
         checkpoint.read(path)
 
@@ -545,7 +549,7 @@ def test_many_views_of_few_numbers_are_refused(tmp_path: Path) -> None:
     shared = torch.zeros(10**6)
     path = tmp_path / "w.pt"
     torch.save({f"{index}": shared for index in range(30)}, path)
-    with pytest.raises(BadRequest, match=r"its 30 tensors have 120 MB and share 4 MB that are stored"):
+    with pytest.raises(BadRequest, match=r"its 30 tensors have 120 MB and share 4 MB of storage"):
         checkpoint.read(path)
     torch.save({f"{index}": shared for index in range(5)}, path)  # tied weights, or views of one buffer
     assert len(checkpoint.read(path)) == 5
@@ -565,5 +569,5 @@ def test_a_safetensors_file_of_numbers_that_torch_does_not_have_is_damaged(tmp_p
     header = b'{"w":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
-    with pytest.raises(BadRequest, match="is not a whole safetensors file"):
+    with pytest.raises(BadRequest, match="is not a complete safetensors file"):
         checkpoint.read(path)

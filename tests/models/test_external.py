@@ -157,7 +157,7 @@ def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypat
             r"net\.py, line 1: ImportError: attempted relative import with no known parent package$",
         ),
         ("def nett(classes): pass", r"defines no function `net`, as in MODEL=.*net\.py:nett$"),
-        ("net = 3", r"defines no function `net`; it defines none at all$"),
+        ("net = 3", r"defines no function `net`; it defines no functions$"),
         ("def net(classes):\n    raise ValueError('first\\nsecond')", r"net\.py, line 2: ValueError: first$"),
         ("import json\ndef net(classes):\n    json.loads('x')", r"net\.py, line 3: JSONDecodeError: Expecting value"),
         ("def net(classes): assert classes == 3", r"net\.py, line 1: AssertionError$"),
@@ -165,9 +165,9 @@ def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypat
         ("def net(classes): return {'model': 1}", r"^it returned a value of type dict, expected a torch\.nn\.Module$"),
         ("import torch\ndef net(classes): return torch.nn.Linear", r"^it returned a value of type type, expected"),
         (NET + SPEC.replace("size=48, ", ""), r"net\.py, line \d+: TypeError: .* argument: 'size'$"),
-        (NET + SPEC.replace("size=48", "size='48'"), r"ModelSpec of net has sizes that are no positive whole numbers$"),
-        (NET + SPEC.replace("size=48", "size=47"), r"prepares images of 47 pixels, which are not among its own sizes$"),
-        (NET + SPEC.replace("multiple_of=8", "multiple_of=0"), r"no positive whole numbers$"),
+        (NET + SPEC.replace("size=48", "size='48'"), r"ModelSpec of net has sizes that are not positive integers$"),
+        (NET + SPEC.replace("size=48", "size=47"), r"has preprocess\.size=47 pixels, which is not among its `sizes`$"),
+        (NET + SPEC.replace("multiple_of=8", "multiple_of=0"), r"not positive integers$"),
         (NET + SPEC.replace("multiple_of=8", "multiple_of=2000"), r"allows no size: no multiple of 2000 is from 16 to"),
         (NET + SPEC.replace("crop=1.0", "crop=0"), r"has crop=0, expected a crop above 0 and up to 1$"),
         (NET + SPEC.replace("crop=1.0", "crop=None"), r"has crop=None, expected a crop above 0 and up to 1$"),
@@ -180,7 +180,7 @@ def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypat
         (NET + SPEC.replace("crop=1.0", "std=(1.0, None, 1.0)"), r"has std=\(1\.0, None, 1\.0\), expected three means"),
         (
             NET + SPEC.replace("crop=1.0", "interpolation=2"),
-            r"has interpolation=2, expected the interpolation bilinear",
+            r"has interpolation=2, expected bilinear or bicubic",
         ),
         (NET + SPEC.replace("crop=1.0", "background='white'"), r"has background='white', expected three integers from"),
         (NET + SPEC.replace("crop=1.0", "background=None"), r"has background=None, expected three integers from 0 to"),
@@ -193,25 +193,28 @@ def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypat
             NET + SPEC.replace("crop=1.0", "background=(0, 0.5, 1)"),
             r"has background=\(0, 0\.5, 1\), expected three int",
         ),
-        (NET + SPEC.replace("crop=1.0", "interpolation=[]"), r"has interpolation=\[\], expected the interpolation"),
+        (NET + SPEC.replace("crop=1.0", "interpolation=[]"), r"has interpolation=\[\], expected bilinear"),
         (
             NET + SPEC.replace('network="net"', "network=None"),
             r"a ModelSpec has network=None, expected the name of a fu",
         ),
         (NET + SPEC.replace('network="net"', "network=net"), r"a ModelSpec has network=<function net .*, expected the"),
-        (NET + SPEC.replace('"my net/2"', "None"), r"wants a `name` that is text"),
-        (NET + SPEC.replace('"my net/2"', "b'net'"), r"wants a `name` that is text"),
-        (NET + SPEC.replace("size=48", "size=True"), r"has sizes that are no positive whole numbers$"),
-        (NET + SPEC.replace("size=48", "size=48.0"), r"has sizes that are no positive whole numbers$"),
+        (NET + SPEC.replace('"my net/2"', "None"), r"needs a `name` of type str"),
+        (NET + SPEC.replace('"my net/2"', "b'net'"), r"needs a `name` of type str"),
+        (NET + SPEC.replace("size=48", "size=True"), r"has sizes that are not positive integers$"),
+        (NET + SPEC.replace("size=48", "size=48.0"), r"has sizes that are not positive integers$"),
         (
             NET + SPEC.replace("minimum=16", "minimum=16, maximum=10**9").replace("size=48", "size=10**8"),
             r"at most 4096",
         ),
-        (NET + SPEC.replace('network="net"', 'network="net", classes="ten"'), r"has classes='ten', expected a whole"),
+        (
+            NET + SPEC.replace('network="net"', 'network="net", classes="ten"'),
+            r"has classes='ten', expected an integer",
+        ),
         (NET + SPEC.replace('network="net"', 'network="net", top1="78"'), r"has top1='78', expected percent, or None$"),
-        (NET + SPEC.replace('network="net"', 'network="net", hub=3'), r"wants `source` and `hub` to be text$"),
+        (NET + SPEC.replace('network="net"', 'network="net", hub=3'), r"needs `source` and `hub` of type str$"),
         (NET + SPEC.replace("crop=1.0", "std=(1.0, 0.0, 1.0)"), r"three positive deviations: red, green, blue$"),
-        (NET + SPEC.replace("Sizes(multiple_of=8, minimum=16)", "(8, 16)"), r"wants a `name` that is text, .* `sizes="),
+        (NET + SPEC.replace("Sizes(multiple_of=8, minimum=16)", "(8, 16)"), r"needs a `name` of type str, .* `sizes="),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) and "\n" in value else "",
 )
@@ -222,7 +225,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence_with_its_line(tmp_path: Path,
 @pytest.mark.parametrize("formats", ["None", "3", "('first',)", "{'a': 1}", "Format"])
 def test_formats_of_another_kind_are_refused(tmp_path: Path, formats: str) -> None:
     text = NET + SPEC.replace('(Format(name="somebody", signature="fc.weight"),)', formats)
-    with pytest.raises(BadRequest, match=r"its FORMATS is no tuple of models\.checkpoint\.Format$"):
+    with pytest.raises(BadRequest, match=r"its FORMATS is not a tuple of models\.checkpoint\.Format$"):
         found(f"{written(tmp_path, text)}:net").formats  # noqa: B018
 
 
@@ -270,10 +273,10 @@ class net(nn.Module):
         ("raise ValueError('\\x1b[31mred\\x07')", r"^\S*net\.py, line 11: ValueError: \?\[31mred\?$"),
         ("while True: pass", r"^\S*net\.py, line 11: not finished after 0\.5 s; an endless loop, or too much work"),
         ("import time; time.sleep(60)", r"^\S*net\.py, line 11: not finished after 0\.5 s"),
-        ("self.again = self", r"^its modules form a circle: `again` is `the network` again; keep such a reference in"),
+        ("self.again = self", r"^its modules form a cycle: `again` is `the network` again; store such a reference in"),
         (
             "self.a = nn.Sequential(nn.ReLU()); self.a.b = nn.Sequential(self.a)",
-            r"^its modules form a circle: `a\.b\.0` is `a` again; keep such a reference in a tuple",
+            r"^its modules form a cycle: `a\.b\.0` is `a` again; store such a reference in a tuple",
         ),
         ("self.train = lambda mode=True: 1 / 0", r"^\S*net\.py, line 11: ZeroDivisionError: division by zero$"),
     ],
@@ -377,7 +380,7 @@ def test_what_is_no_file_of_functions_is_said_to_be_none(tmp_path: Path) -> None
     assert "there is no file `net`; give <file>.py:<function>, timm:<name>, or" in refused("net:net")
     assert "there is no file `~nobody-of-this-name/n.py`" in refused("~nobody-of-this-name/n.py:net")
     assert "there is no file ``" in refused(":net")
-    assert "is no Python file" in refused(f"{written(tmp_path, NET, 'net.txt')}:net")
+    assert "is not a Python file" in refused(f"{written(tmp_path, NET, 'net.txt')}:net")
     file = written(tmp_path, NET)
     assert refused(f"{file}").startswith(f"name the function that returns the network, as in MODEL={file}:net")
     assert refused(f"{file}:").endswith(f"MODEL={file}:net")
@@ -400,7 +403,7 @@ def test_where_timm_is_missing_the_sentence_says_how_to_get_it() -> None:
     assert re.fullmatch(
         r"MODEL=timm:resnet18: timm cannot be imported here \(ModuleNotFoundError: No module named 'timm'\); it is not "
         r"among the requirements: `\S+ -m pip install --upgrade timm torchvision torch==[\d.]+ "
-        r"--extra-index-url https://download\.pytorch\.org/whl/\w+` installs it and the torchvision of this torch",
+        r"--extra-index-url https://download\.pytorch\.org/whl/\w+` installs it and the matching torchvision",
         str(raised.value),
     )
 

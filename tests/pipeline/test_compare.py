@@ -150,7 +150,7 @@ def test_conditions_that_are_right_or_unknown_leave_no_doubt() -> None:
 
 
 def test_other_load_throttling_and_drift_are_each_a_doubt() -> None:
-    assert replace(STEADY, busy=0.84).doubt == "84% of the processor was taken by others, more than 25%"
+    assert replace(STEADY, busy=0.84).doubt == "other processes used 84% of the processor, more than 25%"
     assert replace(STEADY, throttled=3).doubt == "the processor was throttled by heat (3 events)"
     drifting = STEADY.medians_ns.copy()
     drifting[10:, 1] *= 1.2
@@ -158,7 +158,7 @@ def test_other_load_throttling_and_drift_are_each_a_doubt() -> None:
         "latencies drifted: the second half of the rounds of b took 20% more time than the first, more than 10%"
     )
     assert replace(STEADY, medians_ns=drifting[::-1], busy=0.3).doubt == (
-        "30% of the processor was taken by others, more than 25%; latencies drifted: the second half of the rounds of "
+        "other processes used 30% of the processor, more than 25%; latencies drifted: the second half of the rounds of "
         "b took 17% less time than the first, more than 10%"
     )
 
@@ -205,7 +205,7 @@ def test_a_real_busy_process_is_seen_and_this_process_is_not() -> None:
     if found.busy is None:
         pytest.skip("this system does not count the time of its cores")
     assert found.busy > 0.5
-    assert "of the processor was taken by others, more than 25%" in str(found.doubt)
+    assert "of the processor, more than 25%" in str(found.doubt)
 
 
 def test_what_this_process_computes_itself_is_not_taken_by_others() -> None:

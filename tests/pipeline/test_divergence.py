@@ -55,7 +55,7 @@ def export(request: pytest.FixtureRequest) -> Export:
 
 
 def test_an_export_parts_from_the_program_nowhere(export: Export, images: npt.NDArray[np.float32]) -> None:
-    assert export_divergence(export, images) == "no tensor that ONNX Runtime and torch both name is below 30 dB"
+    assert export_divergence(export, images) == "no tensor that ONNX Runtime and torch share is below 30 dB"
 
 
 @pytest.mark.parametrize("layer", [0, 4, 9])
@@ -66,7 +66,7 @@ def test_the_output_of_a_damaged_layer_is_named(
     assert len(outputs) == 10
     weight = list(outputs)[layer]
     found = export_divergence(damaged(export, tmp_path / "damaged", weight), images)
-    named = re.fullmatch(r"ONNX Runtime first parts from torch at tensor `(.+)` \((-?[\d.]+) dB\)", found)
+    named = re.fullmatch(r"ONNX Runtime first differs from torch at tensor `(.+)` \((-?[\d.]+) dB\)", found)
     assert named is not None
     makers = {name: node for node in onnx.load(export.onnx).graph.node for name in node.output}
     node = makers[named[1]]  # a linear layer on tokens is a product, which torch has no name for, and a sum
@@ -84,7 +84,7 @@ def test_an_engine_of_a_damaged_graph_is_seen_through(
     engine.mkdir()
     cpu.build(damaged(float_export, tmp_path / "damaged", weight), engine)
     found = engine_divergence(cpu, float_export, engine, images)
-    assert re.fullmatch(rf"cpu first parts from ONNX Runtime at tensor `{outputs[weight]}` \(-?[\d.]+ dB\)", found)
+    assert re.fullmatch(rf"cpu first differs from ONNX Runtime at tensor `{outputs[weight]}` \(-?[\d.]+ dB\)", found)
 
 
 def test_a_good_engine_parts_from_the_export_nowhere(
@@ -93,7 +93,7 @@ def test_a_good_engine_parts_from_the_export_nowhere(
     cpu = targets.ALL["cpu"]
     cpu.build(export, tmp_path)
     found = engine_divergence(cpu, export, tmp_path, images)
-    assert found == "no tensor that cpu and ONNX Runtime both name is below 30 dB"
+    assert found == "no tensor that cpu and ONNX Runtime share is below 30 dB"
 
 
 def test_both_sides_show_the_logits_and_most_tensors_by_one_name(

@@ -224,7 +224,7 @@ def test_a_good_graph_passes(int8_export: Export, model: ModelProto) -> None:
 def test_another_scale_is_found(int8_export: Export, model: ModelProto, which: int) -> None:
     node = weight_and_activation(model)[which]
     replaced(model, alone(model, node, 1), lambda scale: (scale * np.float32(1.01)).astype(np.float32))
-    with pytest.raises(CheckFailed, match=r"^the ONNX export has \d+ quantized layers, .*scales that are not"):
+    with pytest.raises(CheckFailed, match=r"^the ONNX export has \d+ quantized layers, .*scales that do not match"):
         checked(int8_export, model)
 
 
@@ -254,7 +254,7 @@ def test_an_integer_bias_is_found(int8_export: Export, model: ModelProto) -> Non
     inputs = ["bias_int32", "bias_scale", "bias_zero"]
     model.graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", inputs, ["bias"], name="dequantize_bias"))
     conv.input[2] = "bias"
-    sentence = "^dequantize_bias of the ONNX export rounds a constant that is not int8; TensorRT refuses it$"
+    sentence = "^dequantize_bias of the ONNX export has a quantized constant that is not int8; TensorRT refuses it$"
     with pytest.raises(CheckFailed, match=sentence):
         checked(int8_export, model)
 

@@ -90,7 +90,7 @@ def test_where_either_floor_will_do_a_run_that_reached_none_is_unfinished() -> N
 
 
 def test_either_floor_must_be_one() -> None:
-    with pytest.raises(BadRequest, match=r"min_seconds >= 0 \(above 0 where either floor will do\); leave"):
+    with pytest.raises(BadRequest, match=r"min_seconds >= 0 \(above 0 with either=True\); leave"):
         TimingPlan(min_seconds=0, either=True)
 
 
@@ -112,7 +112,7 @@ def test_progress_and_remaining_time_are_told_on_stderr_alone(capsys: pytest.Cap
 @pytest.mark.parametrize("broken", [0, -5])
 def test_a_clock_that_stands_still_is_refused(broken: int) -> None:
     session = ScriptedSession(chain(repeat(MS, 7), repeat(broken)))
-    message = r"4 queries came back as 4 latencies, the shortest -?\d ns; expected one latency above 0 ns for each"
+    message = r"4 queries returned 4 latencies, the shortest -?\d ns; expected one latency above 0 ns per query"
     with pytest.raises(CannotRunHere, match=message):
         time_session(session, IMAGES, TimingPlan(warmup=4, min_queries=8, min_seconds=0, chunk=4))
 
@@ -123,7 +123,7 @@ def test_a_session_that_loses_queries_is_refused() -> None:
         def latencies_ns(self, images: Images, count: int) -> list[int]:
             return []
 
-    with pytest.raises(CannotRunHere, match="16 queries came back as 0 latencies, the shortest None ns"):
+    with pytest.raises(CannotRunHere, match="16 queries returned 0 latencies, the shortest None ns"):
         time_session(Losing(repeat(MS)), IMAGES)
 
 
@@ -236,7 +236,7 @@ def test_halves_that_almost_agree_are_valid() -> None:
 def test_a_busy_machine_is_invalid_and_only_before_the_run() -> None:
     busy = replace(QUIET, busy=0.6)
     assert summarize([MS] * 64, ANY, before=busy).why_invalid == (
-        "the machine was busy before the first query: 60% of the processor taken by others, more than 25%"
+        "the machine was busy before the first query: other processes used 60% of the processor, more than 25%"
     )
     assert summarize([MS] * 64, ANY, before=QUIET, after=busy).valid
 

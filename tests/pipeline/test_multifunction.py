@@ -26,12 +26,12 @@ def test_functions_are_called_by_recipe_and_size_in_the_order_of_the_request() -
 
 
 def test_one_function_alone_is_refused_however_often_it_is_asked_for() -> None:
-    with pytest.raises(BadRequest, match=f"fp16_{SIDE} is one function alone: give several resolutions in SIZES"):
+    with pytest.raises(BadRequest, match=f"fp16_{SIDE} is a single function: give several resolutions in SIZES"):
         multifunction.named(runs("fp16", "fp16"))
 
 
 def test_a_target_without_functions_is_refused() -> None:
-    with pytest.raises(BadRequest, match="TARGET=onnxruntime: its engines have one function each; TARGET=coreml can"):
+    with pytest.raises(BadRequest, match="TARGET=onnxruntime: engines with several functions are not supported; use"):
         multifunction.named([tiny_run("fp32"), tiny_run("int8_ptq")])
 
 
@@ -87,8 +87,8 @@ def test_an_engine_carries_its_facts_and_its_inputs_stay_as_they_were(shared: Pa
         (["--recipes", "fp16 int9"], "RECIPES=int9: no such recipe; "),
         (["--sizes", "64 65"], "SIZES=65: convmixer_mini takes sides from "),
         (["--sizes", "64 1000000"], "SIZES=1000000: convmixer_mini takes sides from "),
-        (["--sizes", "64", "--recipe", "fp16"], "fp16_64 is one function alone"),
-        (["--sizes", "64 128", "--target", "cpu"], "TARGET=cpu: its engines have one function each"),
+        (["--sizes", "64", "--recipe", "fp16"], "fp16_64 is a single function"),
+        (["--sizes", "64 128", "--target", "cpu"], "TARGET=cpu: engines with several functions are not"),
         (
             ["--sizes", "64 128", "--deployment", "iOS17", "--recipe", "fp16"],
             "DEPLOYMENT=iOS17: a package with several",

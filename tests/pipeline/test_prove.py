@@ -245,7 +245,7 @@ def test_a_layer_that_became_float_is_found(copies: Folders) -> None:
         conv.input[0] = "relu"
 
     rewrite(files(copies, "tensorrt"), bypass)
-    with pytest.raises(CheckFailed, match=f"{CONV} in tensorrt .*activation scale: 0 rounded inputs, expected 1"):
+    with pytest.raises(CheckFailed, match=f"{CONV} in tensorrt .*activation scale: 0 quantized inputs, expected 1"):
         checked(copies)
 
 
@@ -285,7 +285,7 @@ def test_an_artifact_that_was_changed_after_its_proof_is_found(shared: Path, tmp
     content[content.index(stored.tobytes())] ^= 1
     graph.write_bytes(content)
     resealed(graph.parent)
-    with pytest.raises(CheckFailed, match=r"0 in tensorrt .*int8 weights: .*; delete .* and run this again") as failed:
+    with pytest.raises(CheckFailed, match=r"0 in tensorrt .*int8 weights: .*; delete .* and run the same") as failed:
         prove(RUN, tmp_path)
     assert {"identical", "rounded", "folded", "different", "modules"} <= failed.value.answer.keys()
 
@@ -308,7 +308,7 @@ def test_without_tensorrt_rtx_the_graph_for_it_is_proven(shared: Path, folders: 
 
 
 def test_a_recipe_without_scales_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="RECIPE=fp16 has no scales to prove; give RECIPE=int8_qat or RECIPE=int8_ptq"):
+    with pytest.raises(BadRequest, match="RECIPE=fp16 has no scales to prove; use RECIPE=int8_qat or RECIPE=int8_ptq"):
         prove(tiny_run("fp16", "coreml"), tmp_path)
 
 
@@ -348,6 +348,6 @@ def test_a_file_that_nobody_can_read_is_explained(copies: Folders, artifact: str
     file = copies[artifact] / names[artifact]
     file.write_bytes(b"\xff" + file.read_bytes()[:100])
     with pytest.raises(
-        CheckFailed, match=r"cannot be read back: .*; delete .* and run this|no valid ONNX model .*; build"
+        CheckFailed, match=r"cannot be read back: .*; delete .* and run the same|no valid ONNX model .*; build"
     ):
         checked(copies)

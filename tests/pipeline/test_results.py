@@ -325,8 +325,8 @@ def test_a_database_of_a_later_edgeline_is_refused(database: Path) -> None:
     connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
     connection.close()
     message = (
-        f"cannot use the results database {database}: it has schema {SCHEMA + 1}, and this Edgeline knows schemas up "
-        f"to {SCHEMA}; update Edgeline, or name another database"
+        f"cannot use the results database {database}: it has schema {SCHEMA + 1}, and this version of Edgeline "
+        f"supports schemas up to {SCHEMA}; update Edgeline, or name a different database"
     )
     with pytest.raises(BadRequest, match=f"^{re.escape(message)}$"):
         Results(database)
@@ -337,7 +337,7 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     damaged.write_bytes(b"not a database at all\n" * 100)
     message = (
         f"cannot use the results database {damaged}: file is not a database; expected an Edgeline results database "
-        "that this user can write; move it away to start a new one, or name another"
+        "that this user can write; move it away to start a new database, or name a different database"
     )
     with pytest.raises(BadRequest, match=f"^{re.escape(message)}$"):
         Results(damaged)
@@ -379,7 +379,9 @@ def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_urls_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(BadRequest, match=r"^cannot read the database URL '://nothing'; expected one like sqlite:///"):
+    with pytest.raises(
+        BadRequest, match=r"^cannot read the database URL '://nothing'; expected a URL such as sqlite:///"
+    ):
         Results("://nothing")
     with pytest.raises(BadRequest, match="SQLAlchemy has no database named 'mongodb'"):
         Results("mongodb://host/name")
@@ -461,7 +463,7 @@ def test_a_full_disk_is_not_answered_by_moving_the_database_away(database: Path)
         connection.exec_driver_sql("PRAGMA max_page_count = 1")  # SQLite's own way to be out of room
     refusal = results_module._refusal("x.db", sqlite_error(results))
     assert isinstance(refusal, CannotRunHere)
-    assert "make room on its disk and run the same command again: every measurement" in str(refusal)
+    assert "free space on its disk and run the same command again: all recorded" in str(refusal)
     assert "move it away" not in str(refusal)
 
 

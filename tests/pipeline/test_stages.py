@@ -145,7 +145,7 @@ def test_explain_tells_hits_from_builds_and_builds_nothing(shared: Path) -> None
         ("engine", False),
     ]
     assert told[3]["why"] == ["batch was 1, is 3"]
-    assert told[4]["why"] == ["its input `compiled` is another one", "batch was 1, is 3"]
+    assert told[4]["why"] == ["input `compiled` changed", "batch was 1, is 3"]
     assert sorted(shared.rglob("*")) == before
 
 

@@ -62,7 +62,7 @@ def test_a_disk_that_fills_up_in_a_library_is_said_and_loses_nothing(
         assert store.has(needed)
     filling = fill(disk, leaving=leaving)
     before = sorted(disk.rglob("artifact.json"))
-    with pytest.raises(CannotRunHere, match=r" cannot be written: no space left on the device \(.*\); make room and"):
+    with pytest.raises(CannotRunHere, match=r" cannot be written: no space left on the device \(.*\); free space and"):
         store.get(step)
     assert sorted(disk.rglob("artifact.json")) == before
     assert not list(disk.rglob(".building-*"))

@@ -514,7 +514,7 @@ def test_a_file_that_is_not_the_artifacts_is_damage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     path = store.get(toy()).path
     (path / "folder" / "more").write_text("12345")
-    assert str(store.damage(toy())) == "folder/more: expected no such file, found one of 5 bytes"
+    assert str(store.damage(toy())) == "folder/more: expected no such file, found a file of 5 bytes"
 
 
 def test_the_manifest_of_another_key_is_damage(tmp_path: Path) -> None:
@@ -733,7 +733,7 @@ def test_explain_names_what_changed(tmp_path: Path) -> None:
     later = toy(inputs={"source": toy(label="source", seed=1)}, recipe={"epochs": 5, "name": "qat"})
     assert store.explain(later) == [
         "the code of models.errors changed",
-        "its input `source` is another one",
+        "input `source` changed",
         "recipe.epochs was 3, is 5",
     ]
     store.get(later)

@@ -132,7 +132,7 @@ def test_nothing_is_kept_on_the_ground_of_doubtful_timings_and_the_same_command_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.compare._taken_by_others", lambda *_: 0.84)
         first: dict[str, Any] = tune(run, root)
-    doubt = "84% of the processor was taken by others, more than 25%"
+    doubt = "other processes used 84% of the processor, more than 25%"
     assert (first["placement"], first["answer"], first["speedup"]) == (None, "undecided", None)
     assert {candidate["doubt"] for candidate in first["candidates"]} == {doubt}
     assert not any(candidate["kept"] for candidate in first["candidates"])
@@ -238,7 +238,7 @@ def test_damaged_lines_of_a_log_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_integers_has_no_placement(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match=r"RECIPE=fp32 computes in no integers.*use RECIPE=int8_ptq"):
+    with pytest.raises(BadRequest, match=r"RECIPE=fp32 runs no operators in INT8.*use RECIPE=int8_ptq"):
         tune(tiny_run("fp32", "cpu"), tmp_path)
 
 

@@ -81,8 +81,8 @@ def test_an_fp16_that_loses_too_much_is_no_rival() -> None:
     assert judged(engines, comparison(fp32=2.0, fp16=0.5, int8_ptq=1.0))[0] == "int8_ptq"
 
 
-BUSY = "84% of the processor was taken by others, more than 25%"
-AGAIN = "run the same command again while nothing else runs here, to time them again"
+BUSY = "other processes used 84% of the processor, more than 25%"
+AGAIN = "run the same command again while nothing else runs on this machine, to time the engines again"
 
 
 def test_nothing_is_recommended_while_others_take_the_processor() -> None:
@@ -115,7 +115,7 @@ def test_nothing_is_recommended_on_an_interval_that_holds_both_answers() -> None
     assert (found.doubt, ship) == (None, None)
     assert sentence.startswith("undecided: the speedup of int8_ptq over fp32 is ")
     # An interval as wide that lies wholly above 1 decides.
-    found = replace(found, medians_ns=found.medians_ns * [1, 0.2], _found={})
+    found = replace(found, medians_ns=found.medians_ns * [1, 0.2], _speedups={})
     assert judged([FP32, INT8], found)[0] == "int8_ptq"
 
 

@@ -208,9 +208,9 @@ def test_an_engine_that_computes_no_numbers_is_refused(shared: Path) -> None:
 def test_a_fault_that_no_operator_shows_is_found_end_to_end(recipe: str, shared: Path) -> None:
     """A runtime that fuses wrongly: every operator of its graph is right by itself."""
     said = refused(tiny_run(recipe, WronglyFused()), shared)
-    assert re.match(r"wrongly-fused does not match onnxruntime, on the export: -?\d+\.\d dB, where two right", said)
+    assert re.match(r"wrongly-fused does not match onnxruntime, on the export: -?\d+\.\d dB, where two correct", said)
     assert re.search(
-        r"in f32 are \d+\.\d dB apart, and \d+ of 48 answers changed beyond that noise \(\d+ ties not", said
+        r"in f32 agree to \d+\.\d dB, and \d+ of 48 predictions changed beyond that noise \(\d+ ties not", said
     )
 
 
@@ -264,7 +264,7 @@ def test_a_core_ml_package_that_computes_something_else_is_refused_naming_its_op
 def test_a_core_ml_package_that_is_right_in_its_parts_alone_is_refused_saying_so(shared: Path) -> None:
     said = refused(tiny_run("fp16", RoughCoreML()), shared)
     assert "reference evaluator does not match onnxruntime, on the export" in said
-    assert said.endswith("computed without the rounding of FP16, agrees with torch: try RECIPE=fp32")
+    assert said.endswith("computed without FP16 rounding, matches torch: try RECIPE=fp32")
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8_ptq", "palette4"])
@@ -346,8 +346,8 @@ def test_an_artifact_that_loses_too_much_accuracy_is_refused(finished: Finished)
         CheckFailed,
         match=r"^the int8_ptq artifact of tiny loses \d\d\.\d\d points \[\d\d\.\d\d, \d\d\.\d\d\] of top-1 on 48 test "
         r"images, from 100\.00 % in float to \d\d\.\d\d %; 2\.08 points are allowed; try RECIPE=int8_qat, or "
-        r"MAX_DROP=1, which keeps the most sensitive modules in float until it holds, or another CALIBRATOR=; modules "
-        r"whose rounding costs most: \d, \d, \d \(`make sensitivity` lists all\)$",
+        r"MAX_DROP=1, which keeps the most sensitive modules in float until it holds, or a different CALIBRATOR=; "
+        r"most sensitive modules: \d, \d, \d \(`make sensitivity` lists all\)$",
     ):
         finished.verify()
 
@@ -362,7 +362,7 @@ def test_one_image_is_always_within_the_budget(finished: Finished, wrong: int, p
     if passes:
         assert finished.verify()["top1"] == pytest.approx(100 - 100 / 48, abs=1e-3)
     else:
-        with pytest.raises(CheckFailed, match=r"loses 4\.17 points .*; 2\.08 points are allowed; the interval"):
+        with pytest.raises(CheckFailed, match=r"loses 4\.17 points .*; 2\.08 points are allowed; the budget lies in"):
             finished.verify()
 
 
@@ -399,7 +399,9 @@ def test_a_step_may_be_as_far_from_the_step_before_as_two_right_executions_are(
     if passes:
         assert finished.verify()["executed"]
     else:
-        message = r"^onnxruntime, on the export does not match torch quantized: 1\d\.\d dB, where two right executions"
+        message = (
+            r"^onnxruntime, on the export does not match torch quantized: 1\d\.\d dB, where two correct executions"
+        )
         with pytest.raises(CheckFailed, match=message):
             finished.verify()
 
