@@ -745,8 +745,8 @@ RULES: tuple[Rule, ...] = (
         name="padding",
         level="warning",
         find=_padding,
-        reason="unverified: programs compiled for the engine directly support it from the A14 on; no compute plan shows "
-        "it for Core ML",
+        reason="unverified: programs compiled directly for the engine support it from the A14 on, but no compute plan "
+        "of Core ML shows it",
         remedy="pad with zeros, or by a concat of slices",
         certainty="inferred",
         source="ANEForge's op catalog (2026) for reflect; no source for replicate",
@@ -773,8 +773,8 @@ RULES: tuple[Rule, ...] = (
         name="products",
         level="warning",
         find=_product,
-        reason="it contracts the last axis of an operand, for all heads at once; Apple advises to contract axis 1, head "
-        "by head",
+        reason="it contracts the last axis of an operand, for all heads at once; Apple advises to contract axis 1, "
+        "head by head",
         remedy="for each head use einsum('bchq,bkhc->bkhq'), softmax over axis 1, einsum('bkhq,bkhc->bchq')",
         certainty="documented",
         source=f"{_APPLE}; apple/ml-ane-transformers",
@@ -801,7 +801,7 @@ RULES: tuple[Rule, ...] = (
         name="kernel",
         level="warning",
         find=_large_kernel,
-        reason=f"kernels of more than {_LARGEST_KERNEL} pixels are slow, or split the part that runs on the Neural Engine",
+        reason=f"kernels of more than {_LARGEST_KERNEL} pixels are slow, or interrupt execution on the Neural Engine",
         remedy="use two smaller kernels in sequence, which have the same receptive field (k = k1 + k2 - 1); train the "
         "network with them",
         certainty="observed",
@@ -822,7 +822,8 @@ RULES: tuple[Rule, ...] = (
         find=_strides,
         reason="the Neural Engine supports strides that are products of 2 and 3; where the axes differ, only 2 with 3, "
         "4, 8 or 9",
-        remedy="use the same stride on both axes: 1, 2, 3, 4, 6, 8, ...; or 2 on one axis and 3, 4, 8 or 9 on the other",
+        remedy="use the same stride on both axes: 1, 2, 3, 4, 6, 8, ...; or 2 on one axis, and 3, 4, 8 or 9 on the "
+        "other",
         certainty="documented",
         source=_APPLE,
     ),

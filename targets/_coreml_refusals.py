@@ -29,7 +29,7 @@ def explained() -> Iterator[None]:
     import_coremltools()
     at: list[Node] = []
     logger = logging.getLogger("coremltools")
-    logger.addFilter(_is_news)
+    logger.addFilter(_is_unexpected)
     try:
         with _followed(at):
             yield
@@ -44,7 +44,7 @@ def explained() -> Iterator[None]:
             "different operators in the network, or a different TARGET"
         ) from error
     finally:
-        logger.removeFilter(_is_news)
+        logger.removeFilter(_is_unexpected)
 
 
 @contextmanager
@@ -75,5 +75,5 @@ def _followed(at: list[Node]) -> Iterator[None]:
         holder.from_exir_node, ops.convert_single_node = read, convert
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_unexpected(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_LOGGED)

@@ -38,9 +38,7 @@ class CpuTarget:
     scheme: Scheme = SHARED
 
     def missing(self) -> str | None:
-        return (
-            None if importlib.util.find_spec("openvino") else "the openvino package is not installed: run `make setup`"
-        )
+        return None if importlib.util.find_spec("openvino") else "the openvino package is missing: run `make setup`"
 
     def not_executed(self) -> str | None:
         return self.missing()

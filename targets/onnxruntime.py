@@ -32,9 +32,7 @@ class OnnxRuntimeTarget:
 
     def missing(self) -> str | None:
         return (
-            None
-            if importlib.util.find_spec("onnxruntime")
-            else "the onnxruntime package is not installed: run `make setup`"
+            None if importlib.util.find_spec("onnxruntime") else "the onnxruntime package is missing: run `make setup`"
         )
 
     def not_executed(self) -> str | None:

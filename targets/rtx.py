@@ -30,7 +30,7 @@ class RtxTarget(TensorRtTarget):
                 f"{platform.system()}: build on a supported machine, no GPU is needed"
             )
         if importlib.util.find_spec(self.package) is None:
-            return "the tensorrt_rtx package is not installed: run `make setup`"
+            return "the tensorrt_rtx package is missing: run `make setup`"
         return None
 
 
