@@ -159,7 +159,7 @@ def damaged(merged: Path, tmp_path: Path) -> Path:
 
 def test_a_function_of_another_package_is_named(merged: Path, parts: dict[str, Part]) -> None:
     found = _coreml.read(merged / PACKAGE, "fp16_16")
-    with pytest.raises(CheckFailed, match=r"function fp16_16, operator 1 is not that of .*: .*\(conv\).*, expected .*"):
+    with pytest.raises(CheckFailed, match=r"operator 1 of function fp16_16 differs from .*: .*\(conv\).*, expected .*"):
         _coreml_functions.check("fp16_16", found, _coreml.read(parts["int8_16"].engine / PACKAGE))
     with pytest.raises(CheckFailed, match=r"inputs of function fp16_16: .*\[1, 3, .*, expected .*\[2, 3, "):
         _coreml_functions.check("fp16_16", found, _coreml.read(parts["fp16_pair"].engine / PACKAGE))

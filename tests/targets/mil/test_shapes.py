@@ -484,7 +484,7 @@ def test_scatter_adds_by_default_and_leaves_its_input_alone() -> None:
 
 def test_a_scatter_that_divides_integers_is_refused() -> None:
     x, index = np.array([7, 8], np.int32), np.array([0], np.int32)
-    with pytest.raises(CheckFailed, match="MIL does not say how a scatter divides integers"):
+    with pytest.raises(CheckFailed, match="MIL does not define how a scatter divides integers"):
         computed(lambda mb, x, i: mb.scatter(data=x, indices=i, updates=np.array([2], np.int32), mode="div"), x, index)
 
 
