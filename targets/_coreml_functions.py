@@ -1,4 +1,7 @@
-"""Multifunction packages: merge several Core ML packages into one, a named function each; equal weights stored once."""
+"""Multifunction packages: merge Core ML packages into one package with a named function for each.
+
+Equal weights are stored once.
+"""
 
 from __future__ import annotations
 

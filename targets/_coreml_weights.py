@@ -97,9 +97,9 @@ def palette(weight: Floats, *, bits: int) -> tuple[Floats, npt.NDArray[np.uint8]
     """Return a palette of 2 ** bits values for `weight`, ascending, in its type; and the flat indices of its values.
 
     Each index refers to the nearest palette value. The palette is computed by k-means in one dimension, where clusters
-    are intervals and good intervals can be computed. coremltools' k-means (scikit-learn's) is initialized at random,
-    takes several times as long, has an error 0.2 to 0.5 dB larger, and assigns indices before it rounds the centres to
-    FP16.
+    are intervals, so that a good initialization can be computed (see `_intervals`). coremltools' k-means
+    (scikit-learn's) is initialized at random, takes several times as long, has an error 0.2 to 0.5 dB larger, and
+    assigns indices before it rounds the centres to FP16.
     """
     import numpy as np
 

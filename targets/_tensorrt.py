@@ -328,7 +328,7 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
 
 
 def _is_float32(node: NodeProto, kept: Mapping[str, str]) -> bool:
-    """Return whether `node` of an FP16 graph is in float32: an operator of `kept`, or a dequantizer copied for one."""
+    """Return whether `node` of an FP16 graph is in float32: an operator of `kept`, or a dequantizer copied for it."""
     return (node.name or node.output[0]) in kept or node.name.removesuffix("_float32") != node.name
 
 

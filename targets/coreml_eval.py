@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m targets.coreml_eval", description=__doc__)
     parser.add_argument("package", type=Path)
     parser.add_argument("image", type=Path)
-    parser.add_argument("--function", help="of a package with several; its default where none is named")
-    parser.add_argument("--size", help="HEIGHTxWIDTH, of a package that takes pictures of several sizes")
+    parser.add_argument("--function", help="name of the function to run; by default, the package's default function")
+    parser.add_argument("--size", help="HEIGHTxWIDTH of the image in pixels, where the package accepts several sizes")
     parser.add_argument("--exact", action="store_true", help="compute in float32 without rounding to FP16")
     request = parser.parse_args(arguments)
     try:

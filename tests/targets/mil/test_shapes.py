@@ -513,7 +513,7 @@ def test_pad_is_of_zeros_by_default_and_before_comes_first() -> None:
 
 @pytest.mark.parametrize(("mode", "limit"), [("reflect", 2), ("replicate", 3)])
 def test_a_pad_that_mil_does_not_allow_is_refused(mode: str, limit: int) -> None:
-    expected = rf"wide \(pad\): an axis of 3 is padded by {limit + 1} in mode {mode}; MIL allows {limit}"
+    expected = rf"wide \(pad\): an axis of size 3 is padded by {limit + 1} in mode {mode}; MIL allows {limit}"
     with pytest.raises(CheckFailed, match=expected):
         computed(lambda mb, x: mb.pad(x=x, pad=[0, limit + 1], mode=mode, name="wide"), counted(1, 3))
 
