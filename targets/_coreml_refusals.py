@@ -40,8 +40,8 @@ def explained() -> Iterator[None]:
         where = f" `{operator(at[0]) or at[0].name}` at {nearest_line(at[0])}" if at else " the network"
         version = importlib.metadata.version("coremltools")
         raise CheckFailed(
-            f"TARGET=coreml: coremltools {version} cannot convert{where}: {type(error).__name__}: {first}; use "
-            "different operators in the network, or a different TARGET"
+            f"TARGET=coreml: coremltools {version} cannot convert{where}: {type(error).__name__}: {first}; write it "
+            "with different operators, or choose a different TARGET"
         ) from error
     finally:
         logger.removeFilter(_is_unexpected)

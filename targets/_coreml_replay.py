@@ -94,9 +94,10 @@ def replay(
 ) -> Replay:
     """Compute every operator of `package` from the inputs that `program` computes for `image`, and compare the results.
 
-    `image` is a query of the input that both share (see `calibration.forcing`). Operators are computed with their
-    stored constants and without FP16 rounding of results. `float_type` is the type of the package's constants.
-    `layers`: compare operators with weights, too; weights in fewer bits change their results.
+    `image` is one query, which `program` and the package accept alike (see `calibration.forcing` for the reference
+    values). Operators are computed with their stored constants and without FP16 rounding of results. `float_type` is
+    the float type of the package's constants. `layers`: also compare operators with weights; set it to False where the
+    package stores weights in fewer bits, which changes their results.
     """
     import torch
 

@@ -86,7 +86,7 @@ def with_padding_before_rounding(model: ModelProto) -> ModelProto:
 
 
 def with_unsigned_activations(model: ModelProto) -> ModelProto:
-    """Return a copy of `model` in which non-negative activations are quantized to uint8, with the scale of the int8:
+    """Return a copy of `model` in which non-negative activations are quantized to uint8 with the same scale:
 
         Relu -> Q (int8)      becomes      Clip(0, 127 * scale) -> Q (uint8)
 

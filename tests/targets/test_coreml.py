@@ -277,7 +277,7 @@ def test_one_changed_int8_weight_is_named(int8: tuple[Export, Path]) -> None:
     ("kinds", "message"),
     [
         (("quantize", "dequantize"), r"layer 1 of 3, stem: .* has activation scale 2.0, expected"),
-        (("dequantize",), r"its input is quantized with scale .* and dequantized with 2.0"),
+        (("dequantize",), r"its input is quantized with scale .* and dequantized with scale 2.0"),
     ],
 )
 def test_a_changed_scale_in_the_package_is_named(

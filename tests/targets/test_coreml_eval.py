@@ -290,7 +290,7 @@ def test_two_inputs_are_named_and_an_optional_one_has_its_default(tmp_path: Path
     refused = asked(path, picture)
     assert refused.code == 2
     sides = f"1x3x{SIZE}x{SIZE}"
-    assert f"takes 2 inputs, x (array {sides}), y (array {sides}); expected one image" in refused.error
+    assert f"has 2 inputs without a default, x (array {sides}), y (array {sides}); expected one image" in refused.error
 
     def make_optional(spec: Any) -> None:
         second = spec.description.input[1].type

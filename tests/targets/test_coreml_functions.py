@@ -172,7 +172,7 @@ def test_a_changed_weight_is_named(damaged: Path, parts: dict[str, Part]) -> Non
     content = bytearray(file.read_bytes())
     content[content.index(weight.tobytes()) + 5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckFailed, match=r"function fp16_16, operator \d+ .*: .*\(conv\) takes another weight"):
+    with pytest.raises(CheckFailed, match=r"operator \d+ of function fp16_16 .*: .*\(conv\) has a different weight"):
         _coreml_functions.check("fp16_16", _coreml.read(damaged / PACKAGE, "fp16_16"), expected)
 
 

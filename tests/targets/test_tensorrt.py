@@ -269,7 +269,7 @@ def test_the_gpu_must_be_one_that_the_engine_has_kernels_for(
 
 def test_the_target_says_where_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert "x86-64 Linux and Windows, this machine is aarch64" in str(rtx.TARGET.missing())
+    assert "x86-64 Linux and Windows; this machine is aarch64" in str(rtx.TARGET.missing())
 
 
 def test_listing_the_targets_imports_nothing_heavy() -> None:
