@@ -143,7 +143,7 @@ def test_the_card_has_a_row_for_each_function_and_code_that_loads_one(merged: Pa
     for name, part in parts.items():
         (row,) = [line for line in card.splitlines() if part.facts.key[:12] in line]
         assert row.startswith(f"| {name} |")
-        assert f"Of `{name}`: " in card
+        assert f"`{name}`: Resize an RGB image" in card
     assert 'configuration.functionName = "fp16_16"' in code(card, "swift")
     photo(merged)
     assert answered(merged)["logits"].shape == (1, 4)
