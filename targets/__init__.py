@@ -1,4 +1,4 @@
-"""Every target the pipeline can build for. A new one is one file here and one name in the tuple."""
+"""The targets that the pipeline can build for. To add a target, add a module here and its `TARGET` to the tuple."""
 
 import os
 import sys
@@ -17,10 +17,10 @@ _TARGETS: tuple[Target, ...] = (
     null.TARGET,
 )
 ALL: dict[str, Target] = {target.name: target for target in _TARGETS}
-ALIASES: dict[str, str] = {"apple": "coreml", "mac": "coreml", "iphone": "coreml"}  # what else users type
+ALIASES: dict[str, str] = {"apple": "coreml", "mac": "coreml", "iphone": "coreml"}  # alternative names of targets
 
-# Two runtimes report to their makers and leave an identity in the user's home, OpenVINO as soon as it is imported. They
-# look for consent then, so it is withheld before anything of `targets` can import them: OpenVINO replaces a telemetry
-# package that is not there by a stub.
+# ONNX Runtime and OpenVINO send telemetry and write an identifier to the user's home, OpenVINO as soon as it is
+# imported. Telemetry is disabled here, before a module of `targets` can import them. OpenVINO uses a stub where its
+# telemetry package cannot be imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

@@ -1,17 +1,17 @@
-"""Build the engine of the bundle that this file lies in, with the TensorRT of the board that runs it.
+"""Build the TensorRT engine of the bundle that contains this file, with the TensorRT of this machine.
 
     python3 build_engine.py [--workspace-mib 1024]
 
 Checks every file against bundle.json, writes model.engine, runs the images of sample.npz through it and compares the
-logits with those of the torch program. The last line of stdout is one JSON object, everything else goes to stderr.
-Exit codes: 0 done; 2 the bundle is damaged; 3 this machine cannot do it; 4 TensorRT refused the graph, or the engine
-computes something that is no number.
+logits with the logits of the torch program. The last line of stdout is one JSON object; all other output goes to
+stderr. Exit codes: 0 done; 2 the bundle is damaged; 3 this machine cannot build or run the engine; 4 TensorRT rejected
+the graph, or the engine computes NaN or infinity.
 
-Needs Python 3.8, TensorRT 8.5 or later and, to run the sample, numpy and an NVIDIA GPU: JetPack brings them all. The
-GPU is reached through the driver itself (libcuda), so neither torch nor cuda-python nor pycuda is needed.
+Needs Python 3.8, TensorRT 8.5 or later and, to run the sample, numpy and an NVIDIA GPU: JetPack includes all of them.
+The GPU is used through the driver library (libcuda), so neither torch nor cuda-python nor pycuda is needed.
 
-Under the name of targets/_board.py it is also what the host builds and runs engines with, so that there is one place
-that knows TensorRT's API. What differs from 8.5 to 11 is asked for with `hasattr`, never by version number.
+The host imports this file as targets/_board.py to build and run engines, so that calls of TensorRT's API are in one
+file. Differences between TensorRT 8.5 and 11 are detected with `hasattr`, never by version number.
 """
 
 from __future__ import annotations
@@ -34,29 +34,35 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Floats = npt.NDArray[np.float32]
-    Say = Callable[[str, str], None]  # severity ("WARNING", "ERROR", ...), message
+    Say = Callable[[str, str], None]  # log callback: severity ("WARNING", "ERROR", ...), message
 
-# An upper limit, not a reservation. A mobile model needs a few MB; a Jetson shares its memory with the CPU.
+# An upper limit, not a reservation. A mobile model needs a few MB; on a Jetson, GPU and CPU share the memory.
 WORKSPACE_BYTES = 1 << 30
 
-_IDENTICAL_DB = 200.0  # as in the host's reports, since infinity is not JSON
+_IDENTICAL_DB = 200.0  # reported for identical logits, as in the host's reports, since JSON has no infinity
 
 
 class Refused(Exception):
-    """A failure explained in one sentence; `exit_code` is what the command ends with."""
+    """Base class of failures that one sentence explains; the command exits with `exit_code`."""
 
     exit_code = 1
 
 
 class Damaged(Refused):
+    """A file of the bundle is missing or changed."""
+
     exit_code = 2
 
 
 class Unable(Refused):
+    """This machine cannot build or run the engine."""
+
     exit_code = 3
 
 
 class Rejected(Refused):
+    """TensorRT rejected the graph, or the engine failed a check."""
+
     exit_code = 4
 
 
@@ -65,7 +71,7 @@ class Rejected(Refused):
 
 class Built(NamedTuple):
     plan: bytes
-    timing_cache: bytes | None  # None where none was asked for
+    timing_cache: bytes | None  # None unless `build` was called with a timing cache
 
 
 def build(
@@ -79,19 +85,21 @@ def build(
     timing_cache: bytes | None = None,
     detailed: bool = False,
 ) -> Built:
-    """Compile a graph with the TensorRT module `trt` (`tensorrt` 8.5 to 11, or `tensorrt_rtx`).
+    """Compile a serialized ONNX graph with the TensorRT module `trt` (`tensorrt` 8.5 to 11, or `tensorrt_rtx`).
 
-    Where networks are strongly typed, `onnx` states the type of every tensor and `precision` adds nothing. Where they
-    are not (8.x), `onnx` is float32 with Q/DQ and `precision` allows FP16 and INT8. TF32 stays on, as TensorRT has it.
-    A dynamic batch gets a profile of 1 to `batch` images. An empty `timing_cache` starts a new one; one of another GPU
-    or version is replaced. `detailed` keeps what the engine inspector shows of each layer.
+    With strong typing (10 and later), `onnx` states the type of every tensor and `precision` has no effect. With weak
+    typing (8.x), `onnx` is float32 with Q/DQ and `precision` sets the builder flags FP16 and INT8. TF32 stays enabled,
+    TensorRT's default. A dynamic batch gets an optimization profile of 1 to `batch` images. An empty `timing_cache`
+    starts a new cache; a cache of a different GPU or TensorRT version is replaced. `detailed` keeps layer details in
+    the engine for the engine inspector.
 
-    Raises Rejected with the importer's or the builder's own words.
+    Raises Rejected, quoting TensorRT's message, where the importer or the builder rejects the graph, and Unable where
+    TensorRT does not start.
     """
     logger = make_logger(trt, say)
     builder = _builder(trt, logger)
     network = builder.create_network(network_flags(trt))
-    parser = trt.OnnxParser(network, logger)  # lives until the plan is built: the network reads its weights
+    parser = trt.OnnxParser(network, logger)  # must exist until the plan is built: it owns the network's weights
     if not parser.parse(onnx):
         raise Rejected(_refusal(parser))
     config = builder.create_builder_config()
@@ -105,7 +113,7 @@ def build(
     plan = builder.build_serialized_network(network, config)
     logger.summarize()
     if plan is None:
-        raise Rejected(f"TensorRT {trt.__version__} read the graph and built no engine: {_last_error(logger)}")
+        raise Rejected(f"TensorRT {trt.__version__} parsed the graph but built no engine: {_last_error(logger)}")
     timings = None if timing_cache is None else config.get_timing_cache()
     return Built(bytes(plan), None if timings is None else bytes(timings.serialize()))
 
@@ -113,19 +121,20 @@ def build(
 def _builder(trt: Any, logger: Any) -> Any:
     try:
         return trt.Builder(logger)
-    except (TypeError, RuntimeError) as e:  # what pybind11 makes of a constructor that returns null
+    except (TypeError, RuntimeError) as e:  # pybind11 raises these where a constructor returns null
         reason = _last_error(logger, otherwise=str(e))
         raise Unable(f"TensorRT {trt.__version__} does not start on this machine: {reason}") from e
 
 
 def strongly_typed(trt: Any) -> bool:
-    """Whether networks take their types from the graph: TensorRT 10 on request, 11 and RTX always, 8.x never."""
+    """Return whether networks are strongly typed: optional in TensorRT 10, always in 11 and RTX, never in 8.x."""
     return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
 def network_flags(trt: Any) -> int:
+    """Return the flags of `create_network`: explicit batch and strong typing, where this TensorRT has them."""
     flags = 0
-    if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):  # required by 8.x, ignored by 10, gone in 11
+    if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):  # required by 8.x, ignored by 10, removed in 11
         flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
     if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
         flags |= 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -133,10 +142,10 @@ def network_flags(trt: Any) -> int:
 
 
 def make_logger(trt: Any, say: Say) -> Any:
-    """A TensorRT logger that passes each kind of warning and error to `say` once.
+    """Return a TensorRT logger that passes each distinct warning and error to `say` once.
 
-    Messages are of one kind where they differ in numbers only. `summarize()` says how often the others came; `errors`
-    keeps every error.
+    Messages that differ only in numbers count as the same message. `summarize()` reports how many repetitions were
+    dropped; the attribute `errors` keeps every error.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
@@ -191,23 +200,23 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: int) -> None:
 def _set_timing_cache(config: Any, contents: bytes) -> None:
     timings = config.create_timing_cache(contents)
     if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
-        # Written on another GPU or by another version of TensorRT, or damaged: start anew.
+        # Written on a different GPU or by a different TensorRT version, or damaged: start with an empty cache.
         timings = config.create_timing_cache(b"")
         config.set_timing_cache(timings, ignore_mismatch=False)
 
 
 def _refusal(parser: Any) -> str:
-    """The first thing that the importer objected to: node, operator, its own words."""
+    """Describe the first error of the ONNX importer: node, operator, and the importer's message."""
     error = parser.get_error(0)
     node = f"node {error.node()}" if error.node() >= 0 else "the file"
     if hasattr(error, "node_name") and error.node_name():
         node = f"node {error.node_name()!r}"
     operator = f" ({error.node_operator()})" if hasattr(error, "node_operator") and error.node_operator() else ""
-    words = re.sub(r"^Assertion failed: ", "", _one_line(error.desc()))
-    if words in ("", "false"):  # a check that states no reason; `func` names it
-        words = f"{error.func()} does not support it"
+    message = re.sub(r"^Assertion failed: ", "", _one_line(error.desc()))
+    if message in ("", "false"):  # an assertion without a message; `func` is the function that contains it
+        message = f"{error.func()} does not support it"
     others = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
-    return f"NVIDIA's ONNX importer refuses {node}{operator}: {words}{others}"
+    return f"NVIDIA's ONNX importer refuses {node}{operator}: {message}{others}"
 
 
 def _last_error(logger: Any, otherwise: str = "it gave no reason") -> str:
@@ -227,10 +236,10 @@ class Gpu(NamedTuple):
 
 
 class Cuda:
-    """The few calls of NVIDIA's driver that it takes to run an engine, on the first GPU.
+    """The calls of the CUDA driver API that running an engine needs, on the first GPU.
 
-    `library` is libcuda, or what stands in for it in tests. It works in the device's primary context, which TensorRT
-    (and torch, where it is loaded) use too.
+    `library` is libcuda, or a substitute in tests. All calls use the primary context of the device, as TensorRT (and
+    torch, where it is loaded) do. A call that fails raises Unable.
     """
 
     def __init__(self, library: Any) -> None:
@@ -248,13 +257,16 @@ class Cuda:
         return Gpu(name.value.decode(), (self._attribute(75), self._attribute(76)))  # COMPUTE_CAPABILITY_MAJOR, _MINOR
 
     def attach(self) -> None:
-        """Make the primary context current in this thread. It is never released: others in the process use it too."""
+        """Make the primary context current in this thread.
+
+        The context is never released, since other libraries in the process use it.
+        """
         context = ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
         self._call("cuCtxSetCurrent", context)
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes on the GPU."""
+        """Allocate `size` bytes of GPU memory and return the address."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
         return address.value
@@ -284,7 +296,7 @@ class Cuda:
 
     def stream(self) -> int:
         stream = ctypes.c_void_p()
-        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))  # does not wait for the default stream
+        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))  # CU_STREAM_NON_BLOCKING
         return stream.value or 0
 
     def synchronize(self, stream: int) -> None:
@@ -295,14 +307,14 @@ class Cuda:
 
     def event(self) -> int:
         event = ctypes.c_void_p()
-        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))  # with timing
+        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))  # CU_EVENT_DEFAULT: timing is enabled
         return event.value or 0
 
     def record(self, event: int, stream: int) -> None:
         self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
 
     def elapsed_ns(self, start: int, end: int) -> int:
-        """Time between two recorded events by the GPU's clock, which counts in steps of about half a microsecond."""
+        """Return the time between two recorded events, in nanoseconds. The resolution is about 0.5 microseconds."""
         self._call("cuEventSynchronize", ctypes.c_void_p(end))
         elapsed_ms = ctypes.c_float()
         self._call("cuEventElapsedTime", ctypes.byref(elapsed_ms), ctypes.c_void_p(start), ctypes.c_void_p(end))
@@ -325,14 +337,14 @@ class Cuda:
 
 
 def find_cuda() -> Cuda:
-    """The driver and its first GPU. Raises Unable with a sentence where either is missing."""
+    """Load the CUDA driver and open the first GPU. Raises Unable where the driver or the GPU is missing."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         library = ctypes.CDLL(name)
     except OSError as e:
         nodes = [node for node in ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu") if Path(node).exists()]
         if nodes:
-            raise Unable(f"an NVIDIA GPU is there ({nodes[0]}) but its driver {name} cannot be loaded: {e}") from e
+            raise Unable(f"there is an NVIDIA GPU ({nodes[0]}), but its driver {name} cannot be loaded: {e}") from e
         raise Unable(f"no NVIDIA GPU (its driver {name} is not on this machine)") from e
     return Cuda(library)
 
@@ -341,7 +353,7 @@ def find_cuda() -> Cuda:
 
 
 class Execution:
-    """An engine on the GPU with its buffers: one float32 input, one float32 output, `batch` images a query."""
+    """An engine on the GPU with its buffers: one float32 input, one float32 output, `batch` images per query."""
 
     def __init__(self, trt: Any, plan: bytes, cuda: Cuda, say: Say) -> None:
         self._cuda = cuda
@@ -351,14 +363,14 @@ class Execution:
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise Unable(
-                f"TensorRT {trt.__version__} does not load the engine on {cuda.gpu().name}: engines fit the TensorRT "
-                "version and GPU they were built with; build it again here"
+                f"TensorRT {trt.__version__} does not load the engine on {cuda.gpu().name}: an engine runs only with "
+                "the TensorRT version and GPU it was built with; build it again here"
             )
         self._engine = engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         if len(names) != 2 or len(inputs) != 1:
-            raise Rejected(f"the engine has the inputs and outputs {', '.join(names)}; expected one of each")
+            raise Rejected(f"the engine has the inputs and outputs {', '.join(names)}; expected one input, one output")
         for name in names:
             if engine.get_tensor_dtype(name) != trt.DataType.FLOAT:
                 raise Rejected(f"{name} of the engine is {engine.get_tensor_dtype(name)}; expected float32")
@@ -366,10 +378,10 @@ class Execution:
         self._output = next(name for name in names if name != self._input)
         self._context = context = engine.create_execution_context()
         if context is None:
-            raise Unable(f"{cuda.gpu().name} has no memory left to run the engine in: {_last_error(self._logger)}")
+            raise Unable(f"{cuda.gpu().name} has not enough memory to run the engine: {_last_error(self._logger)}")
         shape = tuple(engine.get_tensor_shape(self._input))
         if -1 in shape:
-            shape = tuple(engine.get_tensor_profile_shape(self._input, 0)[2])  # the largest of the profile
+            shape = tuple(engine.get_tensor_profile_shape(self._input, 0)[2])  # the maximum of the profile
             context.set_input_shape(self._input, shape)
         self._shapes = {self._input: shape, self._output: tuple(context.get_tensor_shape(self._output))}
         self._stream = cuda.stream()
@@ -393,12 +405,13 @@ class Execution:
         return logits
 
     def latencies_ns(self, images: Floats, count: int) -> list[int]:
-        """Run `count` queries one after the other; for each, the nanoseconds that the GPU took for it.
+        """Run `count` queries one after the other and return the GPU time of each, in nanoseconds.
 
-        Timed is compute alone, between two CUDA events around `execute_async_v3`: the kernels and the gaps in which
-        the GPU waits for the CPU to launch the next one. Not timed: copying images and logits (the images are copied
-        once, before the first query), and the CPU before the first kernel. Each query starts on an idle GPU. There is
-        no CUDA graph: compare with `trtexec --noCudaGraph` (11) or without `--useCudaGraph` (10 and earlier).
+        The time is taken between two CUDA events around `execute_async_v3`: it includes the kernels and the gaps in
+        which the GPU waits for the CPU to launch the next kernel. It excludes copies of images and logits (the images
+        are copied once, before the first query) and the CPU time before the first kernel. Each query starts on an idle
+        GPU. No CUDA graph is used: compare with `trtexec --noCudaGraph` (11) or without `--useCudaGraph` (10 and
+        earlier).
         """
         self._upload(images)
         self._cuda.synchronize(self._stream)
@@ -410,13 +423,13 @@ class Execution:
             self._cuda.destroy_event(end)
 
     def layers(self, trt: Any) -> str:
-        """What the engine inspector says of every layer, as TensorRT's JSON."""
+        """Return the engine inspector's description of every layer, as JSON."""
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
         self._cuda.synchronize(self._stream)
-        del self._context, self._engine, self._runtime  # in this order, before the memory they point to
+        del self._context, self._engine, self._runtime  # in this order, before the memory that they refer to
         for address in self._buffers.values():
             self._cuda.free(address)
         self._cuda.destroy_stream(self._stream)
@@ -431,8 +444,8 @@ class Execution:
         import numpy as np
 
         if images.shape != self._shapes[self._input]:
-            raise Rejected(f"a query of {images.shape} was sent to an engine built for {self._shapes[self._input]}")
-        self._query = np.ascontiguousarray(images, np.float32)  # kept: the copy reads it later
+            raise Rejected(f"the images have shape {images.shape}; the engine expects {self._shapes[self._input]}")
+        self._query = np.ascontiguousarray(images, np.float32)  # kept alive: the copy is asynchronous
         self._cuda.upload(self._query, self._buffers[self._input], self._stream)
 
     def _enqueue(self) -> None:
@@ -451,7 +464,10 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def verified_bundle(folder: Path) -> dict[str, Any]:
-    """The contents of bundle.json. Raises Damaged where a file is missing or is not the one that was packed."""
+    """Check the files of a bundle against their sha256 and return the contents of bundle.json.
+
+    Raises Damaged where a file is missing or changed.
+    """
     try:
         bundle: dict[str, Any] = json.loads((folder / "bundle.json").read_text())
     except (OSError, ValueError) as e:
@@ -460,17 +476,20 @@ def verified_bundle(folder: Path) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise Damaged(f"{name} of the bundle {folder} is missing: copy the whole bundle again")
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != expected:
+        actual = hashlib.sha256(file.read_bytes()).hexdigest()
+        if actual != expected:
             raise Damaged(
-                f"{name} of the bundle {folder} was changed or damaged (sha256 {found[:12]}..., packed as "
+                f"{name} of the bundle {folder} was changed or damaged (sha256 {actual[:12]}..., expected "
                 f"{expected[:12]}...): copy the whole bundle again"
             )
     return bundle
 
 
 def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, object]:
-    """Build and try the engine of a bundle; returns what the command prints."""
+    """Build the engine of the bundle in `folder` and run its sample; return the JSON object that the command prints.
+
+    Raises Damaged, Unable or Rejected.
+    """
     bundle = verified_bundle(folder)
     trt = _tensorrt()
     graph = _graph(bundle, strongly_typed(trt))
@@ -504,7 +523,11 @@ def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, obje
 
 
 def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, object]:
-    """Run the sample through the engine: `executed`, and either how near it comes to the torch program, or why not."""
+    """Run the sample images through the engine and compare its logits with the logits of the torch program.
+
+    Returns `executed`, and either the comparison (see `compare`) or, as `why_not`, why the engine was not executed.
+    Raises Rejected where a logit is NaN or infinite.
+    """
     try:
         import numpy
     except ImportError:
@@ -536,7 +559,7 @@ def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, objec
 
 
 def run_all(execution: Execution, images: Floats) -> Floats:
-    """Logits of any number of images: the last query is filled up by repeating the last image."""
+    """Return the logits of any number of images; the last query is padded by repeating the last image."""
     import numpy as np
 
     batch = execution.batch
@@ -546,15 +569,19 @@ def run_all(execution: Execution, images: Floats) -> Floats:
     return np.concatenate(queries)[: len(images)]
 
 
-def compare(expected: Floats, found: Floats) -> dict[str, object]:
-    """`snr_db`: signal-to-noise ratio in decibels. `agreement`: images whose best class is the same, in percent."""
+def compare(expected: Floats, actual: Floats) -> dict[str, object]:
+    """Compare logits (images, classes) with the expected logits.
+
+    Returns `snr_db`, the signal-to-noise ratio in decibels, and `agreement`, the percentage of images whose top-1
+    class is the same.
+    """
     import numpy as np
 
     signal = float(np.square(expected, dtype=np.float64).sum())
-    noise = float(np.square(np.subtract(expected, found, dtype=np.float64)).sum())
+    noise = float(np.square(np.subtract(expected, actual, dtype=np.float64)).sum())
     snr_db = _IDENTICAL_DB if noise == 0 else float(10 * np.log10(max(signal, 1e-300) / noise))
-    agreement = float((expected.argmax(1) == found.argmax(1)).mean() * 100)
-    return {"images": len(found), "snr_db": round(snr_db, 1), "agreement": round(agreement, 1)}
+    agreement = float((expected.argmax(1) == actual.argmax(1)).mean() * 100)
+    return {"images": len(actual), "snr_db": round(snr_db, 1), "agreement": round(agreement, 1)}
 
 
 def _tensorrt() -> Any:
@@ -562,8 +589,8 @@ def _tensorrt() -> Any:
         import tensorrt
     except ImportError as e:
         raise Unable(
-            f"the tensorrt package is not importable here ({e}): on a Jetson `sudo apt install python3-libnvinfer` "
-            "brings it, elsewhere `python3 -m pip install tensorrt`"
+            f"the tensorrt package is not importable here ({e}): install it, on a Jetson with `sudo apt install "
+            "python3-libnvinfer`, elsewhere with `python3 -m pip install tensorrt`"
         ) from e
     return tensorrt
 
@@ -578,7 +605,7 @@ def _graph(bundle: dict[str, Any], strong: bool) -> str:
 def _write(file: Path, contents: bytes) -> None:
     part = file.with_name(file.name + ".part")
     part.write_bytes(contents)
-    part.replace(file)  # so that a file of this name is always whole
+    part.replace(file)  # atomic: a file of this name is always complete
 
 
 def _to_stderr(severity: str, message: str) -> None:
@@ -590,11 +617,11 @@ def main() -> int:
     options.add_argument("--workspace-mib", type=int, default=WORKSPACE_BYTES >> 20, help="GPU memory for building")
     arguments = options.parse_args()
     try:
-        answer = build_bundle(Path(__file__).resolve().parent, arguments.workspace_mib << 20, _to_stderr)
+        result = build_bundle(Path(__file__).resolve().parent, arguments.workspace_mib << 20, _to_stderr)
     except Refused as e:
         print(e, file=sys.stderr)
         return e.exit_code
-    print(json.dumps(answer))
+    print(json.dumps(result))
     return 0
 
 

@@ -1,4 +1,7 @@
-"""A bundle: all that a board needs to build its own engine, packed and proven on a machine without one."""
+"""Bundles: a folder of ONNX graphs, a build script and sample data, from which a device builds its own engine.
+
+The host needs no GPU to write and check a bundle.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,14 @@ if TYPE_CHECKING:
 SCRIPT = "build_engine.py"
 _WEAK_GRAPH = "model_weak.onnx"
 
-# Both graphs are computed by the same operators in the same order, but weights may differ by their last bit: in INT8
-# that can tip a value from one integer to the next.
+# The lowest signal-to-quantization-noise ratio of the weakly typed graph against the export, in dB. Both graphs have
+# the same operators in the same order, but weights may differ in the last bit: in INT8 a value may round to the
+# neighbouring integer.
 _LEAST_DB = {"fp32": 60.0, "fp16": 60.0, "int8": 25.0}
 
-# Compute alone, at full speed: the defaults of TensorRT 11, which 10 and 8.x must be asked for. 11 accepts these flags
-# and changes nothing, so all three versions measure the same thing.
-_MEASURED = (
+# Time the computation only, without transfers. These flags are the defaults of TensorRT 11, which accepts them without
+# effect; 10 and 8.x need them, so that all three versions measure the same quantity.
+_TIMING_FLAGS = (
     "--useCudaGraph --useSpinWait --noDataTransfers --separateProfileRun --warmUp=500 --duration=10 --iterations=100 "
     "--percentile=50,90,99 --profilingVerbosity=detailed --exportTimes=times.json --exportProfile=profile.json "
     "--exportLayerInfo=layers.json"
@@ -46,26 +50,27 @@ _WEAK_FLAGS = {"fp32": "", "fp16": "--fp16 ", "int8": "--int8 --fp16 "}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BoardTarget(TensorRtTarget):
-    """A target of the `tensorrt` package, whose engines fit only the GPU and version that they were built with."""
+    """A target of the `tensorrt` package: an engine runs only with the GPU and TensorRT version it was built with."""
 
     package: str = "tensorrt"
     runtime: str = "TensorRT"
-    trtexec: str = "trtexec"  # where the board has it
+    trtexec: str = "trtexec"  # its path on the device
 
     def toolchain(self) -> dict[str, str]:
-        """TensorRT's version where it is installed, and that of TensorRT-RTX, which reads what goes into a bundle."""
+        """Return the versions of TensorRT and of TensorRT-RTX, which compiles the graphs of bundles as a check."""
         return TensorRtTarget.toolchain(self) | rtx.TARGET.toolchain()
 
     def bundle(self, export: Export, out: Path) -> None:
-        """Write the graphs, the script that compiles them, and what it is checked against.
+        """Write the graphs, the script that compiles them, and the data that the engine is verified with, into `out`.
 
-        model.onnx        typed, for TensorRT 10 and later; TensorRT-RTX, where installed, has read and compiled it
+        model.onnx        strongly typed, for TensorRT 10 and later; compiled by TensorRT-RTX where that is installed
         model_weak.onnx   float32 in opset 17, for TensorRT 8.x
-        sample.npz, scales.json, model.json    of the export
-        build_engine.py   `_board.py`
-        bundle.json       the facts, the sha256 of every other file, and trtexec commands
+        sample.npz, scales.json, model.json    copied from the export
+        build_engine.py   a copy of `_board.py`
+        bundle.json       description of the bundle, sha256 of every other file, and trtexec commands
 
-        Raises CheckFailed where NVIDIA's importer refuses the graph, or the weak graph computes something else.
+        Raises CheckFailed where NVIDIA's importer rejects the graph, or the logits of the weakly typed graph do not
+        match the export.
         """
         import onnx
 
@@ -99,8 +104,8 @@ class BoardTarget(TensorRtTarget):
 
 
 def trtexec_commands(trtexec: str, export: Export) -> dict[str, str]:
-    """By version of TensorRT: the command that builds the same engine and times it, run inside the bundle."""
-    saved = f"--saveEngine={ENGINE} {_MEASURED}"
+    """Return, per version of TensorRT, the trtexec command that builds and times the engine, run inside the bundle."""
+    saved = f"--saveEngine={ENGINE} {_TIMING_FLAGS}"
     return {
         "8.6": f"{trtexec} --onnx={_WEAK_GRAPH} {_WEAK_FLAGS[export.precision]}{saved}",
         "10": f"{trtexec} --onnx={GRAPH} --stronglyTyped {saved}",
@@ -109,7 +114,7 @@ def trtexec_commands(trtexec: str, export: Export) -> dict[str, str]:
 
 
 def _acceptance(typed: ModelProto, export: Export) -> tuple[str | None, str | None]:
-    """Who read and compiled the graph here, or why nobody did."""
+    """Compile the graph with TensorRT-RTX. Returns the importer that accepted it, or why it was not compiled here."""
     missing = rtx.TARGET.missing()
     if missing is not None:
         return None, missing
@@ -119,7 +124,7 @@ def _acceptance(typed: ModelProto, export: Export) -> tuple[str | None, str | No
 
 
 def _weak_graph(export: Export) -> tuple[ModelProto | None, str | None]:
-    """The graph for TensorRT 8.x, compared with the export; or why the model has none."""
+    """Return the graph for TensorRT 8.x, compared with the export; or None and why the model has no such graph."""
     import numpy as np
 
     from calibration.metrics import snr_db
@@ -131,11 +136,11 @@ def _weak_graph(export: Export) -> tuple[ModelProto | None, str | None]:
         return None, str(e)
     with np.load(export.path / "sample.npz") as sample:
         images = sample["images"]
-    found = snr_db(reference_logits(export.onnx, images), reference_logits(weak.SerializeToString(), images))
-    if found < _LEAST_DB[export.precision]:
+    similarity = snr_db(reference_logits(export.onnx, images), reference_logits(weak.SerializeToString(), images))
+    if similarity < _LEAST_DB[export.precision]:
         raise CheckFailed(
-            f"the graph for TensorRT 8.x comes within {found:.1f} dB of the export on {len(images)} images, expected "
-            f"at least {_LEAST_DB[export.precision]:.0f} dB"
+            f"the graph for TensorRT 8.x does not match the export: {similarity:.1f} dB signal-to-noise ratio on "
+            f"{len(images)} images, expected at least {_LEAST_DB[export.precision]:.0f} dB"
         )
     return weak, None
 

@@ -1,5 +1,7 @@
-"""What a Core ML package carries: scales and integers, read from its protobuf message and the bytes of its weight file
-by nobody's code but this, so that whatever wrote the package has no say in the proof.
+"""Quantization parameters of a Core ML package: scales, zero points and integer weights.
+
+They are read from the protobuf message and the bytes of the weight file without the code that wrote the package, so
+that an error of the writer cannot hide in the reader.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from targets._coreml import SPECIFICATION, check_files
 _QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT = "quantize", "dequantize", "constexpr_blockwise_shift_scale"
 _LAYOUT = frozenset({"transpose", "reshape", "expand_dims", "squeeze", "cast"})
 
-# A blob begins with its description, little-endian: sentinel (4 bytes), type (4), its length in bytes (8), its place in
-# the file (8), and 40 bytes that do not matter here.
+# Header of a blob, little-endian: sentinel (4 bytes), data type (4), length of the data in bytes (8), offset of the
+# data in the file (8), and 40 bytes that are not read.
 # Source: coremltools, mlmodel/src/MILBlob/Blob/StorageFormat.hpp and BlobDataType.hpp.
 _BLOB = struct.Struct("<IIQQ")
 _SENTINEL = 0xDEADBEEF
@@ -28,7 +30,10 @@ _BLOB_TYPES = {1: np.float16, 2: np.float32, 3: np.uint8, 4: np.int8}
 
 
 def carried(package: Path) -> list[Carried]:
-    """The operators of a package's main function that read rounded tensors, in order of execution."""
+    """Return the quantized operators of a package's main function with their qparams, in order of execution.
+
+    Raises CheckFailed where the package is damaged.
+    """
     from coremltools.proto import Model_pb2
 
     check_files(package)
@@ -39,7 +44,10 @@ def carried(package: Path) -> list[Carried]:
 
 
 def value(package: Path, stored: Any) -> Any:
-    """The array in a `Value` message, from the message itself or from the file of weights that it points into."""
+    """Return the array of a `Value` message, from the message itself or from the weight file that it refers to.
+
+    Raises CheckFailed where the reference leaves the package, or the weight file has no such tensor at that offset.
+    """
     from coremltools.proto import MIL_pb2
 
     tensor = stored.type.tensorType
@@ -47,9 +55,9 @@ def value(package: Path, stored: Any) -> Any:
     kind = MIL_pb2.DataType.Name(tensor.dataType)
     if stored.WhichOneof("value") == "blobFileValue":
         return _blob(package, stored.blobFileValue, kind, shape)
-    found = stored.immediateValue.tensor
-    form = found.WhichOneof("value")
-    values = getattr(found, form).values
+    immediate = stored.immediateValue.tensor
+    form = immediate.WhichOneof("value")
+    values = getattr(immediate, form).values
     array = np.frombuffer(values, kind.lower()) if form == "bytes" else np.array(values)
     return array.reshape(shape)
 
@@ -57,7 +65,7 @@ def value(package: Path, stored: Any) -> Any:
 def _blob(package: Path, place: Any, kind: str, shape: tuple[int, ...]) -> Any:
     name = Path(place.fileName.removeprefix("@model_path/"))
     if name.is_absolute() or ".." in name.parts:
-        raise CheckFailed(f"{package} names a file of weights outside of itself, {place.fileName!r}: it is not read")
+        raise CheckFailed(f"{package} refers to a weight file outside of the package, {place.fileName!r}: not read")
     file = (package / SPECIFICATION).parent / name
     with file.open("rb") as weights:
         weights.seek(place.offset)
@@ -68,8 +76,8 @@ def _blob(package: Path, place: Any, kind: str, shape: tuple[int, ...]) -> Any:
     lengths = {size, math.prod(shape) * dtype.itemsize, len(content)}
     if sentinel != _SENTINEL or dtype.name != kind.lower() or len(lengths) > 1:
         raise CheckFailed(
-            f"{file} has no {kind.lower()} tensor of shape {shape} at byte {place.offset}, where the package says that "
-            f"one is (found type {number}, {size} bytes): build the package again"
+            f"{file} has no {kind.lower()} tensor of shape {shape} at byte {place.offset}, to which the package refers "
+            f"(type {number}, {size} bytes are there): build the package again"
         )
     return np.frombuffer(content, dtype).reshape(shape)
 
@@ -78,7 +86,7 @@ class _Program:
     def __init__(self, package: Path, operations: Any) -> None:
         self.package = package
         self.operations = operations
-        self.makers = {output.name: operation for operation in operations for output in operation.outputs}
+        self.producers = {output.name: operation for operation in operations for output in operation.outputs}
 
     def carried(self) -> Iterator[Carried]:
         for operation in self.operations:
@@ -96,13 +104,14 @@ class _Program:
                 )
 
     def _dequantizer(self, name: str) -> Any:
-        operation = self.makers.get(name)
+        """Return the dequantizing operation whose result `name` is, directly or through layout operations, or None."""
+        operation = self.producers.get(name)
         while operation is not None and operation.type in _LAYOUT:
-            operation = self.makers.get(_names({"x": operation.inputs["x"]})[0])
+            operation = self.producers.get(_names({"x": operation.inputs["x"]})[0])
         return operation if operation is not None and operation.type in (_DEQUANTIZE, _INT8_WEIGHT) else None
 
     def _activation(self, source: Any) -> Activation:
-        quantize = self.makers[_names({"input": source.inputs["input"]})[0]]
+        quantize = self.producers[_names({"input": source.inputs["input"]})[0]]
         pair = (quantize, source)
         return Activation(
             scales=np.array([self._input(operation, "scale") for operation in pair], np.float64),
@@ -120,16 +129,16 @@ class _Program:
         )
 
     def _input(self, operation: Any, name: str) -> Any:
-        """A constant input, given in place or by name; 0 where a zero point is left out."""
+        """Return a constant input, stored inline or in a `const` operation; 0 for a zero point that is left out."""
         if name not in operation.inputs:
             return np.zeros(())
         (argument,) = operation.inputs[name].arguments
         if argument.WhichOneof("binding") == "value":
             return value(self.package, argument.value)
-        return value(self.package, self.makers[argument.name].attributes["val"])
+        return value(self.package, self.producers[argument.name].attributes["val"])
 
 
 def _names(inputs: Mapping[str, Any]) -> list[str]:
-    """Of the values that an operator reads, by name of the input: x before y. (A message keeps them in no order.)"""
+    """Return the names of the values that an operator reads, sorted by parameter, since a message has no order."""
     arguments = [argument for _, binding in sorted(inputs.items()) for argument in binding.arguments]
     return [argument.name for argument in arguments if argument.WhichOneof("binding") == "name"]

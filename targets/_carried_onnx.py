@@ -1,4 +1,4 @@
-"""What an ONNX file carries: scales and integers, read from its initialisers along the edges of its graph."""
+"""Quantization parameters of an ONNX file: scales, zero points and integer weights, read from its initializers."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # what may stand between a dequantized tensor and its reader
+_LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # operators allowed between a DequantizeLinear and its reader
 
 
 def carried(path: Path) -> list[Carried]:
-    """The operators of an ONNX file that read rounded tensors, in its order. Raises CheckFailed where the file is no
-    ONNX model, or its quantizers have no constant scales.
+    """Return the quantized operators of an ONNX file with their qparams, in the order of the file.
+
+    A quantized operator reads at least one dequantized tensor. Raises CheckFailed where the file is not a valid ONNX
+    model, or the scales, zero points or weights of its Q/DQ operators are not constants.
     """
     model = read(path)
     try:
         return list(_Graph(model).carried())
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckFailed(
-            f"{path}: the quantizers of the graph cannot be read ({type(error).__name__}: {first_line(error)}); "
-            "expected scales, zero points and integers that are constants of the graph: build the engine again"
+            f"{path}: the Q/DQ operators of the graph cannot be read ({type(error).__name__}: {first_line(error)}); "
+            "expected constant scales, zero points and integer weights: build the engine again"
         ) from error
 
 
@@ -44,16 +46,16 @@ class _Graph:
         return {tensor.name: tensor for tensor in self.model.graph.initializer}
 
     @cached_property
-    def makers(self) -> dict[str, NodeProto]:
+    def producers(self) -> dict[str, NodeProto]:
         return {name: node for node in self.model.graph.node for name in node.output}
 
     @cached_property
     def readers(self) -> dict[str, list[NodeProto]]:
-        found: dict[str, list[NodeProto]] = {}
+        readers: dict[str, list[NodeProto]] = {}
         for node in self.model.graph.node:
             for name in node.input:
-                found.setdefault(name, []).append(node)
-        return found
+                readers.setdefault(name, []).append(node)
+        return readers
 
     def carried(self) -> Iterator[Carried]:
         for node in self.model.graph.node:
@@ -71,21 +73,24 @@ class _Graph:
                 )
 
     def _dequantizer(self, name: str) -> NodeProto | None:
-        node = self.makers.get(name)
+        """Return the DequantizeLinear that computes `name`, directly or through layout operators; None without one."""
+        node = self.producers.get(name)
         while node is not None and node.op_type in _LAYOUT:
-            node = self.makers.get(node.input[0])
+            node = self.producers.get(node.input[0])
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def _aliases(self, node: NodeProto) -> Iterator[str]:
-        """The torch nodes that `node` may be: torch.onnx names an operator `node_<torch node>`, and its output after
-        the node; a linear layer is MatMul and Add, of which the latter has the name.
+        """Yield names of torch nodes that `node` may correspond to.
+
+        torch.onnx names an operator `node_<torch node>` and its output after the torch node. It exports a linear layer
+        as MatMul and Add, of which the Add has the name of the layer.
         """
         after = [reader for reader in self.readers.get(node.output[0], ()) if reader.op_type == "Add"]
         for named in (node, *after):
             yield from (named.name.removeprefix("node_"), *named.output)
 
     def _activation(self, source: NodeProto) -> Activation:
-        quantize = self.makers[source.input[0]]
+        quantize = self.producers[source.input[0]]
         return Activation(
             scales=np.array([self._value(node, 1) for node in (quantize, source)], np.float64),
             zero_point=first_nonzero(*(self._value(node, 2) for node in (quantize, source))),
@@ -96,7 +101,7 @@ class _Graph:
         integers, axis = self._value(source, 0), next((item.i for item in source.attribute if item.name == "axis"), 1)
         scales = self._value(source, 1)
         if scales.ndim == 1 and not -integers.ndim <= axis < integers.ndim:
-            raise ValueError(f"{source.name} has its scales on axis {axis} of a tensor of {integers.ndim}")
+            raise ValueError(f"{source.name} has scales along axis {axis} of a tensor of rank {integers.ndim}")
         moved = scales.ndim == 1 and axis % integers.ndim != 0
         return Weight(
             integers=np.moveaxis(integers, axis, 0) if moved else integers,
@@ -107,7 +112,7 @@ class _Graph:
         )
 
     def _value(self, node: NodeProto, index: int) -> Any:
-        """An input of `node` that is a constant; 0 where a zero point is left out."""
+        """Return a constant input of `node`; 0 for a zero point that is left out. Raises KeyError if not constant."""
         from onnx import numpy_helper
 
         if index >= len(node.input) or not node.input[index]:

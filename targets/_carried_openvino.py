@@ -1,4 +1,4 @@
-"""What an OpenVINO model carries: scales and integers, read from its constants along the edges of its graph.
+"""Quantization parameters of an OpenVINO model: scales, zero points and integer weights, read from its constants.
 
 x -> FakeQuantize -> Convert (i8, u8) -> Convert -> [Subtract zero point] -> Multiply scale -> layer
                             int8 weight -> Convert -> [Subtract zero point] -> Multiply scale -^
@@ -15,16 +15,16 @@ import numpy as np
 from calibration.carried import Activation, Carried, Weight, first_nonzero
 
 _LAYOUT = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze"})
-# Parts of quantizers themselves, and what looks at shapes alone.
+# Operators that quantizers consist of, and operators that read only shapes: they are not quantized operators.
 _NO_READERS = frozenset({"Multiply", "Subtract", "Convert", "FakeQuantize", "Constant", "ShapeOf"})
-_STEPS = 255  # from FakeQuantize's lower limit to its upper one
+_STEPS = 255  # quantization steps between the lower and the upper limit of a FakeQuantize
 
 
 def carried(xml: Path) -> list[Carried]:
-    """The operators of a model.xml that read rounded tensors, in order of execution."""
+    """Return the quantized operators of a model.xml with their qparams, in order of execution."""
     import openvino
 
-    model = openvino.Core().read_model(xml)  # held by name: its operators do not keep it alive
+    model = openvino.Core().read_model(xml)  # a variable, since its operators do not keep the model alive
     return list(_carried(model))
 
 
@@ -45,12 +45,13 @@ def _carried(model: Any) -> Iterator[Carried]:
 
 
 class _Dequantizer(NamedTuple):
-    start: Any  # the constant, or the FakeQuantize
+    start: Any  # the Constant or FakeQuantize that it dequantizes
     scale: Any
     zero_point: Any
 
 
 def _dequantizer(operator: Any) -> _Dequantizer | None:
+    """Return the dequantizer whose result `operator` is, directly or through layout operators; None without one."""
     while operator.get_type_name() in _LAYOUT:
         operator = _inputs(operator)[0]
     if operator.get_type_name() != "Multiply":
@@ -60,7 +61,7 @@ def _dequantizer(operator: Any) -> _Dequantizer | None:
     if inner.get_type_name() == "Subtract":
         inner, shift = _inputs(inner)
         zero_point = _constant(shift)
-    if inner.get_type_name() != "Convert":  # a factor in float
+    if inner.get_type_name() != "Convert":  # a multiplication in float
         return None
     while inner.get_type_name() == "Convert":
         (inner,) = _inputs(inner)
@@ -70,7 +71,10 @@ def _dequantizer(operator: Any) -> _Dequantizer | None:
 
 
 def _aliases(operator: Any) -> Iterator[str]:
-    """The torch nodes that an operator may be: see `_carried_onnx`. A bias is added by an operator of its own."""
+    """Yield names of torch nodes that an operator may correspond to, as `_carried_onnx` does.
+
+    OpenVINO adds a bias by a separate Add.
+    """
     readers = [item.get_node() for output in operator.outputs() for item in output.get_target_inputs()]
     for named in (operator, *(reader for reader in readers if reader.get_type_name() == "Add")):
         yield named.get_friendly_name().removeprefix("node_").removesuffix("/WithoutBiases")

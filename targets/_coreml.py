@@ -1,7 +1,7 @@
-"""Read a Core ML package back from disk and say where it differs from the torch program it was made from.
+"""Read a Core ML package from disk and compare its layers with the torch program that it was converted from.
 
-Nothing here executes a model, so it works on every system. `read` gives the whole program, operator by operator, with
-its weights; `layers` is the part of it that is compared.
+Nothing here executes a model, so it works on every operating system. `read` returns the whole program, operator by
+operator, with its weights; `layers` returns the weighted operators, which are compared.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
-PREFIX = "edgeline."  # of our names in the metadata that users may define
+PREFIX = "edgeline."  # of Edgeline's keys in the user-defined metadata
 SPECIFICATION = Path("Data", "com.apple.CoreML", "model.mlmodel")  # inside a package: the protobuf message
 
 _LARGEST_MANIFEST = 2**20  # bytes
 
-# Operators of MIL, Core ML's intermediate language, in the order that is followed from a layer to its quantizers.
+# Quantization operators of MIL, Core ML's intermediate language.
 _QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT = "quantize", "dequantize", "constexpr_blockwise_shift_scale"
 
 
 class Operations(tuple[Any, ...]):
-    """Operators with the descriptions of the inputs that they read: the shapes that these may have."""
+    """The operators of a function, with the descriptions of the function's inputs, which state the allowed shapes."""
 
     described: tuple[Any, ...] = ()
 
@@ -41,19 +41,20 @@ class Package:
     """An .mlpackage in memory."""
 
     spec: Any  # the protobuf message: interface, metadata, versions
-    inputs: tuple[Any, ...]  # what the function takes: protobuf messages with name and type
-    operations: tuple[Any, ...]  # of the function, in order of execution, constants among them
-    outputs: tuple[str, ...]  # names of the values that it returns
+    inputs: tuple[Any, ...]  # inputs of the function: protobuf messages with name and type
+    operations: tuple[Any, ...]  # operators of the function in order of execution, constants included
+    outputs: tuple[str, ...]  # names of the values that the function returns
     weight_bytes: int
 
     def named(self, *kinds: str) -> list[Any]:
-        """The operators of these types, in order of execution."""
+        """Return the operators of these types, in order of execution."""
         return [operation for operation in self.operations if operation.op_type in kinds]
 
 
 def read(path: Path, function: str | None = None) -> Package:
-    """Load a function of a package with its weights: the default one, unless `function` names another. Raises
-    CheckFailed where it is not a package that coremltools can read, BadRequest where it has no such function.
+    """Load a function of a package, with its weights; by default, the package's default function.
+
+    Raises CheckFailed where coremltools cannot read the package, BadRequest where it has no function of that name.
     """
     coremltools = import_coremltools()
     from coremltools.converters.mil.frontend.milproto import load
@@ -67,18 +68,18 @@ def read(path: Path, function: str | None = None) -> Package:
             program = load.load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(weights))
     except Exception as error:  # a damaged file makes coremltools raise errors of any type
         raise CheckFailed(
-            f"{path} cannot be read back: {str(error) or type(error).__name__}; expected an ML Program with its "
+            f"{path} cannot be read: {str(error) or type(error).__name__}; expected an ML Program with its "
             "weights: build the engine again, or convert the model again"
         ) from error
     if kind != "mlProgram":
         raise CheckFailed(
-            f"{path} has a model of the type {kind}, expected an ML Program: convert it again with coremltools.convert("
+            f"{path} has a model of type {kind}, expected an ML Program: convert it again with coremltools.convert("
             '..., convert_to="mlprogram")'
         )
     several = {described.name: described for described in spec.description.functions}
     chosen = function or spec.description.defaultFunctionName or "main"
     if chosen not in program.functions:
-        raise BadRequest(f"{path} has no function {chosen}; it has {', '.join(program.functions)}")
+        raise BadRequest(f"{path} has no function {chosen}; its functions are {', '.join(program.functions)}")
     inputs = tuple(several.get(chosen, spec.description).input)
     operations = Operations(program.functions[chosen].operations)
     operations.described = inputs
@@ -92,21 +93,23 @@ def read(path: Path, function: str | None = None) -> Package:
 
 
 def check_files(path: Path) -> None:
-    """Raises CheckFailed where the manifest, the model or the weights of a package are no regular files, which are not
-    opened then, or where the manifest names a model outside of it.
+    """Check the files of a package before they are opened.
+
+    Raises CheckFailed where the manifest, the model or a weight file is missing or not a regular file, or where the
+    manifest refers to a file outside of the package.
     """
     files = [path / "Manifest.json", path / SPECIFICATION]
     weights = path / SPECIFICATION.parent / "weights"
     files += sorted(weights.iterdir()) if weights.is_dir() else []
     for file in files:
         if not file.is_file():
-            found = "is no regular file" if file.exists() else "is missing"
+            fault = "is not a regular file" if file.exists() else "is missing"
             raise CheckFailed(
-                f"{path} cannot be read back: {file.relative_to(path)} {found}; build the engine again, or convert the "
+                f"{path} cannot be read: {file.relative_to(path)} {fault}; build the engine again, or convert the "
                 "model again"
             )
     if (size := files[0].stat().st_size) > _LARGEST_MANIFEST:
-        raise CheckFailed(f"{path} cannot be read back: Manifest.json has {size} bytes; expected a list of a few files")
+        raise CheckFailed(f"{path} cannot be read: Manifest.json has {size} bytes; expected a list of a few files")
     try:
         manifest = json.loads(files[0].read_bytes())
         entries = manifest["itemInfoEntries"]
@@ -114,56 +117,57 @@ def check_files(path: Path) -> None:
         root = entries[manifest["rootModelIdentifier"]]["path"]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckFailed(
-            f"{path} cannot be read back: Manifest.json does not list its files ({error}); convert the model again"
+            f"{path} cannot be read: Manifest.json does not list its files ({error}); convert the model again"
         ) from error
     for place in places:
         if Path(place).is_absolute() or ".." in Path(place).parts:
-            raise CheckFailed(f"{path} names a file outside of itself, {place!r}, in Manifest.json: it is not read")
+            raise CheckFailed(f"{path}: Manifest.json refers to a file outside of the package, {place!r}: not read")
     if Path("Data", root) != SPECIFICATION:
         raise CheckFailed(
-            f"{path} names the model {root!r} in Manifest.json; expected {str(SPECIFICATION.relative_to('Data'))!r}"
+            f"{path}: Manifest.json names the model {root!r}; expected {str(SPECIFICATION.relative_to('Data'))!r}"
         )
 
 
 def write_facts(metadata: Any, facts: Mapping[str, object]) -> None:
-    """Add our facts to a package's metadata: strings as they are, everything else as JSON."""
+    """Add facts to a package's user-defined metadata: strings unchanged, all other values as JSON."""
     for name, value in facts.items():
         metadata.userDefined[PREFIX + name] = value if isinstance(value, str) else json.dumps(value)
 
 
 def read_facts(metadata: Any) -> dict[str, Any]:
-    """What `write_facts` has added, JSON decoded; {} of a package of others."""
-    found: dict[str, Any] = {}
+    """Return the facts that `write_facts` added, JSON decoded; {} for a package not built by Edgeline."""
+    facts: dict[str, Any] = {}
     for name, text in metadata.userDefined.items():
         if name.startswith(PREFIX):
             try:
-                found[name.removeprefix(PREFIX)] = json.loads(text)
-            except ValueError:  # a string as it is
-                found[name.removeprefix(PREFIX)] = text
-    return found
+                facts[name.removeprefix(PREFIX)] = json.loads(text)
+            except ValueError:  # written as a plain string
+                facts[name.removeprefix(PREFIX)] = text
+    return facts
 
 
 def is_constant(value: Any) -> bool:
-    """Whether a value that an operator reads stands in the package, rather than being computed or fed."""
+    """Return whether a value is stored in the package, and neither computed by an operator nor an input."""
     return value.val is not None and (value.op is None or value.op.op_type == "const")
 
 
 def layers(package: Package, *, arithmetic: bool = True) -> list[Layer]:
-    """The weighted operators of a package, in order of execution: `conv`, `linear`, and `matmul` with a constant.
+    """Return the weighted operators of a package in order of execution: `conv`, `linear`, and `matmul` with a constant.
 
-    Without `arithmetic`: kind and geometry alone, for a package that stores in integers what it computes in float.
+    Without `arithmetic`, layers have no quantization fields: for packages that compute in float and store the weights
+    as integers or palettes.
     """
     values = weight_values(package)
     return [_package_layer(operation, values, arithmetic=arithmetic) for operation in weighted(package)]
 
 
 def weighted(package: Package) -> list[Any]:
-    """The operators that `layers` describes."""
+    """Return the operators that `layers` describes."""
     return [operation for operation in package.operations if _is_weighted(operation)]
 
 
 def weight_values(package: Package) -> Mapping[str, Tensor]:
-    """Float32, by names of values: what the weights of the operators of `weighted` are worth, however stored."""
+    """Return the weights of the operators of `weighted` by name, in float32, decompressed or dequantized."""
     import torch
 
     from targets._mil.evaluator import Evaluator
@@ -179,17 +183,18 @@ def weight_values(package: Package) -> Mapping[str, Tensor]:
 
 
 def exported_layers(program: ExportedProgram, scales: Mapping[str, Any]) -> list[Layer]:
-    """The layers of a torch program: see `targets._coreml_program`."""
+    """Return the layers of a torch program; see `targets._coreml_program`."""
     from targets import _coreml_program
 
     return _coreml_program.exported_layers(program, scales)
 
 
 def compare(expected: list[Layer], found: list[Layer], *, compounds: bool = False) -> None:
-    """Hold the layers of a package against those of the export, pair by pair (see `targets._coreml_pairs`).
+    """Check that the layers of a package match the layers of the export, pair by pair (see `targets._coreml_pairs`).
 
-    Raises CheckFailed naming the first that differs, is missing, or is not in the export. `compounds`: whether the
-    export has operators that coremltools makes convolutions of; then the package may have float layers of its own.
+    `compounds`: the export has operators that coremltools decomposes into convolutions or linear layers; then the
+    package may have float layers that the export does not list. Raises CheckFailed naming the first layer that differs,
+    is missing, or is not in the export.
     """
     places = {id(layer): place for place, layer in enumerate(expected, start=1)}
     counts = f"the Core ML package has {len(found)} layers, expected {len(expected)}"
@@ -209,7 +214,7 @@ def compare(expected: list[Layer], found: list[Layer], *, compounds: bool = Fals
 
 
 def layer_pairs(package: Package, graph: GraphModule) -> list[tuple[Layer, Layer]]:
-    """The layers of a torch program and what they are in a package that `compare` has accepted."""
+    """Pair the layers of a torch program with their counterparts in a package that `compare` has accepted."""
     from targets import _coreml_program
 
     pairs = paired(_coreml_program.graph_layers(graph), layers(package, arithmetic=False))
@@ -217,29 +222,33 @@ def layer_pairs(package: Package, graph: GraphModule) -> list[tuple[Layer, Layer
 
 
 def check_powers(package: Package) -> None:
-    """Raises CheckFailed where a package has the power of a constant, which Core ML's runtime is reported to compute
-    with base and exponent exchanged (github.com/apple/coremltools #2628, #2742).
+    """Raise CheckFailed where a package has a `pow` with a constant base.
+
+    Core ML's runtime is reported to swap base and exponent there (github.com/apple/coremltools #2628, #2742).
     """
     for operation in package.named("pow"):
         if is_constant(operation.x):
             raise CheckFailed(
-                f"{operation.name} of the Core ML package (pow) is the power of a constant, which Core ML's runtime is "
-                "reported to compute with base and exponent exchanged; write torch.exp(x * math.log(base))"
+                f"{operation.name} of the Core ML package (pow) has a constant base, for which Core ML's runtime is "
+                "reported to swap base and exponent; write torch.exp(x * math.log(base)) in the network"
             )
 
 
 def _may_be_added(layer: Layer, *, compounds: bool) -> bool:
-    """Whether coremltools may compute with a constant there that is no layer of the export."""
+    """Return whether `layer` may be an operator that coremltools added, with no counterpart in the export."""
     return layer.integers is None and (compounds or layer.kind == "matmul")
 
 
 def check_quantizers(package: Package) -> None:
-    """Hold a package to the quantizers of its layers: all to int8, none with a zero point, no others, no palettes."""
+    """Check that a package is quantized in its layers only: symmetric int8, without palettes or other compression.
+
+    Raises CheckFailed naming the first operator that is not.
+    """
     for operation in package.operations:
         if operation.op_type.startswith("constexpr_") and operation.op_type != _INT8_WEIGHT:
             raise CheckFailed(
-                f"{operation.name} of the Core ML package ({operation.op_type}) stores a weight in another form than "
-                f"the exported one; expected plain weights and {_INT8_WEIGHT} alone"
+                f"{operation.name} of the Core ML package ({operation.op_type}) stores a weight in a form that the "
+                f"export does not have; expected only plain weights and {_INT8_WEIGHT}"
             )
     own = {id(part) for operation in weighted(package) for part in quantizers(operation)}
     for operation in package.named(_QUANTIZE, _DEQUANTIZE, _INT8_WEIGHT):
@@ -251,7 +260,7 @@ def check_quantizers(package: Package) -> None:
         if id(operation) not in own:
             raise CheckFailed(
                 f"{operation.name} of the Core ML package quantizes with scale {operation.scale.val.ravel()[0]}, "
-                "and no layer has it as its input or weight; expected quantized layers only"
+                "but its result is neither the input nor the weight of a layer; expected quantized layers only"
             )
 
 
@@ -260,7 +269,7 @@ def _is_weighted(operation: Any) -> bool:
 
 
 def _stored_factor(operation: Any) -> Any:
-    """The weight of an operator, a const or what a constexpr_ of some kind makes; None where that is computed."""
+    """Return the weight of an operator, which a `const` or `constexpr_*` provides; None where it is computed."""
     factors = (operation.x, operation.y) if operation.op_type == "matmul" else (operation.weight,)
     return next((value for value in factors if value.op is not None and value.op.op_type.startswith("const")), None)
 
@@ -289,8 +298,10 @@ def _geometry(operation: Any) -> dict[str, Any]:
 
 
 def _same(operation: Any, kind: str) -> Sequence[int]:
-    """Padding that MIL computes from the sizes: as much as keeps a stride of 1 from making the map smaller. What is
-    odd goes after the map in `same`, before it in `same_lower`.
+    """Return the padding (before and after, axis by axis) that MIL computes for the modes `same` and `same_lower`.
+
+    It keeps the size of the map at a stride of 1; () for other strides. An odd pixel goes after the map in `same`,
+    before it in `same_lower`.
     """
     if any(stride != 1 for stride in operation.strides.val):
         return ()
@@ -302,29 +313,29 @@ def _same(operation: Any, kind: str) -> Sequence[int]:
 
 
 def _quantization(operation: Any) -> dict[str, Any]:
-    found = {part.op_type: part for part in quantizers(operation)}
+    parts = {part.op_type: part for part in quantizers(operation)}
     fields: dict[str, Any] = {}
-    if _INT8_WEIGHT in found:
-        scales = found[_INT8_WEIGHT].scale.val  # (channels, 1, ...)
+    if _INT8_WEIGHT in parts:
+        scales = parts[_INT8_WEIGHT].scale.val  # (channels, 1, ...)
         if scales.size != len(scales):
             raise CheckFailed(
                 f"{operation.name} of the Core ML package: weight scales of shape {scales.shape}, "
-                "expected one an output channel"
+                "expected one scale per output channel"
             )
-        fields |= {"integers": found[_INT8_WEIGHT].data.val, "weight_scales": tuple(scales.flatten().tolist())}
-    if _QUANTIZE in found:
-        scale, inverse = found[_QUANTIZE].scale.val, found[_DEQUANTIZE].scale.val
+        fields |= {"integers": parts[_INT8_WEIGHT].data.val, "weight_scales": tuple(scales.flatten().tolist())}
+    if _QUANTIZE in parts:
+        scale, inverse = parts[_QUANTIZE].scale.val, parts[_DEQUANTIZE].scale.val
         if scale != inverse:
             raise CheckFailed(
                 f"{operation.name} of the Core ML package: its input is quantized with scale {scale} "
-                f"and dequantized with {inverse}; they must be the same"
+                f"and dequantized with scale {inverse}; expected equal scales"
             )
         fields["activation_scale"] = float(scale)
     return fields
 
 
 def quantizers(operation: Any) -> list[Any]:
-    """The operators that quantize the input and the weight of a layer; a float layer has none.
+    """Return the operators that quantize the input and the weight of a layer; [] for a float layer.
 
     x -> quantize -> dequantize -> layer
     constexpr_blockwise_shift_scale -^
@@ -333,33 +344,33 @@ def quantizers(operation: Any) -> list[Any]:
         return []
     if operation.weight.op is None:
         return []
-    found = [operation.weight.op] if operation.weight.op.op_type == _INT8_WEIGHT else []
+    parts = [operation.weight.op] if operation.weight.op.op_type == _INT8_WEIGHT else []
     dequantize = operation.x.op
     if dequantize is not None and dequantize.op_type == _DEQUANTIZE:
-        found.append(dequantize)
+        parts.append(dequantize)
         quantize = dequantize.input.op
         if quantize is not None and quantize.op_type == _QUANTIZE:
-            found.append(quantize)
-    return found
+            parts.append(quantize)
+    return parts
 
 
-def _difference(expected: Layer, found: Layer) -> str | None:
-    """The first field in which a package's layer is not the exported one, with both values; None where all agree."""
+def _difference(expected: Layer, actual: Layer) -> str | None:
+    """Describe the first field in which a package's layer differs from the export, with both values; None if equal."""
     for name in ("kind", "shape", "stride", "padding", "dilation", "groups", "activation_scale"):
-        if (came := getattr(found, name)) != (wanted := getattr(expected, name)):
-            return f"{name.replace('_', ' ')} {came}, expected {wanted}"
-    if found.integers is None or expected.integers is None:
-        came, wanted = ("float" if layer.integers is None else "int8" for layer in (found, expected))
-        return None if came == wanted else f"{came} weights, expected {wanted}"
-    return _first_unequal("weight scale", found.weight_scales or (), expected.weight_scales or ()) or _first_unequal(
-        "int8 weight", found.integers.flatten().tolist(), expected.integers.flatten().tolist()
+        if (ours := getattr(actual, name)) != (theirs := getattr(expected, name)):
+            return f"{name.replace('_', ' ')} {ours}, expected {theirs}"
+    if actual.integers is None or expected.integers is None:
+        ours, theirs = ("float" if layer.integers is None else "int8" for layer in (actual, expected))
+        return None if ours == theirs else f"{ours} weights, expected {theirs}"
+    return _first_unequal("weight scale", actual.weight_scales or (), expected.weight_scales or ()) or _first_unequal(
+        "int8 weight", actual.integers.flatten().tolist(), expected.integers.flatten().tolist()
     )
 
 
-def _first_unequal(what: str, found: Sequence[float], expected: Sequence[float]) -> str | None:
-    if len(found) != len(expected):
-        return f"{len(found)} {what}s, expected {len(expected)}"
-    for index, (came, wanted) in enumerate(zip(found, expected, strict=True)):
-        if came != wanted:
-            return f"{what} {came} at index {index}, expected {wanted}"
+def _first_unequal(noun: str, actual: Sequence[float], expected: Sequence[float]) -> str | None:
+    if len(actual) != len(expected):
+        return f"{len(actual)} {noun}s, expected {len(expected)}"
+    for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        if ours != theirs:
+            return f"{noun} {ours} at index {index}, expected {theirs}"
     return None

@@ -1,4 +1,4 @@
-"""What a Core ML package says of itself: its metadata, and the model card beside it with code to use it."""
+"""Metadata of Core ML packages, and the model card beside the package, with example code in Swift and Python."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from targets.base import INPUT_NAME, OUTPUT_NAME, Facts, Interface, Part
 
 CARD = "MODEL_CARD.md"
 
-# The licence of weights is that of whoever trained them, and of the data: nobody has told us.
+# The license of the weights depends on their author and on the training data, and is not known here.
 LICENCE = "not stated"
 
 _SYSTEMS = {system.specification: f"{system.name}, macOS{system.macos}" for system in SYSTEMS}
-_KEY_LETTERS = 12  # of a key, where people read it
-_SHOWN = 20  # names of classes
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|&~$!])")  # to Markdown, and to HTML inside it
+_KEY_LETTERS = 12  # characters of a key that are shown to people
+_SHOWN = 20  # class names in the card
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|&~$!])")  # special characters of Markdown and HTML
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Function:
-    """One function of a package; most packages have one, without a name."""
+    """A function of a package."""
 
-    name: str | None
-    description: Any  # the protobuf message: of the model, or of the function where there are several
+    name: str | None  # None where the package has a single function
+    description: Any  # protobuf message: of the model, or of the function in a package with several
     exported: Mapping[str, Any]  # the contents of model.json
     precision: str
     facts: Facts
@@ -53,10 +53,10 @@ class Function:
 
 
 def publish(package: Path, parts: Mapping[str, Part] | Part) -> None:
-    """Write what is known of a package's functions into it, by name where there are several, and the model card beside
-    it.
+    """Write the facts about a package's functions into its metadata, and the model card beside it.
 
-    The file of the specification may be shared with another package, so it is replaced, not written to.
+    `parts` is the part of a package with a single function, or the parts by function name. The specification file may
+    be a hard link that another artifact shares, so it is replaced, not modified.
     """
     coremltools = import_coremltools()
     spec = coremltools.utils.load_spec(str(package))
@@ -79,34 +79,39 @@ def publish(package: Path, parts: Mapping[str, Part] | Part) -> None:
 
 
 def describe(metadata: Any, functions: Sequence[Function]) -> None:
-    """Write into a package what Xcode shows, and what an app can read.
+    """Write the metadata that Xcode shows and that apps can read.
 
-    Of a package with several functions, the facts are those of the first, which is the default one.
+    For a package with several functions, the facts of the first function, which is the default, are written.
     """
     first = functions[0]
     metadata.author = f"Edgeline {first.facts.version}"
     metadata.license = LICENCE
     metadata.versionString = f"{first.facts.version}+{first.facts.key[:_KEY_LETTERS]}"
-    metadata.shortDescription = "; ".join(_in_short(function) for function in functions)
-    told: dict[str, object] = {**first.exported, "interface": first.interface, **_measured(first)}
+    metadata.shortDescription = "; ".join(_short_description(function) for function in functions)
+    facts: dict[str, object] = {**first.exported, "interface": first.interface, **_measured(first)}
     if first.name:
-        told["functions"] = {function.name: _measured(function) for function in functions}
-    write_facts(metadata, told)
+        facts["functions"] = {function.name: _measured(function) for function in functions}
+    write_facts(metadata, facts)
 
 
 def card(spec: Any, functions: Sequence[Function], package: str) -> str:
-    """The model card of the file `package` with this specification, in Markdown."""
+    """Return the model card, in Markdown, of the package with the file name `package` and this specification."""
     return "\n".join(
-        (*_introduced(spec, functions), *_tabled(functions), *_explained(functions), *_used(functions, package))
+        (
+            *_introduction(spec, functions),
+            *_measurements(functions),
+            *_interfaces(functions),
+            *_example_code(functions, package),
+        )
     )
 
 
 def escaped(text: str) -> str:
-    """`text` on one line, with nothing in it that Markdown or HTML would take for its own."""
+    """Return `text` on one line, with special characters of Markdown and HTML escaped."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
-def _in_short(function: Function) -> str:
+def _short_description(function: Function) -> str:
     report, size = function.facts.report, function.exported["size"]
     return (
         f"{function.facts.model}, {function.facts.recipe}, {size} pixels: top-1 {report['top1']} % on the "
@@ -130,14 +135,16 @@ def _measured(function: Function) -> dict[str, object]:
     }
 
 
-def _introduced(spec: Any, functions: Sequence[Function]) -> Iterator[str]:
+def _introduction(spec: Any, functions: Sequence[Function]) -> Iterator[str]:
     first = functions[0]
     facts, classes = first.facts, first.exported["classes"]
     more = f", and {len(classes) - _SHOWN} more (`{PREFIX}classes` in the metadata)" if len(classes) > _SHOWN else ""
     rows = {
         "Network": facts.model,
         "Paper": facts.paper or "none known",
-        "Published accuracy": f"{facts.published}; this package's own is below" if facts.published else "none known",
+        "Published accuracy": f"{facts.published}; accuracy of this package: below"
+        if facts.published
+        else "none known",
         "Weights": facts.weights,
         "Licence of the weights": LICENCE,
         "Classes": f"{len(classes)}: {', '.join(classes[:_SHOWN])}",
@@ -150,9 +157,9 @@ def _introduced(spec: Any, functions: Sequence[Function]) -> Iterator[str]:
     yield from (f"| {name} | {escaped(value)}{more if name == 'Classes' else ''} |" for name, value in rows.items())
 
 
-def _tabled(functions: Sequence[Function]) -> Iterator[str]:
+def _measurements(functions: Sequence[Function]) -> Iterator[str]:
     named = any(function.name for function in functions)
-    yield "\n## What was measured\n"
+    yield "\n## Measured accuracy\n"
     yield "| " + "function | " * named + "recipe | pixels | computed in | top-1 | float | images | computed by | key |"
     yield "|" + "---|" * (8 + named)
     for function in functions:
@@ -173,40 +180,40 @@ def _tabled(functions: Sequence[Function]) -> Iterator[str]:
             facts.key[:_KEY_LETTERS],
         )
         yield "| " + f"{function.name} | " * named + " | ".join(escaped(str(cell)) for cell in cells) + " |"
-    yield "\nTop-1 is the share of test images whose likeliest class is the right one; `float` is that of the weights"
-    yield "before they were made small, on the same images."
+    yield "\nTop-1 is the share of test images whose most likely class is correct; `float` is the top-1 accuracy of the"
+    yield "float weights before quantization or compression, on the same images."
     if reasons := sorted({str(function.facts.report["why_not"]) for function in functions} - {"None"}):
-        yield f"Not on a device: {escaped('; '.join(reasons))}."
+        yield f"Not measured on a device: {escaped('; '.join(reasons))}."
 
 
-def _explained(functions: Sequence[Function]) -> Iterator[str]:
-    yield "\n## What goes in and comes out\n"
+def _interfaces(functions: Sequence[Function]) -> Iterator[str]:
+    yield "\n## Inputs and outputs\n"
     for function in functions:
         preprocess = function.exported["preprocess"]
         size, resized = function.exported["size"], _resized(preprocess)
-        of = f"Of `{function.name}`: " if function.name else ""
+        prefix = f"`{function.name}`: " if function.name else ""
         yield (
-            f"{of}A picture in RGB is resized ({preprocess['interpolation']}) until its short side is {resized} "
-            f"pixels, and cut to the central {size} x {size}."
+            f"{prefix}Resize an RGB image ({preprocess['interpolation']}) so that its short side has {resized} pixels, "
+            f"then crop the central {size} x {size} pixels."
         )
-        normal = f"minus mean {preprocess['mean']}, over deviation {preprocess['std']}"
+        normal = f"subtract mean {preprocess['mean']}, divide by standard deviation {preprocess['std']}"
         if function.interface == "tensor":
-            yield f"Each channel is scaled to 0..1, {normal}, before it goes in.\n"
+            yield f"Then scale each channel to 0..1, {normal}.\n"
         else:
-            yield f"The pixels go in as they are: the package itself scales each channel to 0..1, {normal}.\n"
+            yield f"Pass the pixels unchanged; the package preprocesses them: scale each channel to 0..1, {normal}.\n"
         yield "| | name | shape | type |\n|---|---|---|---|"
-        for way, found in (("in", function.inputs), ("out", function.outputs)):
-            for name, shape, kind in found:
-                yield f"| {way} | `{name}` | {' x '.join(map(str, shape)) or 'none'} | {kind.lower()} |"
+        for direction, values in (("in", function.inputs), ("out", function.outputs)):
+            for name, shape, kind in values:
+                yield f"| {direction} | `{name}` | {' x '.join(map(str, shape)) or 'none'} | {kind.lower()} |"
         yield ""
 
 
-def _used(functions: Sequence[Function], package: str) -> Iterator[str]:
+def _example_code(functions: Sequence[Function], package: str) -> Iterator[str]:
     first = functions[0]
     if first.name:
         others = ", ".join(f"`{function.name}`" for function in functions)
         yield f"The package has several functions: {others}. The first is the default; the code below loads it by name."
-        yield "Another one is loaded by its own, with its own size.\n"
+        yield "The other functions are loaded by their names; each has its own image size.\n"
     yield "## In Swift\n\n```swift"
     yield from _swift(first, package)
     yield "```\n\n## In Python, on a Mac\n\n```python"
@@ -230,7 +237,7 @@ def _swift(function: Function, package: str) -> Iterator[str]:
 def _swift_tensor(function: Function) -> Iterator[str]:
     ((_, shape, kind),) = function.inputs
     number = _swift_number(kind)
-    yield f"// {' x '.join(map(str, shape))}: pictures, channels in the order RGB, rows, columns; prepared as above."
+    yield f"// {' x '.join(map(str, shape))}: images, channels in the order RGB, rows, columns; preprocessed as above."
     yield f"func logits(of scalars: [{number}]) throws -> [{number}] {{"
     yield f"    let image = MLShapedArray<{number}>(scalars: scalars, shape: {shape})"
     yield f'    let input = try MLDictionaryFeatureProvider(dictionary: ["{INPUT_NAME}": MLMultiArray(image)])'
@@ -253,13 +260,13 @@ def _swift_image(function: Function) -> Iterator[str]:
 def _swift_classifier(function: Function) -> Iterator[str]:
     yield "func classify(_ picture: CGImage) throws -> [(name: String, probability: Float)] {"
     yield from _vision(function)
-    yield "    let observations = request.results as! [VNClassificationObservation]  // the likeliest first"
+    yield "    let observations = request.results as! [VNClassificationObservation]  // most likely class first"
     yield "    return observations.map { ($0.identifier, $0.confidence) }"
     yield "}"
 
 
 def _vision(function: Function) -> Iterator[str]:
-    """Vision cuts the central square of the region of interest: together, what `preprocess` says."""
+    """Yield the Vision request, whose region of interest and central crop implement the resizing and the crop."""
     share = function.exported["size"] / _resized(function.exported["preprocess"])
     yield "    let request = VNCoreMLRequest(model: try VNCoreMLModel(for: model))"
     yield "    request.imageCropAndScaleOption = .centerCrop"
@@ -306,5 +313,5 @@ def _python(function: Function, package: str) -> Iterator[str]:
 
 
 def _resized(preprocess: Mapping[str, Any]) -> int:
-    """The short side that a picture is resized to, by the preprocessing of `model.json`."""
+    """Return the short side in pixels that images are resized to, from the preprocessing of `model.json`."""
     return short_side(int(preprocess["size"]), float(preprocess["crop"]))

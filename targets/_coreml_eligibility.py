@@ -1,12 +1,12 @@
-"""Say of every operator of a Core ML program whether the Neural Engine may run it, why not, and what wastes the engine.
+"""Neural Engine eligibility: find the operators of a Core ML program that cannot run, or run slowly, on the engine.
 
-A rule is one entry of `RULES`: a function that looks at one operator, and the words for what it finds, with the source
-of the claim and how sure it is. Where Core ML really places an operator is decided on the device, by the size of the
-whole network, too (MLComputePlan tells). So an operator here is "eligible": nothing known speaks against it.
+A rule is an entry of `RULES`: a function that inspects an operator, the reason and the remedy as text, and the source
+of the claim with its certainty. Core ML decides on the device where each operator runs, also by the size of the whole
+network (MLComputePlan shows the decision). An operator is therefore only "eligible": no rule keeps it off the engine.
 
-Calibrated against compute plans that others published: RF-DETR in FP16, where topk and the expand_dims, tile and
-gather_along_axis of its indices leave and everything else stays (roboflow/rf-detr#1495, M3 Pro, macOS 27), and
-Whisper, where gather stays on the CPU (WhisperKit's mlcomputeplan.json).
+Calibrated against published compute plans: RF-DETR in FP16, where topk and the expand_dims, tile and gather_along_axis
+of its indices run off the engine and all other operators on it (roboflow/rf-detr#1495, M3 Pro, macOS 27), and Whisper,
+where gather runs on the CPU (WhisperKit's mlcomputeplan.json).
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from math import prod
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
-# Core ML runs an operator that is off the engine on another unit, and moves the tensors there and back. A warning: it
-# is eligible, but slower than it need be, or doubtful. A note changes no figure.
+# off-engine: Core ML runs the operator on the CPU or GPU, and copies the tensors there and back. warning: the operator
+# is eligible, but slower than necessary, or eligibility is uncertain. note: does not change any count.
 Level: TypeAlias = Literal["off-engine", "warning", "note"]
-Certainty: TypeAlias = Literal["documented", "observed", "inferred"]  # by Apple; by others, on devices; by nobody
+# documented: by Apple. observed: on devices, in public reports. inferred: neither.
+Certainty: TypeAlias = Literal["documented", "observed", "inferred"]
 
 _LARGEST_RANK = 5
-_LARGEST_EXTENT, _EXTENT_BEFORE_A16 = 65536, 16384  # of the last two axes
+_LARGEST_EXTENT, _EXTENT_BEFORE_A16 = 65536, 16384  # largest size of the last two axes
 _MOST_CHANNELS = 65536
-_LINE = 64  # bytes that the last axis is padded to a multiple of
+_LINE = 64  # the last axis is padded to a multiple of this many bytes
 _LARGEST_POOL, _POOL_STRIDES = 13, (1, 2, 4)
-_LARGEST_KERNEL, _WIDEST_KERNEL = 7, 13  # that is fast, and that compiles
-_STRIDES_BESIDE_2 = (3, 4, 8, 9)  # on the other axis
+_LARGEST_KERNEL, _WIDEST_KERNEL = 7, 13  # the largest kernel that is fast, the widest that compiles
+_STRIDES_BESIDE_2 = (3, 4, 8, 9)  # strides allowed on one axis where the other axis has stride 2
 _LARGEST_UPSAMPLING = 2
 _LARGEST_PALETTE_STRIDE = 2
 _LARGEST_MASK = 40000.0
-_SHOWN = 4  # names, and different details, of one finding
+_SHOWN = 4  # names, and distinct details, in the text of a finding
 
 _APPLE = "Apple, coreai-models, neural_engine_rules.md (2026)"
 _MIL_TYPES = {"fp16": 2, "fp32": 4, "fp64": 8, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "bool": 1} | {
     f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (32, 64)
-}  # bytes an element
+}  # bytes per element
 _FLOAT32 = frozenset({"fp32", "fp64"})
 _INTEGERS = frozenset({"int32", "int64", "uint32", "uint64"})
 
@@ -57,7 +58,7 @@ _UPSAMPLINGS = frozenset(
     {"upsample_nearest_neighbor", "upsample_bilinear", "resize_nearest_neighbor", "resize_bilinear", "resize"}
 )
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "real_div", "maximum", "minimum", "pow"})
-# Those that compute plans, or programs compiled for the engine alone, have shown on it, as far as image models need.
+# Operators of image models that run on the engine according to compute plans or programs compiled for it only.
 _SEEN = (
     _ELEMENTWISE
     | _POOLS
@@ -84,8 +85,8 @@ _FIRST_CHIP = {"sin": "A15", "cos": "A15", "resample": "A14", "crop_resize": "A1
 class Rule:
     name: str
     level: Level
-    find: Callable[[Any], str]  # what about an operator is wrong; "" where nothing is
-    reason: str  # follows the details and a colon
+    find: Callable[[Any], str]  # inspects an operator: the detail that violates the rule, or ""
+    reason: str
     remedy: str
     certainty: Certainty
     source: str
@@ -93,21 +94,21 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hit:
-    """One operator that a rule speaks of."""
+    """An operator that violates a rule."""
 
     name: str
     operator: str  # its type, in MIL
-    module: (
-        str  # its path in the network with `_` for `.`, "after ..." where only a neighbour's is known, "" if neither
-    )
+    # Path of its module in the network with `_` for `.`; "after <path>" where only the module of a preceding operator
+    # is known; "" where neither is.
+    module: str
     detail: str
     macs: int
-    wasted_bytes: int  # by what it puts out, in lines that are not full
+    wasted_bytes: int  # padding in its outputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """Everything that one rule finds."""
+    """A rule and all operators that violate it."""
 
     rule: str
     level: Level
@@ -115,18 +116,18 @@ class Finding:
     remedy: str
     certainty: Certainty
     source: str
-    hits: tuple[Hit, ...]  # in order of execution; those of the rule `lines` begin with the most wasteful
+    hits: tuple[Hit, ...]  # in order of execution; of the rule `lines` by wasted bytes, largest first
 
     def __str__(self) -> str:
         types = Counter(hit.operator for hit in self.hits).most_common()
-        told = _listed([f"{operator} x{count}" for operator, count in types])
+        counts = _listed([f"{operator} x{count}" for operator, count in types])
         details = _listed([*dict.fromkeys(hit.detail for hit in self.hits)])
         modules = [*dict.fromkeys(hit.module.removeprefix("after ") for hit in self.hits if hit.module)]
         where = f"at or after {_listed(modules)}; " if modules else ""
         macs = sum(hit.macs for hit in self.hits)
         cost = f" ({macs / 1e6:,.1f} M MACs)" if macs else ""
         return (
-            f"{self.level}: {self.rule}: {told}{cost}: {details}\n"
+            f"{self.level}: {self.rule}: {counts}{cost}: {details}\n"
             f"    {where}operators {_listed([hit.name for hit in self.hits])}\n"
             f"    {self.reason}; {self.remedy}\n"
             f"    ({self.certainty}: {self.source})"
@@ -135,18 +136,18 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Eligibility:
-    """The operators of a program, constants left out, and what speaks against them."""
+    """Neural Engine eligibility of the operators of a program, constants excluded."""
 
     operators: int
-    eligible: int  # nothing known keeps them off the Neural Engine
-    in_layout: int  # eligible, and without a warning: as the engine likes them
-    macs: int  # multiply-accumulates of a prediction; operators of dynamic shapes count as 0
+    eligible: int  # operators that no rule keeps off the Neural Engine
+    in_layout: int  # eligible operators without a warning
+    macs: int  # multiply-accumulates per prediction; operators with dynamic shapes count as 0
     eligible_macs: int
     in_layout_macs: int
-    activation_bytes: int  # of all that the operators put out
-    padded_bytes: int  # the same in whole lines of 64 bytes
-    layout_operators: int  # transpose and reshape, which compute nothing
-    findings: tuple[Finding, ...]  # one a rule: off-engine first, then warnings, then notes
+    activation_bytes: int  # of the outputs of all operators
+    padded_bytes: int  # the same, with the last axis padded to a multiple of 64 bytes
+    layout_operators: int  # transposes and reshapes, which move data without computing
+    findings: tuple[Finding, ...]  # one per violated rule: off-engine first, then warnings, then notes
 
     def __str__(self) -> str:
         wasted = _share(self.padded_bytes - self.activation_bytes, self.padded_bytes)
@@ -159,7 +160,7 @@ class Eligibility:
         )
 
     def summary(self) -> dict[str, object]:
-        """The figures, shares from 0 to 1, and how many operators each rule speaks of."""
+        """Return the figures as a dictionary, with shares from 0 to 1 and the number of operators per violated rule."""
         figures: dict[str, object] = {field.name: getattr(self, field.name) for field in fields(self)[:-1]}
         return figures | {
             "eligible_macs_share": _share(self.eligible_macs, self.macs),
@@ -170,11 +171,11 @@ class Eligibility:
 
 
 def eligibility(operations: Sequence[Any]) -> Eligibility:
-    """What the rules say of `operations`: those of one function, as `targets._coreml.read` gives them."""
+    """Apply the rules to `operations`, the operators of a function as returned by `targets._coreml.read`."""
     running = [operation for operation in operations if not _is_constant(operation)]
     macs = {operation: multiply_accumulates(operation) for operation in running}
-    found = {rule: [(operation, detail) for operation in running if (detail := rule.find(operation))] for rule in RULES}
-    off, warned = ({op for rule in RULES if rule.level == level for op, _ in found[rule]} for level in _LEVELS[:2])
+    hits = {rule: [(operation, detail) for operation in running if (detail := rule.find(operation))] for rule in RULES}
+    off, warned = ({op for rule in RULES if rule.level == level for op, _ in hits[rule]} for level in _LEVELS[:2])
     eligible = [operation for operation in running if operation not in off]
     in_layout = [operation for operation in eligible if operation not in warned]
     modules = _modules(running)
@@ -190,15 +191,15 @@ def eligibility(operations: Sequence[Any]) -> Eligibility:
         padded_bytes=sum(_padded_bytes(value) for value in outputs),
         layout_operators=sum(operation.op_type in ("transpose", "reshape") for operation in running),
         findings=tuple(
-            _finding(rule, [_hit(operation, detail, macs, modules) for operation, detail in found[rule]])
+            _finding(rule, [_hit(operation, detail, macs, modules) for operation, detail in hits[rule]])
             for rule in sorted(RULES, key=lambda rule: _LEVELS.index(rule.level))
-            if found[rule]
+            if hits[rule]
         ),
     )
 
 
 def multiply_accumulates(operation: Any) -> int:
-    """Those of one prediction; 0 for an operator that multiplies no matrices, or whose shapes are dynamic."""
+    """Return an operator's MACs per prediction; 0 where it is not a convolution or product, or has dynamic shapes."""
     count = _MACS.get(operation.op_type)
     return count(operation) if count and not _dynamic(operation) else 0
 
@@ -240,30 +241,30 @@ def _share(part: int, whole: int) -> float:
     return round(part / whole, 4) if whole else 1.0 if part else 0.0
 
 
-# --- What operators say ---------------------------------------------------------------------------------------------
+# --- Properties of operators ----------------------------------------------------------------------------------------
 
 
 def _is_constant(operation: Any) -> bool:
-    """Whether it is computed before the first prediction: const, and constexpr_ of every kind."""
+    """Return whether an operator is evaluated before the first prediction: `const` or `constexpr_*`."""
     return str(operation.op_type).startswith("const")
 
 
 def _computed(operation: Any) -> Iterator[Any]:
-    """The values that an operator reads, constants left out: inputs of the program, and what operators put out."""
-    for given in operation.inputs.values():
-        for value in given if isinstance(given, list | tuple) else [given]:
+    """Yield the values that an operator reads, without constants: program inputs and outputs of operators."""
+    for argument in operation.inputs.values():
+        for value in argument if isinstance(argument, list | tuple) else [argument]:
             if value is not None and (value.op is None or not _is_constant(value.op)):
                 yield value
 
 
 def _tensors(operation: Any) -> Iterator[Any]:
-    """Everything that passes through the operator while it runs."""
+    """Yield the computed inputs and the outputs of an operator."""
     yield from _computed(operation)
     yield from operation.outputs
 
 
 def _first(operation: Any) -> Any:
-    """The operator whose value this one reads first; None where that is an input of the program."""
+    """Return the operator that computes the first computed input; None where that is an input of the program."""
     return next((value.op for value in _computed(operation)), None)
 
 
@@ -278,7 +279,7 @@ def _dynamic(operation: Any) -> bool:
 
 
 def _attribute(operation: Any, name: str, default: Any) -> Any:
-    """The constant in an operator's parameter, or `default` where none was given."""
+    """Return the constant value of an operator's parameter, or `default` where it is missing or not constant."""
     value = getattr(operation, name, None)
     return default if value is None or value.val is None else value.val
 
@@ -288,7 +289,7 @@ def _numbers(operation: Any, name: str, default: Sequence[int]) -> tuple[int, ..
 
 
 def _size(shape: Iterable[Any]) -> int:
-    """Elements of a shape; sides that are symbols count as 1."""
+    """Return the number of elements of a shape; symbolic sizes count as 1."""
     return prod(int(side) if isinstance(side, Integral) else 1 for side in shape)
 
 
@@ -297,26 +298,29 @@ def _bytes(value: Any) -> int:
 
 
 def _padded_bytes(value: Any) -> int:
-    """Bytes of a tensor whose last axis is filled up to whole lines."""
+    """Return the bytes of a tensor whose last axis is padded to a multiple of `_LINE` bytes."""
     row = _size(value.shape[-1:]) * _MIL_TYPES.get(_type(value), 0)
     return _size(value.shape[:-1]) * -(-row // _LINE) * _LINE
 
 
-# Of a weight: p_stages_2_1_attn_qkv_weight_to_fp16, and of what folding made of it: p_stem_conv_weight_folded.
+# The name of a weight, such as p_stages_2_1_attn_qkv_weight_to_fp16; p_stem_conv_weight_folded after folding.
 _PARAMETER = re.compile(r"^[pb]_(.+?)_(?:weight|bias)(?:_folded|_bias|_to_fp16|_quantized|_palettized|_\d+)*$")
 
 
 def _modules(operations: Iterable[Any]) -> dict[Any, str]:
-    """Where each operator stands in the network, as far as the names of weights tell."""
-    found: dict[Any, str] = {}
+    """Return the module path of each operator, from the names of weights; see `Hit.module`."""
+    modules: dict[Any, str] = {}
     for operation in operations:
-        before = found.get(_first(operation), "").removeprefix("after ")
-        found[operation] = _module(operation) or (f"after {before}" if before else "")
-    return found
+        before = modules.get(_first(operation), "").removeprefix("after ")
+        modules[operation] = _module(operation) or (f"after {before}" if before else "")
+    return modules
 
 
 def _module(operation: Any) -> str:
-    """The module whose weight an operator reads. Biases tell, too, but equal ones, such as zeros, share one name."""
+    """Return the module whose weight or bias an operator reads; "" if unknown.
+
+    Biases of zeros are ignored, since equal constants share a name.
+    """
     weights = [getattr(operation, name, None) for name in ("weight", "gamma")]
     bias = getattr(operation, "bias", None)
     named = [value for value in weights if value is not None]
@@ -346,7 +350,7 @@ def _of_matmul(operation: Any) -> int:
 
 
 def _of_einsum(operation: Any) -> int:
-    """The product of all sides that the equation names."""
+    """Return the product of the sizes of all axes in the equation."""
     operands = str(operation.equation.val).replace(" ", "").partition("->")[0].split(",")
     sides: dict[str, int] = {}
     for letters, value in zip(operands, operation.values, strict=True):
@@ -355,7 +359,7 @@ def _of_einsum(operation: Any) -> int:
 
 
 def _of_attention(operation: Any) -> int:
-    """Both products: queries with keys, and weights with values."""
+    """Return the MACs of both products: queries with keys, and attention weights with values."""
     queries = _size(operation.outputs[0].shape[:-1])
     return queries * int(operation.key.shape[-2]) * int(operation.query.shape[-1] + operation.value.shape[-1])
 
@@ -374,13 +378,13 @@ _MACS: Mapping[str, Callable[[Any], int]] = {
 
 
 def _named(names: frozenset[str]) -> Callable[[Any], str]:
-    """Finds the operators of these types."""
+    """Return a rule function that matches the operators of these types."""
     return lambda operation: str(operation.op_type) if operation.op_type in names else ""
 
 
 def _typed(names: frozenset[str]) -> Callable[[Any], str]:
-    """Finds the operators that read or write tensors of these types."""
-    return lambda operation: next((found for v in _tensors(operation) if (found := _type(v)) in names), "")
+    """Return a rule function that matches the operators that read or write tensors of these types."""
+    return lambda operation: next((name for v in _tensors(operation) if (name := _type(v)) in names), "")
 
 
 def _high_rank(operation: Any) -> str:
@@ -389,7 +393,7 @@ def _high_rank(operation: Any) -> str:
 
 
 def _dynamic_shape(operation: Any) -> str:
-    return f"{operation.op_type} of a shape that varies" if _dynamic(operation) else ""
+    return f"{operation.op_type} of dynamic shape" if _dynamic(operation) else ""
 
 
 def _long_axis(operation: Any) -> str:
@@ -406,12 +410,12 @@ def _axis_before_a16(operation: Any) -> str:
 
 
 def _longest(operation: Any) -> int:
-    """Of the last two axes of all tensors."""
+    """Return the largest size of the last two axes of all tensors."""
     return max((_sides(value.shape[-2:]) for value in _tensors(operation)), default=0)
 
 
 def _sides(shape: Iterable[Any]) -> int:
-    """The longest side that is known."""
+    """Return the largest static size of a shape; 0 where all sizes are symbolic."""
     return max((int(side) for side in shape if isinstance(side, Integral)), default=0)
 
 
@@ -419,11 +423,11 @@ def _gather(operation: Any) -> str:
     if operation.op_type not in _GATHERS:
         return ""
     indices = _attribute(operation, "indices", None)
-    return "gather that rolls" if indices is not None and _rotates(indices) else str(operation.op_type)
+    return "gather that rolls an axis" if indices is not None and _rotates(indices) else str(operation.op_type)
 
 
 def _rotates(indices: Any) -> bool:
-    """Whether they are 0, 1, 2, ... begun elsewhere: what torch.roll becomes."""
+    """Return whether indices are a rotation of 0, 1, 2, ..., as torch.roll is converted to."""
     flat = indices.ravel().tolist()
     return len(flat) > 1 and flat == [(flat[0] + place) % len(flat) for place in range(len(flat))]
 
@@ -467,7 +471,7 @@ def _softmax(operation: Any) -> str:
 
 
 def _token_layer(operation: Any) -> str:
-    """Fully connected layers of several positions, whose channels are the last axis."""
+    """Match fully connected layers on several positions, with channels on the last axis."""
     is_layer = operation.op_type == "linear" or (operation.op_type == "matmul" and not _of_two_tensors(operation))
     shape = operation.outputs[0].shape
     return f"{operation.op_type} on tokens" if is_layer and _size(shape[:-1]) > 1 else ""
@@ -478,7 +482,7 @@ def _product(operation: Any) -> str:
 
 
 def _of_two_tensors(operation: Any) -> bool:
-    """Whether both factors are computed: a product of attention, not a layer."""
+    """Return whether both operands are computed: a product of attention, not a layer."""
     return len([*_computed(operation)]) == 2
 
 
@@ -488,7 +492,7 @@ def _moved_innermost(operation: Any) -> str:
         return "transposes the last axis" if perm and perm[-1] % rank != rank - 1 else ""
     if operation.op_type == "reshape":
         before, after = operation.x.shape[-1:], operation.outputs[0].shape[-1:]
-        return "cuts or joins the last axis" if before != after else ""
+        return "splits or merges the last axis" if before != after else ""
     return ""
 
 
@@ -535,18 +539,18 @@ def _block_scales(operation: Any) -> str:
     if _weight_form(operation) != "constexpr_blockwise_shift_scale":
         return ""
     shape = operation.weight.op.scale.shape
-    return f"{_size(shape[1:])} scales a channel" if _size(shape[1:]) > 1 else ""
+    return f"{_size(shape[1:])} scales per channel" if _size(shape[1:]) > 1 else ""
 
 
 def _decomposed_norm(operation: Any) -> str:
-    """The root of a mean of squares, whatever small number was added to it."""
+    """Match the root of a mean or sum of squares, with or without an epsilon: a decomposed normalization."""
     if operation.op_type not in ("rsqrt", "sqrt"):
         return ""
     before = _first(operation)
     if before is not None and before.op_type == "add":
         before = _first(before)
     squares = _first(before) if before is not None and before.op_type in ("reduce_mean", "reduce_sum") else None
-    return "a norm in parts" if squares is not None and squares.op_type in ("square", "mul", "pow") else ""
+    return "decomposed normalization" if squares is not None and squares.op_type in ("square", "mul", "pow") else ""
 
 
 def _log_softmax(operation: Any) -> str:
@@ -555,7 +559,7 @@ def _log_softmax(operation: Any) -> str:
 
 
 def _mask(operation: Any) -> str:
-    """Constants that are added or selected and so low that FP16 sums of them overflow."""
+    """Match constants that are added or selected and so negative that FP16 sums with them overflow."""
     if operation.op_type not in ("add", "select"):
         return ""
     for name in ("x", "y", "a", "b"):
@@ -566,14 +570,14 @@ def _mask(operation: Any) -> str:
 
 
 def _short_lines(operation: Any) -> str:
-    """Tensors that padding makes twice as large, or larger."""
+    """Match operators with an output that padding makes at least twice as large."""
     padded = [(_padded_bytes(value) / size, value) for value in operation.outputs if (size := _bytes(value))]
     factor, value = max(padded, key=lambda pair: pair[0], default=(1.0, None))
     return f"({_by(value.shape)}) takes {factor:.3g} times its bytes" if factor >= 2 and value is not None else ""
 
 
 def _channel_broadcast(operation: Any) -> str:
-    """A map and one number a channel, both computed, as in squeeze-and-excitation."""
+    """Match elementwise operators of a map and a value per channel, both computed, as in squeeze-and-excitation."""
     values = [*_computed(operation)] if operation.op_type in _ELEMENTWISE else []
     if len(values) != 2 or any(value.rank != 4 for value in values):
         return ""
@@ -588,7 +592,7 @@ def _quantized_activation(operation: Any) -> str:
 
 def _recent_chip(operation: Any) -> str:
     chip = _FIRST_CHIP.get(operation.op_type)
-    return f"{operation.op_type} from the {chip} on" if chip else ""
+    return f"{operation.op_type}, supported from the {chip} on" if chip else ""
 
 
 def _unlisted(operation: Any) -> str:
@@ -607,7 +611,7 @@ def _without_factors(number: int, factors: Iterable[int]) -> int:
 
 
 def _weight_form(operation: Any) -> str:
-    """The operator that makes the weight of a layer: const, or a constexpr_; "" where there is none."""
+    """Return the type of the operator that provides the weight of a layer: `const`, `constexpr_*`; "" if none."""
     weight = getattr(operation, "weight", None)
     return str(weight.op.op_type) if weight is not None and weight.op is not None else ""
 
@@ -622,7 +626,7 @@ RULES: tuple[Rule, ...] = (
         level="off-engine",
         find=_high_rank,
         reason=f"the Neural Engine has tensors of at most {_LARGEST_RANK} axes",
-        remedy="reshape in steps of lower rank, and let an axis that takes no part join the batch",
+        remedy="reshape in steps of lower rank, and merge unaffected axes into the batch",
         certainty="documented",
         source=_APPLE,
     ),
@@ -630,7 +634,7 @@ RULES: tuple[Rule, ...] = (
         name="float32",
         level="off-engine",
         find=_typed(_FLOAT32),
-        reason="the Neural Engine computes in FP16, int8 and int16; float32 goes to the GPU or the CPU",
+        reason="the Neural Engine computes in FP16, int8 and int16; float32 runs on the GPU or the CPU",
         remedy="build with a recipe that computes in FP16: fp16, int8_ptq, int8_qat",
         certainty="documented",
         source=f"{_APPLE}; coremltools' guide, typed execution",
@@ -640,7 +644,7 @@ RULES: tuple[Rule, ...] = (
         level="off-engine",
         find=_typed(_INTEGERS),
         reason="the Neural Engine has no 32-bit integers",
-        remedy="let indices and sizes be constants of the program, or compute them after the network",
+        remedy="make indices and sizes constants of the program, or compute them after the network",
         certainty="observed",
         source=f"roboflow/rf-detr#1495 (2026): expand_dims and tile of indices run on the CPU; types: {_APPLE}",
     ),
@@ -650,7 +654,7 @@ RULES: tuple[Rule, ...] = (
         find=_dynamic_shape,
         reason="Core ML runs enumerated shapes on the Neural Engine unless an operator computes a shape; Core AI's "
         "rules ask for fully static shapes",
-        remedy="convert for one shape, for enumerated shapes, or for one function a shape",
+        remedy="convert for one shape, for enumerated shapes, or for one function per shape",
         certainty="documented",
         source=f"coremltools' guide, FAQ on flexible inputs; {_APPLE}",
     ),
@@ -658,7 +662,7 @@ RULES: tuple[Rule, ...] = (
         name="extent",
         level="off-engine",
         find=_long_axis,
-        reason=f"width and height end at {_LARGEST_EXTENT}, and so do channels",
+        reason=f"width, height and channels are limited to {_LARGEST_EXTENT}",
         remedy="fold the long axis into two, or use a smaller image",
         certainty="observed",
         source="ane-guide, model-design rules (2026)",
@@ -667,7 +671,7 @@ RULES: tuple[Rule, ...] = (
         name="extent-before-a16",
         level="warning",
         find=_axis_before_a16,
-        reason=f"width and height end at {_EXTENT_BEFORE_A16} on chips before the A16, such as the M1",
+        reason=f"width and height are limited to {_EXTENT_BEFORE_A16} on chips before the A16, such as the M1",
         remedy="fold the long axis into two, or use a smaller image",
         certainty="observed",
         source="ane-guide, model-design rules (2026), measured on an M1",
@@ -676,8 +680,8 @@ RULES: tuple[Rule, ...] = (
         name="gather",
         level="off-engine",
         find=_gather,
-        reason="Core ML gathers on the CPU, and the network goes there and back",
-        remedy="take slices; roll with torch.cat of two slices for each axis",
+        reason="Core ML gathers on the CPU, and copies the tensors there and back",
+        remedy="use slices; roll with torch.cat of two slices per axis",
         certainty="observed",
         source="compute plans: roboflow/rf-detr#1495 (2026), WhisperKit's TextDecoder (gather: CPU alone); "
         "apple/coremltools#1103 (2021)",
@@ -686,8 +690,8 @@ RULES: tuple[Rule, ...] = (
         name="no-path",
         level="off-engine",
         find=_named(_NO_PATH),
-        reason="the Neural Engine has nothing that computes it, as far as is known",
-        remedy="say it with convolutions, products, pools and slices, or do it after the network",
+        reason="the Neural Engine is not known to support it",
+        remedy="replace it by convolutions, products, pools and slices, or compute it after the network",
         certainty="observed",
         source="topk: roboflow/rf-detr#1495; recurrent: coremltools#1780; the rest: ANEForge's op catalog (2026)",
     ),
@@ -695,8 +699,8 @@ RULES: tuple[Rule, ...] = (
         name="volume",
         level="off-engine",
         find=_volume_convolution,
-        reason="convolutions in three dimensions do not compile for the Neural Engine",
-        remedy="convolve in two dimensions, with depth in the batch or in the channels",
+        reason="3D convolutions do not compile for the Neural Engine",
+        remedy="use 2D convolutions, with the depth in the batch or in the channels",
         certainty="observed",
         source="ane-guide, capability surface (2026)",
     ),
@@ -705,7 +709,8 @@ RULES: tuple[Rule, ...] = (
         level="off-engine",
         find=_wide_kernel,
         reason=f"kernels wider than {_WIDEST_KERNEL} are rejected when a program is compiled for the Neural Engine",
-        remedy="two smaller ones in a row see as far (k = k1 + k2 - 1); they must be trained that way",
+        remedy="use two smaller kernels in sequence, which have the same receptive field (k = k1 + k2 - 1); train the "
+        "network with them",
         certainty="observed",
         source="ane-guide, model-design rules (2026), measured on an M1",
     ),
@@ -713,8 +718,8 @@ RULES: tuple[Rule, ...] = (
         name="pool",
         level="off-engine",
         find=_pool,
-        reason=f"the Neural Engine is known to pool over up to {_LARGEST_POOL} pixels",
-        remedy="two pools one after the other, or a mean over the whole map",
+        reason=f"the Neural Engine is known to support pooling windows up to {_LARGEST_POOL} pixels",
+        remedy="use two pools in sequence, or a mean over the whole map",
         certainty="observed",
         source="community notes (hollance/neural-engine, about 2020, possibly outdated)",
     ),
@@ -723,7 +728,7 @@ RULES: tuple[Rule, ...] = (
         level="warning",
         find=_pool_stride,
         reason="strides of 2 and 4 are preferred; 3 and 5 introduce overhead",
-        remedy="a stride of 2 or 4, or two pools one after the other",
+        remedy="use a stride of 2 or 4, or two pools in sequence",
         certainty="documented",
         source=_APPLE,
     ),
@@ -731,8 +736,8 @@ RULES: tuple[Rule, ...] = (
         name="upsampling",
         level="warning",
         find=_upsampling,
-        reason=f"upsampling by more than {_LARGEST_UPSAMPLING} was seen to leave the Neural Engine, and to run on it",
-        remedy=f"look at it in the compute plan first; several times by {_LARGEST_UPSAMPLING} is safe",
+        reason=f"upsampling by more than {_LARGEST_UPSAMPLING} was observed both on and off the Neural Engine",
+        remedy=f"check it in the compute plan first; repeated upsampling by {_LARGEST_UPSAMPLING} is safe",
         certainty="observed",
         source="community notes (hollance/neural-engine, about 2020), which have both observations",
     ),
@@ -740,17 +745,18 @@ RULES: tuple[Rule, ...] = (
         name="padding",
         level="warning",
         find=_padding,
-        reason="unverified: the engine's own programs take it from the A14 on; no compute plan shows it from Core ML",
-        remedy="pad with zeros, or with a concat of slices",
+        reason="unverified: programs compiled directly for the engine support it from the A14 on, but no compute plan "
+        "of Core ML shows it",
+        remedy="pad with zeros, or by a concat of slices",
         certainty="inferred",
-        source="ANEForge's op catalog (2026) for reflect; nothing is known of replicate",
+        source="ANEForge's op catalog (2026) for reflect; no source for replicate",
     ),
     Rule(
         name="softmax-axis",
         level="warning",
         find=_softmax,
         reason="the Neural Engine prefers softmax over the channels, axis 1",
-        remedy="let the keys be axis 1: (B, keys, heads, queries), or one head at a time",
+        remedy="put the keys on axis 1: (B, keys, heads, queries), or compute one head at a time",
         certainty="documented",
         source=_APPLE,
     ),
@@ -758,17 +764,18 @@ RULES: tuple[Rule, ...] = (
         name="attention",
         level="warning",
         find=_named(frozenset({"scaled_dot_product_attention"})),
-        reason="the Neural Engine has no fused attention to offer: Core ML takes it apart, and transposes around it",
-        remedy="write the products and the softmax, head by head, on (B, C, 1, S)",
+        reason="Core ML has no fused attention on the Neural Engine: it decomposes the operator and adds transposes",
+        remedy="write the products and the softmax explicitly, head by head, on (B, C, 1, S)",
         certainty="documented",
-        source=f"{_APPLE}; that the engine has a layer of its own (ane-guide, 2026) helps no Core ML program",
+        source=f"{_APPLE}; Core ML does not use the attention layer of the engine itself (ane-guide, 2026)",
     ),
     Rule(
         name="products",
         level="warning",
         find=_product,
-        reason="contracts the last axis of a factor, all heads at once; Apple contracts the second, head by head",
-        remedy="for each head einsum('bchq,bkhc->bkhq'), softmax over axis 1, einsum('bkhq,bkhc->bchq')",
+        reason="it contracts the last axis of an operand, for all heads at once; Apple advises to contract axis 1, "
+        "head by head",
+        remedy="for each head use einsum('bchq,bkhc->bkhq'), softmax over axis 1, einsum('bkhq,bkhc->bchq')",
         certainty="documented",
         source=f"{_APPLE}; apple/ml-ane-transformers",
     ),
@@ -776,8 +783,8 @@ RULES: tuple[Rule, ...] = (
         name="tokens",
         level="warning",
         find=_token_layer,
-        reason="its channels are the last axis; the Neural Engine keeps them in the second, and converts on the way",
-        remedy="1x1 convolutions on (B, C, 1, S)",
+        reason="its channels are the last axis; the Neural Engine has channels on axis 1, and converts the layout",
+        remedy="use 1x1 convolutions on (B, C, 1, S)",
         certainty="documented",
         source=f"{_APPLE}; apple/ml-ane-transformers",
     ),
@@ -785,8 +792,8 @@ RULES: tuple[Rule, ...] = (
         name="last-axis",
         level="warning",
         find=_moved_innermost,
-        reason="the last axis is the one that lies together in memory: every element is copied",
-        remedy="keep (B, C, 1, S) from block to block; swap outer axes if any",
+        reason="the last axis is contiguous in memory, so changing it copies every element",
+        remedy="keep (B, C, 1, S) from block to block; transpose outer axes only",
         certainty="documented",
         source=_APPLE,
     ),
@@ -794,8 +801,9 @@ RULES: tuple[Rule, ...] = (
         name="kernel",
         level="warning",
         find=_large_kernel,
-        reason=f"kernels of more than {_LARGEST_KERNEL} pixels are slow, or split what runs on the Neural Engine",
-        remedy="two smaller ones in a row see as far (k = k1 + k2 - 1); they must be trained that way",
+        reason=f"kernels of more than {_LARGEST_KERNEL} pixels are slow, or interrupt execution on the Neural Engine",
+        remedy="use two smaller kernels in sequence, which have the same receptive field (k = k1 + k2 - 1); train the "
+        "network with them",
         certainty="observed",
         source=f"ultralytics/yolov5#2526 (2021); split: {_APPLE}",
     ),
@@ -803,8 +811,8 @@ RULES: tuple[Rule, ...] = (
         name="dilation",
         level="warning",
         find=_dilation,
-        reason="sources disagree: seen to leave the Neural Engine around 2020, said to be native in 2026",
-        remedy="a larger kernel, or a small one after a stride; Apple advises to factor dilations",
+        reason="sources disagree: observed off the Neural Engine around 2020, described as native in 2026",
+        remedy="use a larger kernel, or a small kernel after a stride; Apple advises to factor dilations",
         certainty="observed",
         source=f"hollance/neural-engine (about 2020), ane-guide (2026), {_APPLE}",
     ),
@@ -812,9 +820,10 @@ RULES: tuple[Rule, ...] = (
         name="stride",
         level="warning",
         find=_strides,
-        reason="the Neural Engine takes strides made of the factors 2 and 3; of those that differ between the axes, 2 "
-        "with 3, 4, 8 or 9",
-        remedy="the same stride on both axes: 1, 2, 3, 4, 6, 8, ...; or 2 on one and 3, 4, 8 or 9 on the other",
+        reason="the Neural Engine supports strides that are products of 2 and 3; where the axes differ, only 2 with 3, "
+        "4, 8 or 9",
+        remedy="use the same stride on both axes: 1, 2, 3, 4, 6, 8, ...; or 2 on one axis, and 3, 4, 8 or 9 on the "
+        "other",
         certainty="documented",
         source=_APPLE,
     ),
@@ -822,8 +831,8 @@ RULES: tuple[Rule, ...] = (
         name="palette-stride",
         level="warning",
         find=_palette_stride,
-        reason=f"palettes are decompressed on the way for strides up to {_LARGEST_PALETTE_STRIDE}",
-        remedy="keep this layer out of the palette",
+        reason=f"palettes are decompressed during execution only for strides up to {_LARGEST_PALETTE_STRIDE}",
+        remedy="exclude this layer from palettization",
         certainty="documented",
         source=_APPLE,
     ),
@@ -831,8 +840,8 @@ RULES: tuple[Rule, ...] = (
         name="block-scales",
         level="warning",
         find=_block_scales,
-        reason="the Neural Engine prefers one scale for each output channel",
-        remedy="w8a16, or a palette (palette6, palette4)",
+        reason="the Neural Engine prefers one scale per output channel",
+        remedy="use RECIPE=w8a16, or a palette (palette6, palette4)",
         certainty="documented",
         source="coremltools' guide to optimization",
     ),
@@ -840,8 +849,8 @@ RULES: tuple[Rule, ...] = (
         name="norm",
         level="warning",
         find=_decomposed_norm,
-        reason="the Neural Engine has an operator for layer norms, which is preferred",
-        remedy="torch.nn.functional.layer_norm, which becomes one operator",
+        reason="the Neural Engine has a layer normalization operator, which is preferred",
+        remedy="use torch.nn.functional.layer_norm, which is converted to one operator",
         certainty="documented",
         source=f"{_APPLE}; before 2023 Apple advised the opposite (ml-ane-transformers)",
     ),
@@ -849,8 +858,8 @@ RULES: tuple[Rule, ...] = (
         name="log-softmax",
         level="warning",
         find=_log_softmax,
-        reason="-inf in FP16 for what is unlikely",
-        remedy="end in logits, or in probabilities",
+        reason="it is -inf in FP16 for unlikely classes",
+        remedy="return logits or probabilities",
         certainty="observed",
         source="apple/coremltools#2728",
     ),
@@ -858,8 +867,8 @@ RULES: tuple[Rule, ...] = (
         name="mask",
         level="warning",
         find=_mask,
-        reason="sums with it overflow in FP16, and -inf - -inf is no number",
-        remedy=f"mask with -{_LARGEST_MASK:g} or less in size",
+        reason="sums with it overflow in FP16, and -inf - -inf is NaN",
+        remedy=f"use a mask value of -{_LARGEST_MASK:g} or a smaller magnitude",
         certainty="documented",
         source=f"{_APPLE}; apple/coremltools#2669",
     ),
@@ -867,8 +876,8 @@ RULES: tuple[Rule, ...] = (
         name="lines",
         level="note",
         find=_short_lines,
-        reason=f"the last axis is padded to whole lines of {_LINE} bytes",
-        remedy="32 FP16 numbers or more in the last axis: (B, C, 1, S) rather than (B, S, 1, C) or small maps",
+        reason=f"the last axis is padded to a multiple of {_LINE} bytes",
+        remedy="use 32 or more FP16 values on the last axis: (B, C, 1, S) rather than (B, S, 1, C) or small maps",
         certainty="documented",
         source=_APPLE,
     ),
@@ -876,8 +885,8 @@ RULES: tuple[Rule, ...] = (
         name="broadcast",
         level="note",
         find=_channel_broadcast,
-        reason="some broadcasts of one number a channel were seen to leave the Neural Engine",
-        remedy="look at it first if the compute plan disappoints",
+        reason="some broadcasts of one value per channel were observed off the Neural Engine",
+        remedy="check it first if the compute plan has operators off the engine",
         certainty="observed",
         source="community notes (hollance/neural-engine, about 2020, of Core ML 3's layers, possibly outdated)",
     ),
@@ -885,7 +894,7 @@ RULES: tuple[Rule, ...] = (
         name="int8",
         level="note",
         find=_quantized_activation,
-        reason="computed as integers on the A17 Pro, the M4 and later; Apple's table has gains on the A16, too "
+        reason="computed in INT8 on the A17 Pro, the M4 and later; Apple's table shows gains on the A16, too "
         "(MobileNetV2, FP16 to INT8: 0.48 to 0.27 ms on an iPhone 14 Pro, 0.49 to 0.20 ms on a 15 Pro)",
         remedy="on older devices compare with RECIPE=fp16",
         certainty="documented",
@@ -895,8 +904,8 @@ RULES: tuple[Rule, ...] = (
         name="chip",
         level="note",
         find=_recent_chip,
-        reason="older chips than that have no such operator in their Neural Engine",
-        remedy="look for it in the compute plan of the oldest device that is to run the package",
+        reason="the Neural Engine of older chips does not support this operator",
+        remedy="check it in the compute plan of the oldest device that has to run the package",
         certainty="observed",
         source="ane-guide, capability surface (2026)",
     ),
@@ -904,9 +913,9 @@ RULES: tuple[Rule, ...] = (
         name="unlisted",
         level="note",
         find=_unlisted,
-        reason="nobody has told whether the Neural Engine runs it",
-        remedy="look for it in the compute plan on a device",
+        reason="unknown whether the Neural Engine supports it",
+        remedy="check it in the compute plan on a device",
         certainty="inferred",
-        source="no report found",
+        source="no report known",
     ),
 )

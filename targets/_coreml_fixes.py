@@ -1,9 +1,9 @@
-"""What coremltools 9.0 does that conversions here must work around, one function a fault.
+"""Workarounds for bugs and missing converters of coremltools 9.0, one function each.
 
-Each has a test in tests/targets/test_coreml_fixes.py (of weights: test_coreml_weights.py) that fails when the fault is
-gone, so that the workaround goes too. `mended` applies those that change a program: what 9.0 converts wrongly, or not
-at all, becomes other operators of the same values. A new one is a function with the parameters of the operator, and a
-line in `_REWRITTEN`.
+Each workaround has a test in tests/targets/test_coreml_fixes.py (for weights: test_coreml_weights.py) that fails once
+coremltools has fixed the bug, so that the workaround can be removed. `mended` applies the workarounds that rewrite a
+program: operators that 9.0 converts wrongly, or not at all, are replaced by operators that compute the same values. To
+add a rewrite, write a function with the parameters of the operator, and add it to `_REWRITTEN`.
 """
 
 from __future__ import annotations
@@ -24,36 +24,37 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule, Node
 
-# Said on every import of 9.0:
-# - torch above 2.7 is untested: true of coremltools, but every package is read back and held against the torch program
-# - scikit-learn is too new for its own converters, which are never called
-# - off macOS, that Core ML itself cannot be loaded: `Target.not_executed` says so once, in a sentence
+# Warnings on every import of 9.0 that are suppressed:
+# - torch above 2.7 is untested: every package is read back and compared with the torch program
+# - scikit-learn is too new for coremltools' scikit-learn converters: they are never called
+# - off macOS, Core ML cannot be loaded: `Target.not_executed` reports it
 _EXPECTED = ("Torch version", "scikit-learn version") + (() if sys.platform == "darwin" else ("Failed to load _ML",))
 
 _PIPELINES = ("frontend_pytorch", "default", "backend_mlprogram")
 
-_APART = "told_apart_"  # names of operators that are there for a moment
+_APART = "told_apart_"  # name prefix of temporary identity operators
 
-_LARGEST_HALF, _SENTINEL = 65504.0, 40000.0
-# Where a constant is added or chosen, and no factor: there, what is beyond FP16 stands for infinity.
-_ADDS_OR_CHOOSES = frozenset(
+_LARGEST_HALF, _SENTINEL = 65504.0, 40000.0  # the largest FP16 value; replaces constants that represent infinity
+# Operators that add or select a constant rather than multiply by it: a constant beyond the range of FP16 in one of
+# them represents infinity.
+_ADD_OR_SELECT = frozenset(
     {"add", "sub", "masked_fill", "where", "maximum", "minimum", "scaled_dot_product_attention"}
     | {"full", "full_like", "pad", "constant_pad_nd", "expand", "repeat", "clone"}
 )
-# Where a stored number is as good as one that is written out, and some numbers are computed otherwise.
-# By operator, the place of that argument.
-_KNOWS_NUMBERS = {
+# Operators that are rewritten for some numbers, where a stored scalar is replaced by the number: the argument's index.
+_NUMBER_ARGUMENTS = {
     "aten.div.Tensor_mode": 1,
     "aten.floor_divide.default": 1,
     "aten.pow.Tensor_Tensor": 0,
     "aten.remainder.Tensor": 1,
 }
+# Operators whose default arguments must be written explicitly, and whose scalar arguments must be floats.
 _SPELLED_OUT = frozenset({"hardtanh", "leaky_relu", "elu", "threshold", "clamp_min", "clamp_max", "cosine_similarity"})
 
 
 def import_coremltools() -> Any:
-    """The coremltools module, without the warnings that importing it is known to print; all others still are."""
-    logging.getLogger("coremltools").addFilter(_is_news)
+    """Import coremltools without the warnings of `_EXPECTED`; all other warnings are shown."""
+    logging.getLogger("coremltools").addFilter(_is_unexpected)
     import coremltools
 
     return coremltools
@@ -61,9 +62,9 @@ def import_coremltools() -> Any:
 
 @contextmanager
 def one_progress_bar(program: ExportedProgram, title: str) -> Iterator[None]:
-    """Converting `program` inside draws one bar on stderr.
+    """Context of a conversion of `program`: draw one progress bar on stderr.
 
-    Version 9.0 draws four that stay on the screen, with `tqdm` called where no option reaches it.
+    Version 9.0 draws four bars that stay on the screen, and no option turns them off.
     """
     from coremltools.converters.mil.frontend.torch import ops
     from coremltools.converters.mil.mil.passes import pass_pipeline
@@ -89,7 +90,7 @@ def one_progress_bar(program: ExportedProgram, title: str) -> Iterator[None]:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Passes that run inside draw no bars on stderr: version 9.0 draws one of zero steps for each package it merges."""
+    """Context without progress bars of passes: version 9.0 draws a bar of zero steps for each merged package."""
     from coremltools.converters.mil.mil.passes import pass_pipeline
 
     original = pass_pipeline.tqdm
@@ -102,9 +103,9 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def no_leftovers() -> Iterator[None]:
-    """What is converted or merged inside leaves no copy of itself in the system's folder for temporary files.
+    """Context of conversions and merges that removes their temporary files when it ends.
 
-    Version 9.0 keeps that of each model until the process ends.
+    Version 9.0 keeps a copy of each model in the system's temporary folder until the process ends.
     """
     original = tempfile.tempdir
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,10 +118,10 @@ def no_leftovers() -> Iterator[None]:
 
 @contextmanager
 def labels_beside_logits() -> Iterator[None]:
-    """A classifier that is converted inside may have outputs beside the label and its probabilities.
+    """Context of a conversion: a classifier may have further outputs beside the label and its probabilities.
 
-    Version 9.0 puts these two in front of the outputs that it was told of and looks the type of each output up by its
-    place in the list that it was told: an IndexError. The types have been applied by then, so the list may go.
+    Version 9.0 inserts these two before the declared outputs and then indexes the declared list of output types by the
+    new positions, which raises IndexError. The types are applied before that, so the list can be removed.
     """
     from coremltools.converters.mil.backend.mil import load
 
@@ -139,7 +140,7 @@ def labels_beside_logits() -> Iterator[None]:
 
 @contextmanager
 def one_bar_for_weights(title: str, count: int) -> Iterator[None]:
-    """Compressing `count` weights of a package inside draws one bar on stderr: version 9.0 draws four, as above."""
+    """Context of the compression of `count` weights: draw one progress bar on stderr. Version 9.0 draws four."""
     from coremltools.converters.mil.mil.passes import pass_pipeline
     from coremltools.optimize.coreml import _quantization_passes
 
@@ -150,7 +151,7 @@ def one_bar_for_weights(title: str, count: int) -> Iterator[None]:
         def counted(steps: Iterable[Any], **_: Any) -> Iterator[Any]:
             for step in steps:
                 yield step
-                bar.update(min(1, count - bar.n))  # of all that could be compressed, few are
+                bar.update(min(1, count - bar.n))  # the steps include weights that are not compressed
 
         originals = _quantization_passes.tqdm, pass_pipeline.tqdm
         _quantization_passes.tqdm, pass_pipeline.tqdm = counted, lambda steps, **_: steps
@@ -162,11 +163,11 @@ def one_bar_for_weights(title: str, count: int) -> Iterator[None]:
 
 @contextmanager
 def scales_above_zero() -> Iterator[None]:
-    """Weights that are quantized inside, symmetrically to signed integers, are within half a step of what they were.
+    """Context of weight quantization: symmetric quantization to signed integers with an error of at most half a step.
 
-    Version 9.0 gives a block of zeros, a channel that training has switched off, the scale 0 and divides by it
-    (github.com/apple/coremltools #2853); and it divides in FP16, and rounds scales down, both of which move weights
-    farther than that.
+    Version 9.0 gives a block of zeros, such as a dead channel, the scale 0 and divides by it
+    (github.com/apple/coremltools #2853). It also divides in FP16 and rounds scales down, both of which make errors of
+    more than half a step.
     """
     import numpy as np
     from coremltools.optimize import _utils
@@ -191,10 +192,10 @@ def scales_above_zero() -> Iterator[None]:
 
 @contextmanager
 def names_kept() -> Iterator[None]:
-    """Operators that are converted inside have the names of their torch nodes, and those that are added have others.
+    """Context of a conversion: operators have the names of their torch nodes; operators that coremltools adds do not.
 
-    Version 9.0 numbers what it adds as torch does: `sub_2` of a package may be a part of torch's second variance, and
-    torch's own `sub_2` then gets another name.
+    Version 9.0 numbers added operators as torch numbers nodes: `sub_2` of a package may be a part of torch's second
+    variance, and torch's own `sub_2` is then renamed.
     """
     from coremltools.converters.mil import Builder
 
@@ -212,11 +213,11 @@ def names_kept() -> Iterator[None]:
 
 @contextmanager
 def transposes_told_apart() -> Iterator[None]:
-    """What is converted inside may read a tensor and the same tensor transposed in one operator, as `x @ x.mT` does.
+    """Context of a conversion: an operator may read a tensor and its transpose, as `x @ x.mT` does.
 
-    Where a transpose is cancelled by another, version 9.0 puts it back in front of that operator for every input that
-    comes from the same tensor, and not for the one alone that needs it: wrong values where the axes are equally long,
-    and an error of shapes elsewhere. An identity between the two, dropped afterwards, makes them two tensors.
+    Where two transposes cancel, version 9.0 inserts a transpose before such an operator for every input that comes from
+    the same tensor, rather than only for the input that needs it: wrong values where the axes are equally long, a shape
+    error elsewhere. A temporary identity after the transpose makes the inputs distinct tensors.
     """
     from coremltools.converters.mil.mil.passes.defs.optimize_repeat_ops import reduce_transposes
 
@@ -261,10 +262,9 @@ def _drop(block: Any, identities: list[Any]) -> None:
 
 
 def mended(program: ExportedProgram, *, half: bool) -> GraphModule:
-    """`program` as a module to trace again, with operators that coremltools converts to the same values. `program`
-    itself stays as it is. What `decomposed` does must follow the trace.
+    """Return `program` as a module to export again, rewritten into operators that coremltools converts correctly.
 
-    `half`: whether Core ML will compute in FP16.
+    `program` itself is unchanged. Call `decomposed` on the new export. `half`: Core ML will compute in FP16.
     """
     graph = program.module()
     fold_quantized_scalars(graph)
@@ -275,11 +275,11 @@ def mended(program: ExportedProgram, *, half: bool) -> GraphModule:
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """`program`, fresh from its trace, in the inference operators that coremltools has converters for: compositions
-    that it does not know become what torch composes them of, where torch can.
+    """Return a freshly exported program in inference operators that coremltools has converters for.
 
-    A fresh trace is in the training dialect, which version 9.0 cannot read. It has converters for 447 names, and none
-    for channel_shuffle, celu, addcmul and others that are rare.
+    Operators without a converter are decomposed by torch, where torch has a decomposition. A fresh export uses training
+    IR, which version 9.0 cannot read. It has converters for 447 names, but for none of channel_shuffle, celu, addcmul
+    and other rare operators.
     """
     import torch
 
@@ -293,7 +293,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         for node in program.graph.nodes
         if node.op == "call_function"
         and node.target not in tried
-        and not _operator(node).endswith("_")  # `__xor__`: taken for one that works in place
+        and not _operator(node).endswith("_")  # `__xor__`: its name looks like that of an in-place operator
         and not is_torch_fx_node_supported(node)
     }:
         tried |= unknown
@@ -304,9 +304,9 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 
 
 def fold_quantized_scalars(graph: GraphModule) -> None:
-    """Dequantize stored integers of rank 0, in place.
+    """Fold the dequantization of stored scalars (rank 0), in place.
 
-    Version 9.0 subtracts their zero point in int8, where 100 - -100 is -56.
+    Version 9.0 subtracts the zero point in int8, where 100 - -100 overflows to -56.
     """
     for node in list(graph.graph.nodes):
         if str(node.target) != "quantized_decomposed.dequantize_per_tensor.default":
@@ -319,17 +319,17 @@ def fold_quantized_scalars(graph: GraphModule) -> None:
 
 
 def limit_sentinels(graph: GraphModule) -> None:
-    """Bring the constants beyond FP16 that stand for infinity, those of attention masks mostly, to 40000 or -40000, in
-    place. Factors stay as they are: 1e6 is no other word for infinity there.
+    """Limit constants beyond the range of FP16 that represent infinity, as in attention masks, to +-40000, in place.
 
-    Version 9.0 makes infinities of those above 1e38, and computes with smaller ones in float32, off the Neural Engine.
-    Apple masks with -40000 there (apple/coreai-models, neural_engine_rules.md): FP16 ends at -65504, but that and an
-    attention score of -16 are minus infinity again.
+    Factors are unchanged, since a factor of 1e6 does not represent infinity. Version 9.0 converts constants above 1e38
+    to infinity, and computes with smaller ones in float32, off the Neural Engine. Apple masks with -40000
+    (apple/coreai-models, neural_engine_rules.md): the lowest FP16 value is -65504, but its sum with an attention score
+    of -16 is -infinity again.
     """
     from torch.fx.node import map_aggregate
 
     for node in list(graph.graph.nodes):
-        if _operator(node) not in _ADDS_OR_CHOOSES:
+        if _operator(node) not in _ADD_OR_SELECT:
             continue
 
         def limited(argument: Any, node: Node = node) -> Any:
@@ -340,13 +340,14 @@ def limit_sentinels(graph: GraphModule) -> None:
                 return argument
             return _store(graph, node, stored.detach().where(~beyond, stored.sign() * _SENTINEL))
 
-        node.args, node.kwargs = (cast(Any, map_aggregate(given, limited)) for given in (node.args, node.kwargs))
+        node.args, node.kwargs = (cast(Any, map_aggregate(part, limited)) for part in (node.args, node.kwargs))
     graph.recompile()
 
 
 def rewrite(graph: GraphModule) -> None:
-    """Let each operator of `_REWRITTEN` be computed by its function, in place; the next trace sees what that calls.
-    Stored numbers that it must know are handed to it as such.
+    """Replace each operator of `_REWRITTEN` by its function, in place; the next export traces into the function.
+
+    Stored scalars in arguments of `_NUMBER_ARGUMENTS` are passed as Python numbers.
     """
     from targets._coreml_program import Constants
 
@@ -356,7 +357,7 @@ def rewrite(graph: GraphModule) -> None:
             continue
         name = str(node.target)
         node.target = _REWRITTEN.get(name, node.target)
-        place = _KNOWS_NUMBERS.get(name)
+        place = _NUMBER_ARGUMENTS.get(name)
         if place is None or node.args[place] not in constants.nodes:
             continue
         value = constants.value(node.args[place])
@@ -368,10 +369,10 @@ def rewrite(graph: GraphModule) -> None:
 
 
 def spell_out(graph: GraphModule) -> None:
-    """Write the arguments that operators of `_SPELLED_OUT` were not given, and numbers as floats, in place:
-    `F.hardtanh(x, 0, 6)` has integers.
+    """Add default arguments to operators of `_SPELLED_OUT`, and convert their scalars to floats, in place.
 
-    Version 9.0 counts arguments, and hands integers on to operators of MIL that take floats only.
+    Version 9.0 relies on the number of arguments, and passes integers, as in `F.hardtanh(x, 0, 6)`, to MIL operators
+    that accept only floats.
     """
     for node in graph.graph.nodes:
         if _operator(node) in _SPELLED_OUT and node.meta["val"].is_floating_point():
@@ -383,38 +384,38 @@ def spell_out(graph: GraphModule) -> None:
 
 
 def add(x: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
-    """A sum with a factor for the second, which version 9.0 does not read."""
+    """Sum with `alpha`, a factor of `other`, which version 9.0 ignores."""
     return x + other if alpha == 1 else x + other * alpha
 
 
 def subtract(x: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
-    """A difference with a factor for the second: as `add`."""
+    """Difference with `alpha`; see `add`."""
     return x - other if alpha == 1 else x - other * alpha
 
 
 def alias(x: Tensor) -> Tensor:
-    """`x[...]`, and what the functions of other libraries return unchanged: version 9.0 has no converter for it."""
+    """Return `x` unchanged, as `x[...]` and some functions of other libraries do: version 9.0 has no converter."""
     return x
 
 
 def both(x: Tensor, other: Tensor) -> Tensor:
-    """`x & other` of truth values, which version 9.0 knows by its other name only. Integers are left to torch."""
+    """`x & other` of booleans, for which version 9.0 has a converter only as `logical_and`. Integers: unchanged."""
     import torch
 
     return torch.logical_and(x, other) if x.dtype == torch.bool else torch.bitwise_and(x, other)
 
 
 def either(x: Tensor, other: Tensor) -> Tensor:
-    """`x | other`: as `both`."""
+    """`x | other`; see `both`."""
     import torch
 
     return torch.logical_or(x, other) if x.dtype == torch.bool else torch.bitwise_or(x, other)
 
 
 def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
-    """A clamp with one limit is a maximum or a minimum. (Names are those of torch.)
+    """Clamp with one limit, as a maximum or a minimum. (Parameters have torch's names.)
 
-    Version 9.0 makes the largest float32 of the other limit, infinity in FP16.
+    Version 9.0 sets the missing limit to the largest float32 value, which is infinity in FP16.
     """
     import torch
 
@@ -425,7 +426,7 @@ def clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tens
 
 
 def argmax(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """The place of the largest of all elements where no axis is named: version 9.0 then takes the last axis."""
+    """Index of the largest of all elements where `dim` is None: version 9.0 then uses the last axis."""
     import torch
 
     if dim is not None:
@@ -434,7 +435,7 @@ def argmax(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
 
 
 def argmin(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """The place of the smallest of all elements: as `argmax`."""
+    """Index of the smallest of all elements; see `argmax`."""
     import torch
 
     if dim is not None:
@@ -443,8 +444,9 @@ def argmin(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
 
 
 def atan2(y: Tensor, x: Tensor) -> Tensor:
-    """The angle of a point, by its quadrant. Version 9.0 gives 0 for points on the negative side of the first axis,
-    where it is pi (github.com/apple/coremltools #2769). (Zeros have no sign here.)
+    """Angle of a point, by its quadrant; signed zeros are not distinguished.
+
+    Version 9.0 computes 0 instead of pi for points on the negative x axis (github.com/apple/coremltools #2769).
     """
     import torch
 
@@ -454,20 +456,20 @@ def atan2(y: Tensor, x: Tensor) -> Tensor:
 
 
 def bilinear(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A bilinear layer as a linear one and a sum: version 9.0 has no converter for it.
+    """Bilinear layer, as a linear layer and a sum: version 9.0 has no converter for it.
 
-    `x` (..., I), `other` (..., J), `weight` (O, I, J): (..., O).
+    Shapes: `x` (..., I), `other` (..., J), `weight` (O, I, J), result (..., O).
     """
     from torch.nn import functional
 
     outputs, _, columns = weight.shape
     mixed = functional.linear(x, weight.transpose(1, 2).flatten(0, 1))
-    found = (mixed.reshape(*mixed.shape[:-1], outputs, columns) * other.unsqueeze(-2)).sum(-1)
-    return found if bias is None else found + bias
+    result = (mixed.reshape(*mixed.shape[:-1], outputs, columns) * other.unsqueeze(-2)).sum(-1)
+    return result if bias is None else result + bias
 
 
 def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
-    """A diagonal as a slice with a stride. Version 9.0 has the main one of the first two axes only."""
+    """Diagonal, as a strided slice. Version 9.0 supports only the main diagonal of the first two axes."""
     matrix = x.movedim((dim1, dim2), (-2, -1))
     rows, columns = matrix.shape[-2:]
     count = max(0, min(rows + min(offset, 0), columns - max(offset, 0)))
@@ -476,7 +478,7 @@ def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor
 
 
 def einsum(equation: str, operands: Sequence[Tensor], path: Any = None) -> Tensor:
-    """An equation whose `...` are letters: version 9.0 takes the dots for axes."""
+    """Einsum with `...` replaced by letters: version 9.0 parses the dots as axes."""
     import torch
 
     if "..." not in equation:
@@ -487,21 +489,21 @@ def einsum(equation: str, operands: Sequence[Tensor], path: Any = None) -> Tenso
     ranks = [tensor.dim() - len(term.replace("...", "")) for term, tensor in zip(terms, operands, strict=True)]
     dots = "".join(free[: max(ranks)])
     terms = [term.replace("...", dots[len(dots) - rank :]) for term, rank in zip(terms, ranks, strict=True)]
-    if not arrow:  # the axes of the dots, then what occurs once, in order of the alphabet
+    if not arrow:  # implicit output: the axes of the dots, then the letters that occur once, in alphabetical order
         once = sorted({letter for letter in inputs if letter.isalpha() and inputs.count(letter) == 1})
         output = "..." + "".join(once)
     return torch.einsum(f"{','.join(terms)}->{output.replace('...', dots)}", *operands)
 
 
 def floor_divide(x: Tensor, other: Tensor | float) -> Tensor:
-    """A division by 1 rounds: version 9.0 drops it (github.com/apple/coremltools #2762)."""
+    """Floor division by 1, as floor: version 9.0 removes the division (github.com/apple/coremltools #2762)."""
     import torch
 
     return x.floor() if isinstance(other, float | int) and other == 1 else torch.floor_divide(x, other)
 
 
 def divide(x: Tensor, other: Tensor | float, *, rounding_mode: str | None = None) -> Tensor:
-    """A quotient that is rounded down: as `floor_divide`."""
+    """Quotient with `rounding_mode="floor"`; see `floor_divide`."""
     import torch
 
     if rounding_mode == "floor" and isinstance(other, float | int) and other == 1:
@@ -510,14 +512,14 @@ def divide(x: Tensor, other: Tensor | float, *, rounding_mode: str | None = None
 
 
 def remainder(x: Tensor, other: Tensor | float) -> Tensor:
-    """The remainder of a division by 1, for which version 9.0 uses one that rounds down: as `floor_divide`."""
+    """Remainder of a division by 1, which version 9.0 computes by a floor division; see `floor_divide`."""
     import torch
 
     return x - x.floor() if isinstance(other, float | int) and other == 1 else torch.remainder(x, other)
 
 
 def fmod(x: Tensor, other: Tensor | float) -> Tensor:
-    """The remainder of a division towards zero, which has the sign of `x`. Version 9.0 has no converter for it."""
+    """Remainder of a truncated division, with the sign of `x`. Version 9.0 has no converter for it."""
     return x - trunc(x / other) * other
 
 
@@ -532,8 +534,9 @@ def instance_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    """An instance normalization by running statistics, which is a batch normalization: version 9.0 normalizes by those
-    of the input (github.com/apple/coremltools #2666).
+    """Instance normalization by running statistics, as the equivalent batch normalization.
+
+    Version 9.0 normalizes by the statistics of the input (github.com/apple/coremltools #2666).
     """
     import torch
     from torch.nn import functional
@@ -546,7 +549,7 @@ def instance_norm(
 
 
 def matmul(x: Tensor, other: Tensor) -> Tensor:
-    """A product with a vector as one with a matrix of one column or row: version 9.0 fails at the first of them."""
+    """Product with a vector, as a product with a matrix of one column or row: version 9.0 fails for matrix @ vector."""
     if x.dim() > 1 and other.dim() == 1:
         return (x @ other.unsqueeze(-1)).squeeze(-1)
     if x.dim() == 1 and other.dim() > 1:
@@ -555,15 +558,17 @@ def matmul(x: Tensor, other: Tensor) -> Tensor:
 
 
 def power_of_number(base: float, exponent: Tensor) -> Tensor:
-    """base ** exponent by an exponential. MIL has `pow` for it, but Core ML's runtime is reported to compute
-    exponent ** base (github.com/apple/coremltools #2628, #2742).
+    """base ** exponent, by an exponential. Raises CheckFailed for a negative base.
+
+    With MIL's `pow`, Core ML's runtime is reported to compute exponent ** base (github.com/apple/coremltools #2628,
+    #2742).
     """
     import torch
 
     if base < 0:
         raise CheckFailed(
-            f"the network computes {base:g} ** x, the power of a negative number, which Core ML's runtime is reported "
-            "to compute as x squared or the like; write it with torch.where and torch.exp"
+            f"the network computes {base:g} ** x with a negative base, for which Core ML's runtime is reported to swap "
+            "base and exponent; write it with torch.where and torch.exp"
         )
     if base == 0:
         return torch.where(exponent > 0, 0.0, torch.where(exponent == 0, 1.0, math.inf))
@@ -571,12 +576,12 @@ def power_of_number(base: float, exponent: Tensor) -> Tensor:
 
 
 def power_of_stored(base: Tensor, exponent: Tensor) -> Tensor:
-    """base ** exponent for a stored `base` of several numbers above zero: as `power_of_number`."""
+    """base ** exponent for a stored tensor `base` of positive values; see `power_of_number`."""
     return (exponent * base.log()).exp()
 
 
 def product(x: Tensor, dim: int | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
-    """A product along an axis, by halves. Version 9.0 has no converter for it."""
+    """Product along an axis, by repeated halving. Version 9.0 has no converter for it."""
     import torch
 
     if dtype is not None:
@@ -592,12 +597,12 @@ def product(x: Tensor, dim: int | None = None, keepdim: bool = False, dtype: Any
 
 
 def round_decimals(x: Tensor, *, decimals: int) -> Tensor:
-    """Rounding to decimals, which version 9.0 does not know."""
+    """Rounding to a number of decimals, which version 9.0 does not support."""
     return (x * 10.0**decimals).round() / 10.0**decimals
 
 
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    """log(1 + exp(beta x)) / beta, and x itself where beta x is above the threshold: version 9.0 does not read that."""
+    """log(1 + exp(beta x)) / beta, or x where beta x exceeds the threshold: version 9.0 ignores the threshold."""
     import torch
     from torch.nn import functional
 
@@ -613,9 +618,7 @@ def trunc(x: Tensor) -> Tensor:
 
 
 def unfold(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
-    """The windows along an axis, as slices with a stride, one for each place in a window. Version 9.0 has no converter
-    for it.
-    """
+    """Sliding windows along an axis, as strided slices, one per position in the window: 9.0 has no converter for it."""
     import torch
 
     count = (x.shape[dimension] - size) // step + 1
@@ -630,8 +633,9 @@ def unfold(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
 def upsample_bilinear2d(
     x: Tensor, output_size: Sequence[int] | None, align_corners: bool, scale_factors: Sequence[float] | None = None
 ) -> Tensor:
-    """Bilinear interpolation by a factor that gives no whole size, as a product with a matrix for each axis: version
-    9.0 refuses it. Positions are those of torch, by the factor and not by the sizes.
+    """Bilinear interpolation where size times factor is not an integer, as a matrix product per axis.
+
+    Version 9.0 rejects it. Sampling positions follow torch: they depend on the factor, not on the sizes.
     """
     import torch
     from torch.nn import functional
@@ -649,7 +653,7 @@ def upsample_bilinear2d(
 
 
 def where(condition: Tensor, x: Tensor | float, other: Tensor | float) -> Tensor:
-    """A choice between floats and an integer, which version 9.0 refuses itself: torch composes hardshrink of it."""
+    """Selection between floats and an integer, which version 9.0 rejects; torch decomposes hardshrink into it."""
     import torch
 
     floats = any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in (x, other))
@@ -658,7 +662,7 @@ def where(condition: Tensor, x: Tensor | float, other: Tensor | float) -> Tensor
 
 
 def _bilinear_weights(size: int, factor: float) -> list[list[float]]:
-    """What each of `size` elements contributes to each of the interpolated ones: a row for each of these."""
+    """Return the interpolation matrix of an axis: a row per interpolated element, a column per input element."""
     rows = []
     for place in range(int(size * factor)):
         position = min(size - 1.0, max(0.0, (place + 0.5) / factor - 0.5))
@@ -669,8 +673,9 @@ def _bilinear_weights(size: int, factor: float) -> list[list[float]]:
 def upsample_nearest2d(
     x: Tensor, output_size: Sequence[int] | None, scale_factors: Sequence[float] | None = None
 ) -> Tensor:
-    """A nearest neighbour whose factor is no whole number, of slices, as torch picks them: version 9.0 leaves it to an
-    operator that goes by the sizes.
+    """Nearest-neighbour interpolation by a factor that is not an integer, as slices at torch's sampling positions.
+
+    Version 9.0 uses an operator whose sampling positions depend on the sizes, not on the factor.
     """
     import torch
     from torch.nn import functional
@@ -687,7 +692,9 @@ def upsample_nearest2d(
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    """GELU by a tanh, written out, from which coremltools makes MIL's own. Version 9.0 does not read `approximate`."""
+    """GELU with tanh approximation, written out; coremltools fuses it into MIL's gelu. Version 9.0 ignores
+    `approximate`.
+    """
     from torch.nn import functional
 
     if approximate == "none":
@@ -703,11 +710,10 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """Group normalization of (N, C, H, W) in rank 4, with means over space before those over channels. Inputs of
-    another rank are left to torch.
+    """Group normalization of (N, C, H, W) in rank 4, with means over space before means over channels.
 
-    Version 9.0 makes rank 5 of it, which the Neural Engine does not run, and one mean over all of a group's values,
-    200,704 for the first maps of a HAT-Net, whose sum FP16 cannot hold.
+    Inputs of other ranks are unchanged. Version 9.0 uses rank 5, which the Neural Engine does not run, and one mean
+    over all values of a group (200,704 values in the first maps of a HAT-Net), whose sum overflows FP16.
     """
     from torch.nn import functional
 
@@ -724,16 +730,16 @@ def group_norm(
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """Logarithm of a sigmoid, which MIL has under another name: version 9.0 has no converter for torch's."""
+    """Logarithm of a sigmoid, as -softplus(-x): version 9.0 has no converter for log_sigmoid."""
     from torch.nn import functional
 
     return -functional.softplus(-x)
 
 
 def log_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
-    """Logarithms of probabilities, by differences to the largest logit.
+    """Log-softmax, by differences to the largest logit.
 
-    Version 9.0 takes the logarithm of a softmax, which is 0 in FP16 for classes less likely than 3e-8.
+    Version 9.0 computes log(softmax(x)), where the softmax is 0 in FP16 for probabilities below 3e-8.
     """
     shifted = x - x.amax(dim, keepdim=True)
     return shifted - shifted.exp().sum(dim, keepdim=True).log()
@@ -747,14 +753,14 @@ def max_pool2d(
     dilation: Sequence[int] = (1, 1),
     ceil_mode: bool = False,
 ) -> Tensor:
-    """A pool whose stride is its kernel, and named: version 9.0 insists on it."""
+    """Max pooling with an explicit stride, by default the kernel size: version 9.0 needs the argument."""
     from torch.nn import functional
 
     return functional.max_pool2d(x, [*kernel_size], [*(stride or kernel_size)], [*padding], [*dilation], ceil_mode)
 
 
 def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
-    """Circular padding as slices from the other side, last axis first. Version 9.0 knows the other modes only."""
+    """Circular padding, as slices from the opposite side, last axis first. Version 9.0 supports only other modes."""
     import torch
 
     if mode != "circular" or min(pad) < 0:
@@ -767,7 +773,7 @@ def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | No
 
 
 def reciprocal(x: Tensor) -> Tensor:
-    """1 / x as a quotient. Version 9.0 makes MIL's inverse of it, 1 / (x + 0.0001)."""
+    """1 / x, as a quotient. Version 9.0 converts it to MIL's inverse, 1 / (x + 0.0001)."""
     import torch
 
     return torch.ones(1) / x
@@ -776,9 +782,9 @@ def reciprocal(x: Tensor) -> Tensor:
 def rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """Root mean square normalization by a norm, whose squares FP16 need not hold.
+    """RMS normalization by a vector norm, whose squares do not overflow FP16.
 
-    Version 9.0 insists on `eps`, and adds it after dividing by the largest value: zeros become 0 / 0.
+    Version 9.0 requires `eps`, and adds it after dividing by the largest value: inputs of zeros become 0 / 0.
     """
     import torch
 
@@ -789,9 +795,9 @@ def rms_norm(
 
 
 def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
-    """A cyclic shift as two slices an axis.
+    """Cyclic shift, as two slices per axis.
 
-    Version 9.0 gathers, which no Neural Engine does; slices and concatenations it does.
+    Version 9.0 uses gather, which no Neural Engine runs; slices and concatenations run on it.
     """
     import torch
 
@@ -806,7 +812,7 @@ def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
 def var_mean(
     x: Tensor, dim: Sequence[int] | None = None, unbiased: bool = True, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Variance and mean one after the other: version 9.0 has a converter for each, and none for both."""
+    """Variance and mean, as two operators: version 9.0 has a converter for each, but none for var_mean."""
     return var_mean_correction(x, dim, correction=int(unbiased), keepdim=keepdim)
 
 
@@ -817,24 +823,24 @@ def var_mean_correction(
     return x.var(axes, correction=1 if correction is None else correction, keepdim=keepdim), x.mean(axes, keepdim)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_unexpected(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_EXPECTED)
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:
-    """What an operator of MIL reads, lists of values taken apart."""
+    """Return the values that a MIL operator reads, with lists flattened."""
     lists = (value if isinstance(value, list | tuple) else (value,) for value in values)
     return [value for each in lists for value in each if value is not None]
 
 
 def _operator(node: Node) -> str:
-    """The name of a node's operator without library and overload; "" where it has none."""
+    """Return the name of a node's operator without namespace and overload; "" for nodes without operator."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.partition("::")[2] if schema else ""
 
 
 def _stored(graph: GraphModule, argument: Any) -> Tensor | None:
-    """The parameter or buffer that an argument of an operator is; None where it is anything else."""
+    """Return the parameter or buffer that an argument refers to; None for other arguments."""
     if getattr(argument, "op", None) != "get_attr":
         return None
     owner, _, name = argument.target.rpartition(".")
@@ -842,7 +848,7 @@ def _stored(graph: GraphModule, argument: Any) -> Tensor | None:
 
 
 def _store(graph: GraphModule, node: Node, value: Tensor) -> Node:
-    """Store a buffer in `graph` for `node` to read."""
+    """Register `value` as a buffer of `graph` and return a node, before `node`, that reads it."""
     name = f"mended_{len(dict(graph.named_buffers()))}"
     graph.register_buffer(name, value)
     with graph.graph.inserting_before(node):

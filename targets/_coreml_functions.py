@@ -1,4 +1,7 @@
-"""Several Core ML packages as one: each is a function with a name, and weights that are equal are stored once."""
+"""Multifunction packages: merge Core ML packages into one package with a named function for each.
+
+Equal weights are stored once.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,30 @@ from targets._coreml_fixes import import_coremltools, no_leftovers, no_progress_
 from targets._coreml_interface import features
 from targets._coreml_systems import SYSTEMS
 
-_FIRST = "iOS18"  # that loads packages with several functions
+_FIRST = "iOS18"  # the first system that loads packages with several functions
 
 
 def deployment_of_part(storage: WeightOnly | None, deployment: str | None) -> str | None:
-    """What a package must be built for to become a function, where `deployment` was asked for; None: the recipe's own.
+    """Return the deployment target that a package must be built for to become a function; None: the recipe's default.
 
-    Raises BadRequest where systems so old do not load packages with several functions.
+    `deployment` is the requested target. Raises BadRequest where it is too old for packages with several functions.
     """
     names = [system.name for system in SYSTEMS], [f"macOS{system.macos}" for system in SYSTEMS]
     first = names[0].index(_FIRST)
     if deployment in (*names[0][:first], *names[1][:first]):
         raise BadRequest(
             f"DEPLOYMENT={deployment}: a package with several functions needs {_FIRST} ({names[1][first]}) or later; "
-            "leave DEPLOYMENT out, or build one engine for each"
+            "leave DEPLOYMENT out, or build one engine for each function"
         )
-    # coremltools reads all of them as iOS 18's. Operators of older systems stay what they were, and attention had
-    # better be converted for the recipe's own (see `_coreml_systems.system_of`); but palettes have another form there.
+    # coremltools merges packages as iOS 18 packages. Operators of older opsets remain valid, and attention is better
+    # converted for the recipe's default (see `_coreml_systems.system_of`); but palettes are stored differently.
     return _FIRST if storage and deployment is None else deployment
 
 
 def merge(packages: Mapping[str, Path], out: Path) -> None:
-    """Write the packages as functions of these names to `out`; the first is the default one.
+    """Write the packages as functions of these names to `out`; the first is the default function.
 
-    Raises CheckFailed where what was written, read back, is not what it came from.
+    Raises CheckFailed where a function, read back from `out`, differs from its package.
     """
     coremltools = import_coremltools()
     descriptor = coremltools.utils.MultiFunctionDescriptor()
@@ -51,20 +54,21 @@ def merge(packages: Mapping[str, Path], out: Path) -> None:
 
 
 def check(name: str, found: Package, expected: Package) -> None:
-    """Raises CheckFailed where a function of a package is not the package that it was made from: another interface,
-    another operator in any place, or one that takes something else.
+    """Raise CheckFailed where the function `name` differs from the package that it was made from.
+
+    Compared are the inputs and outputs, and the type, name, shapes and inputs of every operator.
     """
-    for what, one, other in (
+    for noun, one, other in (
         ("inputs", features(found.inputs), features(expected.inputs)),
         ("outputs", found.outputs, expected.outputs),
         ("described outputs", features(_described(found, name).output), features(expected.spec.description.output)),
     ):
         if one != other:
-            raise CheckFailed(f"{what} of function {name}: {one}, expected {other}")
+            raise CheckFailed(f"{noun} of function {name}: {one}, expected {other}")
     for place, (ours, theirs) in enumerate(zip_longest(_computed(found), _computed(expected))):
         if difference := _difference(ours, theirs):
             raise CheckFailed(
-                f"function {name}, operator {place + 1} is not that of the package it came from: {difference}"
+                f"operator {place + 1} of function {name} differs from the package that it was made from: {difference}"
             )
 
 
@@ -74,7 +78,7 @@ def _described(package: Package, name: str) -> Any:
 
 
 def _computed(package: Package) -> Iterator[Any]:
-    """The operators but for constants, which are compared where they are read: equal ones have become one."""
+    """Return the operators without constants, which are compared where they are read: merging deduplicates them."""
     return (operation for operation in package.operations if operation.op_type != "const")
 
 
@@ -85,7 +89,7 @@ def _difference(ours: Any | None, theirs: Any | None) -> str | None:
         return f"{_titled(ours)} is {one}, expected {other}"
     for parameter in ours.inputs.keys() | theirs.inputs.keys():
         if not _same(ours.inputs.get(parameter), theirs.inputs.get(parameter)):
-            return f"{_titled(ours)} takes another {parameter}"
+            return f"{_titled(ours)} has a different {parameter}"
     return None
 
 
@@ -98,7 +102,7 @@ def _signature(operation: Any) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two operators are given the same: nothing, the same constant, the value of the same name, or a row."""
+    """Return whether two inputs are equal: both missing, equal constants, values of one name, or lists of equals."""
     if ours is None or theirs is None:
         return ours is theirs
     if isinstance(ours, list | tuple):

@@ -1,4 +1,4 @@
-"""What a Core ML package takes: each input's kind, the sizes that it allows, and the value of one that is left out."""
+"""Inputs of a Core ML package: kind, allowed shapes, and the default value of an optional input."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["image", "array", "other"]
 Shape: TypeAlias = tuple[int, ...]
 
-_LARGEST_SIDE, _MOST_ELEMENTS = 2**16, 2**26  # of an input; 2^26 float32 numbers are 256 MiB
+_LARGEST_SIDE, _MOST_ELEMENTS = 2**16, 2**26  # limits for an input; 2^26 float32 values take 256 MiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Input:
-    """One input of a function, as its description has it. An image is (1, channels, height, width)."""
+    """An input of a function, from its description. The shape of an image is (1, channels, height, width)."""
 
     name: str
     kind: Kind
-    shape: Shape  # the default one
-    shapes: tuple[Shape, ...] = ()  # where they are enumerated, all that are allowed
-    ranges: tuple[tuple[int, int | None], ...] = ()  # where they are not, of each axis; None: without end
-    colours: str = ""  # of an image: RGB, BGR, GRAYSCALE
-    default: float | None = None  # of an optional input: what each element is where it is left out
+    shape: Shape  # the default shape
+    shapes: tuple[Shape, ...] = ()  # all allowed shapes, where the description enumerates them
+    ranges: tuple[tuple[int, int | None], ...] = ()  # allowed sizes per axis, else; None: no upper bound
+    colours: str = ""  # color layout of an image: RGB, BGR, GRAYSCALE
+    default: float | None = None  # of an optional input: the value of each element where the input is left out
 
     def __str__(self) -> str:
         colours = f" in {self.colours}" if self.colours else ""
@@ -44,7 +44,7 @@ class Input:
         return shape == self.shape
 
     def allowed(self) -> str:
-        """What `allows` does, in words."""
+        """Describe the allowed shapes in words."""
         if self.shapes:
             return " or ".join(_by(shape) for shape in self.shapes)
         if self.ranges:
@@ -55,27 +55,27 @@ class Input:
         return _by(self.shape)
 
     def check(self, shape: Shape) -> None:
-        """Raises BadRequest where the package does not take an input of that shape."""
+        """Raise BadRequest where the package does not accept an input of that shape."""
         if not self.allows(shape):
-            raise BadRequest(f"input {self.name} has the shape {shape}; the package takes {self.allowed()}")
+            raise BadRequest(f"input {self.name} has shape {shape}; the package accepts {self.allowed()}")
 
     def filled(self) -> Tensor:
-        """The value of one that is left out."""
+        """Return the value of an input that is left out: the default shape, filled with the default value."""
         import torch
 
         return torch.full(self.shape, float(self.default or 0))
 
 
 def inputs(described: Iterable[Any]) -> list[Input]:
-    """Those of a function's description. Raises BadRequest where one has sizes that no input can have."""
-    found = [_input(value) for value in described]
-    for value in found:
+    """Return the inputs of a function's description. Raises BadRequest where an input has a size out of bounds."""
+    described_inputs = [_input(value) for value in described]
+    for value in described_inputs:
         _check_sizes(value)
-    return found
+    return described_inputs
 
 
 def check(known: Mapping[str, Input], given: Mapping[str, Tensor]) -> None:
-    """Raises BadRequest where one of the tensors has a shape that the package does not take."""
+    """Raise BadRequest where a tensor has a shape that the package does not accept."""
     for name in known.keys() & given.keys():
         if known[name].kind != "other":
             known[name].check(tuple(given[name].shape))
@@ -133,14 +133,14 @@ def _range(bounds: Any) -> tuple[int, int | None]:
 
 
 def _check_sizes(value: Input) -> None:
-    """Of the shapes that are written down; those within a range are checked when they come."""
+    """Check the default and the enumerated shapes; shapes within ranges are checked when tensors are given."""
     for shape in (value.shape, *value.shapes):
         elements = 1
         for size in shape:
             elements *= size
         if any(not 0 < size <= _LARGEST_SIDE for size in shape) or elements > _MOST_ELEMENTS:
             raise BadRequest(
-                f"input `{value.name}` of the package has the shape {_by(shape)}; expected sizes from 1 to "
+                f"input `{value.name}` of the package has shape {_by(shape)}; expected sizes from 1 to "
                 f"{_LARGEST_SIDE} and at most {_MOST_ELEMENTS} elements: convert the model again"
             )
 

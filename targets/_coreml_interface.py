@@ -1,4 +1,4 @@
-"""How an app meets a Core ML package: what goes in, a tensor or the picture itself, and what comes out."""
+"""Interfaces of Core ML packages: tensor or image input; logits, or a class label with probabilities, as output."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
     from targets.base import Images
 
-# The names that Core ML's own tools give to a classifier's outputs.
+# The names that coremltools gives to a classifier's outputs.
 LABEL_NAME, PROBABILITIES_NAME = "classLabel", "classLabel_probs"
-_SOFTMAX = "probabilities"  # inside the program: `classify` pairs them with the names of the classes
+_SOFTMAX = "probabilities"  # inside the program: `classify` pairs the probabilities with the names of the classes
 
-_NEAR = 0.01  # of one step of 8 bits: float32 is off by less than 0.0001
+_NEAR = 0.01  # tolerance in 8-bit pixel steps; the error of float32 is below 0.0001
 
 
 def accept(interface: Interface, batch: int) -> None:
-    """Raises BadRequest where the interface cannot have that batch."""
+    """Raise BadRequest where the interface does not support that batch."""
     if interface != "tensor" and batch != 1:
         raise BadRequest(
-            f"INTERFACE={interface} BATCH={batch}: an image input of Core ML is one picture; give BATCH=1, or "
+            f"INTERFACE={interface} BATCH={batch}: an image input of Core ML is a single image; use BATCH=1, or "
             "INTERFACE=tensor"
         )
 
 
 def around(network: nn.Module, export: Export) -> nn.Module:
-    """`network`, which takes the preprocessed tensor and returns logits, with what the interface adds to it.
+    """Wrap `network`, which maps the preprocessed tensor to logits, for the interface of `export`:
 
     tensor      x -> network -> logits
     image       pixels 0..255 -> subtract -> multiply -> network -> logits
@@ -51,18 +51,18 @@ def around(network: nn.Module, export: Export) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.network = network
-            # Rounded to the type that the program computes in by coremltools, as every other constant.
+            # coremltools rounds them to the float type of the program, as all constants.
             self.middle = nn.Buffer((255 * mean).float())
             self.scale = nn.Buffer((1 / (255 * std)).float())
 
         def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            # Not with ImageType's own scale and bias: it has one scale for all channels, and computes in float32, off
-            # the Neural Engine. Of the forms with two operators this one loses least in FP16, and as much as nothing
-            # where means are 0 or 1/2: whole numbers up to 2,048 are exact, so is their difference to a mean that is
-            # one, and nothing is cancelled after the first rounding. Over all 256 values and ImageNet's constants,
-            # against the exact quotient: (pixels - middle) * scale 66.9 dB, pixels * scale + bias 64.5 dB, and
-            # (pixels / 255 - mean) / std 65.8 dB; rounding the exact quotient itself is 73.6 dB, and the eight bits
-            # of the picture are about 49 dB.
+            # ImageType's scale and bias are not used: they have one scale for all channels and are computed in float32,
+            # off the Neural Engine. Of the forms with two operators this one has the smallest error in FP16, and next
+            # to none where the means are 0 or 1/2: integers up to 2,048 are exact in FP16, so is the difference of a
+            # pixel and an integer mean, and there is no cancellation after the first rounding. Signal-to-noise ratio
+            # over all 256 values with ImageNet's constants, against the exact quotient: (pixels - middle) * scale
+            # 66.9 dB, pixels * scale + bias 64.5 dB, (pixels / 255 - mean) / std 65.8 dB. For comparison: the exact
+            # quotient rounded to FP16 has 73.6 dB, and the quantization of images to 8 bits about 49 dB.
             x: Tensor = self.network((pixels - self.middle) * self.scale)
             return (x, x.softmax(1)) if classifies else x
 
@@ -70,25 +70,25 @@ def around(network: nn.Module, export: Export) -> nn.Module:
 
 
 def conversion(export: Export, number: type) -> dict[str, Any]:
-    """What `coremltools.convert` is told of the interface; `number`: numpy's type that the program computes in."""
+    """Return `coremltools.convert`'s arguments for the interface; `number` is the NumPy float type of the program."""
     coremltools = import_coremltools()
     outputs = [coremltools.TensorType(name=OUTPUT_NAME, dtype=number)]
     if export.interface == "tensor":
         return {"inputs": [coremltools.TensorType(name=INPUT_NAME, dtype=number)], "outputs": outputs}
-    told = {"inputs": [coremltools.ImageType(name=INPUT_NAME, color_layout=coremltools.colorlayout.RGB)]}
+    arguments = {"inputs": [coremltools.ImageType(name=INPUT_NAME, color_layout=coremltools.colorlayout.RGB)]}
     if export.interface == "image":
-        return told | {"outputs": outputs}
+        return arguments | {"outputs": outputs}
     labels = coremltools.ClassifierConfig(
         _classes(export), predicted_feature_name=LABEL_NAME, predicted_probabilities_output=_SOFTMAX
     )
-    return told | {
+    return arguments | {
         "outputs": [*outputs, coremltools.TensorType(name=_SOFTMAX, dtype=number)],
         "classifier_config": labels,
     }
 
 
 def expected_inputs(export: Export) -> list[tuple[object, ...]]:
-    """What `features` must find among a package's inputs."""
+    """Return the inputs that a package of `export` must have, in the form of `features`."""
     size = export.size()
     if export.interface == "tensor":
         return [(INPUT_NAME, [export.batch, 3, size, size], _number(export))]
@@ -96,7 +96,7 @@ def expected_inputs(export: Export) -> list[tuple[object, ...]]:
 
 
 def expected_outputs(export: Export) -> list[tuple[object, ...]]:
-    """What `features` must find among a package's outputs."""
+    """Return the outputs that a package of `export` must have, in the form of `features`."""
     logits = (OUTPUT_NAME, [export.batch, len(_classes(export))], _number(export))
     if export.interface != "classifier":
         return [logits]
@@ -104,52 +104,52 @@ def expected_outputs(export: Export) -> list[tuple[object, ...]]:
 
 
 def features(described: Iterable[Any]) -> list[tuple[object, ...]]:
-    """Inputs or outputs of a package's description: name, shape (of a picture: height and width), and type."""
+    """Return name, shape (height and width for images) and type of the inputs or outputs of a package's description."""
     return [_feature(value.name, value.type) for value in described]
 
 
 def check_labels(operations: Iterable[Any], description: Any, export: Export) -> None:
-    """Raises CheckFailed where a classifier does not name the export's classes, in their order."""
+    """Raise CheckFailed where a classifier does not have the class names of the export, in the same order."""
     if export.interface != "classifier":
         return
     named = (description.predictedFeatureName, description.predictedProbabilitiesName)
     if named != (LABEL_NAME, PROBABILITIES_NAME):
         raise CheckFailed(
-            f"the Core ML package calls its answer {named}, expected {(LABEL_NAME, PROBABILITIES_NAME)}: apps look for "
-            "them under the names in its description"
+            f"the Core ML package names its label and probabilities {named}, expected "
+            f"{(LABEL_NAME, PROBABILITIES_NAME)}: apps read them by the names in the description"
         )
-    found = [list(operation.classes.val) for operation in operations if operation.op_type == "classify"]
-    if found != [_classes(export)]:
-        raise CheckFailed(f"the Core ML package names the classes {found}, expected {[_classes(export)]}")
+    classes = [list(operation.classes.val) for operation in operations if operation.op_type == "classify"]
+    if classes != [_classes(export)]:
+        raise CheckFailed(f"the Core ML package has the classes {classes}, expected {[_classes(export)]}")
 
 
 def inside(operations: Iterable[Any]) -> list[Any]:
-    """The operators that compute tensors: without the one that names the class, and what is there for it alone, a cast
-    to float32 and the list of names.
-    """
+    """Return the operators without `classify` and the operators that only it reads: a cast to float32, class names."""
     return [operation for operation in operations if not _is_of_labels(operation)]
 
 
 def pixels(images: Images, preprocess: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
-    """The pictures that preprocessed `images` (N, 3, S, S) were made of, exactly: bytes (N, 3, S, S), RGB.
+    """Invert the preprocessing: return the exact 8-bit RGB pixels (N, 3, S, S) of `images` (N, 3, S, S).
 
-    `preprocess`: that of `model.json`. Raises CheckFailed where they were not made of 8-bit pictures with it.
+    `preprocess` is the entry of `model.json`. Raises CheckFailed where the images do not come from 8-bit images by this
+    preprocessing.
     """
     import numpy as np
 
     mean, std = (np.asarray(preprocess[name], np.float64).reshape(3, 1, 1) for name in ("mean", "std"))
-    found = (images * std + mean) * 255
-    whole = np.rint(found)
-    if (far := float(np.abs(found - whole.clip(0, 255)).max(initial=0))) > _NEAR:
+    values = (images * std + mean) * 255
+    integers = np.rint(values)
+    if (error := float(np.abs(values - integers.clip(0, 255)).max(initial=0))) > _NEAR:
         raise CheckFailed(
-            f"images that are {far:.2g} away from whole pixels of 0 to 255 under mean {mean.ravel().tolist()} and "
-            f"deviation {std.ravel().tolist()}: a package with an image input takes 8-bit pictures only"
+            f"the images do not come from 8-bit images: with mean {mean.ravel().tolist()} and standard deviation "
+            f"{std.ravel().tolist()}, a pixel is {error:.2g} away from the integers 0 to 255; a package with an image "
+            "input accepts only 8-bit images"
         )
-    return whole.astype(np.uint8)
+    return integers.astype(np.uint8)
 
 
 def entered(images: Images, export: Export) -> Images:
-    """What the package's input takes for preprocessed `images` (N, 3, S, S): themselves, or the pixels they were."""
+    """Return the package's input for preprocessed `images` (N, 3, S, S): the images themselves, or their pixels."""
     if export.interface == "tensor":
         return images
     preprocess = cast("dict[str, Any]", export.description()["preprocess"])

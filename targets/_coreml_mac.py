@@ -1,10 +1,10 @@
-"""Core ML itself: load a package for some of a Mac's compute units, predict with it, time it, and ask for its plan.
+"""Core ML's runtime on a Mac: load a package for a choice of compute units, predict, measure time, read compute plans.
 
-Written against coremltools 9.0, whose signatures the tests check; none of it has been executed on a Mac, and off macOS
-`ThisMac.not_executed` says so.
+Written against coremltools 9.0, whose signatures the tests check; never executed on a Mac. Off macOS,
+`ThisMac.not_executed` returns the reason.
 
-Everything passes through `Machine`, which trades in packages, arrays, names and numbers alone, so that a Mac or an
-iPhone at the end of a cable can take the place of this Mac.
+All calls go through the protocol `Machine`, whose arguments and results are only paths, arrays, names and numbers, so
+that a remote Mac or a connected iPhone can be substituted for this Mac.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from targets.base import INPUT_NAME, OUTPUT_NAME, Placement
 if TYPE_CHECKING:
     from targets.base import Images, Logits
 
-# coremltools.ComputeUnit by name. The first is what an app gets that asks for nothing. Where the Neural Engine cannot
-# compile an operator, Core ML runs it elsewhere and says nothing: ALL may be slower than CPU_AND_NE, hence all four.
+# Names of coremltools.ComputeUnit. The first is the default of apps. Where the Neural Engine cannot compile an
+# operator, Core ML silently runs it on a different unit, and ALL may be slower than CPU_AND_NE: so all four exist here.
 UNITS: Final = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
 
-_MACOS: Final = 15  # the first with the operators of iOS 18; MLComputePlan needs 14.4
+_MACOS: Final = 15  # the first version with the operators of iOS 18; MLComputePlan needs 14.4
 _DEVICES: Final = {  # classes of coremltools.models.compute_device
     "MLCPUComputeDevice": "CPU",
     "MLGPUComputeDevice": "GPU",
@@ -43,12 +43,13 @@ _DEVICES: Final = {  # classes of coremltools.models.compute_device
 
 _NEEDS: Final = {"ALL": "Neural Engine", "CPU_AND_GPU": "GPU", "CPU_AND_NE": "Neural Engine"}  # device, by unit
 
-# Core ML frees the arrays of a prediction about a second later, and without holding Python's lock (apple/coremltools
-# pull requests 2827 and 2829): the last reference must not be its own. So inputs are held here for some seconds.
+# Core ML releases the arrays of a prediction about a second later, without holding Python's global interpreter lock
+# (apple/coremltools pull requests 2827 and 2829), so its reference must not be the last. Inputs are therefore kept
+# alive here for some seconds.
 _HELD_SECONDS: Final = 10.0
 _HELD: deque[tuple[float, Features]] = deque()
 
-# By name: arrays, or PIL images; a classifier answers with a string and a dictionary, too.
+# Inputs and outputs by name: arrays, or PIL images; a classifier also returns a string and a dictionary.
 Features: TypeAlias = Mapping[str, Any]
 
 
@@ -57,43 +58,43 @@ class Loaded(Protocol):
 
     @property
     def load_ns(self) -> int | None:
-        """Core ML's own time for loading, in nanoseconds, without the compilation of the package; None: not known.
+        """Loading time measured by Core ML, in nanoseconds, without compilation of the package; None if unknown.
 
-        It includes the Neural Engine's specialization of the program, which the system may have kept from before.
+        It includes the specialization of the program for the Neural Engine, which the system may have cached.
         """
         ...
 
     def predict(self, inputs: Features) -> Features: ...
 
     def latencies_ns(self, inputs: Features, count: int) -> list[int]:
-        """Core ML's own time for each of `count` predictions in a row, looped where the package is loaded."""
+        """Run `count` predictions in a row on the machine; return the time of each, measured by Core ML, in ns."""
         ...
 
     def plan(self) -> list[Placement]: ...
 
 
 class Machine(Protocol):
-    """Where Core ML runs: `ThisMac`, or whatever takes its place."""
+    """A machine that runs Core ML: `ThisMac`, or a substitute."""
 
     def not_executed(self) -> str | None:
-        """Why packages cannot be executed there; None where they can."""
+        """Return why packages cannot be executed on the machine; None where they can."""
         ...
 
     def doubt(self, unit: str) -> str | None:
-        """Why times on one of `UNITS` are not what its name promises; None where nothing is known against them."""
+        """Return why times for `unit` (of `UNITS`) may not be times of the devices in its name; None without doubt."""
         ...
 
     def load(self, package: Path, unit: str, function: str | None = None) -> Loaded:
-        """Load one function of an .mlpackage, by default its default one, for one of `UNITS`.
+        """Load a function of an .mlpackage, by default the package's default function, for `unit` (of `UNITS`).
 
-        Raises CannotRunHere with the reason of `not_executed`, or Core ML's own where it refuses the package.
+        Raises CannotRunHere with the reason of `not_executed`, or with Core ML's reason where it rejects the package.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ThisMac:
-    """The Mac that this process runs on, through coremltools."""
+    """The Mac that this process runs on, used through coremltools."""
 
     def not_executed(self) -> str | None:
         if sys.platform != "darwin":
@@ -104,27 +105,28 @@ class ThisMac:
         return None
 
     def doubt(self, unit: str) -> str | None:
-        """A device that the unit is named after and that this Mac, an Intel one or a virtual machine, does not have."""
+        """As `Machine.doubt`: Intel Macs and virtual machines may lack a device in the name of the unit."""
         needed = _NEEDS.get(unit)
         if needed is None or needed in self.devices():
             return None
-        return f"this Mac has no {needed}: Core ML runs {unit} elsewhere without a word"
+        return f"this Mac has no {needed}: Core ML silently runs {unit} on other devices"
 
     def devices(self) -> set[str]:
-        """The names, as in a plan, of what Core ML can compute on here."""
+        """Return the names, as in a plan, of the devices of this Mac that Core ML can use."""
         with _explained("does not list its devices"):
-            found = import_coremltools().models.compute_device.MLComputeDevice.get_all_compute_devices()
-        return {_device(device) for device in found}
+            devices = import_coremltools().models.compute_device.MLComputeDevice.get_all_compute_devices()
+        return {_device(device) for device in devices}
 
     def load(self, package: Path, unit: str, function: str | None = None) -> LoadedHere:
-        """As `Machine.load`. Shapes are fixed and predictions matter more than loading, which Core ML is told: an app
-        does the same with MLModelConfiguration.optimizationHints.
+        """As `Machine.load`, with optimization hints for fixed shapes and fast predictions rather than fast loading.
+
+        Apps set the same hints with MLModelConfiguration.optimizationHints.
         """
         if reason := self.not_executed():
             raise CannotRunHere(reason)
         coremltools = import_coremltools()
         with warnings.catch_warnings(), _explained(f"cannot load {package} for {unit}"):
-            # Where Core ML refuses a package, MLModel only warns and later cannot predict.
+            # Where Core ML rejects a package, MLModel only warns, and a later prediction fails.
             warnings.simplefilter("error", RuntimeWarning)
             try:
                 model = coremltools.models.MLModel(
@@ -143,41 +145,43 @@ class ThisMac:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedHere:
-    model: Any  # coremltools.models.MLModel; it deletes `compiled` when it goes
+    model: Any  # coremltools.models.MLModel; it deletes `compiled` when it is garbage collected
     compiled: str  # the .mlmodelc folder
 
     @property
     def load_ns(self) -> int | None:
-        found: int | None = self.model.load_duration_in_nano_seconds
-        return found
+        duration: int | None = self.model.load_duration_in_nano_seconds
+        return duration
 
     def predict(self, inputs: Features) -> Features:
         with _explained("cannot predict"):
-            given = dict(inputs)  # a fresh one each time: predict converts its values in place
-            _hold(given)
-            return cast("Features", self.model.predict(given))
+            copied = dict(inputs)  # a new dictionary each time: predict converts its values in place
+            _hold(copied)
+            return cast("Features", self.model.predict(copied))
 
     def latencies_ns(self, inputs: Features, count: int) -> list[int]:
-        """Without the copies between Python and Core ML: an app hands over the array itself. Source: coremlpython's
-        CoreMLPython.mm, which reads the clock around `predictionFromFeatures` alone.
+        """Return the time of each prediction, in nanoseconds, without the copies between Python and Core ML.
+
+        Apps need no such copies. Source: coremlpython's CoreMLPython.mm, which reads the clock only around
+        `predictionFromFeatures`.
         """
         latencies = []
         for _ in range(count):
             self.predict(inputs)
-            taken: int | None = self.model.last_predict_duration_in_nano_seconds
-            if taken is None:
-                raise CannotRunHere("Core ML does not say how long a prediction took: update coremltools")
-            latencies.append(taken)
+            duration: int | None = self.model.last_predict_duration_in_nano_seconds
+            if duration is None:
+                raise CannotRunHere("Core ML does not report the duration of predictions: update coremltools")
+            latencies.append(duration)
         return latencies
 
     def plan(self) -> list[Placement]:
-        """Of the default function. Raises CannotRunHere for any other: Core ML's plans name no function."""
+        """Return the compute plan. Raises CannotRunHere unless the default function is loaded: Core ML has no other."""
         default = self.model.get_spec().description.defaultFunctionName or "main"
         function = self.model.function_name or default
         if function != default:
             raise CannotRunHere(
-                f"Core ML has a plan of a package's default function, {default}, alone; build {function} as an engine "
-                "of its own to see where it runs"
+                f"Core ML has a compute plan only for a package's default function, {default}; build {function} as a "
+                "separate engine to see where it runs"
             )
         with _explained("has no plan"):
             plan = import_coremltools().models.compute_plan.MLComputePlan.load_from_path(
@@ -188,7 +192,7 @@ class LoadedHere:
 
 
 def _hold(inputs: Features) -> None:
-    """Keep what Core ML was given, with what coremltools converted it to, until Core ML has let go of it."""
+    """Keep inputs, and the arrays that coremltools converted them to, alive until Core ML has released them."""
     now = time.monotonic()
     while _HELD and _HELD[0][0] < now - _HELD_SECONDS:
         _HELD.popleft()
@@ -196,19 +200,19 @@ def _hold(inputs: Features) -> None:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Whatever coremltools and its compiled part raise inside, as CannotRunHere: they name no types of errors."""
+def _explained(failure: str) -> Iterator[None]:
+    """Context that turns any error of coremltools into CannotRunHere: coremltools does not document its error types."""
     try:
         yield
     except EdgelineError:
         raise
     except Exception as refusal:
         cause = str(refusal) or type(refusal).__name__
-        raise CannotRunHere(f"Core ML on this Mac {what}: {cause}") from refusal
+        raise CannotRunHere(f"Core ML on this Mac {failure}: {cause}") from refusal
 
 
 def _compiled(model: Any, package: Path) -> str:
-    """The folder of the compiled package. Raises CannotRunHere where coremltools did not hand it to Core ML."""
+    """Return the folder of the compiled package. Raises CannotRunHere where coremltools did not pass it to Core ML."""
     try:
         return cast("str", model.get_compiled_model_path())
     except Exception as nothing:  # coremltools raises nothing more specific
@@ -220,7 +224,7 @@ def _compiled(model: Any, package: Path) -> str:
 
 
 def _operations(block: Any) -> Iterator[Any]:
-    """The operations of a block and of the blocks inside them (of conditionals and loops), each after its owner."""
+    """Yield the operations of a block and of nested blocks (conditionals, loops); nested ones after their parent."""
     for operation in block.operations:
         yield operation
         for inner in operation.blocks:
@@ -232,7 +236,7 @@ def _is_computed(operation: Any) -> bool:
 
 
 def _kind(operation: Any) -> str:
-    """The operator's type as a package has it: a compiled one may have `ios18.conv` for `conv`."""
+    """Return the operator's type as in a package: a compiled program may have `ios18.conv` for `conv`."""
     return cast("str", operation.operator_name).rpartition(".")[2]
 
 
@@ -255,12 +259,12 @@ def _device(device: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CoreMLSession:
-    """A loaded package behind the interface that every target has: preprocessed images in, logits out."""
+    """A loaded package as a `targets.base.UnitSession`: preprocessed images in, logits out."""
 
     batch: int
     loaded: Loaded
-    features: Callable[[Images], Features]  # what the package takes
-    doubt: str | None = None  # why times are not what the name of the units promises
+    features: Callable[[Images], Features]  # converts preprocessed images to the inputs of the package
+    doubt: str | None = None  # see `Machine.doubt`
 
     @property
     def load_ns(self) -> int | None:
@@ -280,9 +284,9 @@ class CoreMLSession:
 
 @contextmanager
 def opened(machine: Machine, package: Path, unit: str) -> Iterator[CoreMLSession]:
-    """A session of a package of this project's, whatever its interface: logits are among the outputs of each.
+    """Open a session of a package built by Edgeline, with any interface: all of them have logits among the outputs.
 
-    Raises as `Machine.load` does.
+    Raises the errors of `Machine.load`.
     """
     loaded, doubt = machine.load(package, unit), machine.doubt(unit)
     description = import_coremltools().utils.load_spec(str(package)).description

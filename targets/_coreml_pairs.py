@@ -1,10 +1,10 @@
-"""Pair the weighted layers of a torch program with those of a Core ML package.
+"""Pair the weighted layers of a torch program with the weighted layers of the Core ML package converted from it.
 
-Neither names nor places are enough: coremltools renames what it fuses, turns `x @ weight` into a linear layer, adds
-convolutions of its own (of `unfold`) and computes equal operators once. A layer is recognized by its weight, whose
-shape and values survive all of this but for rounding and for one factor a channel (of a fused BatchNorm); where weights
-are alike, as those of shared layers are, order decides. The pairing is the cheapest alignment of the two lists in order
-of execution (Needleman and Wunsch, 1970, doi.org/10.1016/0022-2836(70)90057-4).
+Names and positions do not identify layers: coremltools renames fused layers, converts `x @ weight` to a linear layer,
+adds convolutions (for `unfold`) and merges equal operators. A layer is identified by its weight, whose shape and values
+survive the conversion except for rounding and for a factor per channel (from batch normalization folding). Where
+weights are equal, as in shared layers, the order of execution decides. The pairing is the alignment of the two lists
+with the lowest cost (Needleman and Wunsch, 1970, doi.org/10.1016/0022-2836(70)90057-4).
 """
 
 from __future__ import annotations
@@ -22,53 +22,54 @@ if TYPE_CHECKING:
     Integers: TypeAlias = npt.NDArray[np.int8]
     Floats: TypeAlias = npt.NDArray[np.float32]
 
-PRODUCT = "product"  # kind of a matrix product with a stored factor, in a torch program
-_STORED_FACTOR = frozenset({"matmul", "linear", "conv"})  # kinds of a package that a product may become
+PRODUCT = "product"  # kind of a matrix product with a constant operand, in a torch program
+_STORED_FACTOR = frozenset({"matmul", "linear", "conv"})  # kinds of package layers that a product may be converted to
 
-_ROWS, _COLUMNS, _QUANTILES = 256, 64, 128  # of a weight that are looked at
-_ALIKE = 0.9  # cosine: weights in 4 bits are above 0.98, unrelated ones below 0.6
-# Costs. A pair of one kind whose weights differ costs less than leaving both out, so that the difference is named.
+_ROWS, _COLUMNS, _QUANTILES = 256, 64, 128  # size of the sample of a weight that is compared
+_ALIKE = 0.9  # lowest cosine similarity of equal weights: above 0.98 with 4-bit weights, below 0.6 if unrelated
+# Costs. Pairing two layers of one kind with different weights costs less than leaving both unpaired, so that the
+# comparison reports the difference.
 _OTHER_CONTENT, _OTHER_SHAPE, _OTHER_KIND, _ALONE, _OPTIONAL = 1.0, 3.0, 5.0, 4.0, 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Content:
-    """A sample of a weight by which it is recognized."""
+    """A sample of a weight that identifies it."""
 
-    rows: Floats  # of output channels, evenly spaced: (channels, values)
-    quantiles: Floats  # of all values, whatever their order
+    rows: Floats  # evenly spaced output channels: (channels, values)
+    quantiles: Floats  # evenly spaced quantiles of all values, independent of their order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Layer:
-    """A convolution or linear layer, read from a torch program or from a package: both give the same fields."""
+    """A convolution, linear layer or product with a constant operand, of a torch program or of a package."""
 
     name: str  # module path in a torch program, operator in a package
-    kind: str  # conv or linear; of a stored factor: product in a torch program, matmul in a package
+    kind: str  # conv or linear; with a constant operand: product in a torch program, matmul in a package
     shape: tuple[int, ...]  # of the weight, output channels first
     stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()  # before and after, axis by axis, as MIL writes it
+    padding: tuple[int, ...] = ()  # before and after, axis by axis, as in MIL
     dilation: tuple[int, ...] = ()
     groups: int = 1
     # None where the layer is float.
     activation_scale: float | None = None
-    weight_scales: tuple[float, ...] | None = None  # one an output channel
+    weight_scales: tuple[float, ...] | None = None  # one per output channel
     integers: Integers | None = None
-    source: Any = None  # torch.fx node, or coremltools' operation
-    weight: Tensor | None = None  # float, of a torch program; integers are multiplied by their scales
-    content: Content | None = None  # None where the weight is not known
+    source: Any = None  # torch.fx node, or coremltools operation
+    weight: Tensor | None = None  # float weight, dequantized if stored as integers; torch programs only
+    content: Content | None = None  # None where the values of the weight are unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Pair:
-    """A layer of the program and its counterpart in the package; one of them is None where it has none."""
+    """A layer of the program and its counterpart in the package; a layer without counterpart is paired with None."""
 
     expected: Layer | None
     found: Layer | None
 
 
 def content(weight: Any) -> Content:
-    """Of a weight, an array with output channels first."""
+    """Return the sample of a weight, an array with output channels first."""
     import numpy as np
 
     values = np.asarray(weight)
@@ -79,7 +80,7 @@ def content(weight: Any) -> Content:
 
 
 def paired(expected: Sequence[Layer], found: Sequence[Layer]) -> list[Pair]:
-    """The layers of a program and of a package, in order of execution, each in exactly one pair."""
+    """Pair the layers of a program and of a package, both in order of execution; each layer is in exactly one pair."""
     import numpy as np
 
     costs = np.array([[_cost(layer, other) for other in found] for layer in expected]).reshape(
@@ -101,7 +102,7 @@ def paired(expected: Sequence[Layer], found: Sequence[Layer]) -> list[Pair]:
 def _traced(
     best: Any, costs: Any, gaps: Sequence[float], expected: Sequence[Layer], found: Sequence[Layer]
 ) -> list[Pair]:
-    """The way back through the table of `paired`."""
+    """Trace the optimal alignment back through the cost table of `paired`."""
     row, column = len(expected), len(found)
     pairs: list[Pair] = []
     while row or column:
@@ -119,7 +120,7 @@ def _traced(
 
 
 def _cost(layer: Layer, other: Layer) -> float:
-    """Of pairing a layer of the program with one of the package; infinite where that cannot be."""
+    """Return the cost of pairing a layer of the program with a layer of the package; infinite if impossible."""
     if layer.kind == PRODUCT:
         alike = math.prod(layer.shape) == math.prod(other.shape) and _alike(layer, other, ordered=False)
         return 0.0 if alike and other.kind in _STORED_FACTOR else math.inf
@@ -131,7 +132,10 @@ def _cost(layer: Layer, other: Layer) -> float:
 
 
 def _alike(layer: Layer, other: Layer, *, ordered: bool) -> bool:
-    """Whether the weights are the same but for rounding and, where they are `ordered` alike, a factor a channel."""
+    """Return whether two weights are equal except for rounding and, if `ordered`, for a factor per channel.
+
+    `ordered`: the values have the same order; otherwise only their quantiles are compared.
+    """
     import numpy as np
 
     if layer.content is None or other.content is None:
@@ -141,7 +145,7 @@ def _alike(layer: Layer, other: Layer, *, ordered: bool) -> bool:
     one, two = layer.content.rows, other.content.rows
     if one.shape != two.shape:
         return False
-    if one.shape[1] < 4 or _cosine(one, two) > _ALIKE:  # any two rows of one value are alike
+    if one.shape[1] < 4 or _cosine(one, two) > _ALIKE:  # rows of fewer than 4 values are alike by chance
         return _cosine(one, two) > _ALIKE
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
     filled = lengths > 0
@@ -157,7 +161,7 @@ def _cosine(one: Floats, two: Floats) -> float:
 
 
 def _spaced(count: int, most: int) -> Any:
-    """Up to `most` indices of so many, evenly spaced."""
+    """Return at most `most` evenly spaced indices below `count`."""
     import numpy as np
 
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)) if count else np.zeros(0, int)

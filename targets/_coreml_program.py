@@ -1,4 +1,4 @@
-"""The weighted layers of a torch program, as a Core ML package must have them."""
+"""Weighted layers of a torch program, described as the Core ML package converted from it must have them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule, Node
 
-# By name of torch's operator, without overload.
+# Names of torch operators, without overload.
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _PRODUCTS = frozenset({"matmul", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "einsum"})
-# What coremltools, or torch's decompositions, compose of convolutions and linear layers that the program does not have.
+# Operators that coremltools or torch decomposes into convolutions and linear layers that the program does not list.
 COMPOUND = frozenset({"im2col", "col2im", "unfold", "einsum", "_trilinear", "bilinear"})
 
 
 def exported_layers(program: ExportedProgram, scales: Mapping[str, Any]) -> list[Layer]:
-    """The layers that a package of `program` must have, in order of execution, with the `scales` of `scales.json`.
+    """Return the layers that a package of `program` must have, in order of execution, with the `scales` of scales.json.
 
-    Raises CheckFailed where the two disagree on what is quantized, or where anything but a layer's input or weight is.
-    (Quantized scalars may be there: they are folded before the conversion.)
+    Raises CheckFailed where the program and `scales` have different quantized layers, or where a quantized tensor is
+    neither the input nor the weight of a layer. (Quantized scalars are allowed: they are folded before conversion.)
     """
     from calibration import program as programs
 
@@ -39,50 +39,55 @@ def exported_layers(program: ExportedProgram, scales: Mapping[str, Any]) -> list
 
 
 def graph_layers(graph: GraphModule, scales: Mapping[Node, Mapping[str, Any]] | None = None) -> list[Layer]:
-    """The convolutions, linear layers and products of `graph` that have a stored weight, in order of execution.
+    """Return the convolutions, linear layers and products of `graph` with a constant weight, in order of execution.
 
-    Operators that compute what one before them has computed are left out: coremltools computes them once. `scales`: of
-    quantized layers, by node; without it, layers are read as far as `targets._coreml_pairs` looks at them.
+    Operators that repeat an earlier operator with the same inputs are left out: coremltools merges them. `scales` has
+    the scales of quantized layers by node; without it, layers have no quantization fields, which
+    `targets._coreml_pairs` does not need.
     """
     seen: dict[Hashable, Node] = {}
     same: dict[Node, Node] = {}
     constants = Constants(graph)
-    found: list[Layer] = []
+    layers: list[Layer] = []
     for node in graph.graph.nodes:
         first = seen.setdefault(_identity(graph, node, same), node)
         same[node] = first
         if first is node and (weight := _weight(node, constants)) is not None:
-            found.append(_layer(graph, node, constants.value(weight), (scales or {}).get(node)))
-    return found
+            layers.append(_layer(graph, node, constants.value(weight), (scales or {}).get(node)))
+    return layers
 
 
 def has_compounds(program: ExportedProgram) -> bool:
-    """Whether a package of `program` may have layers that `graph_layers` does not list."""
+    """Return whether a package of `program` may have layers that `graph_layers` does not list."""
     return any(operator_name(node) in COMPOUND for node in program.graph.nodes)
 
 
 def operator_name(node: Node) -> str:
-    """The name of a node's operator without library and overload; "" where it has none."""
+    """Return the name of a node's operator without namespace and overload; "" for nodes without operator."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.partition("::")[2] if schema else ""
 
 
 def arranged(layer: Layer, shape: tuple[int, ...]) -> Tensor | None:
-    """The weight of a layer of `graph_layers` as a package stores it in that shape: as it is, or a factor of a product
-    turned. None where it is neither.
+    """Return the weight of a layer of `graph_layers` in the `shape` that a package stores it in.
+
+    The operand of a product may be transposed. None where the weight fits the shape neither way.
     """
     tensor = cast("Tensor", layer.weight)
     if layer.kind != PRODUCT:
         return tensor
     matrix = tensor.squeeze()
-    wanted = tuple(size for size in shape if size != 1)
-    if matrix.dim() == 2 and matrix.mT.shape == wanted:
+    squeezed = tuple(size for size in shape if size != 1)
+    if matrix.dim() == 2 and matrix.mT.shape == squeezed:
         return matrix.mT.reshape(shape)
-    return tensor.reshape(shape) if matrix.shape == wanted else None
+    return tensor.reshape(shape) if matrix.shape == squeezed else None
 
 
 class Constants:
-    """What a graph computes of stored tensors alone: a weight's transpose, a normalized weight, integers as floats."""
+    """The constant nodes of a graph: stored tensors, and values computed only from them.
+
+    Examples are the transpose of a weight, a normalized weight, and a dequantized weight.
+    """
 
     def __init__(self, graph: GraphModule) -> None:
         self.graph = graph
@@ -105,7 +110,7 @@ class Constants:
 
 
 def _identity(graph: GraphModule, node: Node, same: Mapping[Node, Node]) -> Hashable:
-    """Equal for nodes that compute the same of the same."""
+    """Return a key that is equal for nodes with the same operator and the same inputs."""
     if node.op == "get_attr":
         value = attrgetter(str(node.target))(graph)
         place = getattr(value, "data_ptr", None)
@@ -126,7 +131,7 @@ def _frozen(value: Any, same: Mapping[Node, Node]) -> Hashable:
 
 
 def _weight(node: Node, constants: Constants) -> Node | None:
-    """The stored tensor that a layer multiplies with; None where the node is no layer, or its weight is computed."""
+    """Return the node of a layer's constant weight; None where `node` is not a layer or its weight is not constant."""
     name = operator_name(node)
     if name in _CONVOLUTIONS or name == "linear":
         weight = cast("Node", node.args[1])
@@ -156,7 +161,7 @@ def _layer(graph: GraphModule, node: Node, weight: Tensor, scales: Mapping[str, 
 
 
 def _geometry(node: Node) -> dict[str, Any]:
-    """Stride, padding, dilation and groups of a convolution, one number an axis where torch has one for all."""
+    """Return stride, padding, dilation and groups of a convolution, expanded to one number per axis."""
     axes = cast("Node", node.args[1]).meta["val"].dim() - 2
     named = cast("Any", node.target)._overloadname == "padding"
     defaults: tuple[Any, ...] = (1, "valid" if named else 0, 1, 1)
@@ -187,6 +192,6 @@ def _check_strays(graph: GraphModule, quantized: set[Node]) -> None:
         stray = [user.name for user in node.users if user not in quantized]
         if stray and "dequantize_per" in str(node.target) and node.meta["val"].dim() > 0:  # a scalar is folded
             raise CheckFailed(
-                f"{node.name} of the export is read by {stray[0]}, which is no convolution or linear layer; Core ML "
-                "packages carry quantized layers only: quantize nothing else"
+                f"{node.name} of the export is read by {stray[0]}, which is not a convolution or linear layer; in Core "
+                "ML packages only layers may be quantized: quantize only convolutions and linear layers"
             )

@@ -1,4 +1,4 @@
-"""What coremltools raises while it converts, as one sentence with the operator and its line in the sources."""
+"""Translation of coremltools' conversion errors into one sentence that names the operator and its source line."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from targets._coreml_fixes import import_coremltools
 if TYPE_CHECKING:
     from torch.fx import Node
 
-_LONGEST = 200  # letters of an error
-_LOGGED = "\n\nERROR - converting"  # as coremltools begins the story of an error that it raises as well
+_LONGEST = 200  # characters of an error message
+_LOGGED = "\n\nERROR - converting"  # start of a log record about an error that coremltools also raises
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Converting inside raises CheckFailed, naming the operator at which coremltools stopped, for whatever it raises.
+    """Context of a conversion: turn any error of coremltools into CheckFailed, naming the operator where it stopped.
 
-    Version 9.0 raises errors of all kinds: NotImplementedError for operators that it has no converter for, ValueError
-    and IndexError out of converters that meet shapes or types which they were not written for. Errors of the file
-    system pass as they are.
+    Version 9.0 raises many types: NotImplementedError for operators without a converter, ValueError and IndexError from
+    converters that do not support a shape or type. OSError and Edgeline's own errors pass unchanged.
     """
     import_coremltools()
     at: list[Node] = []
     logger = logging.getLogger("coremltools")
-    logger.addFilter(_is_news)
+    logger.addFilter(_is_unexpected)
     try:
         with _followed(at):
             yield
@@ -42,15 +41,15 @@ def explained() -> Iterator[None]:
         version = importlib.metadata.version("coremltools")
         raise CheckFailed(
             f"TARGET=coreml: coremltools {version} cannot convert{where}: {type(error).__name__}: {first}; write it "
-            "with other operators, or choose another TARGET"
+            "with different operators, or choose a different TARGET"
         ) from error
     finally:
-        logger.removeFilter(_is_news)
+        logger.removeFilter(_is_unexpected)
 
 
 @contextmanager
 def _followed(at: list[Node]) -> Iterator[None]:
-    """`at` holds the operator that coremltools is reading or converting, and nothing before and after these steps."""
+    """Keep in `at` the operator that coremltools is reading or converting; `at` is empty outside of these steps."""
     from coremltools.converters.mil.frontend.torch import internal_graph, ops
 
     known: dict[str, Node] = {}
@@ -60,9 +59,9 @@ def _followed(at: list[Node]) -> Iterator[None]:
     def reading(cls: Any, node: Node) -> Any:
         known[node.name] = node
         at[:] = [node]
-        found = read.__func__(cls, node)
+        result = read.__func__(cls, node)
         at.clear()
-        return found
+        return result
 
     def converting(context: Any, node: Any) -> None:
         at[:] = [known[node.name]] if node.name in known else []
@@ -76,5 +75,5 @@ def _followed(at: list[Node]) -> Iterator[None]:
         holder.from_exir_node, ops.convert_single_node = read, convert
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_unexpected(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_LOGGED)

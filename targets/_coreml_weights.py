@@ -1,7 +1,7 @@
-"""Store the weights of a Core ML package in fewer bits than they are computed in, and say how that turned out.
+"""Weight compression of Core ML packages: store weights in fewer bits than they are computed in, and check the result.
 
-What is stored, for one layer, is a `WeightOnly` recipe. The recipe that is asked for may not fit a layer: its blocks
-must divide the channels. Then the layer takes the next coarser form that fits every layer, and the report says so.
+A `WeightOnly` recipe describes how the weight of a layer is stored. Its block size must divide the number of channels.
+Layers where it does not are stored without blocks instead, and are listed in the report.
 """
 
 from __future__ import annotations
@@ -27,33 +27,34 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.floating[Any]]
 
-# Weights of this many values or fewer stay FP16: coremltools' own limit. In the families here these are the first
-# convolution and small depthwise kernels, which lose most by rounding, and 0.5 % (mobilevit_xs) to 2 % of the bytes.
+# Weights of this many values or fewer stay FP16: coremltools' default limit. In the model families here these are the
+# first convolution and small depthwise kernels, which are most sensitive to rounding, and take 0.5 % (mobilevit_xs) to
+# 2 % of the bytes.
 SMALL = 2048
-# What a layer becomes whose channels the blocks do not divide, by `storage`: those of half of mobilevit_xs are 80, 120
-# or 144. The recipes without blocks.
+# By `storage`, the recipe without blocks: for layers whose channels are not a multiple of the block size, such as half
+# of the layers of mobilevit_xs with 80, 120 or 144 channels.
 _COARSER = {
     coarser.storage: coarser
     for coarser in recipe.ALL.values()
     if isinstance(coarser, WeightOnly) and coarser.block is None
 }
-_HALF_ROUNDING, _HALF_SMALLEST = 2.0**-11, 2.0**-24  # of FP16: relative error of one rounding, and its smallest number
-_CELLS, _MOST_STEPS = 512, 500  # of k-means: values that it begins with, and steps in which it may end
+_HALF_ROUNDING, _HALF_SMALLEST = 2.0**-11, 2.0**-24  # FP16: relative rounding error, smallest positive value
+_CELLS, _MOST_STEPS = 512, 500  # k-means: cells of the initialization, limit of iterations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Stored:
-    """The weight of one layer: as it was exported, as the package stores it, and what that is worth."""
+    """The weight of a layer, exported and stored."""
 
     name: str
     exported: Tensor
-    value: Tensor
-    form: WeightOnly | None  # None: FP16
-    part: Any  # coremltools' operation that makes the weight
+    value: Tensor  # decompressed from the package
+    form: WeightOnly | None  # the expected storage; None: FP16
+    part: Any  # coremltools operation that provides the weight
 
 
 def form_of(shape: tuple[int, ...], storage: WeightOnly) -> WeightOnly | None:
-    """How a weight of this shape, output channels first, is stored where `storage` is asked for; None: in FP16."""
+    """Return how a weight of this shape, output channels first, is stored under the recipe `storage`; None: in FP16."""
     if math.prod(shape) <= SMALL:
         return None
     channels = shape[0] if storage.storage == "palette" else shape[1]
@@ -61,14 +62,14 @@ def form_of(shape: tuple[int, ...], storage: WeightOnly) -> WeightOnly | None:
 
 
 def compressed(model: Any, package: Package, storage: WeightOnly) -> Any:
-    """`model`, an MLModel of the float `package`, with the weights of its layers in the form that `storage` asks for.
+    """Return `model`, an MLModel of the float `package`, with the weights of its layers stored by the recipe `storage`.
 
-    The same model gives the same bytes.
+    The result is deterministic: equal models give equal bytes.
     """
     import_coremltools()
     from coremltools.optimize import coreml as optimize
 
-    layers = [operation for operation in weighted(package) if operation.op_type != "matmul"]  # `inspect` tells of those
+    layers = [operation for operation in weighted(package) if operation.op_type != "matmul"]
     forms = {operation.weight.op.name: form_of(operation.weight.shape, storage) for operation in layers}
     configs = {name: _config(form) for name, form in forms.items() if form}
     compress = optimize.palettize_weights if storage.storage == "palette" else optimize.linear_quantize_weights
@@ -77,12 +78,12 @@ def compressed(model: Any, package: Package, storage: WeightOnly) -> Any:
 
 
 def inspect(package: Package, program: ExportedProgram, storage: WeightOnly) -> dict[str, object]:
-    """Hold every weight of a package against the exported one, and describe how they are stored.
+    """Compare every weight of a package with the exported weight, and describe how the weights are stored.
 
-    `program`: the exported one, whose layers are known to be those of the package, in this order. Raises CheckFailed
-    naming the first layer whose weight is stored in another form than `storage` gives it, or is worth something else:
-    more than half a step, or another value of the palette than the nearest. FP16 rounds the weight before and its value
-    after; that much is allowed on top.
+    `program` is the exported program; its layers must match the layers of the package (see `targets._coreml.compare`).
+    Raises CheckFailed naming the first layer whose weight is not stored as `storage` requires, or whose stored value is
+    wrong: with scales, an error of more than half a step; with a palette, a value other than the nearest. The rounding
+    to FP16 before and after compression is allowed in addition.
     """
     _check_parts(package)
     stored = _stored(package, program, storage)
@@ -93,22 +94,25 @@ def inspect(package: Package, program: ExportedProgram, storage: WeightOnly) -> 
 
 
 def palette(weight: Floats, *, bits: int) -> tuple[Floats, npt.NDArray[np.uint8]]:
-    """2 ** bits values for those of `weight`, in increasing order and of its type, and the index of the nearest one for
-    each, flat.
+    """Return a palette of 2 ** bits values for `weight`, ascending, in its type; and the flat indices of its values.
 
-    This is k-means in one dimension, where a cluster is an interval and the best ones can be computed. coremltools' own
-    (scikit-learn's) starts at random places, takes several times as long, ends 0.2 to 0.5 dB worse, and its indices are
-    those of centres that are rounded to FP16 only then.
+    Each index refers to the nearest palette value. The palette is computed by k-means in one dimension, where clusters
+    are intervals, so that a good initialization can be computed (see `_intervals`). coremltools' k-means
+    (scikit-learn's) is initialized at random, takes several times as long, has an error 0.2 to 0.5 dB larger, and
+    assigns indices before it rounds the centres to FP16.
     """
     import numpy as np
 
     values, counts = np.unique(weight.astype(np.float64), return_counts=True)
-    found: Floats = _centres(values, counts, 2**bits).astype(weight.dtype)
-    return found, _nearest(found, weight.ravel()).astype(np.uint8)
+    entries: Floats = _centres(values, counts, 2**bits).astype(weight.dtype)
+    return entries, _nearest(entries, weight.ravel()).astype(np.uint8)
 
 
 def _centres(values: Floats, counts: npt.NDArray[np.int64], count: int) -> Floats:
-    """`count` centres of sorted distinct `values` that occur so often; where there are fewer values, the last again."""
+    """Return `count` k-means centres of sorted distinct `values` with their `counts`.
+
+    With fewer values than centres, the last value is repeated.
+    """
     import numpy as np
 
     if len(values) <= count:
@@ -116,31 +120,32 @@ def _centres(values: Floats, counts: npt.NDArray[np.int64], count: int) -> Float
     occurrences = np.concatenate(([0], np.cumsum(counts)))
     sums = np.concatenate(([0.0], np.cumsum(values * counts)))
     bounds = _intervals(values, counts, count)
-    # Lloyd's algorithm (doi.org/10.1109/TIT.1982.1056489): means of intervals, and intervals around means.
+    # Lloyd's algorithm (doi.org/10.1109/TIT.1982.1056489): alternate between the means of intervals and the intervals
+    # around means.
     for _ in range(_MOST_STEPS):
         centres: Floats = np.diff(sums[bounds]) / np.diff(occurrences[bounds])
         before, bounds = bounds, np.searchsorted(values, [-np.inf, *(centres[1:] + centres[:-1]) / 2, np.inf])
-        if np.array_equal(before, bounds) or not np.diff(bounds).all():  # done, or a value short
+        if np.array_equal(before, bounds) or not np.diff(bounds).all():  # converged, or an interval became empty
             break
     return centres
 
 
 def _intervals(values: Floats, counts: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """Where `values` are best cut into `count` intervals: the first index of each, and the length.
+    """Divide sorted `values` into `count` intervals of least squared error: the first index of each, and the length.
 
-    By dynamic programming (Wang and Song, "Ckmeans.1d.dp", doi.org/10.32614/RJ-2011-015), with neighbours taken
-    together where there are more than `_CELLS` values. Lloyd's algorithm alone ends 2 dB worse where a few weights are
-    far from the others.
+    Computed by dynamic programming (Wang and Song, "Ckmeans.1d.dp", doi.org/10.32614/RJ-2011-015). With more than
+    `_CELLS` values, neighbours are merged into cells first. Lloyd's algorithm alone has an error 2 dB larger where a
+    few weights are far from the others.
     """
     import numpy as np
 
     firsts = np.arange(len(values))
-    if len(values) > _CELLS:  # neighbours by their rank, and by their distance, so that few are taken together in tails
+    if len(values) > _CELLS:  # cells by rank and by distance, so that cells in the tails have few values
         place = firsts / len(values) + (values - values[0]) / (values[-1] - values[0])
         firsts = np.flatnonzero(np.diff((place / 2 * _CELLS).astype(int), prepend=-1))
     moments = (np.add.reduceat(counts * values**power, firsts) for power in range(3))
     number, total, squares = (np.concatenate(([0.0], np.cumsum(moment))) for moment in moments)
-    with np.errstate(divide="ignore", invalid="ignore"):  # where an interval ends before it begins
+    with np.errstate(divide="ignore", invalid="ignore"):  # for intervals that end before they start
         spread = squares - squares[:, None] - (total - total[:, None]) ** 2 / (number - number[:, None])
     spread[np.tril_indices_from(spread)] = np.inf  # squared error of one centre for the cells from row to column
     best, cuts = spread[0], []
@@ -155,7 +160,7 @@ def _intervals(values: Floats, counts: npt.NDArray[np.int64], count: int) -> npt
 
 
 def _nearest(entries: Floats, values: Floats) -> npt.NDArray[np.int64]:
-    """The index of the nearest of sorted `entries` for each of `values`."""
+    """Return, for each of `values`, the index of the nearest of the sorted `entries`."""
     import numpy as np
 
     exact = entries.astype(np.float64)
@@ -184,14 +189,14 @@ def _config(form: WeightOnly) -> Any:
 
 
 def _check_parts(package: Package) -> None:
-    """Hold a package to weights: nothing else of it is compressed, and activations are float."""
+    """Raise CheckFailed where anything but the weights of layers is compressed, or activations are quantized."""
     own = {id(operation.weight.op) for operation in weighted(package)}
     for operation in package.operations:
         stray = operation.op_type.startswith("constexpr_") and id(operation) not in own
         if stray or operation.op_type in ("quantize", "dequantize"):
             raise CheckFailed(
-                f"{operation.name} of the Core ML package ({operation.op_type}) is no weight of a layer; this recipe "
-                "stores weights in fewer bits, and nothing else"
+                f"{operation.name} of the Core ML package ({operation.op_type}) is not the weight of a layer; this "
+                "recipe compresses only the weights of layers"
             )
 
 
@@ -199,15 +204,15 @@ def _stored(package: Package, program: ExportedProgram, storage: WeightOnly) -> 
     from targets._coreml_program import arranged
 
     values = weight_values(package)
-    found = []
+    weights = []
     for layer, stored in layer_pairs(package, program.module()):
         operation = stored.source
         if operation.op_type == "matmul":
             continue
         exported = arranged(layer, tuple(operation.weight.shape))
         if exported is None:
-            continue  # a product that was rearranged: the replay compares what it computes
-        found.append(
+            continue  # a product whose operand was rearranged: the replay compares its result
+        weights.append(
             _Stored(
                 name=layer.name,
                 exported=exported,
@@ -216,19 +221,19 @@ def _stored(package: Package, program: ExportedProgram, storage: WeightOnly) -> 
                 part=operation.weight.op,
             )
         )
-    return found
+    return weights
 
 
 def _check_form(layer: _Stored) -> None:
-    wanted, found = _layout(layer.form, tuple(layer.exported.shape)), _found_layout(layer.part)
-    if found != wanted:
+    expected, actual = _layout(layer.form, tuple(layer.exported.shape)), _stored_layout(layer.part)
+    if actual != expected:
         raise CheckFailed(
-            f"{layer.name}: the Core ML package ({layer.part.name}) stores its weight as {found}, expected {wanted}"
+            f"{layer.name}: the Core ML package ({layer.part.name}) stores its weight as {actual}, expected {expected}"
         )
 
 
 def _layout(form: WeightOnly | None, shape: tuple[int, ...]) -> str:
-    """The element type of what is stored for a weight of that shape, and the shape of its scales or palettes."""
+    """Describe the stored element type of a weight of that shape, and the shape of its scales or palettes."""
     if form is None:
         return "fp16"
     ones = (1,) * (len(shape) - 2)
@@ -238,13 +243,14 @@ def _layout(form: WeightOnly | None, shape: tuple[int, ...]) -> str:
     return f"uint{form.bits} with palettes of shape {(groups, 1, *ones)}"
 
 
-def _found_layout(part: Any) -> str:
+def _stored_layout(part: Any) -> str:
+    """Describe the weight that the operation `part` provides, in the form of `_layout`."""
     from coremltools.converters.mil.mil import types
 
     if part.op_type == "constexpr_blockwise_shift_scale" and part.offset is None:
         return f"{types.builtin_to_string(part.data.dtype)} with scales of shape {tuple(part.scale.shape)}"
     if part.op_type == "constexpr_lut_to_dense":
-        packed = part.lut.rank == 1  # for systems before iOS 18: one palette, of any rank of the weight
+        packed = part.lut.rank == 1  # for systems before iOS 18: one palette, whatever the rank of the weight
         groups = (1,) * part.outputs[0].rank if packed else tuple(part.lut.shape[:-2])
         bits = int(math.log2(part.lut.shape[0 if packed else -2]))
         return f"uint{bits} with palettes of shape {groups}"
@@ -252,10 +258,10 @@ def _found_layout(part: Any) -> str:
 
 
 def _check_value(layer: _Stored) -> None:
-    """Raises CheckFailed where the weight is another than the form makes of the exported one."""
+    """Raise CheckFailed where a stored weight differs from the exported weight by more than its form allows."""
     exported, value = layer.exported.double(), layer.value.double()
     error = (value - exported).abs()
-    allowed = _least_error(layer) + _HALF_ROUNDING * (exported.abs() + value.abs()) + 2 * _HALF_SMALLEST
+    allowed = _form_error(layer) + _HALF_ROUNDING * (exported.abs() + value.abs()) + 2 * _HALF_SMALLEST
     if (excess := error - allowed).max() > 0:
         place = int(excess.argmax())
         raise CheckFailed(
@@ -264,8 +270,8 @@ def _check_value(layer: _Stored) -> None:
         )
 
 
-def _least_error(layer: _Stored) -> Tensor:
-    """How far each weight may be from its exported value by the form it is stored in, FP16 aside."""
+def _form_error(layer: _Stored) -> Tensor:
+    """Return the largest error of each weight that its form allows, without the rounding to FP16."""
     import torch
 
     if layer.form is None:
@@ -282,7 +288,7 @@ def _least_error(layer: _Stored) -> Tensor:
 
 
 def _distance(entries: Tensor, weights: Tensor) -> Tensor:
-    """From each of `weights` to that of sorted `entries` which is nearest to it in FP16."""
+    """Return the distance of each weight to the nearest of the sorted `entries`, with a tolerance for FP16 rounding."""
     import torch
 
     indices = _nearest(entries.numpy(), weights.numpy())
@@ -290,7 +296,7 @@ def _distance(entries: Tensor, weights: Tensor) -> Tensor:
 
 
 def _report(stored: list[_Stored], storage: WeightOnly) -> dict[str, object]:
-    """How many layers are stored how, what share of their bytes in FP16 is compressed, and what the rounding costs."""
+    """Return the report: number of layers by storage, compressed share of the weights, and the noisiest layer."""
     small = [layer for layer in stored if layer.form is None]
     others = [layer for layer in stored if layer.form and layer.form != storage]
     counts: dict[str, int] = defaultdict(int)
@@ -301,7 +307,7 @@ def _report(stored: list[_Stored], storage: WeightOnly) -> dict[str, object]:
     return {
         "layers": dict(counts),
         "share": round(1 - sum(layer.exported.numel() for layer in small) / everything, 4),
-        "bits": round(sum(_bits(layer) for layer in stored) / everything, 2),  # a weight, with scales and palettes
+        "bits": round(sum(_bits(layer) for layer in stored) / everything, 2),  # per weight, with scales and palettes
         "exceptions": dict(_exceptions(small, others, storage)),
         "worst_layer": worst.name,
         "worst_snr_db": round(_snr_db(worst), 1),
@@ -309,20 +315,20 @@ def _report(stored: list[_Stored], storage: WeightOnly) -> dict[str, object]:
 
 
 def _exceptions(small: list[_Stored], others: list[_Stored], storage: WeightOnly) -> Iterator[tuple[str, list[str]]]:
-    """The layers that are not stored as the recipe says, by the reason."""
+    """Yield the reasons for which layers are not stored as the recipe requires, each with the names of the layers."""
     if small:
         yield f"{SMALL} weights or fewer: fp16", [layer.name for layer in small]
     if others:
-        which = "output" if storage.storage == "palette" else "input"
+        side = "output" if storage.storage == "palette" else "input"
         coarser = _COARSER[storage.storage].name
         yield (
-            f"{which} channels that are no multiple of {storage.block}: {coarser}",
+            f"{side} channels that are no multiple of {storage.block}: {coarser}",
             [layer.name for layer in others],
         )
 
 
 def _bits(layer: _Stored) -> int:
-    """All that the package stores for the weight."""
+    """Return the bits that the package stores for a weight, scales or palettes included."""
     if layer.form is None:
         return 16 * layer.exported.numel()
     shared = layer.part.scale if layer.form.storage == "linear" else layer.part.lut

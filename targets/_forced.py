@@ -1,4 +1,7 @@
-"""Evaluate ONNX graphs and OpenVINO models with chosen tensors replaced by given values (see `pipeline.parity`)."""
+"""Teacher forcing: evaluate ONNX graphs and OpenVINO models with chosen tensors replaced by given values.
+
+`pipeline.parity` compares operators one by one this way.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ _GIVEN = "given/"  # prefix of the graph inputs that replace tensors
 
 
 def onnx_tensors(model: Path | ModelProto, given: Mapping[str, Array], wanted: Collection[str]) -> dict[str, Array]:
-    """Evaluate an ONNX graph by ONNX Runtime, unoptimized, with Q/DQ computed as it is defined.
+    """Evaluate an ONNX graph in ONNX Runtime, without graph optimizations and with Q/DQ computed as ONNX defines it.
 
-    Every tensor of `given` that an operator of the graph produces is replaced, for its readers, by the given value.
-    Returns the tensors of `wanted` that operators of the graph produce, by name, as they were before replacement.
+    The readers of every tensor in `given` receive the given value instead of the computed one, where an operator of
+    the graph computes that tensor. Returns the computed values, before replacement, of the tensors in `wanted` that
+    operators of the graph compute, by name.
     """
     import onnx
     import onnxruntime
@@ -53,20 +57,20 @@ def onnx_tensors(model: Path | ModelProto, given: Mapping[str, Array], wanted: C
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    read = {value.name for value in session.get_inputs()}  # others were replaced, and read by nobody
+    read = {value.name for value in session.get_inputs()}  # ONNX Runtime drops inputs without readers
     feeds = {INPUT_NAME: given[INPUT_NAME], **values}
     return dict(zip(shown, session.run(shown, {name: feeds[name] for name in feeds.keys() & read}), strict=True))
 
 
 def wide(model: Path) -> set[str]:
-    """The tensors that an ONNX graph computes in float32."""
+    """Return the names of the tensors that an ONNX graph computes in float32."""
     import onnx
 
     return {name for name, kind in _element_types(onnx.load(model)).items() if kind == onnx.TensorProto.FLOAT}
 
 
 def _element_types(model: ModelProto) -> dict[str, int]:
-    """ONNX element types of the tensors of `model` by name, as far as they can be inferred."""
+    """Return the ONNX element types of the tensors of `model` by name, as far as they can be inferred."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(model).graph
@@ -87,10 +91,10 @@ def _typed(value: Array, element_type: int) -> Array:
 def openvino_tensors(
     model: Any, options: Mapping[str, str], given: Mapping[str, Array], wanted: Collection[str]
 ) -> dict[str, Array]:
-    """Evaluate an `openvino.Model` compiled for the CPU with `options`, as `onnx_tensors` does. `model` is changed.
+    """Evaluate an `openvino.Model`, compiled for the CPU with `options`, as `onnx_tensors` does. Changes `model`.
 
-    Weights are compared and not replaced: OpenVINO's convolutions want constants. Tensors of another shape (padded
-    ahead of their quantizer, see `targets._onnx`) are neither.
+    Weights are compared but not replaced, since OpenVINO's convolutions need constant weights. Tensors whose shape
+    differs from the given value (padded before their quantizer, see `targets._onnx`) are neither compared nor replaced.
     """
     import numpy as np
     import openvino
@@ -120,16 +124,16 @@ def openvino_tensors(
             results.append(ops.result(output))
     cut = openvino.Model(results, parameters, "forced")
     compiled = openvino.Core().compile_model(cut, "CPU", {**options, "INFERENCE_NUM_THREADS": str(threads())})
-    found = compiled.create_infer_request().infer(feeds)
-    return {name: found[place].copy() for place, name in enumerate(shown)}
+    values = compiled.create_infer_request().infer(feeds)
+    return {name: values[place].copy() for place, name in enumerate(shown)}
 
 
 def _constants(model: Any) -> set[str]:
-    """Friendly names of the operators whose inputs are all constant, constants included."""
-    found: set[str] = set()
+    """Return the friendly names of constants and of operators whose inputs are all constant."""
+    constant: set[str] = set()
     for node in model.get_ordered_ops():
         sources = [node.input_value(place).get_node() for place in range(node.get_input_size())]
-        folded = bool(sources) and all(source.get_friendly_name() in found for source in sources)
+        folded = bool(sources) and all(source.get_friendly_name() in constant for source in sources)
         if node.get_type_name() == "Constant" or folded:
-            found.add(node.get_friendly_name())
-    return found
+            constant.add(node.get_friendly_name())
+    return constant

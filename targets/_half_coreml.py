@@ -1,4 +1,4 @@
-"""Operators of a Core ML program that FP16 cannot hold, found while coremltools chooses the type of each."""
+"""FP16 for Core ML programs: find the operators that FP16 cannot hold, while coremltools selects operator types."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ if TYPE_CHECKING:
 
     from targets.base import Export
 
-_PLACES = {"x": 0, "y": 1, "weight": 1, "bias": 2, "beta": 2, "gamma": 1}  # of parameters, as `targets._half` counts
-_BRANCHES = {"cond": 0, "a": 1, "b": 2}  # of `select`
-# Parameters that stay float32 in a program of any precision, or are settings rather than values.
+# Input index in `targets._half.Operator` by name of the MIL parameter.
+_PLACES = {"x": 0, "y": 1, "weight": 1, "bias": 2, "beta": 2, "gamma": 1}
+_BRANCHES = {"cond": 0, "a": 1, "b": 2}  # the same, for `select`
+# Parameters that stay float32 in programs of every precision, or are settings rather than values.
 _SETTINGS = frozenset({"epsilon", "alpha", "dtype", "scale", "zero_point", "scale_factor_height", "scale_factor_width"})
-# An epsilon that coremltools adds to torch's operator, or keeps in float32.
+# Operators whose epsilon is added by coremltools, not by the torch program, or stays in float32.
 _OWN_EPSILON = frozenset({"log", "rsqrt", "inverse"})
 
 log = logging.getLogger(__name__)
 
 
 class Selection:
-    """Which operators compute in FP16: what coremltools calls an `op_selector`.
+    """The operators that compute in FP16: an `op_selector` of coremltools, which returns True for them.
 
-    At the first operator, the whole program is computed in float32 on the export's sample images; a value that the
-    ONNX graph has too counts with the peak that it had on more of them.
+    The call for the first operator computes the whole program in float32 on the sample images of the export, to measure
+    its ranges. Values that the ONNX graph has too also count with their peaks from `ranges.json`, which was measured on
+    more images.
     """
 
     def __init__(self, export: Export) -> None:
-        self.found: dict[str, Unsafe] = {}  # by name of the operator
-        self._export, self._asked = export, False
+        self.found: dict[str, Unsafe] = {}  # the operators that stay in float32, by name
+        self._export, self._measured = export, False
 
     def __call__(self, operation: Any) -> bool:
-        if not self._asked:
-            self._asked = True
+        if not self._measured:
+            self._measured = True
             self.found = self._unsafe(list(operation.enclosing_block.operations))
         return operation.name not in self.found
 
     def reasons(self) -> dict[str, str]:
-        """Why each operator that stays in float32 does, by its name."""
+        """Return the reason of each operator that stays in float32, by the operator's name."""
         return {name: str(operator) for name, operator in self.found.items()}
 
     def check(self) -> None:
-        """Raises CheckFailed where HALF=strict and some operators cannot be computed in FP16; reports them else."""
+        """Log a warning that lists the operators that stay in float32. With HALF=strict, raise CheckFailed instead."""
         refuse_if_strict(self._export, self.found)
         if self.found:
             log.warning(
@@ -67,7 +69,7 @@ class Selection:
         ranges = Ranges(images=known.images, lines=known.lines)
         try:
             _measure(operations, read, self._export, ranges)
-        except CheckFailed as error:  # an operator that the evaluator does not know: the verification names it
+        except CheckFailed as error:  # an operator that the evaluator does not support: verification reports it
             log.debug("ranges of the Core ML program are those of the ONNX graph: %s", error)
         computed = {name for operator in read for name in operator.outputs}
         for name, peak in known.peaks.items():
@@ -85,7 +87,7 @@ def _measure(operations: Sequence[Any], read: Sequence[Operator], export: Export
     inside = {name for operator in read if operator.kind in _INSIDE for name in operator.inputs if name}
     values: dict[str, Tensor] = {}
 
-    def watch(operation: Any, name: str, value: Tensor) -> None:
+    def measure(operation: Any, name: str, value: Tensor) -> None:
         if not value.is_floating_point() or not value.numel():
             return
         magnitude = value.abs()
@@ -107,7 +109,7 @@ def _measure(operations: Sequence[Any], read: Sequence[Operator], export: Export
     for start in range(0, len(images), export.batch):
         query = padded(images[start : start + export.batch], export.batch)
         picture = torch.from_numpy(_coreml_interface.entered(query, export))
-        evaluator.run({INPUT_NAME: picture}, watch=watch)
+        evaluator.run({INPUT_NAME: picture}, watch=measure)
 
 
 _INSIDE = frozenset(
@@ -117,7 +119,7 @@ _INSIDE = frozenset(
 
 
 def _inside(operation: Any, values: dict[str, Tensor]) -> float:
-    """The largest intermediate of a reduction, or of attention before it scales its scores."""
+    """Return the largest intermediate sum of a reduction, or the largest unscaled score of attention."""
     if operation.op_type == "scaled_dot_product_attention":
         query, key = (values.get(operation.inputs[name].name) for name in ("query", "key"))
         return 0.0 if query is None or key is None else float((query @ key.mT).abs().max())
@@ -160,7 +162,7 @@ def _operator(operation: Any) -> Operator:
 
 
 def _parameters(operation: Any) -> Iterator[tuple[str, int, Any]]:
-    """Each value that an operator reads, with the name and the place of its parameter; lists one by one."""
+    """Yield the parameter name, the input index and the value of every input; elements of a list one by one."""
     places = _BRANCHES if operation.op_type == "select" else _PLACES
     others = 10
     for name, value in operation.inputs.items():

@@ -1,4 +1,4 @@
-"""The range of every tensor of an ONNX graph, measured on pictures, and what FP16 cannot hold of it."""
+"""FP16 for ONNX graphs: measure the range of every tensor on images, and find the operators that FP16 cannot hold."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     from targets.base import Export, Images
 
-# Where a constant that is chosen or added, and no factor, stands for infinity if it is beyond FP16: a mask.
-_CHOOSES = frozenset({"Add", "Sub", "Where", "Max", "Min", "Clip", "Pad", "Expand", "Concat"})
-_LEAST_DB = 60.0  # between the graph and the one with its sentinels limited
-_CHECKED = 16  # images
+# Operators that add or select a constant rather than multiply by it: a constant beyond the range of FP16 in one of
+# them may represent infinity, as in an attention mask.
+_ADD_OR_SELECT = frozenset({"Add", "Sub", "Where", "Max", "Min", "Clip", "Pad", "Expand", "Concat"})
+_LEAST_DB = 60.0  # lowest signal-to-noise ratio of the graph with limited sentinels against the original, in dB
+_CHECKED = 16  # images for this comparison
 
-# What a reduction adds up on its way to the result: the reduction that shows it, behind an operator on every value.
+# How to measure the largest intermediate sum of a reduction: an elementwise operator before it (or None), and the
+# reduction that shows the sum. ReduceL1 adds magnitudes, the upper bound of any partial sum.
 _SUMS = {
     "ReduceMean": (None, "ReduceL1"),
     "ReduceSum": (None, "ReduceL1"),
@@ -39,8 +41,10 @@ log = logging.getLogger(__name__)
 
 
 def ranges_of(export: Export) -> Ranges:
-    """What was measured when the model was exported. Of an export without `ranges.json`, its sample images are measured
-    now; without these, nothing is known and constants alone are judged.
+    """Return the tensor ranges that were measured at export, from `ranges.json`.
+
+    Without that file, the ranges are measured now on the sample images of the export. Without sample images they are
+    empty, and operators are judged by their constants only.
     """
     file, sample = export.path / "ranges.json", export.path / "sample.npz"
     if file.exists():
@@ -49,26 +53,28 @@ def ranges_of(export: Export) -> Ranges:
         return Ranges()
     import onnx
 
-    with np.load(sample) as found:
-        return measured(onnx.load(export.onnx), [found["images"]])
+    with np.load(sample) as arrays:
+        return measured(onnx.load(export.onnx), [arrays["images"]])
 
 
 def kept_in_float32(model: ModelProto, export: Export) -> dict[str, Unsafe]:
-    """The operators of `model`, the export's graph or one of the same tensors, that FP16 cannot hold, by name.
+    """Return the operators of `model` that FP16 cannot hold, by name.
 
-    Raises CheckFailed where HALF=strict and there are some.
+    `model` is the graph of the export or a graph with the same tensor names. Raises CheckFailed where HALF=strict and
+    there is such an operator.
     """
-    found = unsafe(operators(model), ranges_of(export))
-    refuse_if_strict(export, found)
-    if found:
-        log.warning("FP16 cannot hold %d operators, which stay in float32: %s", len(found), sentence(found))
-    return found
+    kept = unsafe(operators(model), ranges_of(export))
+    refuse_if_strict(export, kept)
+    if kept:
+        log.warning("FP16 cannot hold %d operators, which stay in float32: %s", len(kept), sentence(kept))
+    return kept
 
 
 def typed(model: ModelProto, export: Export) -> ModelProto:
-    """`model`, the export's graph or one of the same tensors, in FP16 but for the operators that FP16 cannot hold.
+    """Return `model` in FP16, except the operators that FP16 cannot hold, which stay in float32.
 
-    Raises CheckFailed where HALF=strict and there are some.
+    `model` is the graph of the export or a graph with the same tensor names. Raises CheckFailed where HALF=strict and
+    there is such an operator.
     """
     from targets._onnx import to_fp16
 
@@ -77,7 +83,7 @@ def typed(model: ModelProto, export: Export) -> ModelProto:
 
 
 def operators(model: ModelProto) -> list[Operator]:
-    """The operators of a graph as `targets._half` reads them."""
+    """Return the operators of an ONNX graph as `targets._half.Operator`, without Constant nodes."""
     from onnx import TensorProto, numpy_helper
 
     floats = (TensorProto.FLOAT, TensorProto.DOUBLE)
@@ -85,16 +91,16 @@ def operators(model: ModelProto) -> list[Operator]:
         tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.data_type in floats
     }
     stored = {tensor.name for tensor in model.graph.initializer}
-    found = []
+    result = []
     for node in model.graph.node:
         if node.op_type == "Constant":
             stored.update(node.output)
-            for given in node.attribute:
-                if given.name == "value" and given.t.data_type in floats:
-                    constants[node.output[0]] = numpy_helper.to_array(given.t)
+            for attribute in node.attribute:
+                if attribute.name == "value" and attribute.t.data_type in floats:
+                    constants[node.output[0]] = numpy_helper.to_array(attribute.t)
             continue
-        quantizer = node.op_type in ("QuantizeLinear", "DequantizeLinear")  # scales are FP16 numbers by construction
-        found.append(
+        quantizer = node.op_type in ("QuantizeLinear", "DequantizeLinear")  # scales are FP16 values by construction
+        result.append(
             Operator(
                 name=node.name or node.output[0],
                 kind=node.op_type,
@@ -107,11 +113,11 @@ def operators(model: ModelProto) -> list[Operator]:
                 },
             )
         )
-    return found
+    return result
 
 
 def _is_always_float(node: NodeProto, place: int) -> bool:
-    """Whether an input is float32 in a graph of any precision: the region and the factors of Resize."""
+    """Return whether an input is float32 in graphs of every precision: the region and the factors of Resize."""
     return node.op_type == "Resize" and place in (1, 2)
 
 
@@ -119,10 +125,10 @@ def _is_always_float(node: NodeProto, place: int) -> bool:
 
 
 def measured(model: ModelProto, batches: Iterable[Images], lines: Mapping[str, str] | None = None) -> Ranges:
-    """The ranges of every float tensor of `model` over `batches` of images (N, 3, S, S), computed in float32 with the
-    sentinels of its masks limited.
+    """Measure the range of every float tensor of `model` over `batches` of images (N, 3, S, S).
 
-    `lines`: of the network's sources, by tensor.
+    The graph is computed in float32, with its sentinels (see `sentinels`) limited. `lines` maps tensors to the source
+    lines of the network.
     """
     batches = iter(batches)
     first = next(batches)
@@ -137,7 +143,7 @@ def measured(model: ModelProto, batches: Iterable[Images], lines: Mapping[str, s
 
 
 class _Probes:
-    """A graph whose outputs are the extremes of its tensors, rather than the tensors, which would fill the memory."""
+    """A graph that outputs the minimum and maximum of each tensor: the tensors themselves would fill the memory."""
 
     def __init__(self, model: ModelProto) -> None:
         import onnx
@@ -146,20 +152,20 @@ class _Probes:
 
         self._graph = type(model)()
         self._graph.CopyFrom(model)
-        self._outputs: list[tuple[str, str, str]] = []  # of the session: what is measured, the tensor, its own name
+        self._outputs: list[tuple[str, str, str]] = []  # measure, measured tensor, name of the session's output
         self._rank = {
             value.name: len(value.type.tensor_type.shape.dim)
             for value in onnx.shape_inference.infer_shapes(model).graph.value_info
         }
         types = float_tensors(model)
         for name in types:
-            self._extreme("highest", name, "ReduceMax", name)
-            self._extreme("lowest", name, "ReduceMin", name)
+            self._add_extreme("highest", name, "ReduceMax", name)
+            self._add_extreme("lowest", name, "ReduceMin", name)
         for node in list(model.graph.node):
             if node.op_type in _SUMS and node.output[0] in types:
-                self._inside(node)
+                self._add_largest_sum(node)
         for name in {name for operator in operators(model) for name in operator.delicate()} & types:
-            self._least(name)
+            self._add_least_nonzero(name)
         del self._graph.graph.output[:]
         names = [name for _, _, name in self._outputs]
         self._graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
@@ -173,20 +179,21 @@ class _Probes:
         yield from (padded(images[start : start + size], size) for start in range(0, len(images), size))
 
     def take(self, images: Images, ranges: Ranges) -> None:
-        found = self._session.run(None, {INPUT_NAME: images})
-        for (measure, name, _), value in zip(self._outputs, found, strict=True):
+        """Run one query and add its measurements to `ranges`."""
+        results = self._session.run(None, {INPUT_NAME: images})
+        for (measure, name, _), value in zip(self._outputs, results, strict=True):
             if measure == "least":
                 ranges.widen(ranges.least, name, float(value), min)
             else:
                 ranges.widen(ranges.sums if measure == "sum" else ranges.peaks, name, abs(float(value)))
 
-    def _extreme(self, measure: str, of: str, kind: str, value: str) -> None:
+    def _add_extreme(self, measure: str, of: str, kind: str, value: str) -> None:
         name = f"{of}__{measure}"
         self._add(kind, [value], name, keepdims=0)
         self._outputs.append((measure, of, name))
 
-    def _inside(self, node: NodeProto) -> None:
-        """The largest intermediate sum of a reduction."""
+    def _add_largest_sum(self, node: NodeProto) -> None:
+        """Add an output with the largest intermediate sum of a reduction."""
         from onnx import numpy_helper
 
         before, reduction = _SUMS[node.op_type]
@@ -198,9 +205,10 @@ class _Probes:
             self._graph.graph.initializer.append(numpy_helper.from_array(np.array([2, 3], np.int64), axes[0]))
         if reduction != "Identity":
             value = self._add(reduction, [value, *axes], f"{node.output[0]}__reduced", keepdims=0)
-        self._extreme("sum", node.output[0], "ReduceMax", value)
+        self._add_extreme("sum", node.output[0], "ReduceMax", value)
 
-    def _least(self, name: str) -> None:
+    def _add_least_nonzero(self, name: str) -> None:
+        """Add an output with the smallest non-zero magnitude of a tensor."""
         from onnx import numpy_helper
 
         for constant, value in (("zero", 0.0), ("infinity", np.inf)):
@@ -210,7 +218,7 @@ class _Probes:
         magnitude = self._add("Abs", [name], f"{name}__magnitude")
         is_zero = self._add("Equal", [magnitude, f"{name}__zero"], f"{name}__is_zero")
         nonzero = self._add("Where", [is_zero, f"{name}__infinity", magnitude], f"{name}__nonzero")
-        self._extreme("least", name, "ReduceMin", nonzero)
+        self._add_extreme("least", name, "ReduceMin", nonzero)
 
     def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         from onnx import helper
@@ -220,7 +228,7 @@ class _Probes:
 
 
 def float_tensors(model: ModelProto) -> set[str]:
-    """The names of the float tensors that a graph computes."""
+    """Return the names of the FP16 and float32 tensors that a graph computes."""
     from onnx import TensorProto, shape_inference
 
     inferred = shape_inference.infer_shapes(model).graph
@@ -234,8 +242,10 @@ def float_tensors(model: ModelProto) -> set[str]:
 
 
 def sentinels(model: ModelProto, images: Images) -> list[str]:
-    """The constants beyond FP16 that stand for infinity, such as the -1e9 of a mask: they are added or chosen, and the
-    graph answers alike for `images` with 40000 in their place.
+    """Return the sentinels of a graph: constants beyond the range of FP16 that represent infinity, as -1e9 in a mask.
+
+    A constant is a sentinel where operators add or select it, and limiting it to 40000 leaves the logits for `images`
+    unchanged (60 dB).
     """
     from targets.onnxruntime import reference_logits
 
@@ -247,8 +257,8 @@ def sentinels(model: ModelProto, images: Images) -> list[str]:
     def same(names: Sequence[str]) -> bool:
         from calibration.metrics import snr_db
 
-        found = reference_logits(limited(model, names).SerializeToString(), images)
-        return snr_db(expected, found) >= _LEAST_DB
+        logits = reference_logits(limited(model, names).SerializeToString(), images)
+        return snr_db(expected, logits) >= _LEAST_DB
 
     if same(candidates):
         return candidates
@@ -257,16 +267,18 @@ def sentinels(model: ModelProto, images: Images) -> list[str]:
 
 
 def _beyond(model: ModelProto) -> set[str]:
-    """The constants that `_CHOOSES` operators read and that have finite values beyond FP16."""
+    """Return the constants that `_ADD_OR_SELECT` operators read and that have finite values beyond FP16's range."""
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == 1}
-    read = {name for node in model.graph.node if node.op_type in _CHOOSES for name in node.input} & constants.keys()
+    read = {
+        name for node in model.graph.node if node.op_type in _ADD_OR_SELECT for name in node.input
+    } & constants.keys()
     return {name for name in read if _is_beyond(numpy_helper.to_array(constants[name])).any()}
 
 
 def limited(model: ModelProto, names: Iterable[str]) -> ModelProto:
-    """A copy of `model` in which the sentinels of these names are at most 40000, where they are added or chosen."""
+    """Return a copy of `model` in which these sentinels are limited to a magnitude of 40000 where added or selected."""
     from onnx import numpy_helper
 
     copied = type(model)()
@@ -278,7 +290,7 @@ def limited(model: ModelProto, names: Iterable[str]) -> ModelProto:
         values = np.where(_is_beyond(values), np.sign(values) * np.float32(SENTINEL), values).astype(np.float32)
         copied.graph.initializer.append(numpy_helper.from_array(values, other))
     for node in copied.graph.node:
-        if node.op_type in _CHOOSES:
+        if node.op_type in _ADD_OR_SELECT:
             node.input[:] = [new.get(name, name) for name in node.input]
     used = {name for node in copied.graph.node for name in node.input}
     kept = [tensor for tensor in copied.graph.initializer if tensor.name in used]
@@ -288,5 +300,5 @@ def limited(model: ModelProto, names: Iterable[str]) -> ModelProto:
 
 
 def _is_beyond(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = np.isfinite(values) & (np.abs(values) > LARGEST)
-    return found
+    beyond: npt.NDArray[np.bool_] = np.isfinite(values) & (np.abs(values) > LARGEST)
+    return beyond

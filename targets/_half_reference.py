@@ -1,8 +1,8 @@
-"""FP16 arithmetic of an ONNX graph on any CPU: every result that the graph types FP16 is rounded to it, infinities too.
+"""Reference executor for FP16 ONNX graphs on any CPU: every FP16 result is rounded to FP16, overflow included.
 
-ONNX Runtime's CPU provider computes FP16 operators in float32 and hands float32 from one to the next where it can: a
-value of 1e6 passes. Here each operator is computed in float32 and followed by a cast to FP16 and back, as units that
-accumulate in float32 and store FP16 do.
+ONNX Runtime's CPU provider computes FP16 operators in float32 and passes float32 values between them where it can: a
+value of 1e6 does not overflow. Here each operator is computed in float32 and followed by a cast to FP16 and back, as
+on hardware that accumulates in float32 and stores FP16.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 NAME = "ONNX graph evaluated with FP16 rounding"
 
 _FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto
-_BATCH = 32  # images a query, of a graph whose batch is dynamic
-# Operators whose results are values that they were given, which are FP16 numbers already.
+_BATCH = 32  # images per query for graphs with a dynamic batch
+# Operators that only select, move or negate input values: their results are FP16 values without rounding.
 _EXACT = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Concat", "Gather"})
 _EXACT |= {"Identity", "Expand", "Tile", "Relu", "Max", "Min", "MaxPool", "ReduceMax", "ReduceMin", "Where", "Abs"}
 _EXACT |= {"Neg", "SpaceToDepth", "DepthToSpace", "GatherElements", "GatherND", "GlobalMaxPool"}
 
 
 def half_reference(model: ModelProto) -> Callable[[Images], Logits]:
-    """The executor of a graph with FP16 types (see `targets._onnx.to_fp16`): it takes images (N, 3, S, S) in any
-    number, and returns logits (N, classes), not finite where FP16 is not.
+    """Return the reference executor of a graph with FP16 types (see `targets._onnx.to_fp16`).
+
+    It takes any number of images (N, 3, S, S) and returns logits (N, classes), which are NaN or infinite where FP16
+    overflows.
     """
     from targets.onnxruntime import plain_session
 
@@ -42,14 +44,14 @@ def half_reference(model: ModelProto) -> Callable[[Images], Logits]:
 
 
 def is_half(model: ModelProto) -> bool:
-    """Whether a graph states FP16 for what it computes."""
+    """Return whether a graph has FP16 initializers or casts to FP16."""
     return any(tensor.data_type == _FLOAT16 for tensor in model.graph.initializer) or any(
-        node.op_type == "Cast" and given.i == _FLOAT16 for node in model.graph.node for given in node.attribute
+        node.op_type == "Cast" and attribute.i == _FLOAT16 for node in model.graph.node for attribute in node.attribute
     )
 
 
 def executor(file: Path) -> tuple[str, Callable[[Images], Logits]]:
-    """Of the graph that an engine was compiled from: what computes it, as reports call it, and the executor."""
+    """Return the reference executor of the ONNX graph that an engine was compiled from, after its name for reports."""
     import onnx
 
     from targets.onnxruntime import reference
@@ -61,7 +63,7 @@ def executor(file: Path) -> tuple[str, Callable[[Images], Logits]]:
 
 
 def rounded(model: ModelProto) -> ModelProto:
-    """A float32 graph that computes what `model` does, with an explicit rounding behind every FP16 operator."""
+    """Return `model` as a float32 graph that rounds to FP16, by casts, after every FP16 operator."""
     from onnx import numpy_helper, shape_inference
 
     graph = type(model)()
@@ -74,26 +76,27 @@ def rounded(model: ModelProto) -> ModelProto:
     for tensor in graph.graph.initializer:
         if tensor.data_type == _FLOAT16:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
-    nodes = [made for node in graph.graph.node for made in _nodes(node, half)]
+    nodes = [new for node in graph.graph.node for new in _nodes(node, half)]
     del graph.graph.node[:], graph.graph.value_info[:]
     graph.graph.node.extend(nodes)
     return graph
 
 
 def _nodes(node: NodeProto, half: set[str]) -> list[NodeProto]:
-    """`node` in float32, and the rounding of its FP16 outputs, whose names are in `half`."""
+    """Return `node` in float32, followed by casts that round its FP16 outputs (the names in `half`)."""
     from onnx import helper, numpy_helper
 
-    found = [node]
-    for given in node.attribute:
-        if given.type == given.TENSOR and given.t.data_type == _FLOAT16:
-            given.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(given.t).astype("float32"), given.t.name))
-        elif given.name in ("to", "dtype") and given.i == _FLOAT16:
-            given.i = _FLOAT
+    nodes = [node]
+    for attribute in node.attribute:
+        if attribute.type == attribute.TENSOR and attribute.t.data_type == _FLOAT16:
+            values = numpy_helper.to_array(attribute.t).astype("float32")
+            attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))
+        elif attribute.name in ("to", "dtype") and attribute.i == _FLOAT16:
+            attribute.i = _FLOAT
     for place, name in enumerate(node.output):
         if name in half and node.op_type not in _EXACT:
             raw, stored = f"{name}__raw", f"{name}__stored"
             node.output[place] = raw
-            found.append(helper.make_node("Cast", [raw], [stored], name=f"{name}__round", to=_FLOAT16))
-            found.append(helper.make_node("Cast", [stored], [name], name=f"{name}__restore", to=_FLOAT))
-    return found
+            nodes.append(helper.make_node("Cast", [raw], [stored], name=f"{name}__round", to=_FLOAT16))
+            nodes.append(helper.make_node("Cast", [stored], [name], name=f"{name}__restore", to=_FLOAT))
+    return nodes

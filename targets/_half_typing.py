@@ -1,4 +1,4 @@
-"""FP16 typed into an ONNX graph, but for some operators: which type every value has, and the casts in between."""
+"""Conversion of an ONNX graph to FP16 except for chosen operators: the type of every value, and the casts between."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto
 # Inputs and outputs that are float32 in a graph of any precision.
 _ALWAYS_FLOAT32 = frozenset({("Resize", 1), ("Resize", 2)})
 _FLOAT32_OUTPUTS = frozenset({("LayerNormalization", 1), ("LayerNormalization", 2)})
-# What is computed once more rather than cast, for readers in float32 behind a dequantizer: INT8 layers read one.
+# Operators between a dequantizer and its reader. For a reader in float32 they and the dequantizer are duplicated in
+# float32 rather than cast, since INT8 layers must read a dequantizer directly.
 _LAYOUT = frozenset({"Transpose", "Reshape"})
-# Operators that make a float tensor of a type in an attribute, float32 where that is missing.
+# Operators whose output type is an attribute, which defaults to float32.
 _TYPED_BY_ATTRIBUTE = {"Cast": "to", "EyeLike": "dtype", "RandomNormalLike": "dtype", "RandomUniformLike": "dtype"}
 
 
 class Typing:
-    """The nodes and constants of `model` in FP16, with the operators named in `float32` in that type."""
+    """The nodes and constants of `model` in FP16, except the operators named in `float32`, which stay in float32."""
 
     def __init__(self, model: ModelProto, float32: frozenset[str]) -> None:
         from onnx import shape_inference
@@ -33,18 +34,18 @@ class Typing:
         self._stored = {tensor.name: tensor for tensor in graph.initializer}
         self._producers = {name: node for node in graph.node for name in node.output}
         self._outputs = {value.name for value in graph.output}
-        # By value and whether it is FP16: its name in the new graph. Both may exist.
+        # Name in the new graph by value and whether it is FP16. A value may exist in both types.
         self._names: dict[tuple[str, bool], str] = {(value.name, False): value.name for value in graph.input}
         self._nodes: list[NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
 
     def nodes(self) -> list[NodeProto]:
-        """In order of execution. Raises CheckFailed where an operator has a graph inside."""
+        """Return the nodes in order of execution. Raises CheckFailed where an operator has a subgraph."""
         for node in self._graph.node:
-            if any(given.type in (given.GRAPH, given.GRAPHS) for given in node.attribute):
+            if any(attribute.type in (attribute.GRAPH, attribute.GRAPHS) for attribute in node.attribute):
                 raise CheckFailed(
-                    f"{node.name} ({node.op_type}) of the ONNX export has a graph inside, which cannot be typed FP16: "
-                    "write the network without control flow, or use RECIPE=fp32"
+                    f"{node.name} ({node.op_type}) of the ONNX export has a subgraph, which cannot be converted to "
+                    "FP16: write the network without control flow, or use RECIPE=fp32"
                 )
             self._add(node, half=(node.name or node.output[0]) not in self._float32)
         for name in sorted(self._outputs & self._floats):
@@ -53,7 +54,7 @@ class Typing:
         return self._nodes
 
     def constants(self) -> list[TensorProto]:
-        """Those that the nodes read, once `nodes` was called."""
+        """Return the constants that the nodes read. Call `nodes` first."""
         return list(self._constants.values())
 
     def _add(self, node: NodeProto, *, half: bool) -> None:
@@ -71,33 +72,33 @@ class Typing:
         self._nodes.append(typed)
 
     def _as(self, name: str, *, half: bool) -> str:
-        """The name of a float value in FP16 or float32, made where there is none; other values keep theirs."""
+        """Return the name of a float value in FP16 or float32, converting it on first use; other values keep theirs."""
         if name in self._stored:
             return self._constant(name, half=half)
         if name not in self._floats:
             return name
         if (name, half) not in self._names:
-            made = self._names[name, half] = f"{name}_{'half' if half else 'float32'}"
-            if not half and self._is_restored(name):
-                self._again(self._producers[name], made)
+            converted = self._names[name, half] = f"{name}_{'half' if half else 'float32'}"
+            if not half and self._is_dequantized(name):
+                self._duplicate(self._producers[name], converted)
             else:
-                self._cast(self._names[name, not half], made, half=half)
+                self._cast(self._names[name, not half], converted, half=half)
         return self._names[name, half]
 
-    def _is_restored(self, name: str) -> bool:
-        """Whether a value is a dequantized one, or a dequantized weight in another layout."""
+    def _is_dequantized(self, name: str) -> bool:
+        """Return whether a value is the output of a DequantizeLinear, possibly transposed or reshaped."""
         producer = self._producers.get(name)
         if producer is not None and producer.op_type in _LAYOUT:
-            return self._is_restored(producer.input[0])
+            return self._is_dequantized(producer.input[0])
         return producer is not None and producer.op_type == "DequantizeLinear"
 
-    def _again(self, node: NodeProto, output: str) -> None:
-        """`node` once more, in float32."""
-        again = type(node)()
-        again.CopyFrom(node)
-        again.name, again.output[0] = f"{node.name}_float32", output
-        again.input[:] = [self._as(name, half=False) for name in node.input]
-        self._nodes.append(again)
+    def _duplicate(self, node: NodeProto, output: str) -> None:
+        """Add a copy of `node` that computes in float32."""
+        copy = type(node)()
+        copy.CopyFrom(node)
+        copy.name, copy.output[0] = f"{node.name}_float32", output
+        copy.input[:] = [self._as(name, half=False) for name in node.input]
+        self._nodes.append(copy)
 
     def _constant(self, name: str, *, half: bool) -> str:
         from onnx import numpy_helper
@@ -106,12 +107,12 @@ class Typing:
         if stored.data_type != _FLOAT:
             self._constants[name] = stored
             return name
-        made = name if half else f"{name}_float32"
-        if made not in self._constants:
+        converted = name if half else f"{name}_float32"
+        if converted not in self._constants:
             with np.errstate(over="ignore", under="ignore"):
                 values = numpy_helper.to_array(stored).astype(np.float16 if half else np.float32)
-            self._constants[made] = numpy_helper.from_array(values, made)
-        return made
+            self._constants[converted] = numpy_helper.from_array(values, converted)
+        return converted
 
     def _cast(self, name: str, output: str, *, half: bool) -> None:
         from onnx import helper
@@ -122,23 +123,22 @@ class Typing:
 
 
 def _floats(graph: GraphProto) -> set[str]:
-    """The names of the float values that a graph takes or computes."""
+    """Return the names of the float32 inputs and computed values of a graph."""
     known = (*graph.value_info, *graph.input, *graph.output)
     return {value.name for value in known if value.type.tensor_type.elem_type == _FLOAT}
 
 
 def _type_attributes(node: NodeProto) -> None:
-    """Turn float32 in the attributes of a node into FP16: stored tensors, and the type that it makes."""
+    """Convert float32 attributes of a node to FP16: tensors, and the attribute that states the output type."""
     from onnx import helper, numpy_helper
 
-    for given in node.attribute:
-        if given.type == given.TENSOR and given.t.data_type == _FLOAT:
+    for attribute in node.attribute:
+        if attribute.type == attribute.TENSOR and attribute.t.data_type == _FLOAT:
             with np.errstate(over="ignore", under="ignore"):
-                given.t.CopyFrom(
-                    numpy_helper.from_array(numpy_helper.to_array(given.t).astype(np.float16), given.t.name)
-                )
-        elif given.name == _TYPED_BY_ATTRIBUTE.get(node.op_type) and given.i == _FLOAT:
-            given.i = _FLOAT16
+                values = numpy_helper.to_array(attribute.t).astype(np.float16)
+            attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))
+        elif attribute.name == _TYPED_BY_ATTRIBUTE.get(node.op_type) and attribute.i == _FLOAT:
+            attribute.i = _FLOAT16
     if node.op_type == "ConstantOfShape" and not node.attribute:
         zero = numpy_helper.from_array(np.zeros(1, np.float16))
         node.attribute.append(helper.make_attribute("value", zero))

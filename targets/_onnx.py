@@ -1,4 +1,7 @@
-"""ONNX files as the toolchains want them: a fixed batch, FP16 typed into the graph, nothing shared between weights."""
+"""Transformations of ONNX graphs that toolchains need: a fixed batch, FP16 types, Q/DQ patterns that runtimes fuse.
+
+Every transformation returns a copy; the input model is unchanged.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from onnx import ModelProto, NodeProto
 
-_FLOAT32_OPERATORS = "float32_operators"  # the entry of the metadata of an FP16 graph
+_FLOAT32_OPERATORS = "float32_operators"  # metadata entry of an FP16 graph: operators kept in float32, with reasons
 
 
 def with_batch(model: ModelProto, batch: int) -> ModelProto:
-    """A copy of `model` with the dynamic batch of its input and output fixed; shapes in between are inferred anew."""
+    """Return a copy of `model` with the batch of its inputs and outputs fixed; inner shapes are inferred again."""
     import onnx
 
     fixed = onnx.ModelProto()
@@ -29,7 +32,7 @@ def with_batch(model: ModelProto, batch: int) -> ModelProto:
 
 
 def with_own_quantizers(model: ModelProto) -> ModelProto:
-    """A copy of `model` in which every weight has a scale and a zero point of its own; equal ones are shared before."""
+    """Return a copy of `model` in which no two weights share an initializer for their scale or zero point."""
     import onnx
 
     separate = onnx.ModelProto()
@@ -45,11 +48,12 @@ def with_own_quantizers(model: ModelProto) -> ModelProto:
 
 
 def with_padding_before_rounding(model: ModelProto) -> ModelProto:
-    """A copy of `model` in which a convolution over a concatenation pads in float, before its input is quantized:
+    """Return a copy of `model` in which a convolution that reads a concatenation is padded before quantization:
 
         Concat -> Q -> DQ -> Conv(pads)      becomes      Concat -> Pad -> Q -> DQ -> Conv
 
-    The same numbers, since zero is an integer; for runtimes that shift such an input to uint8 and pad it with 0.
+    The results are identical, since quantization maps 0.0 to the zero point exactly. Needed by runtimes that convert
+    such an input to uint8 and then pad it with 0 instead of the zero point.
     """
     import numpy as np
     from onnx import helper, numpy_helper
@@ -67,7 +71,7 @@ def with_padding_before_rounding(model: ModelProto) -> ModelProto:
         convolutions = [reader for dq in readers[quantize.output[0]] for reader in readers[dq.output[0]]]
         if source is None or source.op_type != "Concat" or [node.op_type for node in convolutions] != ["Conv"]:
             continue
-        pads = {found.name: found.ints for found in convolutions[0].attribute}.get("pads")
+        pads = {attribute.name: attribute.ints for attribute in convolutions[0].attribute}.get("pads")
         if pads is None or not any(pads):
             continue
         sides = np.array([0, 0, *pads[: len(pads) // 2], 0, 0, *pads[len(pads) // 2 :]], np.int64)
@@ -77,17 +81,18 @@ def with_padding_before_rounding(model: ModelProto) -> ModelProto:
         graph.node.insert(list(graph.node).index(quantize), pad)
         quantize.input[0] = pad.output[0]
         pads[:] = [0] * len(pads)
-    del graph.value_info[:]  # some shapes have grown
+    del graph.value_info[:]  # padding has changed some shapes
     return padded
 
 
 def with_unsigned_activations(model: ModelProto) -> ModelProto:
-    """A copy of `model` in which what is never negative is quantized to uint8 in place of int8, by the same scale:
+    """Return a copy of `model` in which non-negative activations are quantized to uint8 with the same scale:
 
         Relu -> Q (int8)      becomes      Clip(0, 127 * scale) -> Q (uint8)
 
-    The same integers, from 0 to 127. CPUs multiply uint8 by int8; int8 must be shifted, which takes them time. What
-    something else reads as well stays as it is: a clip of its own costs more than is gained.
+    The integers are the same, from 0 to 127. CPU instructions multiply uint8 by int8; int8 activations would have to
+    be shifted to uint8, which takes time. An activation with a second reader stays int8: it would need a separate
+    Clip, which costs more time than uint8 saves.
     """
     import numpy as np
     from onnx import numpy_helper
@@ -120,7 +125,7 @@ def with_unsigned_activations(model: ModelProto) -> ModelProto:
 
 
 def _highest(node: NodeProto | None, constants: Mapping[str, npt.NDArray[Any]]) -> float | None:
-    """The largest value that an operator leaves; None where it may leave negative ones."""
+    """Return the upper bound of an operator's output; None where the output may be negative."""
     if node is not None and node.op_type == "Relu":
         return math.inf
     if node is None or node.op_type != "Clip" or len(node.input) < 2 or constants.get(node.input[1], -1) < 0:
@@ -129,12 +134,12 @@ def _highest(node: NodeProto | None, constants: Mapping[str, npt.NDArray[Any]]) 
 
 
 def with_biases_apart(model: ModelProto) -> ModelProto:
-    """A copy of `model` in which the biases of integer products of rank 3 or more have rank 3:
+    """Return a copy of `model` in which the biases of quantized matrix products of rank 3 or more have rank 3:
 
         DQ, DQ [-> Transpose] -> MatMul -> Add((n,))      becomes      ... -> MatMul -> Add((1, 1, n))
 
-    The same numbers. ONNX Runtime makes a Gemm of a product and a bias of rank 1, before it looks for integers: in
-    float, on weights that are dequantized for every query.
+    The results are identical. ONNX Runtime fuses a product and a bias of rank 1 into a Gemm before it fuses Q/DQ
+    pairs: the Gemm would compute in float, on weights that are dequantized for every query.
     """
     from onnx import numpy_helper, shape_inference
 
@@ -161,25 +166,25 @@ def with_biases_apart(model: ModelProto) -> ModelProto:
 
 
 def macs(model: ModelProto) -> dict[str, int]:
-    """Multiply-accumulates of each layer and product of `model`, all of whose shapes are known, by its name."""
+    """Return the multiply-accumulates of every Conv, Gemm and MatMul of `model` by name. All shapes must be known."""
     from targets._macs import of_convolution, of_product
 
     shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         shapes[value.name] = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-    found = {}
+    counts = {}
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
         left, right, output = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
-        transposed = any(given.name == "transA" and given.i for given in node.attribute)
+        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
         product = of_product(left, output, transposed=transposed)
-        found[node.name] = of_convolution(right, output) if node.op_type == "Conv" else product
-    return found
+        counts[node.name] = of_convolution(right, output) if node.op_type == "Conv" else product
+    return counts
 
 
 def activation_scales(model: ModelProto) -> dict[str, float]:
-    """The scale of every tensor that `model` rounds, by its name."""
+    """Return the scale of every tensor that a QuantizeLinear of `model` reads, by the tensor's name."""
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -191,8 +196,10 @@ def activation_scales(model: ModelProto) -> dict[str, float]:
 
 
 def without_quantizers(model: ModelProto) -> ModelProto:
-    """A copy of `model` in float: activations are not rounded, and weights are the values that their integers stand
-    for. What TensorRT's implicit INT8 takes beside a calibration cache; it ignores the cache of a graph with Q/DQ.
+    """Return a copy of `model` without Q/DQ: activations are float, and weights are the dequantized integers.
+
+    TensorRT's implicit quantization needs such a graph with a calibration cache; it ignores the cache of a graph with
+    Q/DQ.
     """
     import onnx
     from onnx import numpy_helper
@@ -210,7 +217,7 @@ def without_quantizers(model: ModelProto) -> ModelProto:
             renamed[node.output[0]] = source[node.input[0]]
             continue
         integers, scale = constants[node.input[0]].astype("float32"), constants[node.input[1]]
-        axis = next((found.i for found in node.attribute if found.name == "axis"), 1)
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
         shape = [-1 if place == axis % integers.ndim else 1 for place in range(integers.ndim)]
         values = integers * (scale.reshape(shape) if scale.ndim else scale)
         graph.initializer.append(numpy_helper.from_array(values.astype("float32"), node.output[0]))
@@ -218,9 +225,9 @@ def without_quantizers(model: ModelProto) -> ModelProto:
     for node in kept:
         node.input[:] = [_origin(name, renamed) for name in node.input]
     kept += [
-        onnx.helper.make_node("Identity", [_origin(given.name, renamed)], [given.name], name=f"{given.name}_float")
-        for given in graph.output
-        if given.name in renamed
+        onnx.helper.make_node("Identity", [_origin(output.name, renamed)], [output.name], name=f"{output.name}_float")
+        for output in graph.output
+        if output.name in renamed
     ]
     del graph.node[:]
     graph.node.extend(kept)
@@ -232,23 +239,24 @@ def without_quantizers(model: ModelProto) -> ModelProto:
 
 
 def _origin(name: str, renamed: Mapping[str, str]) -> str:
-    """The tensor that `name` is a rounding of, however often it was rounded."""
+    """Return the float tensor that `name` is quantized from, through any number of Q/DQ pairs."""
     while name in renamed:
         name = renamed[name]
     return name
 
 
 def to_fp16(model: ModelProto, float32: Mapping[str, str] = MappingProxyType({})) -> ModelProto:
-    """A copy of `model` with every float tensor typed FP16, input and output excepted: strongly typed TensorRT (10 on
-    request, 11 and RTX always) computes in the types that the graph states.
+    """Return a copy of `model` in which every float tensor is FP16, except the input and the output.
 
-        image (float32) -> Cast -> [everything, and the scales of Q/DQ, in FP16] -> Cast -> logits (float32)
+    Strongly typed TensorRT (optional in 10, always in 11 and RTX) computes in the types that the graph states:
 
-    FP16 scales need opset 19 or later; they are FP16 values already (`Scheme.fp16_scales`), so nothing is rounded.
+        image (float32) -> Cast -> [all tensors and the Q/DQ scales in FP16] -> Cast -> logits (float32)
 
-    Operators whose names are keys of `float32` keep that type, between casts; the values, the reasons, are kept in the
-    metadata of the graph.
-    Raises CheckFailed where the graph has control flow.
+    FP16 scales need opset 19 or later. The scales have FP16 values already (`Scheme.fp16_scales`), so the conversion
+    does not round them.
+
+    `float32` maps the names of operators that stay in float32, between casts, to the reasons, which are written into
+    the metadata of the graph. Raises CheckFailed where the graph has control flow.
     """
     from onnx import shape_inference
 
@@ -267,7 +275,7 @@ def to_fp16(model: ModelProto, float32: Mapping[str, str] = MappingProxyType({})
 
 
 def float32_operators(model: ModelProto) -> dict[str, str]:
-    """The operators that `to_fp16` left in float32 on request, by name, with the reasons."""
+    """Return the operators that `to_fp16` kept in float32: name to reason, from the metadata of the graph."""
     entries = {entry.key: entry.value for entry in model.metadata_props}
-    found: dict[str, str] = json.loads(entries.get(_FLOAT32_OPERATORS, "{}"))
-    return found
+    reasons: dict[str, str] = json.loads(entries.get(_FLOAT32_OPERATORS, "{}"))
+    return reasons

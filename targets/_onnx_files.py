@@ -1,4 +1,4 @@
-"""ONNX files that may be damaged or of others: read and checked before anything follows their edges."""
+"""Reading of ONNX files that may be damaged or come from elsewhere: the ONNX checker validates them first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 def read(path: Path) -> ModelProto:
-    """The model in a file, as far as the ONNX checker can tell a valid one: operators with their attributes, tensors
-    as long as their shapes, every value made before it is read. Raises CheckFailed where it is none.
+    """Return the model in a file, validated by the ONNX checker.
+
+    The checker validates the attributes of operators, the sizes of tensors, and that every value is computed before it
+    is read. Raises CheckFailed where the file is not a valid ONNX model.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -23,10 +25,10 @@ def read(path: Path) -> ModelProto:
         onnx.checker.check_model(model)
     # The checker raises RuntimeError and UnicodeDecodeError, too, and TypeError where a required message is missing.
     except (DecodeError, onnx.checker.ValidationError, OSError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckFailed(f"{path} is no valid ONNX model ({first_line(error)}); build the engine again") from error
+        raise CheckFailed(f"{path} is not a valid ONNX model ({first_line(error)}); build the engine again") from error
     return model
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first."""
+    """Return the first line of an error's message, at most 300 characters; the type of the error without a message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

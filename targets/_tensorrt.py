@@ -1,7 +1,7 @@
-"""TensorRT as a host sees it: the graph it is handed, the engine it makes of it, and what can be read off that engine.
+"""TensorRT on the host: prepare the ONNX graph, build the engine, and check the graph and the header of the engine.
 
-One class serves `tensorrt` 8.5 to 11 and `tensorrt_rtx`. How a network is built and run stands in `_board.py`, which
-boards run too; how those functions fail is translated here into the pipeline's own errors.
+One class serves `tensorrt` 8.5 to 11 and `tensorrt_rtx`. Building and execution are implemented in `_board.py`, which
+also runs on the device; this module translates the exceptions of `_board.py` into the errors of the pipeline.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 GRAPH, ENGINE = "model.onnx", "model.engine"
 
-# The newest opset of TensorRT 8.6's importer. From 18 on, ReduceMean takes its axes as an input, which that importer
-# overlooks: it would average over every axis. Source: onnx/onnx-tensorrt, tag release/8.6-GA, docs/operators.md and
-# builtin_op_importers.cpp.
+# The newest opset that TensorRT 8.6's importer reads. From opset 18 on, ReduceMean takes its axes as an input, which
+# this importer ignores: it would average over every axis. Source: onnx/onnx-tensorrt, tag release/8.6-GA,
+# docs/operators.md and builtin_op_importers.cpp.
 _WEAK_OPSET, _WEAK_IR = 17, 8
-_WEAK = "weak"  # the metadata entry that marks such a graph
+_WEAK = "weak"  # value of the metadata entry `typing` of a weakly typed graph
 
 _LEVELS = {"INFO": logging.DEBUG, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
 _ERRORS = {_board.Damaged: BadRequest, _board.Unable: CannotRunHere, _board.Rejected: CheckFailed}
@@ -43,13 +43,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRtTarget:
-    """What TensorRT targets share; each adds `missing`."""
+    """Base class of the TensorRT targets; each subclass adds `missing`."""
 
     name: str
     summary: str
-    package: str  # tensorrt or tensorrt_rtx: the module
-    runtime: str  # as NVIDIA writes it
-    # Compute capabilities that its engines run on; empty where that is the GPU they were built on.
+    package: str  # name of the Python module: tensorrt or tensorrt_rtx
+    runtime: str  # name of the runtime as NVIDIA spells it
+    # Compute capabilities that the engines run on; empty where an engine runs only on the GPU it was built on.
     capabilities: tuple[tuple[int, int], ...] = ()
     scheme: Scheme = SHARED
 
@@ -63,8 +63,8 @@ class TensorRtTarget:
         if not self.capabilities or gpu.capability in self.capabilities:
             return None
         return (
-            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, engines of {self.runtime} run "
-            f"on {', '.join(map(_dotted, self.capabilities))}; TARGET=nvidia builds for this GPU"
+            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, but engines of {self.runtime} run "
+            f"on {', '.join(map(_dotted, self.capabilities))}; use TARGET=nvidia to build for this GPU"
         )
 
     def toolchain(self) -> dict[str, str]:
@@ -85,11 +85,11 @@ class TensorRtTarget:
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         header = read_plan_header(engine / ENGINE)
         _check_made_by(header, self.runtime, installed_version(self.package))
-        found = check_graph(export, engine / GRAPH)
+        facts = check_graph(export, engine / GRAPH)
         plan = (engine / ENGINE).read_bytes()
-        # Kernel names stand in the plan in clear. `gemm_mha` is what TensorRT-RTX 1.7 calls fused attention.
+        # The plan contains kernel names as plain text. TensorRT-RTX 1.7 names its fused attention kernels `gemm_mha`.
         fused = b"gemm_mha" in plan if header.runtime == "TensorRT-RTX" else None
-        return {"plan_version": header.version, "plan_bytes": len(plan), "fused_attention": fused, **found}
+        return {"plan_version": header.version, "plan_bytes": len(plan), "fused_attention": fused, **facts}
 
     def graph(self, engine: Path) -> Path | None:
         return engine / GRAPH
@@ -106,7 +106,7 @@ class TensorRtTarget:
 
 
 def find_gpu() -> _board.Gpu:
-    """The first NVIDIA GPU, found through its driver alone. Raises CannotRunHere where there is none."""
+    """Return the first NVIDIA GPU, as its driver reports it. Raises CannotRunHere without a driver or a GPU."""
     with explained():
         return _board.find_cuda().gpu()
 
@@ -116,9 +116,9 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of `tensorrt` or `tensorrt_rtx`, read without importing it; None where it is not importable.
+    """Return the version of `tensorrt` or `tensorrt_rtx` without importing it; None where it is not importable.
 
-    NVIDIA names the distributions after the CUDA they are for as well: `tensorrt_rtx_cu13` brings `tensorrt_rtx`.
+    The name of a distribution may end in its CUDA version: `tensorrt_rtx_cu13` installs the module `tensorrt_rtx`.
     """
     if importlib.util.find_spec(package) is None:
         return None
@@ -138,9 +138,9 @@ def build_plan(
     batch: int,
     workspace_bytes: int = _board.WORKSPACE_BYTES,
 ) -> bytes:
-    """Compile a serialized graph (`typed_onnx` or `weak_onnx`) with the module `trt`; see `_board.build`.
+    """Compile a serialized graph (`typed_onnx` or `weak_onnx`) into a plan with the module `trt`; see `_board.build`.
 
-    Raises CheckFailed where the importer or the builder refuses it, in their words.
+    Raises CheckFailed, quoting NVIDIA's message, where the importer or the builder rejects the graph.
     """
     with explained():
         built = _board.build(trt, onnx, precision=precision, batch=batch, say=_say, workspace_bytes=workspace_bytes)
@@ -149,7 +149,7 @@ def build_plan(
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Failures of `_board`, which knows nothing of Edgeline, as the errors that the pipeline explains."""
+    """Translate exceptions of `_board`, which imports nothing of Edgeline, into the errors of the pipeline."""
     try:
         yield
     except _board.Refused as e:
@@ -164,10 +164,11 @@ def _say(severity: str, message: str) -> None:
 
 
 def typed_onnx(export: Export) -> ModelProto:
-    """The graph for strongly typed TensorRT: every tensor has the type it is computed in, the batch is fixed.
+    """Return the graph for strongly typed TensorRT: the graph states the type of every tensor, and the batch is fixed.
 
-    fp32: as exported. fp16 and int8: FP16, the scales of Q/DQ included, between casts from and to float32; operators
-    that FP16 cannot hold stay in float32. Raises CheckFailed where HALF=strict and there are some.
+    Precision fp32: as exported. Precisions fp16 and int8: FP16, the Q/DQ scales included, between a cast from float32
+    and a cast to float32; operators that FP16 cannot hold stay in float32. Raises CheckFailed where HALF=strict and
+    there is such an operator.
     """
     import onnx
 
@@ -179,16 +180,16 @@ def typed_onnx(export: Export) -> ModelProto:
 
 
 def weak_onnx(export: Export) -> ModelProto:
-    """The graph for weakly typed TensorRT (8.5 and 8.6): float32 in opset 17; the builder's flags allow FP16 and INT8.
+    """Return the graph for weakly typed TensorRT (8.5, 8.6): float32, opset 17; builder flags enable FP16 and INT8.
 
         ReduceMean(x, axes)           ->  ReduceMean(x), axes an attribute
         Split(x), num_outputs         ->  Split(x)
-        int8 weight -> DQ             ->  float32 weight -> Q -> DQ     the same integers
+        int8 weight -> DQ             ->  float32 weight -> Q -> DQ     the integers are the same
 
-    These importers read the scales of Q/DQ as float32 whatever their type is, so the FP16 graph is not for them.
+    The importers of 8.5 and 8.6 read Q/DQ scales as float32 whatever their type is, so they cannot read the FP16 graph.
     8.5 has no LayerNormalization: models with attention need 8.6 (source: onnx-tensorrt release/8.5-GA and 8.6-GA).
-    Raises CheckFailed where the model has an operator that opset 17 cannot say, or that FP16 cannot hold: the builder's
-    flags apply to all operators alike.
+    Raises CheckFailed where the model has an operator that opset 17 cannot express, or, in fp16 and int8, an operator
+    that FP16 cannot hold: the builder flags apply to every operator.
     """
     import onnx
 
@@ -202,7 +203,7 @@ def weak_onnx(export: Export) -> ModelProto:
         if node.op_type == "ReduceMean":
             _axes_to_attribute(node, constants)
         elif node.op_type == "Split":
-            _drop_attributes(node, "num_outputs")  # equal parts are the default
+            _drop_attributes(node, "num_outputs")  # without it, Split makes equal parts
     _quantize_in_graph(model, constants)
     del model.opset_import[:]
     model.opset_import.append(onnx.helper.make_opsetid("", _WEAK_OPSET))
@@ -212,23 +213,26 @@ def weak_onnx(export: Export) -> ModelProto:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
         raise CheckFailed(
-            f"{export.onnx} cannot be written in opset {_WEAK_OPSET}, the newest that TensorRT 8.x reads: "
+            f"{export.onnx} cannot be converted to opset {_WEAK_OPSET}, the newest that TensorRT 8.x reads: "
             f"{' '.join(str(e).split())}"
         ) from e
     return model
 
 
 def _safe_in_half(model: ModelProto, export: Export) -> ModelProto:
-    """`model` with the constants of its masks within FP16. Raises CheckFailed where FP16 cannot hold it even so."""
+    """Return `model` with mask constants limited to the range of FP16.
+
+    Raises CheckFailed where the limited graph still has operators that FP16 cannot hold.
+    """
     from targets._half import sentence, unsafe
     from targets._half_onnx import limited, operators, ranges_of
 
     ranges = ranges_of(export)
     model = limited(model, ranges.sentinels)
-    if found := unsafe(operators(model), ranges):
+    if overflowing := unsafe(operators(model), ranges):
         raise CheckFailed(
-            f"FP16 cannot hold {len(found)} operators, and TensorRT 8.x takes no type for a single one: "
-            f"{sentence(found)}; use RECIPE=fp32 there, or TensorRT 10 or later"
+            f"FP16 cannot hold {len(overflowing)} operators, and TensorRT 8.x cannot keep single operators in float32: "
+            f"{sentence(overflowing)}; use RECIPE=fp32 with TensorRT 8.x, or use TensorRT 10 or later"
         )
     return model
 
@@ -249,7 +253,7 @@ def _drop_attributes(node: NodeProto, name: str) -> None:
 
 
 def _quantize_in_graph(model: ModelProto, constants: dict[str, Any]) -> None:
-    """Replace each int8 constant that is dequantized by its float32 values and a QuantizeLinear."""
+    """Replace each int8 constant that a DequantizeLinear reads by its float32 values and a QuantizeLinear."""
     from onnx import helper, numpy_helper
 
     nodes = list(model.graph.node)
@@ -273,7 +277,7 @@ def _quantize_in_graph(model: ModelProto, constants: dict[str, Any]) -> None:
     _drop_unused_constants(model)
 
 
-_LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # what may stand between a weight and its layer
+_LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # operators allowed between a dequantized weight and its layer
 
 
 def _drop_unused_constants(model: ModelProto) -> None:
@@ -284,9 +288,10 @@ def _drop_unused_constants(model: ModelProto) -> None:
 
 
 def check_graph(export: Export, file: Path) -> dict[str, object]:
-    """Hold the graph handed to NVIDIA to the recipe: types, batch, a quantized weight for each layer of scales.json.
+    """Check the graph given to TensorRT: batch, types, and one quantized layer for each entry of scales.json.
 
-    Raises CheckFailed; returns the count of quantized layers, operators, and constants by type.
+    Returns the number of quantized layers, of operators, of operators kept in float32, and of constants by type.
+    Raises CheckFailed where the graph does not match the export.
     """
     import onnx
     from onnx import TensorProto
@@ -297,7 +302,7 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     model = onnx.load(file)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     if batch != export.batch:
-        raise CheckFailed(f"{file} takes {batch or 'any number of'} images a query; expected {export.batch}")
+        raise CheckFailed(f"{file} takes {batch or 'any number of'} images per query; expected {export.batch}")
     layers, scales = quantized_layers(model), len(export.scales())
     if layers != scales:
         raise CheckFailed(f"{file} has {layers} quantized layers, scales.json has {scales}: build again")
@@ -306,11 +311,11 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     unwanted = TensorProto.FLOAT if half else TensorProto.FLOAT16
     kept = float32_operators(model)
     allowed = {name for node in model.graph.node if _is_float32(node, kept) for name in (*node.input, *node.output)}
-    found = (tensor for tensor in _constants(model) if tensor.data_type == unwanted)
-    strays = [tensor.name for tensor in found if tensor.name not in allowed]
-    if strays:
+    candidates = (tensor for tensor in _constants(model) if tensor.data_type == unwanted)
+    mistyped = [tensor.name for tensor in candidates if tensor.name not in allowed]
+    if mistyped:
         raise CheckFailed(
-            f"{file} has {len(strays)} constants of type {TensorProto.DataType.Name(unwanted)} ({strays[0]}, ...); "
+            f"{file} has {len(mistyped)} constants of type {TensorProto.DataType.Name(unwanted)} ({mistyped[0]}, ...); "
             f"recipe precision {export.precision} expects {'FLOAT16' if half else 'FLOAT'}"
         )
     types = collections.Counter(TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer)
@@ -323,13 +328,14 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
 
 
 def _is_float32(node: NodeProto, kept: Mapping[str, str]) -> bool:
-    """Whether an operator of an FP16 graph was left in float32: one of `kept`, or what dequantizes for it."""
+    """Return whether `node` of an FP16 graph is in float32: an operator of `kept`, or a dequantizer copied for it."""
     return (node.name or node.output[0]) in kept or node.name.removesuffix("_float32") != node.name
 
 
 def quantized_layers(model: ModelProto) -> int:
-    """How many operators read a dequantized weight: an int8 constant, or a float one through a QuantizeLinear. Layers
-    whose weights are equal may share one.
+    """Count the operators that read a dequantized weight: an int8 constant, or a float constant through a Q/DQ pair.
+
+    Layers with equal weights may share a constant.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     weights: set[str] = set()
@@ -347,7 +353,7 @@ def quantized_layers(model: ModelProto) -> int:
 
 
 def _constants(model: ModelProto) -> Iterator[Any]:
-    """Every constant whose type follows the precision: Resize takes its region and factors in float32 always."""
+    """Yield the constants whose type follows the precision: all but the region and factors of Resize (float32)."""
     fixed = {name for node in model.graph.node if node.op_type == "Resize" for name in node.input[1:3]}
     yield from (tensor for tensor in model.graph.initializer if tensor.name not in fixed)
     for node in model.graph.node:
@@ -357,9 +363,9 @@ def _constants(model: ModelProto) -> Iterator[Any]:
 
 # --- Plans ----------------------------------------------------------------------------------------------------------
 
-# A plan begins, little-endian: magic (4 bytes), 12 bytes, its length in bytes (8), major, minor, patch, build (1 each).
-# Magic and version: NVIDIA/TensorRT samples/common/sampleEngines.cpp, printPlanVersion. The length is as measured on
-# TensorRT-RTX 1.7.1.116, and is relied on for RTX alone.
+# Header of a plan, little-endian: magic (4 bytes), 12 bytes that are not read, length of the plan in bytes (8), major,
+# minor, patch, build (1 each). Magic and version: NVIDIA/TensorRT samples/common/sampleEngines.cpp, printPlanVersion.
+# The position of the length was measured on TensorRT-RTX 1.7.1.116; it is checked for TensorRT-RTX only.
 _HEADER = struct.Struct("<4s12xQ4B")
 _HEADER_BYTES = 64
 _RUNTIMES = {b"ftrt": "TensorRT", b"vtrt": "TensorRT-RTX"}
@@ -368,33 +374,36 @@ _RUNTIMES = {b"ftrt": "TensorRT", b"vtrt": "TensorRT-RTX"}
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanHeader:
     runtime: str  # TensorRT or TensorRT-RTX
-    version: str  # major.minor.patch.build of what made the plan; the build number modulo 256
+    version: str  # major.minor.patch.build of the runtime that built the plan; the build number modulo 256
 
 
 def read_plan_header(file: Path) -> PlanHeader:
-    """Who made an engine, read without TensorRT. Raises CheckFailed where the file is no plan, or not a whole one."""
+    """Read the header of an engine file without TensorRT.
+
+    Raises CheckFailed where the file is not a TensorRT plan, or is truncated.
+    """
     with file.open("rb") as plan:
         start = plan.read(_HEADER_BYTES)
     size = file.stat().st_size
     if start[:4] not in _RUNTIMES:
-        raise CheckFailed(f"{file} is no TensorRT engine: it begins with {start[:4]!r}, expected b'ftrt' or b'vtrt'")
+        raise CheckFailed(f"{file} is not a TensorRT engine: it starts with {start[:4]!r}, expected b'ftrt' or b'vtrt'")
     if len(start) < _HEADER_BYTES:
-        raise CheckFailed(f"{file} ends within its header ({size} bytes): build the engine again")
+        raise CheckFailed(f"{file} is truncated within its header ({size} bytes): build the engine again")
     magic, length, *version = _HEADER.unpack_from(start)
     if magic == b"vtrt" and length != size:
-        raise CheckFailed(f"{file} is {size} bytes long, its header says {length}: build the engine again")
+        raise CheckFailed(f"{file} has {size} bytes, its header states {length}: build the engine again")
     return PlanHeader(runtime=_RUNTIMES[magic], version=".".join(map(str, version)))
 
 
 def _check_made_by(header: PlanHeader, runtime: str, installed: str | None) -> None:
     if header.runtime != runtime:
-        raise CheckFailed(f"the engine was made by {header.runtime}, expected {runtime}")
+        raise CheckFailed(f"the engine was built by {header.runtime}, expected {runtime}")
     if installed in (None, "unknown"):
         return
-    # pip names some releases without their build number, and the header keeps one byte of each number.
+    # Some pip versions lack the build number; the header stores the low byte of each number.
     expected = [int(part) % 256 for part in str(installed).split(".")[:4] if part.isdigit()]
-    found = [int(part) for part in header.version.split(".")]
-    if found[: len(expected)] != expected:
+    actual = [int(part) for part in header.version.split(".")]
+    if actual[: len(expected)] != expected:
         raise CheckFailed(
-            f"the engine was made by {runtime} {header.version}, and {installed} is installed here: build it again"
+            f"the engine was built by {runtime} {header.version}, but {installed} is installed here: build it again"
         )

@@ -1,11 +1,11 @@
-"""Run a Core ML package on a picture, on any system, by the reference evaluator:
+"""Run a Core ML package on an image with the reference evaluator, on any operating system:
 
     python -m targets.coreml_eval model.mlpackage picture.jpg [--function NAME] [--size HEIGHTxWIDTH] [--exact]
 
-The likeliest classes go to stderr; the last line of stdout is one JSON object with every output. A package of Edgeline
-says itself how pictures are prepared for it; one of others is given the picture scaled to what its input takes, as
-bytes for an image, from 0 to 1 for an array (1, 3, H, W). --size chooses among the sizes of a package that takes
-several. Optional inputs have their default value.
+The most likely classes go to stderr; the last line of stdout is one JSON object with every output. Packages built by
+Edgeline contain the preprocessing of images. For other packages the image is resized to the size of the input, with
+values 0 to 255 for an image input and 0 to 1 for an array (1, 3, H, W). --size selects a size where the package accepts
+several. Optional inputs have their default values.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from targets._coreml import Package
     from targets._coreml_inputs import Input
 
-_SHOWN = 5  # classes
-_SMALLEST_CROP = 0.1  # share of a picture: it is resized to as many times its size, and memory is not without end
+_SHOWN = 5  # classes on stderr
+_SMALLEST_CROP = 0.1  # share of the image: limits the size that it is resized to before cropping, and so the memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m targets.coreml_eval", description=__doc__)
     parser.add_argument("package", type=Path)
     parser.add_argument("image", type=Path)
-    parser.add_argument("--function", help="of a package with several; its default where none is named")
-    parser.add_argument("--size", help="HEIGHTxWIDTH, of a package that takes pictures of several sizes")
+    parser.add_argument("--function", help="name of the function to run; by default, the package's default function")
+    parser.add_argument("--size", help="HEIGHTxWIDTH of the image in pixels, where the package accepts several sizes")
     parser.add_argument("--exact", action="store_true", help="compute in float32 without rounding to FP16")
     request = parser.parse_args(arguments)
     try:
@@ -63,10 +63,12 @@ def evaluate(
     exact: bool = False,
     size: tuple[int, int] | None = None,
 ) -> dict[str, object]:
-    """The outputs of the package at `path` for a picture, each as a list, with the names of its classes where it has
-    some; the output of a classifier that names the class is that name. `size`: height and width in pixels.
+    """Evaluate the package at `path` on an image file and return a JSON object.
 
-    Raises BadRequest where picture and package do not go together, CheckFailed where it cannot be computed.
+    `outputs` has every output as a flat list (the label of a classifier as a string), `classes` the class names, or
+    None where the package has none. `size` is height and width in pixels.
+
+    Raises BadRequest where the package does not accept the image, CheckFailed where the package cannot be evaluated.
     """
     import torch
 
@@ -77,26 +79,26 @@ def evaluate(
     package = read(path, function)
     name, picture = _input(package, image, size)
     evaluator = Evaluator(package.operations, package.outputs, rounding="exact" if exact else "fp16")
-    found = evaluator.run({name: torch.from_numpy(picture)})
+    outputs = evaluator.run({name: torch.from_numpy(picture)})
     classes, label = _classes(package)
-    for scores in found.values():
+    for scores in outputs.values():
         if classes and scores.is_floating_point() and scores.numel() == len(classes):
-            _tell(scores.flatten().tolist(), classes)
+            _print_best(scores.flatten().tolist(), classes)
             break
     return {
         "package": str(path),
         "by": "reference evaluator",
-        "outputs": {name: _plain(value, classes if name == label else None) for name, value in found.items()},
+        "outputs": {name: _plain(value, classes if name == label else None) for name, value in outputs.items()},
         "classes": classes,
     }
 
 
-def _size(asked: str | None) -> tuple[int, int] | None:
-    if asked is None:
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
         return None
-    height, _, width = asked.partition("x")
+    height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal()):
-        raise BadRequest(f"--size {asked}: expected HEIGHTxWIDTH in pixels, such as 224x224")
+        raise BadRequest(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 224x224")
     return int(height), int(width)
 
 
@@ -105,14 +107,17 @@ def _check_path(path: Path) -> None:
         return
     if path.suffix == ".mlmodel":
         raise BadRequest(
-            f"{path}: a single .mlmodel file is a neural network or a model of another kind, expected the folder "
-            '.mlpackage of an ML Program: convert the model again with coremltools.convert(..., convert_to="mlprogram")'
+            f"{path}: a single .mlmodel file is not an ML Program; expected the .mlpackage folder of an ML Program: "
+            'convert the model again with coremltools.convert(..., convert_to="mlprogram")'
         )
     raise BadRequest(f"{path}: there is no such package; give the folder that ends in .mlpackage")
 
 
 def _classes(package: Package) -> tuple[list[str] | None, str | None]:
-    """The names of the classes, those of the package's own operator first, and the output that is one of them."""
+    """Return the class names, from the operator `classify` or else from the metadata, and the name of the label output.
+
+    Both are None where the package has none.
+    """
     from targets._coreml import read_facts
 
     for operation in package.named("classify"):
@@ -127,7 +132,7 @@ def _plain(value: Tensor, classes: Sequence[str] | None) -> object:
 
 
 def _input(package: Package, image: Path, size: tuple[int, int] | None) -> tuple[str, npt.NDArray[np.float32]]:
-    """The name of the package's one input for pictures, and what it takes for this one: (1, 3, H, W)."""
+    """Return the name of the package's image input, and the preprocessed image (1, 3, H, W) for it."""
     import numpy as np
 
     from calibration.preprocess import normalize, opaque, pixels
@@ -138,7 +143,7 @@ def _input(package: Package, image: Path, size: tuple[int, int] | None) -> tuple
     value.check((1, 3, height, width))
     facts = read_facts(package.spec.description.metadata).get("preprocess")
     if facts is not None:
-        preprocess = replace(_preprocess(facts), size=width)  # each function of a package has its own
+        preprocess = replace(_preprocess(facts), size=width)  # functions of a package may have different sizes
         bytes_ = pixels(_opened(image), preprocess)[None]
         value.check(bytes_.shape)
     else:
@@ -149,49 +154,50 @@ def _input(package: Package, image: Path, size: tuple[int, int] | None) -> tuple
 
 
 def _chosen(package: Package) -> Input:
-    """The one input that has no default value. Raises BadRequest where that takes no picture in RGB."""
+    """Return the only input without a default value. Raises BadRequest where it does not accept an RGB image."""
     from targets._coreml_inputs import inputs
 
     needed = [value for value in inputs(package.inputs) if value.default is None]
     if len(needed) != 1:
         raise BadRequest(
-            f"the package takes {len(needed)} inputs, {', '.join(map(str, needed)) or 'none'}; expected one image or "
-            "one array (1, 3, H, W), and defaults for the others"
+            f"the package has {len(needed)} inputs without a default, {', '.join(map(str, needed)) or 'none'}; "
+            "expected one image or one array (1, 3, H, W), and defaults for other inputs"
         )
     (value,) = needed
     if value.kind == "image" and value.colours != "RGB":
-        raise BadRequest(f"input `{value.name}` of the package takes pictures in {value.colours}; expected RGB")
+        raise BadRequest(f"input `{value.name}` of the package accepts {value.colours} images; expected RGB")
     if value.kind == "other" or len(value.shape) != 4 or value.shape[:2] != (1, 3):
         raise BadRequest(
-            f"input `{value.name}` of the package is no image and no array (1, 3, H, W), but {list(value.shape)}"
+            f"input `{value.name}` of the package has shape {list(value.shape)}; expected an image or an array "
+            "(1, 3, H, W)"
         )
     return value
 
 
 def _preprocess(facts: Any) -> Preprocess:
-    """How a package says that pictures are prepared. Raises CheckFailed where that is no way to do it."""
+    """Parse the preprocessing in a package's metadata. Raises CheckFailed where it is not valid."""
     try:
-        given = {"size": 1} | facts
-        found = Preprocess(**given | {name: tuple(given[name]) for name in ("mean", "std") if name in given})
-        numbers = [float(number) for number in (*found.mean, *found.std, found.crop)]
-        sound = (
-            len(found.mean) == len(found.std) == 3
+        fields = {"size": 1} | facts
+        preprocess = Preprocess(**fields | {name: tuple(fields[name]) for name in ("mean", "std") if name in fields})
+        numbers = [float(number) for number in (*preprocess.mean, *preprocess.std, preprocess.crop)]
+        valid = (
+            len(preprocess.mean) == len(preprocess.std) == 3
             and all(map(math.isfinite, numbers))
-            and all(number > 0 for number in found.std)
-            and _SMALLEST_CROP <= found.crop <= 1
-            and found.interpolation in ("bilinear", "bicubic")
+            and all(number > 0 for number in preprocess.std)
+            and _SMALLEST_CROP <= preprocess.crop <= 1
+            and preprocess.interpolation in ("bilinear", "bicubic")
         )
     except (TypeError, ValueError, LookupError, OverflowError) as error:
-        raise CheckFailed(_unprepared(facts)) from error
-    if not sound:
-        raise CheckFailed(_unprepared(facts))
-    return found
+        raise CheckFailed(_invalid_preprocess(facts)) from error
+    if not valid:
+        raise CheckFailed(_invalid_preprocess(facts))
+    return preprocess
 
 
-def _unprepared(facts: object) -> str:
+def _invalid_preprocess(facts: object) -> str:
     return (
-        f"the package says that pictures are prepared by {str(facts)[:200]}; expected mean and std of three numbers, a "
-        f"crop from {_SMALLEST_CROP} to 1, and bilinear or bicubic interpolation: build the engine again"
+        f"the package has the preprocessing {str(facts)[:200]}; expected mean and std of three numbers, a crop from "
+        f"{_SMALLEST_CROP} to 1, and bilinear or bicubic interpolation: build the engine again"
     )
 
 
@@ -203,11 +209,11 @@ def _opened(path: Path) -> Image.Image:
             return image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise BadRequest(
-            f"{path} is no picture that Pillow can read: {error}; give a JPEG, PNG or WebP file"
+            f"{path} is not an image that Pillow can read: {error}; give a JPEG, PNG or WebP file"
         ) from error
 
 
-def _tell(scores: Sequence[float], classes: Sequence[str]) -> None:
+def _print_best(scores: Sequence[float], classes: Sequence[str]) -> None:
     for score, name in sorted(zip(scores, classes, strict=True), reverse=True)[:_SHOWN]:
         print(f"{score:10.4f}  {name}", file=sys.stderr)
 

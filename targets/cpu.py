@@ -1,4 +1,4 @@
-"""OpenVINO on this machine's CPU: float32, the CPU's own half precision, or real INT8 from the shared Q/DQ graph."""
+"""OpenVINO on this machine's CPU: float32, the CPU's native half precision, or INT8 from the exported Q/DQ graph."""
 
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ class CpuTarget:
         from targets._half_onnx import kept_in_float32, limited, ranges_of
         from targets._onnx import with_own_quantizers, with_padding_before_rounding, with_unsigned_activations
 
-        # Two faults of OpenVINO 2026.4: it leaves a convolution in float32 where it shares a zero point with a linear
-        # layer (half of the layers of a MobileViT); and where it turns a quantized concatenation into uint8, it pads
-        # the convolution behind it with 0 instead of the zero point (MobileViT's fusions: 17 dB instead of 40).
+        # Workarounds for two bugs of OpenVINO 2026.4: a convolution that shares a zero point with a linear layer runs
+        # in float32 (half of the layers of a MobileViT); and a convolution that reads a quantized concatenation, which
+        # OpenVINO converts to uint8, is padded with 0 instead of the zero point (MobileViT's fusions: 17 dB instead of
+        # 40).
         source = onnx.load(export.onnx)
-        hint = "f32" if export.precision == "fp32" else half_precision()  # of what is not INT8
+        hint = "f32" if export.precision == "fp32" else half_precision()  # the precision of layers that are not INT8
         if hint == "f16":  # bfloat16 has the range of float32
             source = limited(source, ranges_of(export).sentinels)
             if kept_in_float32(source, export):
@@ -71,7 +72,7 @@ class CpuTarget:
         model = openvino.Core().read_model(graph.SerializeToString())
         model.reshape([export.batch, *list(model.input(0).partial_shape)[1:]])
         openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
-        # Always explicit: left to itself, OpenVINO runs float32 models in bfloat16 where the CPU has it.
+        # Always explicit: by default, OpenVINO runs float32 models in bfloat16 where the CPU supports it.
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         (out / _OPTIONS).write_text(json.dumps(options, indent=1) + "\n")
 
@@ -86,7 +87,7 @@ class CpuTarget:
         integers = precisions.get("i8", 0) + precisions.get("u8", 0)
         if export.precision == "int8" and not integers:
             raise CheckFailed(
-                f"{engine}: OpenVINO executes no layer in INT8 ({precisions}); this CPU may lack integer instructions, "
+                f"{engine}: OpenVINO executes no layer in INT8 ({precisions}); this CPU may lack INT8 instructions, "
                 "use RECIPE=fp32"
             )
         hint = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
@@ -97,13 +98,13 @@ class CpuTarget:
 
     def macs(self, engine: Path) -> dict[str, int]:
         products = dict(_products(engine))
-        found: dict[str, int] = {}
+        by_precision: dict[str, int] = {}
         for node in _compiled(engine).get_runtime_model().get_ops():
             info = node.get_rt_info()
             if macs := _macs(node, products):
                 precision = info["runtimePrecision"].astype(str)
-                found[precision] = found.get(precision, 0) + macs
-        return found
+                by_precision[precision] = by_precision.get(precision, 0) + macs
+        return by_precision
 
     def graph(self, engine: Path) -> Path | None:
         return None
@@ -114,8 +115,8 @@ class CpuTarget:
         request = compiled.create_infer_request()
 
         def run(images: Images) -> Logits:
-            found: Logits = request.infer({INPUT_NAME: images}, share_inputs=True)[0]
-            return found
+            logits: Logits = request.infer({INPUT_NAME: images}, share_inputs=True)[0]
+            return logits
 
         yield HostSession(batch=int(compiled.input(0).shape[0]), run=run)
 
@@ -126,7 +127,11 @@ class CpuTarget:
         return _forced.openvino_tensors(_read(engine), options, given, wanted)
 
     def probe(self, engine: Path, names: list[str], images: Images) -> dict[str, npt.NDArray[Any]]:
-        """Tensors become outputs, which keeps OpenVINO from fusing across them: the closest look that there is."""
+        """Run one query and return the tensors `names` that the engine still has.
+
+        The tensors become outputs of the graph, so OpenVINO does not fuse operators across them. It has no way to read
+        tensors of the fused graph.
+        """
         model = _read(engine)
         known = {name for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
         shown = [name for name in names if name in known]
@@ -137,9 +142,9 @@ class CpuTarget:
 
 
 def half_precision() -> FloatType:
-    """OpenVINO's name of the 16-bit float that this CPU computes in fastest; `f32` where it has none.
+    """Return OpenVINO's name of the fastest 16-bit float type of this CPU: `bf16` or `f16`; `f32` where it has none.
 
-    bfloat16 needs AVX512-BF16 or AMX, FP16 needs AVX512-FP16 or Arm: the flags are those of Linux's /proc/cpuinfo.
+    bfloat16 needs AVX512-BF16 or AMX, FP16 needs AVX512-FP16 or Arm. The CPU flags are read from /proc/cpuinfo.
     """
     flags = set(_CPUINFO.read_text().split()) if _CPUINFO.exists() else set()
     if {"amx_fp16", "avx512_fp16", "asimdhp", "fphp"} & flags and "amx_bf16" not in flags:
@@ -148,8 +153,10 @@ def half_precision() -> FloatType:
 
 
 def _macs(node: Any, products: Mapping[str, int]) -> int:
-    """Multiply-accumulates of an executed operator. OpenVINO fuses the `products` of attention with the softmax between
-    them and notes the names of all.
+    """Return the MACs of an executed operator; 0 where it is neither a layer nor a matrix product.
+
+    OpenVINO fuses the two matrix products of attention with the softmax between them and lists the names of the
+    original operators. `products` has the MACs of every matrix product by name.
     """
     info = node.get_rt_info()
     kind = info["layerType"].astype(str)
@@ -160,7 +167,7 @@ def _macs(node: Any, products: Mapping[str, int]) -> int:
 
 
 def _products(engine: Path) -> Iterator[tuple[str, int]]:
-    """The name of each matrix product in the engine's file, and its multiply-accumulates."""
+    """Yield the name and the MACs of each matrix product in the engine's file."""
     for node in _read(engine).get_ops():
         if node.get_type_name() == "MatMul":
             left, output = list(node.input(0).get_shape()), list(node.output(0).get_shape())

@@ -1,4 +1,4 @@
-"""TensorRT on Jetson: an engine on the board itself, else a bundle to carry there."""
+"""TensorRT on Jetson: builds an engine on the Jetson itself; on other machines, a bundle to copy to it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class JetsonTarget(BoardTarget):
 
     def missing(self) -> str | None:
         if not _on_jetson():
-            return "this machine is no Jetson, where TensorRT comes with JetPack: carry the bundle to one"
+            return "this machine is not a Jetson, where TensorRT comes with JetPack: copy the bundle to a Jetson"
         if importlib.util.find_spec(self.package) is None:
             return (
                 "the tensorrt package is not importable; on a Jetson it comes with JetPack (`sudo apt install "
-                "python3-libnvinfer`), for the system's python3: use the bundle with that one"
+                "python3-libnvinfer`), for the system's python3: run the bundle's script with that python3"
             )
         try:
             find_gpu()

@@ -1,6 +1,6 @@
-"""A target without a device: its engine is a copy of the export, which nothing executes.
+"""A target without a device, for tests: its engine is a copy of the exported ONNX file and is never executed.
 
-It lets every stage, the store, the results and the command line be tested in seconds on any machine; `make engine
+With it, every stage, the store, the results and the command line are tested in seconds on any machine. `make engine
 TARGET=null` reports `executed: false`.
 """
 
@@ -54,12 +54,12 @@ class NullTarget:
 
 @dataclass(frozen=True, slots=True)
 class NullSession:
-    """A session that runs nothing and always takes a millisecond: for testing what measures sessions."""
+    """A session that executes nothing and reports 1 ms per query, for tests of code that measures sessions."""
 
     batch: int = 1
 
     def infer(self, images: Images) -> Logits:
-        """Two numbers a picture that depend on its pixels alone: their sum, and its negative."""
+        """Return two logits per image, which depend only on its pixels: their sum, and the negated sum."""
         import numpy as np
 
         sums = images.reshape(len(images), -1).sum(1)

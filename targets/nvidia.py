@@ -1,4 +1,4 @@
-"""TensorRT on NVIDIA's discrete GPUs: an engine where there is one, else a bundle for the machine that has it."""
+"""TensorRT on discrete NVIDIA GPUs: builds an engine where a GPU is present; elsewhere, a bundle to copy to one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class NvidiaTarget(BoardTarget):
         try:
             find_gpu()
         except CannotRunHere as e:
-            return f"{e}; TensorRT compiles on the GPU that the engine is for: use the bundle there"
+            return f"{e}; TensorRT compiles on the GPU that runs the engine: copy the bundle to that machine"
         return None
 
     def next_command(self, bundle: Path) -> str:
-        # On a copy: what the store published stays as it is.
+        # In a copy, since the script writes files and artifacts in the store must not change.
         copy = shlex.quote(bundle.name)
         return f"cp -r {shlex.quote(str(bundle))} {copy} && cd {copy} && python3 {SCRIPT}"
 

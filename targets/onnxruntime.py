@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the reference executor that every artifact is compared with, and a target of its own."""
+"""ONNX Runtime on the CPU: a target, and the reference executor that every artifact is compared with."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class OnnxRuntimeTarget:
         return {"onnxruntime": importlib.metadata.version("onnxruntime")}
 
     def float_type(self, precision: Precision) -> FloatType:
-        return "f16" if precision == "fp16" else "f32"  # around INT8, float32: it has no FP16 arithmetic
+        return "f16" if precision == "fp16" else "f32"  # int8: the CPU provider has no FP16 arithmetic
 
     def build(self, export: Export, out: Path) -> None:
         import onnx
@@ -51,7 +51,7 @@ class OnnxRuntimeTarget:
         from targets._onnx import with_batch, with_biases_apart
 
         model = with_biases_apart(with_batch(onnx.load(export.onnx), export.batch))
-        # Around INT8 the CPU computes in float32: it has no FP16 arithmetic that would be faster.
+        # Layers of an INT8 graph that are not INT8 stay in float32: the CPU provider has no faster FP16 arithmetic.
         onnx.save(typed(model, export) if export.precision == "fp16" else model, out / "model.onnx")
 
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
@@ -69,8 +69,10 @@ class OnnxRuntimeTarget:
         return False
 
     def macs(self, engine: Path) -> dict[str, int]:
-        """By the operators of the graph that ONNX Runtime really executes. Of its fusions, those of integers alone keep
-        the names of the engine's, so what is not found among these is float.
+        """Return the MACs by precision (`i8`, `f32`), from the graph that ONNX Runtime executes after optimization.
+
+        Its INT8 fusions keep the names of the engine's operators, which its float fusions do not: operators of the
+        engine whose name is not that of an INT8 operator count as float32.
         """
         import onnx
 
@@ -80,13 +82,13 @@ class OnnxRuntimeTarget:
             optimized = Path(scratch) / "optimized.onnx"
             _session(engine / "model.onnx", fuse_integers=True, optimized=optimized)
             executed = onnx.load(optimized).graph.node
-        # A convolution that is laid out anew has `_token_` and a number behind its name.
+        # Where ONNX Runtime changes the data layout of a convolution, it appends `_token_` and a number to its name.
         integers = {node.name.partition("_token_")[0] for node in executed if _INTEGER.match(node.op_type)}
-        found: dict[str, int] = {}
+        by_precision: dict[str, int] = {}
         for name, count in macs(onnx.load(engine / "model.onnx")).items():
             precision = "i8" if name in integers else "f32"
-            found[precision] = found.get(precision, 0) + count
-        return found
+            by_precision[precision] = by_precision.get(precision, 0) + count
+        return by_precision
 
     def graph(self, engine: Path) -> Path | None:
         return engine / "model.onnx"
@@ -99,9 +101,10 @@ class OnnxRuntimeTarget:
 
 
 def reference(model: Path | bytes) -> Callable[[Images], Logits]:
-    """The reference executor of an ONNX graph (a file, or its bytes): it computes the operators as they are defined,
-    every Q/DQ pair rounds and every other operator is float. It takes images (N, 3, S, S) in any number, for a graph of
-    dynamic or fixed batch.
+    """Return the reference executor of an ONNX graph, given as a file or as its bytes.
+
+    It computes operators as ONNX defines them: every Q/DQ pair rounds, all other operators compute in float. Input: any
+    number of images (N, 3, S, S), whether the graph has a dynamic or a fixed batch. Output: logits (N, classes).
     """
     session = _session(model, fuse_integers=False)
     fixed = session.get_inputs()[0].shape[0]
@@ -110,17 +113,20 @@ def reference(model: Path | bytes) -> Callable[[Images], Logits]:
 
 
 def reference_logits(model: Path | bytes, images: Images) -> Logits:
-    """What the reference executor answers, once."""
+    """Return the logits (N, classes) of the reference executor for images (N, 3, S, S)."""
     return reference(model)(images)
 
 
 def plain_session(model: Path | bytes) -> Any:
-    """An onnxruntime.InferenceSession of a graph that computes its operators as `reference` does."""
+    """Return an onnxruntime.InferenceSession that computes operators as `reference` does."""
     return _session(model, fuse_integers=False)
 
 
 def _session(model: Path | bytes, *, fuse_integers: bool, optimized: Path | None = None) -> Any:
-    """`optimized`: where to write the graph as it is executed."""
+    """Create a CPU session. `fuse_integers` fuses Q/DQ into INT8 operators.
+
+    `optimized`: file to write the graph to that is executed, after optimization.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -130,7 +136,7 @@ def _session(model: Path | bytes, *, fuse_integers: bool, optimized: Path | None
     options.log_severity_level = 3  # errors
     if not fuse_integers:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # this one is never timed
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # reference sessions are never timed
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 

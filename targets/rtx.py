@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from targets._tensorrt import TensorRtTarget
 
-# What an engine holds kernels for when nothing else is asked of TensorRT-RTX 1.7: Ampere, Ada, Blackwell. Turing (7.5)
-# comes on request only and makes engines 60 % larger. Hopper (9.0), Orin (8.7) and Thor (11.0) are not supported.
+# Compute capabilities that TensorRT-RTX 1.7 builds kernels for by default: Ampere, Ada, Blackwell. Turing (7.5) must be
+# requested and makes engines 60 % larger. Hopper (9.0), Orin (8.7) and Thor (11.0) are not supported.
 # Source: docs.nvidia.com/deeplearning/tensorrt-rtx, support matrix and ahead-of-time compilation.
 _CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 
@@ -26,8 +26,8 @@ class RtxTarget(TensorRtTarget):
     def missing(self) -> str | None:
         if sys.platform not in ("linux", "win32") or platform.machine() not in ("x86_64", "AMD64"):
             return (
-                f"TensorRT-RTX exists for x86-64 Linux and Windows, this machine is {platform.machine()} "
-                f"{platform.system()}: build on such a machine, it needs no GPU"
+                f"TensorRT-RTX supports only x86-64 Linux and Windows; this machine is {platform.machine()} "
+                f"{platform.system()}: build on a supported machine, no GPU is needed"
             )
         if importlib.util.find_spec(self.package) is None:
             return "the tensorrt_rtx package is missing: run `make setup`"

@@ -1,4 +1,4 @@
-"""Torch-TensorRT: listed so that `make targets` can say what it would need; building for it is not implemented yet."""
+"""Torch-TensorRT: listed so that `make targets` shows its requirements; building for it is not implemented."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class TorchTensorRtTarget:
 
     def missing(self) -> str | None:
         return (
-            "not available in this version: torch-tensorrt 2.13 needs an NVIDIA GPU to import and reads no "
-            "quantized_decomposed operators; use TARGET=nvidia or TARGET=rtx, which compile the same model from ONNX"
+            "not implemented in this version: torch-tensorrt 2.13 cannot be imported without an NVIDIA GPU and does "
+            "not support quantized_decomposed operators; use TARGET=nvidia or TARGET=rtx, which compile the same "
+            "model from ONNX"
         )
 
     def not_executed(self) -> str | None:

@@ -134,7 +134,9 @@ def planted(export: Export, target: str) -> Iterator[tuple[str, str, str]]:
         elif refusal is None:
             yield fault, "MISSED", f"(planted at {expected})"
         else:
-            said = refusal.split("`")[1] if "`" in refusal else refusal.split("is not torch's ")[-1].split(":")[0]
+            said = (
+                refusal.split("`")[1] if "`" in refusal else refusal.split("does not match torch's ")[-1].split(":")[0]
+            )
             yield fault, "named" if said == expected else "found", said if said == expected else f"{said} ({expected})"
 
 

@@ -129,11 +129,11 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         ),
         (
             ["engine", "--target", "coreml", "--recipe", "w4a16", "--deployment", "macOS14"],
-            r"^DEPLOYMENT=macOS14: RECIPE=w4a16 needs iOS18 \(macOS15\) or later: .*; leave DEPLOYMENT out, or take",
+            r"^DEPLOYMENT=macOS14: RECIPE=w4a16 needs iOS18 \(macOS15\) or later: .*; leave DEPLOYMENT out, or use",
         ),
         (
             ["engine", "--target", "coreml", "--interface", "image", "--batch", "2"],
-            r"^INTERFACE=image BATCH=2: an image input of Core ML is one picture; give BATCH=1, or INTERFACE=tensor$",
+            r"^INTERFACE=image BATCH=2: an image input of Core ML is a single image; use BATCH=1, or INTERFACE=tensor$",
         ),
         (
             ["modles"],

@@ -1,9 +1,9 @@
-"""Run a Core ML package without Core ML: every operator of its program as torch computes it, on the CPU of any system.
+"""Reference evaluator: run a Core ML package without Core ML, each operator computed by torch on the CPU of any system.
 
-`Evaluator` follows the program of a package, operator by operator. What an operator computes is one function in
-`layers`, `arithmetic`, `shapes` or `compressed`, registered under its name in MIL, Core ML's intermediate language; a
-new one is one function there. Semantics are those of coremltools' operator definitions
-(apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html).
+`Evaluator` executes the program of a package, operator by operator. Each operator is implemented by one function in
+`layers`, `arithmetic`, `shapes`, `sampling`, `recurrent` or `compressed`, registered under the operator's name in MIL,
+Core ML's intermediate language. To add an operator, add a function there. Semantics follow coremltools' operator
+definitions (apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html).
 """
 
 from targets._mil.evaluator import Evaluator, Rounding

@@ -1,7 +1,7 @@
-"""Element by element, along axes, and from type to type: arithmetic, activations, reductions, softmax, casts.
+"""Elementwise arithmetic, activations, reductions, softmax and casts.
 
-Each operator computes what its definition in coremltools says, in float32. Where MIL takes int32 too, integers are
-computed as such; what is no whole number is truncated, as where coremltools folds constants.
+Operators follow their definitions in coremltools, in float32. Integer inputs are computed as integers where MIL allows
+them; fractional results are truncated, as in coremltools' constant folding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from targets._mil.registry import Function, operator
 
 Elementwise: TypeAlias = Callable[[Tensor], Tensor]
-Reduction: TypeAlias = Callable[[Tensor, list[int], bool], Tensor]  # of floats, over these axes, kept as 1 or not
+Reduction: TypeAlias = Callable[[Tensor, list[int], bool], Tensor]  # float tensor, axes, whether to keep them
 
 _ELEMENTWISE: dict[str, Elementwise] = {
     "abs": torch.abs,
@@ -61,7 +61,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logical_xor": torch.logical_xor,
     "maximum": torch.maximum,
     "minimum": torch.minimum,
-    "mod": torch.remainder,  # of the divisor's sign
+    "mod": torch.remainder,  # with the sign of the divisor
     "mul": torch.mul,
     "not_equal": torch.ne,
     "pow": torch.pow,
@@ -70,7 +70,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _prod(x: Tensor, axes: list[int], keep_dims: bool) -> Tensor:
-    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):  # the last first: the others keep their place
+    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):  # last first: the other indices stay valid
         x = x.prod(axis, keepdim=keep_dims)
     return x
 
@@ -88,7 +88,7 @@ _REDUCTIONS: dict[str, Reduction] = {
     "reduce_sum_square": lambda x, axes, keep: x.square().sum(axes, keepdim=keep),
 }
 
-# By MIL's type, the one that its numbers are held in here.
+# The type that values are stored in here, by MIL's type.
 _CAST_TO: dict[str, torch.dtype] = {
     "fp16": torch.float32,  # the evaluator rounds to FP16
     "fp32": torch.float32,
@@ -103,7 +103,7 @@ _CAST_TO: dict[str, torch.dtype] = {
 
 def _elementwise(compute: Elementwise) -> Function:
     def function(x: Tensor) -> Tensor:
-        return compute(x).to(x.dtype)  # exp2 of integers is float
+        return compute(x).to(x.dtype)  # torch's exp2 of integers returns floats
 
     return function
 
@@ -175,9 +175,10 @@ def log(x: Tensor, *, epsilon: float) -> Tensor:
 
 @operator("cast")
 def cast(x: Tensor, *, dtype: str) -> Tensor:
-    """A float goes to an integer towards zero. MIL does not say what one becomes that the integer type cannot hold:
-    here the nearest that it can, as on Apple's GPUs (github.com/ml-explore/mlx/issues/4038), and 0 from NaN. From one
-    integer type to a narrower one, the low bits stay.
+    """Floats are truncated to integers; casts to a narrower integer type keep the low bits.
+
+    MIL does not define the cast of a float out of the integer's range: here it saturates, as on Apple's GPUs
+    (github.com/ml-explore/mlx/issues/4038), and NaN becomes 0.
     """
     if "int" in dtype:
         sign, _, bits = dtype.partition("int")
@@ -186,10 +187,10 @@ def cast(x: Tensor, *, dtype: str) -> Tensor:
 
 
 def _whole(x: Tensor, *, lowest: int, count: int) -> Tensor:
-    """Whole numbers of a type that holds `count` of them, from `lowest` on."""
+    """Convert to the integers of a type with `count` values, of which `lowest` is the smallest."""
     if not x.is_floating_point():
         return (x.long() - lowest) % count + lowest
-    # In float64, which has every integer of 32 bits: float32 has no 2^31 - 1.
+    # In float64, which represents all 32-bit integers: float32 cannot represent 2^31 - 1.
     return x.double().nan_to_num(nan=0).clamp(lowest, lowest + count - 1).long()
 
 
@@ -246,7 +247,7 @@ def softplus_parametric(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 
 
 def by_channel(values: Tensor, x: Tensor) -> Tensor:
-    """One value a channel, the second axis of `x`, in a shape that broadcasts with it."""
+    """Reshape values per channel so that they broadcast with `x`, whose channels are axis 1."""
     return values.reshape(-1, *[1] * (x.dim() - 2))
 
 
@@ -269,7 +270,7 @@ def reduce_argmin(x: Tensor, *, axis: int, keep_dims: bool) -> Tensor:
 def cumsum(x: Tensor, *, axis: int, exclusive: bool, reverse: bool) -> Tensor:
     if reverse:
         x = x.flip(axis)
-    if exclusive:  # the first sum is of nothing
+    if exclusive:  # each sum excludes its own element: the first is 0
         x = torch.cat((torch.zeros_like(x.narrow(axis, 0, 1)), x.narrow(axis, 0, x.shape[axis] - 1)), axis)
     sums = x.cumsum(axis, dtype=x.dtype)
     return sums.flip(axis) if reverse else sums
@@ -277,9 +278,9 @@ def cumsum(x: Tensor, *, axis: int, exclusive: bool, reverse: bool) -> Tensor:
 
 @operator("classify")
 def classify(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """The class and the probabilities that Core ML gives as a label and a dictionary from labels to numbers.
+    """Return the class and the probabilities, which Core ML returns as a label and a dictionary by label.
 
-    Here they are tensors: the index of the label among the operator's `classes`, int32 (), and the probabilities as
-    they came, in the order of `classes`. Of equal ones, the first is the class.
+    Here they are tensors: the index of the most likely class in the operator's `classes`, int32 (), the first where
+    several are equal; and the probabilities unchanged, in the order of `classes`.
     """
     return probabilities.argmax().int(), probabilities

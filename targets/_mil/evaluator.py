@@ -1,4 +1,4 @@
-"""Follow the program of a Core ML package, operator by operator."""
+"""Evaluator of the program of a Core ML package, operator by operator."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from targets._coreml_inputs import check, inputs
 from targets._mil import arithmetic, compressed, layers, recurrent, sampling, shapes  # noqa: F401 - register operators
 from targets._mil.registry import OPERATORS, Function
 
-# "fp16": what the program declares as FP16 is rounded to it, inputs and the outputs of every operator, as Apple's units
-# store it (inside an operator, float32 is used: how they accumulate is not documented). "exact": float32 throughout.
+# "fp16": values that the program declares as FP16 (inputs, and outputs of operators) are rounded to FP16, as Apple's
+# compute units store them. Inside an operator, float32 is used: the accumulation of these units is not documented.
+# "exact": float32 throughout.
 Rounding: TypeAlias = Literal["fp16", "exact"]
-Watch: TypeAlias = Callable[[Any, str, Tensor], None]  # coremltools' operation, name of one of its outputs, the value
+Watch: TypeAlias = Callable[[Any, str, Tensor], None]  # coremltools operation, name of an output, its value
 
-_MOST_ELEMENTS = 2**28  # of one value: 1 GiB in float32
-_UPDATE = "coreml_update_state"  # what coremltools reads a write_state and the read_state after it as
-_COMPUTED_IN = {"f": np.float32, "u2": np.int32, "u4": np.int64}  # by kind and size of a constant's type; others stay
+_MOST_ELEMENTS = 2**28  # of a value: 1 GiB in float32
+_UPDATE = "coreml_update_state"  # coremltools' operator for a write_state and the read_state after it
+_COMPUTED_IN = {"f": np.float32, "u2": np.int32, "u4": np.int64}  # by kind and size of a constant's type; else as is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Declared:
-    """What the program says of a value."""
+    """The declared type of a value of the program."""
 
     name: str
-    shape: tuple[int | None, ...] | None  # None for any size; for what is no tensor: a classifier's dictionary
-    dtype: torch.dtype | None  # that it is computed in; None for what is no number
-    half: bool  # FP16
+    shape: tuple[int | None, ...] | None  # a size of None: dynamic; a shape of None: a classifier's dictionary
+    dtype: torch.dtype | None  # type that it is computed in; None for strings
+    half: bool  # declared as FP16
 
     def __str__(self) -> str:
         return f"({', '.join('any' if size is None else str(size) for size in self.shape or ())})"
@@ -45,7 +46,7 @@ class _Declared:
         if self.shape is None:
             return True
         sizes = zip(self.shape, value.shape, strict=False)
-        return value.dim() == len(self.shape) and all(size in (None, came) for size, came in sizes)
+        return value.dim() == len(self.shape) and all(size in (None, actual) for size, actual in sizes)
 
     def rounded(self, value: Tensor, rounding: Rounding) -> Tensor:
         return value.half().float() if self.half and rounding == "fp16" else value
@@ -53,22 +54,23 @@ class _Declared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Step:
-    """One operator, ready to run."""
+    """An operator, ready to run."""
 
     operation: Any
     function: Function
-    values: Mapping[str, str | list[str]]  # by parameter: the names of the values that are computed before
-    fixed: Mapping[str, object]  # the other parameters
+    values: Mapping[str, str | list[str]]  # names of the values to pass, by parameter
+    fixed: Mapping[str, object]  # all other arguments
     outputs: tuple[_Declared, ...]
-    finished: tuple[str, ...]  # values that nothing reads afterwards
+    finished: tuple[str, ...]  # values that no later operator reads
 
 
 class Evaluator:
-    """One function of a package, prepared once and run as often as wanted.
+    """A function of a package, prepared once and run any number of times.
 
-    `operations`: as `targets._coreml.read` gives them; `outputs`: the names that `run` returns. Inputs that the package
-    describes are held to its enumerated shapes and ranges, and optional ones may be left out. Raises CheckFailed naming
-    the operators that are not implemented, or one that puts out more than memory is made for.
+    `operations` are the operators as returned by `targets._coreml.read`, `outputs` the names of the values that `run`
+    returns. Inputs must fit the shapes and ranges in the package's description, and optional inputs may be left out.
+    Raises CheckFailed naming the operators that are not implemented, or an operator with an output of more than 2^28
+    elements.
     """
 
     def __init__(
@@ -80,8 +82,8 @@ class Evaluator:
     ) -> None:
         if unknown := sorted({operation.op_type for operation in operations} - OPERATORS.keys() - {"const"}):
             raise CheckFailed(
-                f"the reference evaluator does not know the operators {', '.join(unknown)}: this package can only be "
-                "run on a Mac, or write them in targets/_mil"
+                f"the reference evaluator does not support the operators {', '.join(unknown)}: run this package on a "
+                "Mac, or implement the operators in targets/_mil"
             )
         self.rounding = rounding
         self.outputs = tuple(outputs)
@@ -93,14 +95,14 @@ class Evaluator:
         self._states = {
             value.name: _initial(value) for operation in operations for value in _inputs(operation) if _is_state(value)
         }
-        self._constants = {  # that are outputs themselves
+        self._constants = {  # at first, constants that are outputs of the function
             value.name: _tensor(value.val)
             for operation in operations
             for value in operation.outputs
             if value.name in self.outputs and operation.op_type == "const"
         }
         self._steps = tuple(self._prepared(operations))
-        read = {name for step in self._steps for found in step.values.values() for name in _listed(found)}
+        read = {name for step in self._steps for names in step.values.values() for name in _listed(names)}
         self._constants = {name: self._constants[name] for name in self._constants.keys() & (read | {*outputs})}
 
     def run(
@@ -110,12 +112,13 @@ class Evaluator:
         given: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
     ) -> dict[str, Tensor]:
-        """The outputs for `inputs`; floats are float32 tensors.
+        """Return the outputs for `inputs` by name; floating-point outputs are float32 tensors.
 
-        States, which Core ML keeps from one prediction to the next, are zeros at the beginning of each run.
-        `watch` sees every value that depends on the inputs, as it was computed. Where `given` has the name of one, that
-        goes to the operators that follow in its place (teacher forcing), as it is: it is not rounded.
-        Raises BadRequest where an input is missing or of another shape, CheckFailed naming an operator that fails.
+        States, which Core ML keeps between predictions, are zeros at the start of each run. `watch` is called with
+        every value that depends on the inputs, as computed. For values named in `given`, later operators read the given
+        value instead of the computed one (teacher forcing), without rounding.
+
+        Raises BadRequest where an input is missing or has a wrong shape, CheckFailed naming an operator that fails.
         """
         forced = {name: _as_computed(value) for name, value in (given or {}).items()}
         values = (
@@ -137,40 +140,40 @@ class Evaluator:
         return {name: values[name] for name in self.outputs}
 
     def _fed(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs in the types that the program declares. (One that no operator reads is not known here.)"""
+        """Return the inputs, defaults included, in their declared types. Inputs without a reader are not checked."""
         left_out = [value for name, value in self._described.items() if name not in given and value.default is not None]
-        found = {value.name: value.filled() for value in left_out} | dict(given)
-        if self._inputs.keys() - found.keys():
-            came = ", ".join(sorted(given)) or "none"
-            raise BadRequest(f"the package takes the inputs {', '.join(sorted(self._inputs))}; got {came}")
+        tensors = {value.name: value.filled() for value in left_out} | dict(given)
+        if self._inputs.keys() - tensors.keys():
+            names = ", ".join(sorted(given)) or "none"
+            raise BadRequest(f"the package has the inputs {', '.join(sorted(self._inputs))}; got {names}")
         for name, declared in self._inputs.items():
-            if not declared.fits(found[name]):
-                shape = tuple(found[name].shape)
-                raise BadRequest(f"input {name} has the shape {shape}; the package takes {declared}")
-            found[name] = declared.rounded(found[name].to(declared.dtype), self.rounding)
-        check(self._described, found)
-        return found
+            if not declared.fits(tensors[name]):
+                shape = tuple(tensors[name].shape)
+                raise BadRequest(f"input {name} has shape {shape}; the package accepts {declared}")
+            tensors[name] = declared.rounded(tensors[name].to(declared.dtype), self.rounding)
+        check(self._described, tensors)
+        return tensors
 
     def _prepared(self, operations: Sequence[Any]) -> Iterator[_Step]:
-        """The steps that depend on the inputs. The others, decompressed weights above all, are computed here, once."""
+        """Yield the steps that depend on the inputs; compute all others, mostly weight decompression, once here."""
         last = {value.name: operation for operation in operations for value in _inputs(operation)}
         for operation in operations:
             if operation.op_type == "const":
                 continue
             step = self._step(operation, last)
-            if {name for found in step.values.values() for name in _listed(found)} <= self._constants.keys():
-                names = (output.name for output in step.outputs)
+            if {name for names in step.values.values() for name in _listed(names)} <= self._constants.keys():
+                outputs = (output.name for output in step.outputs)
                 with torch.no_grad():
-                    self._constants |= dict(zip(names, self._computed(step, self._constants), strict=True))
+                    self._constants |= dict(zip(outputs, self._computed(step, self._constants), strict=True))
             else:
                 yield step
 
     def _step(self, operation: Any, last: Mapping[str, Any]) -> _Step:
-        """`last`: of every value, the operator that reads it last."""
+        """Prepare an operator. `last` maps every value to the last operator that reads it."""
         function = OPERATORS[operation.op_type]
         tensors, attributes = _parameters(function)
-        given = {name: getattr(operation, name, None) for name in tensors}
-        for value in _flat(given.values()):
+        arguments = {name: getattr(operation, name, None) for name in tensors}
+        for value in _flat(arguments.values()):
             if is_constant(value):
                 self._constants[value.name] = _tensor(value.val)
         unread = [output.name for output in operation.outputs if output.name not in last]
@@ -178,40 +181,43 @@ class Evaluator:
         return _Step(
             operation=operation,
             function=function,
-            values={name: _names(value) for name, value in given.items() if value is not None},
-            fixed=dict.fromkeys(name for name, value in given.items() if value is None)
+            values={name: _names(value) for name, value in arguments.items() if value is not None},
+            fixed=dict.fromkeys(name for name, value in arguments.items() if value is None)
             | dict(_fixed(operation, attributes)),
             outputs=tuple(_bounded(operation, _declared(output)) for output in operation.outputs),
             finished=tuple(finished - {*self.outputs} - self._constants.keys() - _constant_names(operation)),
         )
 
     def _computed(self, step: _Step, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs of one operator. Raises CheckFailed naming it where torch refuses, or another shape comes out."""
+        """Return the outputs of an operator.
+
+        Raises CheckFailed naming the operator where its function fails, or an output does not have the declared shape.
+        """
         operation = step.operation
         tensors = {
-            name: values[found] if isinstance(found, str) else [values[each] for each in found]
-            for name, found in step.values.items()
+            name: values[source] if isinstance(source, str) else [values[each] for each in source]
+            for name, source in step.values.items()
         }
         try:
-            made = step.function(**tensors, **step.fixed)
-        except Exception as error:  # torch's, numpy's, and those of operators that a package has made up
+            result = step.function(**tensors, **step.fixed)
+        except Exception as error:  # errors of any type, since a package may have any arguments
             raise CheckFailed(
                 f"the reference evaluator cannot compute {operation.name} ({operation.op_type}): {error}"
             ) from error
-        found = []
-        for value, output in zip(made if isinstance(made, tuple) else (made,), step.outputs, strict=True):
+        outputs = []
+        for value, output in zip(result if isinstance(result, tuple) else (result,), step.outputs, strict=True):
             if not output.fits(value):
                 raise CheckFailed(
-                    f"{operation.name} ({operation.op_type}) came out as {tuple(value.shape)}, and the package says "
-                    f"{output}: a fault of targets/_mil, or of the package"
+                    f"{operation.name} ({operation.op_type}) was computed with shape {tuple(value.shape)}, but the "
+                    f"package declares {output}: a fault of targets/_mil, or of the package"
                 )
-            found.append(output.rounded(value, self.rounding))
-        return found
+            outputs.append(output.rounded(value, self.rounding))
+        return outputs
 
 
 @cache
 def _parameters(function: Function) -> tuple[tuple[str, ...], Mapping[str, object]]:
-    """The names of a function's tensors, and its attributes with the value of each where the program has none."""
+    """Return the names of a function's tensor parameters, and its attributes with their default values."""
     tensors, attributes = [], {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
@@ -222,16 +228,16 @@ def _parameters(function: Function) -> tuple[tuple[str, ...], Mapping[str, objec
 
 
 def _fixed(operation: Any, attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """The attributes as plain Python: of what MIL keeps in numpy's types."""
+    """Yield the attributes of an operator as Python values. Raises CheckFailed where an attribute is not constant."""
     for name, default in attributes.items():
         value = getattr(operation, name, None)
         if value is not None and value.val is None:
             raise CheckFailed(
-                f"{operation.name} ({operation.op_type}) computes its {name} while it runs; the reference evaluator "
-                "takes it from a constant: export the model with fixed sizes"
+                f"{operation.name} ({operation.op_type}) has a computed {name}; the reference evaluator needs a "
+                "constant: export the model with fixed sizes"
             )
-        found = default if value is None else value.val
-        yield name, found.tolist() if isinstance(found, np.ndarray | np.generic) else found
+        attribute = default if value is None else value.val
+        yield name, attribute.tolist() if isinstance(attribute, np.ndarray | np.generic) else attribute
 
 
 def _inputs(operation: Any) -> Iterator[Any]:
@@ -250,12 +256,12 @@ def _names(value: Any) -> str | list[str]:
     return [each.name for each in value] if isinstance(value, list | tuple) else value.name
 
 
-def _listed(found: str | list[str]) -> list[str]:
-    return [found] if isinstance(found, str) else found
+def _listed(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _is_fed(value: Any) -> bool:
-    """Whether it is an input of the program."""
+    """Return whether a value is an input of the program."""
     return value.op is None and value.val is None and not _is_state(value)
 
 
@@ -266,7 +272,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _initial(state: Any) -> Tensor:
-    """What Core ML gives to a state that is new."""
+    """Return the initial value of a state: zeros, as in Core ML."""
     from coremltools.converters.mil.mil import types
 
     tensor = state.sym_type.wrapped_type()
@@ -291,18 +297,18 @@ def _declared(value: Any) -> _Declared:
 
 
 def _bounded(operation: Any, declared: _Declared) -> _Declared:
-    """Raises CheckFailed where an operator puts out so much that it is no network for a picture."""
+    """Return `declared`. Raises CheckFailed where an operator's output has more elements than `_MOST_ELEMENTS`."""
     elements = math.prod(size or 1 for size in declared.shape or ())
     if elements > _MOST_ELEMENTS:
         raise CheckFailed(
-            f"{operation.name} ({operation.op_type}) puts out {declared}, {elements} numbers; the reference evaluator "
-            f"computes up to {_MOST_ELEMENTS} at a time"
+            f"{operation.name} ({operation.op_type}) has an output of shape {declared}, {elements} elements; the "
+            f"reference evaluator supports at most {_MOST_ELEMENTS}"
         )
     return declared
 
 
 def _tensor(constant: Any) -> Tensor:
-    """A constant of the program in the type that it is computed in. (Types below 8 bits are kept in one of 8.)"""
+    """Return a constant in the type that it is computed in. Types of fewer than 8 bits are stored in 8 bits."""
     array = np.asarray(constant)
     kind = "f" if array.dtype.kind == "f" else array.dtype.str[1:]
     stored = _COMPUTED_IN.get(kind, np.dtype(array.dtype.str))

@@ -1,4 +1,4 @@
-"""Weighted layers, matrix products, pools, norms, attention and resampling, as MIL defines them."""
+"""Convolutions, matrix products, attention, pooling, normalization and resampling, as MIL defines them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from targets._mil.arithmetic import by_channel
 from targets._mil.registry import operator
 
-Pads: TypeAlias = list[tuple[int, int]]  # elements before and after, of each spatial axis
+Pads: TypeAlias = list[tuple[int, int]]  # elements before and after, per spatial axis
 
-# By the number of spatial axes, less one.
+# Indexed by the number of spatial axes minus one.
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
@@ -42,7 +42,7 @@ def conv(
     kernel = _reach(weight.shape[2:], dilations)
     pads = _pads(pad_type, pad, x.shape[2:], kernel, strides)
     convolve = _CONV[len(pads) - 1]
-    if all(before == after for before, after in pads):  # no copy of the input
+    if all(before == after for before, after in pads):  # symmetric: torch pads without a copy of the input
         return convolve(x, weight, bias, strides, [before for before, _ in pads], dilations, groups)
     return convolve(_padded(x, pads), weight, bias, strides, 0, dilations, groups)
 
@@ -60,15 +60,15 @@ def conv_transpose(
     groups: int,
     output_shape: list[int] | None = None,
 ) -> Tensor:
-    """Every input element spreads over a window of the output, and `pad` cuts away from the edges of the result.
+    """Transposed convolution; `pad` crops the edges of the result.
 
-    `output_shape` may reach beyond the last window: zeros there, plus the bias, as torch's `output_padding` makes them.
+    `output_shape` may extend beyond the last window: the result is the bias there, as with torch's `output_padding`.
     """
     full = _CONV_TRANSPOSE[x.dim() - 3](x, weight, None, strides, 0, 0, groups, dilations)
     kernel = _reach(weight.shape[2:], dilations)
     sizes = output_shape[2:] if output_shape else _transposed_sizes(pad_type, pad, x.shape[2:], kernel, strides)
     before = [cut for cut, _ in _transposed_cuts(pad_type, pad, full.shape[2:], sizes)]
-    edges = [(-cut, cut + size - had) for cut, size, had in zip(before, sizes, full.shape[2:], strict=True)]
+    edges = [(-cut, cut + size - whole) for cut, size, whole in zip(before, sizes, full.shape[2:], strict=True)]
     cropped = _padded(full, edges)
     return cropped if bias is None else cropped + by_channel(bias, x)
 
@@ -84,9 +84,9 @@ def _transposed_sizes(
 
 
 def _transposed_cuts(pad_type: str, pad: Sequence[int], full: Sequence[int], sizes: Sequence[int]) -> Pads:
-    """What is cut at both ends: for `same`, what the convolution that this one reverses would pad."""
+    """Return the cropping at both ends of each axis; for `same`, the padding of the convolution that it transposes."""
     if pad_type == "same":
-        return [_halves(max(0, had - size)) for had, size in zip(full, sizes, strict=True)]
+        return [_halves(max(0, whole - size)) for whole, size in zip(full, sizes, strict=True)]
     if pad_type not in ("custom", "valid"):
         raise ValueError(f"pad_type {pad_type} of a transposed convolution; MIL has same, valid and custom")
     return _pairs(pad) if pad_type == "custom" else [(0, 0)] * len(sizes)
@@ -102,7 +102,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @operator("matmul")
 def matmul(x: Tensor, y: Tensor, *, transpose_x: bool, transpose_y: bool) -> Tensor:
-    """Vectors are not transposed: the flags have no effect on them."""
+    """The transpose flags have no effect on vectors."""
     x = x.mT if transpose_x and x.dim() > 1 else x
     y = y.mT if transpose_y and y.dim() > 1 else y
     return x @ y
@@ -115,9 +115,9 @@ def einsum(values: list[Tensor], *, equation: str) -> Tensor:
 
 @operator("scaled_dot_product_attention")
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """softmax(query key^T / sqrt(E) + mask) value. A boolean mask lets through where it is true.
+    """softmax(query key^T / sqrt(E) + mask) value. Positions where a boolean mask is false are masked.
 
-    A row without a single true comes out as NaN, as in coremltools' own computation (torch's attention gives zeros).
+    A row of the mask without a true value results in NaN, as in coremltools (torch's attention returns zeros).
     """
     scores = query @ key.mT / math.sqrt(query.shape[-1])
     if attn_mask is not None:
@@ -148,11 +148,11 @@ def avg_pool(
     ceil_mode: bool,
     exclude_padding_from_average: bool,
 ) -> Tensor:
-    """The mean of each window. What `ceil_mode` adds beyond the padding never counts, as in torch."""
+    """Mean of each window. Elements that `ceil_mode` adds beyond the padding are never counted, as in torch."""
     pads, beyond = _pool_pads(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
     pool = _AVG_POOL[len(pads) - 1]
     counted = _padded(x.new_ones(1, 1, *x.shape[2:]), pads, float(not exclude_padding_from_average))
-    share = pool(_padded(counted, beyond), kernel_sizes, strides)  # of each window; exactly 1 where all of it counts
+    share = pool(_padded(counted, beyond), kernel_sizes, strides)  # counted share of each window; 1 inside the map
     return pool(_padded(_padded(x, pads), beyond), kernel_sizes, strides) / share
 
 
@@ -160,7 +160,7 @@ def avg_pool(
 def l2_pool(
     x: Tensor, *, kernel_sizes: list[int], strides: list[int], pad_type: str, pad: list[int], ceil_mode: bool
 ) -> Tensor:
-    """The square root of the sum of squares of each window."""
+    """Square root of the sum of squares of each window."""
     pads, beyond = _pool_pads(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
     mean = _AVG_POOL[len(pads) - 1](_padded(_padded(x.square(), pads), beyond), kernel_sizes, strides)
     return (mean * math.prod(kernel_sizes)).sqrt()
@@ -169,7 +169,7 @@ def l2_pool(
 def _pool_pads(
     x: Tensor, kernel: Sequence[int], strides: Sequence[int], pad_type: str, pad: Sequence[int], ceil_mode: bool
 ) -> tuple[Pads, Pads]:
-    """The padding that the program asks for, and what completes the last windows of `ceil_mode`."""
+    """Return the padding of the program, and the additional padding that completes the last windows of `ceil_mode`."""
     pads = _pads(pad_type, pad, x.shape[2:], kernel, strides)
     if not ceil_mode:
         return pads, [(0, 0)] * len(pads)
@@ -178,9 +178,9 @@ def _pool_pads(
 
 
 def _beyond(size: int, pads: tuple[int, int], window: int, stride: int) -> int:
-    """How far the last window of `ceil_mode` reaches over the padded end.
+    """Return how far the last window of `ceil_mode` extends beyond the padded end.
 
-    A window that would start in the padding after the input is dropped, but only where there is padding.
+    Where there is padding, a window that would start in the padding after the input is dropped.
     """
     padded = size + sum(pads)
     windows = -(-(padded - window) // stride) + 1
@@ -195,10 +195,11 @@ def _beyond(size: int, pads: tuple[int, int], window: int, stride: int) -> int:
 def _pads(
     pad_type: str, pad: Sequence[int], sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int]
 ) -> Pads:
-    """Padding of each axis. `kernel`: how far its window reaches, dilation included.
+    """Return the padding of each axis. `kernel` is the extent of the window, dilation included.
 
-    `same` gives ceil(size / stride) outputs and puts an odd element after the input, `same_lower` before it. (The
-    docstring of MIL's conv has it the other way round for `same`; that would leave the two modes equal.)
+    `same` and `same_lower` make ceil(size / stride) outputs. An odd element of padding is after the input in `same`,
+    before it in `same_lower`. (The docstring of MIL's conv has it before the input for `same`, too, which would make
+    the two modes equal.)
     """
     kind = pad_type.lower()
     if kind == "valid":
@@ -228,10 +229,10 @@ def _pairs(pad: Sequence[int]) -> Pads:
 
 
 def _padded(x: Tensor, pads: Pads, value: float = 0.0) -> Tensor:
-    """`x` with its spatial axes padded; negative numbers cut. torch takes the last axis first."""
+    """Pad the spatial axes of `x`; negative numbers crop."""
     if not any(chain.from_iterable(pads)):
         return x
-    return F.pad(x, list(chain.from_iterable(reversed(pads))), value=value)
+    return F.pad(x, list(chain.from_iterable(reversed(pads))), value=value)  # torch's order: last axis first
 
 
 # Norms
@@ -246,7 +247,7 @@ def batch_norm(
 
 @operator("layer_norm")
 def layer_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, axes: list[int], epsilon: float) -> Tensor:
-    """Normalized over any axes; gamma and beta have the sizes of these axes in the order of `x`, not that of `axes`."""
+    """Layer normalization over any axes; gamma and beta have these axes in the order of `x`, not of `axes`."""
     chosen = {axis % x.dim() for axis in axes}
     shape = [size if axis in chosen else 1 for axis, size in enumerate(x.shape)]
     return _affine(_normalized(x, sorted(chosen), epsilon), gamma, beta, shape)
@@ -260,15 +261,15 @@ def instance_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, epsil
 
 @operator("l2_norm")
 def l2_norm(x: Tensor, *, epsilon: float) -> Tensor:
-    """Divided by the length of the last three axes together."""
+    """Divide by the Euclidean norm over the last three axes."""
     return x / (x.square().sum((-3, -2, -1), keepdim=True) + epsilon).sqrt()
 
 
 @operator("local_response_norm")
 def local_response_norm(x: Tensor, *, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """Over the channels up to (size - 1) // 2 before and after: as many for an even `size` as for the odd one below it.
+    """Local response normalization over (size - 1) // 2 channels before and after each channel.
 
-    (So do Apple's own tests of it have it. torch takes one more before.)
+    An even `size` covers as many channels as `size - 1`, as in Apple's own tests. (torch covers one more before.)
     """
     odd = size - (size % 2 == 0)
     return F.local_response_norm(x, odd, alpha * odd / size, beta, k)
@@ -284,22 +285,22 @@ def _affine(x: Tensor, gamma: Tensor | None, beta: Tensor | None, shape: list[in
     return x if beta is None else x + beta.reshape(shape)
 
 
-# Resampling: one axis after the other, each sampled at a list of positions in units of its elements.
+# Resampling: axis by axis, each sampled at a list of positions in units of elements.
 
 
 @operator("upsample_nearest_neighbor")
 def upsample_nearest_neighbor(x: Tensor, *, scale_factor_height: float, scale_factor_width: float) -> Tensor:
-    """Element i comes from i * old size // new size. (Not from i / scale: coremltools enlarges scales by a little.)"""
+    """Element i is element i * old size // new size. (Not i / scale: coremltools enlarges scales slightly.)"""
     for axis, scale in ((-2, scale_factor_height), (-1, scale_factor_width)):
-        had, wanted = x.shape[axis], _scaled(x.shape[axis], scale)
-        x = _picked(x, axis, [index * had // wanted for index in range(wanted)])
+        old, new = x.shape[axis], _scaled(x.shape[axis], scale)
+        x = _picked(x, axis, [index * old // new for index in range(new)])
     return x
 
 
 @operator("resize_nearest_neighbor")
 def resize_nearest_neighbor(x: Tensor, *, target_size_height: int, target_size_width: int) -> Tensor:
-    for axis, wanted in ((-2, target_size_height), (-1, target_size_width)):
-        x = _picked(x, axis, _nearest(x.shape[axis], wanted))
+    for axis, size in ((-2, target_size_height), (-1, target_size_width)):
+        x = _picked(x, axis, _nearest(x.shape[axis], size))
     return x
 
 
@@ -312,7 +313,7 @@ def upsample_bilinear(
     align_corners: bool,
     half_pixel_centers: bool | None = None,
 ) -> Tensor:
-    """The scale that is used is that of the sizes, after rounding down to whole elements."""
+    """The effective scale is the ratio of the sizes, after the new size is rounded down to an integer."""
     halves = not align_corners if half_pixel_centers is None else half_pixel_centers
     if align_corners and halves:
         raise ValueError("align_corners and half_pixel_centers exclude each other")
@@ -324,55 +325,55 @@ def upsample_bilinear(
 
 @operator("resize_bilinear")
 def resize_bilinear(x: Tensor, *, target_size_height: int, target_size_width: int, sampling_mode: str) -> Tensor:
-    for axis, wanted in ((-2, target_size_height), (-1, target_size_width)):
-        x = _interpolated(x, axis, wanted, sampling_mode)
+    for axis, size in ((-2, target_size_height), (-1, target_size_width)):
+        x = _interpolated(x, axis, size, sampling_mode)
     return x
 
 
 @operator("resize")
 def resize(x: Tensor, shape: Tensor, *, resized_dims: int, interpolation_mode: str, sampling_mode: str) -> Tensor:
-    """The last `resized_dims` axes get the last sizes of `shape`; zero keeps what an axis has."""
+    """Resize the last `resized_dims` axes to the last sizes of `shape`; a size of 0 keeps the size of the axis."""
     if interpolation_mode == "NEAREST_NEIGHBOR" and sampling_mode != "DEFAULT":
-        raise ValueError(f"the nearest neighbour of sampling_mode {sampling_mode} is not defined; expected DEFAULT")
+        raise ValueError(f"NEAREST_NEIGHBOR with sampling_mode {sampling_mode} is not defined; expected DEFAULT")
     if interpolation_mode == "LINEAR" and not x.is_floating_point():
         raise ValueError("linear interpolation of integers is not defined; expected NEAREST_NEIGHBOR")
     for axis in range(-resized_dims, 0):
-        wanted = int(shape[axis]) or x.shape[axis]
+        size = int(shape[axis]) or x.shape[axis]
         if interpolation_mode == "LINEAR":
-            x = _interpolated(x, axis, wanted, sampling_mode)
+            x = _interpolated(x, axis, size, sampling_mode)
         else:
-            x = _picked(x, axis, _nearest(x.shape[axis], wanted))
+            x = _picked(x, axis, _nearest(x.shape[axis], size))
     return x
 
 
 def _scaled(size: int, scale: float) -> int:
-    """The size of an upsampled axis. MIL multiplies in float32: 3 * 2.3333333 is 7 there, and 6.9999999 in float64."""
+    """Return the size of an upsampled axis. MIL multiplies in float32: 3 * 2.3333333 is 7, but 6.9999999 in float64."""
     return int(np.floor(np.float32(scale) * np.float32(size)))
 
 
-def _nearest(had: int, wanted: int) -> list[int]:
-    """The element under the centre of each new one: what TensorFlow calls half-pixel centres, in whole numbers."""
-    return [(2 * index + 1) * had // (2 * wanted) for index in range(wanted)]
+def _nearest(old: int, new: int) -> list[int]:
+    """Return the index of the element under the centre of each new element (TensorFlow's half-pixel centers)."""
+    return [(2 * index + 1) * old // (2 * new) for index in range(new)]
 
 
 def _picked(x: Tensor, axis: int, indices: list[int]) -> Tensor:
     return x.index_select(axis, torch.tensor(indices))
 
 
-# Where new element i of n samples an axis of `had` elements, by MIL's name of the mode; clamped to it afterwards.
+# Position of new element i of n on an axis of `old` elements, by MIL's name of the mode; clamped to the axis later.
 _POSITIONS: dict[str, Callable[[int, int, int], float]] = {
-    "STRICT_ALIGN_CORNERS": lambda i, had, n: i * (had - 1) / (n - 1) if n > 1 else 0,
-    "ALIGN_CORNERS": lambda i, had, n: i * (had - 1) / (n - 1) if n > 1 else (had - 1) / 2,
-    "UNALIGN_CORNERS": lambda i, had, n: (i + 0.5) * had / n - 0.5,
-    "DEFAULT": lambda i, had, n: i * had / n,
-    "OFFSET_CORNERS": lambda i, had, n: (i + 0.5) * max(1, had - 1) / n,
+    "STRICT_ALIGN_CORNERS": lambda i, old, n: i * (old - 1) / (n - 1) if n > 1 else 0,
+    "ALIGN_CORNERS": lambda i, old, n: i * (old - 1) / (n - 1) if n > 1 else (old - 1) / 2,
+    "UNALIGN_CORNERS": lambda i, old, n: (i + 0.5) * old / n - 0.5,
+    "DEFAULT": lambda i, old, n: i * old / n,
+    "OFFSET_CORNERS": lambda i, old, n: (i + 0.5) * max(1, old - 1) / n,
 }
 
 
-def _interpolated(x: Tensor, axis: int, wanted: int, mode: str) -> Tensor:
-    """Linear between the two elements around each position."""
+def _interpolated(x: Tensor, axis: int, new: int, mode: str) -> Tensor:
+    """Interpolate linearly between the two elements around each position."""
     last = x.shape[axis] - 1
-    positions = [min(last, max(0.0, _POSITIONS[mode](i, last + 1, wanted))) for i in range(wanted)]
+    positions = [min(last, max(0.0, _POSITIONS[mode](i, last + 1, new))) for i in range(new)]
     lower = [math.floor(position) for position in positions]
     upper = [min(last, index + 1) for index in lower]
     weight = x.new_tensor([position - index for position, index in zip(positions, lower, strict=True)])

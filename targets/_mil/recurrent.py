@@ -1,7 +1,7 @@
-"""Recurrent layers, step by step over a sequence (steps, batch, features), and the states that a program keeps.
+"""Recurrent layers, step by step over a sequence (steps, batch, features), and the states of a program.
 
-Formulas are those of coremltools' definitions. What they leave open is refused with an error: the order of steps of a
-reversed sequence, clipped cells, and activation functions whose parameters are not given.
+Formulas follow coremltools' definitions. Cases that these do not define raise ValueError: the order of the steps of a
+reversed sequence, clipped cells, and activation functions without their parameters.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def lstm(
     activation: str,
     clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states of all steps or of the last one, then the last hidden and cell state. Gates come in the order
-    input, forget, output, cell.
+    """Return the hidden states of all steps, or of the last step; the last hidden state; the last cell state.
+
+    Weights have the gates in the order input, forget, output, cell.
     """
     if clip is not None:
         raise ValueError(f"cells clipped at {clip}: MIL does not define which value is clipped")
@@ -56,7 +57,7 @@ def lstm(
     if direction != "bidirectional":
         hidden, last, cell = _lstm(_ordered(x, direction), initial_h, initial_c, *forward, names)
         return (hidden if output_sequence else last.unsqueeze(0)), last, cell
-    backward = (_given(weight_ih_back), _given(weight_hh_back), bias_back, peephole_back)
+    backward = (_required(weight_ih_back), _required(weight_hh_back), bias_back, peephole_back)
     h_there, h_back = initial_h.chunk(2, 1)
     c_there, c_back = initial_c.chunk(2, 1)
     there, last_there, cell_there = _lstm(x, h_there, c_there, *forward, names)
@@ -103,11 +104,13 @@ def gru(
     activation: str,
     reset_after: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states of all steps or of the last one, then the last. Gates come in the order reset, output, update; the
-    reset gate multiplies the product with the hidden state, without its bias.
+    """Return the hidden states of all steps, or of the last step; and the last hidden state.
+
+    Weights have the gates in the order reset, output, update. The reset gate multiplies the product of the weight and
+    the hidden state, without a bias.
     """
     if reset_after or input_bias is not None:
-        raise ValueError("a GRU with reset_after or input_bias: MIL's two definitions of them disagree")
+        raise ValueError("a GRU with reset_after or input_bias: MIL's two definitions of these disagree")
     _check_direction(direction, output_sequence)
     gate, of_output = _activation(recurrent_activation), _activation(activation)
     hidden, steps = initial_h, []
@@ -133,7 +136,7 @@ def rnn(
     output_sequence: bool,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states of all steps or of the last one, then the last."""
+    """Return the hidden states of all steps, or of the last step; and the last hidden state."""
     _check_direction(direction, output_sequence)
     of_output = _activation(activation)
     hidden, steps = initial_h, []
@@ -144,7 +147,7 @@ def rnn(
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the inputs of all steps contribute to the gates."""
+    """Return the contribution of the inputs to the gates, for all steps."""
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -159,11 +162,11 @@ def _check_direction(direction: str, output_sequence: bool) -> None:
 
 def _activation(name: str) -> Elementwise:
     if name.lower() not in _ACTIVATIONS:
-        raise ValueError(f"activation {name} of a recurrent layer, whose parameters MIL does not give")
+        raise ValueError(f"activation {name} of a recurrent layer: MIL does not define its parameters")
     return _ACTIVATIONS[name.lower()]
 
 
-def _given(weight: Tensor | None) -> Tensor:
+def _required(weight: Tensor | None) -> Tensor:
     if weight is None:
         raise ValueError("a bidirectional layer has no weights for its second direction")
     return weight
@@ -176,5 +179,5 @@ def read_state(input: Tensor) -> Tensor:
 
 @operator("coreml_update_state")
 def update_state(state: Tensor, value: Tensor) -> Tensor:
-    """The evaluator keeps the value as the new state."""
+    """Return the value, which the evaluator stores as the new state."""
     return value

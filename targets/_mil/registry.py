@@ -1,25 +1,25 @@
-"""Which function computes which operator of MIL."""
+"""Registry of the functions that implement MIL operators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-Function: TypeAlias = Callable[..., Any]  # a Tensor, or a tuple of them for an operator with several outputs
+Function: TypeAlias = Callable[..., Any]  # returns a Tensor, or a tuple of Tensors for several outputs
 
 OPERATORS: dict[str, Function] = {}
 
 
 def operator(*names: str) -> Callable[[Function], Function]:
-    """Register a function as what the MIL operators `names` compute.
+    """Register a function as the implementation of the MIL operators `names`.
 
-    Its parameters are called as the operator's inputs. Those before the `*` arrive as tensors (a list of them where MIL
-    takes several values; None where an optional one is not given), those after it as Python values: numbers, strings,
-    booleans, lists. Where the program leaves one out, MIL's own default arrives; where an older version of the operator
-    has no such input, the default of the function, or None.
+    The function's parameters have the names of the operator's inputs. Parameters before the `*` are tensors (lists of
+    tensors for inputs with several values; None for missing optional inputs); parameters after the `*` are Python
+    values: numbers, strings, booleans, lists. For an input that the program leaves out, the function gets MIL's
+    default; for an input that an older version of the operator does not have, the function's default, or None.
 
-    Floating-point tensors arrive in float32, whatever type the program gives them, and are rounded to that type by
-    the evaluator when they leave. Integers and booleans arrive in their own type, uint16 and uint32 in int32 and int64.
+    Floating-point tensors are float32, whatever their type in the program; the evaluator rounds the results to that
+    type. Integers and booleans have their own type, except uint16 and uint32, which are int32 and int64.
     """
 
     def register(function: Function) -> Function:

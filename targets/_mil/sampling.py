@@ -1,4 +1,4 @@
-"""Images sampled at coordinates: `resample`, `affine` and `crop_resize`. Positions are computed in float64."""
+"""Sampling of images at coordinates: `resample`, `affine` and `crop_resize`. Positions are computed in float64."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from targets._mil.registry import operator
 Padding: TypeAlias = Literal["constant", "border", "reflection", "symmetric"]
 Mode: TypeAlias = Literal["bilinear", "nearest"]
 
-# By MIL's name of the mode: the start, the end and the number of samples of a box to the position of sample i, in
-# units of elements. Those of DEFAULT and UNALIGN_CORNERS are defined for whole images only.
+# Position, in elements, of sample i of n in a box from a to b, by MIL's name of the sampling mode. DEFAULT and
+# UNALIGN_CORNERS are defined only for whole images.
 _INTERVALS = {
     "ALIGN_CORNERS": lambda a, b, i, n: a + i * (b - a) / (n - 1) if n > 1 else (a + b) / 2 + 0 * i,
     "STRICT_ALIGN_CORNERS": lambda a, b, i, n: a + i * (b - a) / (n - 1) if n > 1 else a + 0 * i,
@@ -33,7 +33,7 @@ def resample(
     coordinates_mode: str,
     align_corners: bool,
 ) -> Tensor:
-    """(B, C, H1, W1) at coordinates (B, H2, W2, 2), x before y: (B, C, H2, W2)."""
+    """Sample `x` (B, C, H1, W1) at `coordinates` (B, H2, W2, 2), x before y; returns (B, C, H2, W2)."""
     height, width = x.shape[-2:]
     columns, rows = (
         _elements(coordinates[..., axis].double(), size, coordinates_mode, align_corners)
@@ -55,17 +55,17 @@ def affine(
     coordinates_mode: str,
     align_corners: bool,
 ) -> Tensor:
-    """x' = a0 x + a1 y + a2 and y' = b0 x + b1 y + b2, where x and y go from -1 to 1 over the output."""
+    """Sample at x' = a0 x + a1 y + a2, y' = b0 x + b1 y + b2, where x and y range from -1 to 1 over the output."""
     if coordinates_mode != "normalized_minus_one_to_one" or not align_corners:
         raise ValueError(
-            f"coordinates_mode {coordinates_mode} with align_corners {align_corners}; MIL defines "
-            "normalized_minus_one_to_one with align_corners alone"
+            f"coordinates_mode {coordinates_mode} with align_corners {align_corners}; MIL defines only "
+            "normalized_minus_one_to_one with align_corners"
         )
     y, x_ = torch.meshgrid(*(_ends(size) for size in (output_height, output_width)), indexing="ij")
     matrix = transform_matrix.double().reshape(-1, 2, 3).expand(len(x), -1, -1)
     points = torch.stack((x_, y, torch.ones_like(y)), -1)  # (H2, W2, 3)
     coordinates = torch.einsum("hwk,bck->bhwc", points, matrix)
-    found: Tensor = resample(
+    sampled: Tensor = resample(
         x,
         coordinates,
         sampling_mode=sampling_mode,
@@ -74,7 +74,7 @@ def affine(
         coordinates_mode=coordinates_mode,
         align_corners=True,
     )
-    return found
+    return sampled
 
 
 @operator("crop_resize")
@@ -92,8 +92,10 @@ def crop_resize(
     sampling_mode: str,
     pad_value: float | None = None,
 ) -> Tensor:
-    """Boxes of images (B, C, H, W), resized. From iOS 17 on (N, C, h, w), of box i the image `box_indices[i]`; before,
-    (N, B, C, h, w), each box of every image, or (N, 1, C, h, w) where a box begins with the index of its image.
+    """Crop boxes from images (B, C, H, W) and resize them.
+
+    From iOS 17 on, returns (N, C, h, w), where box i is cropped from image `box_indices[i]`. Before iOS 17, returns
+    (N, B, C, h, w), every box cropped from every image; or (N, 1, C, h, w) where boxes start with an image index.
     """
     if boxes is not None:
         corners, images = boxes.double(), torch.arange(len(boxes)) if box_indices is None else box_indices.long()
@@ -106,31 +108,31 @@ def crop_resize(
         images = flat[:, 0].long() if flat.shape[1] == 5 else torch.arange(len(x)).repeat(len(flat))
         leading = (len(flat), count)
     if images.numel() and not (int(images.min()) >= 0 and int(images.max()) < len(x)):
-        raise IndexError(f"a box of image {int(images.max())} of {len(x)}")
+        raise IndexError(f"a box refers to image {int(images.max())} of {len(x)} images")
     top, left, bottom, right = _corners(corners, box_coordinate_mode)
     if normalized_coordinates:
         top, bottom = top * (x.shape[-2] - 1), bottom * (x.shape[-2] - 1)
         left, right = left * (x.shape[-1] - 1), right * (x.shape[-1] - 1)
     rows = _interval(top * spatial_scale, bottom * spatial_scale, target_height, sampling_mode)
     columns = _interval(left * spatial_scale, right * spatial_scale, target_width, sampling_mode)
-    made = _boxes(x[images], rows, columns, pad_value)
-    return made.reshape(*leading, *made.shape[1:])
+    crops = _boxes(x[images], rows, columns, pad_value)
+    return crops.reshape(*leading, *crops.shape[1:])
 
 
 def _boxes(x: Tensor, rows: Tensor, columns: Tensor, pad_value: float | None) -> Tensor:
-    """(N, C, H, W) at rows (N, h) and columns (N, w). What lies outside of the image has the value `pad_value`."""
+    """Sample (N, C, H, W) at rows (N, h) and columns (N, w); positions outside the image have the value `pad_value`."""
     inside = ((rows >= 0) & (rows <= x.shape[-2] - 1)).unsqueeze(2) & (
         (columns >= 0) & (columns <= x.shape[-1] - 1)
     ).unsqueeze(1)
     if pad_value is None and not inside.all():
-        raise ValueError("a box reaches beyond the image, which MIL defines from iOS 16 on")
+        raise ValueError("a box extends beyond the image, which MIL defines from iOS 16 on")
     shape = rows.shape[0], rows.shape[1], columns.shape[1]
-    found = _sampled(x, columns.unsqueeze(1).expand(shape), rows.unsqueeze(2).expand(shape), "bilinear", "border", 0.0)
-    return torch.where(inside.unsqueeze(1), found, 0.0 if pad_value is None else pad_value)
+    crops = _sampled(x, columns.unsqueeze(1).expand(shape), rows.unsqueeze(2).expand(shape), "bilinear", "border", 0.0)
+    return torch.where(inside.unsqueeze(1), crops, 0.0 if pad_value is None else pad_value)
 
 
 def _corners(boxes: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, left, bottom and right of boxes (N, 4)."""
+    """Return top, left, bottom and right of boxes (N, 4) in the coordinate order `mode`."""
     first, second, third, fourth = boxes.unbind(1)
     if mode.endswith("WIDTH_FIRST"):
         first, second, third, fourth = second, first, fourth, third
@@ -141,19 +143,19 @@ def _corners(boxes: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _interval(start: Tensor, end: Tensor, count: int, mode: str) -> Tensor:
     if mode not in _INTERVALS:
-        raise ValueError(f"sampling_mode {mode} of a box: MIL defines it for whole images only")
+        raise ValueError(f"sampling_mode {mode} of a box: MIL defines it only for whole images")
     places = torch.arange(count, dtype=torch.float64)
-    found: Tensor = _INTERVALS[mode](start.unsqueeze(1), end.unsqueeze(1), places, count)
-    return found
+    positions: Tensor = _INTERVALS[mode](start.unsqueeze(1), end.unsqueeze(1), places, count)
+    return positions
 
 
 def _ends(size: int) -> Tensor:
-    """From -1 to 1."""
+    """Return `size` evenly spaced values from -1 to 1."""
     return torch.linspace(-1, 1, size, dtype=torch.float64)
 
 
 def _elements(coordinates: Tensor, size: int, mode: str, align_corners: bool) -> Tensor:
-    """Coordinates along an axis in units of its elements, 0 being the centre of the first."""
+    """Convert coordinates along an axis to positions in elements; 0 is the centre of the first element."""
     if mode == "unnormalized":
         return coordinates
     share = (coordinates + 1) / 2 if mode == "normalized_minus_one_to_one" else coordinates
@@ -161,17 +163,17 @@ def _elements(coordinates: Tensor, size: int, mode: str, align_corners: bool) ->
 
 
 def _sampled(x: Tensor, columns: Tensor, rows: Tensor, mode: Mode, padding: Padding, value: float) -> Tensor:
-    """(N, C, H, W) at columns and rows (N, h, w), by torch's sampler in float64."""
+    """Sample (N, C, H, W) at columns and rows (N, h, w), by torch's grid_sample in float64."""
     height, width = x.shape[-2:]
-    aligned = padding == "reflection"  # about the centres of the first and last elements, not their edges
+    aligned = padding == "reflection"  # reflects about the centres of the first and last elements, not their edges
     grid = torch.stack([_unit(columns, width, aligned), _unit(rows, height, aligned)], -1)
-    how = {"constant": "zeros", "symmetric": "reflection"}.get(padding, padding)
+    padding_mode = {"constant": "zeros", "symmetric": "reflection"}.get(padding, padding)
     shift = value if padding == "constant" else 0.0
-    return (F.grid_sample(x.double() - shift, grid, mode, how, aligned) + shift).to(x.dtype)
+    return (F.grid_sample(x.double() - shift, grid, mode, padding_mode, aligned) + shift).to(x.dtype)
 
 
 def _unit(positions: Tensor, size: int, aligned: bool) -> Tensor:
-    """Positions in units of elements as torch's sampler takes them, from -1 to 1."""
+    """Convert positions in elements to grid_sample's coordinates from -1 to 1."""
     if aligned:
         return positions / (size - 1) * 2 - 1 if size > 1 else torch.zeros_like(positions)
     return (2 * positions + 1) / size - 1

@@ -1,7 +1,7 @@
-"""Operators that move values and compute none: reshape, transpose, slice, gather, pad, concatenate and their like.
+"""Operators that move values: reshape, transpose, slice, gather, scatter, pad, concat and similar operators.
 
-What MIL lets a program compute, such as the shape for a reshape, arrives as a tensor of integers. Where coremltools'
-definition leaves a case to its implementation (what happens to an index out of bounds), an error says so.
+Arguments that a program may compute, such as the shape of a reshape, are integer tensors. Cases that coremltools'
+definition does not specify, such as an index out of bounds, raise an error.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from targets._mil.registry import operator
 
 @operator("reshape")
 def reshape(x: Tensor, shape: Tensor) -> Tensor:
-    """-1 is what is left over. 0 stands for the size of `x` at that place, counted from the last axis, and for 1 where
-    `x` has fewer axes. (Before iOS 17, both have as many axes where there is a 0, so that is the same.)
+    """-1 is inferred. 0 keeps the size of `x` at that axis, counted from the last; it is 1 where `x` has fewer axes.
+
+    (Before iOS 17, `x` and `shape` have equal ranks where there is a 0, so that both rules agree.)
     """
     sizes = [*[1] * len(shape), *x.shape][x.dim() :]
-    return x.reshape([wanted or size for wanted, size in zip(shape.tolist(), sizes, strict=True)])
+    return x.reshape([new or size for new, size in zip(shape.tolist(), sizes, strict=True)])
 
 
 @operator("reshape_like")
 def reshape_like(
     x: Tensor, ref_tensors: list[Tensor], begins: list[Tensor], ends: list[Tensor], end_masks: list[Tensor]
 ) -> Tensor:
-    """The sizes of each reference from its `begin` to its `end`, or to its last axis where the mask says so."""
+    """Reshape to the sizes of each reference from axis `begin` to axis `end`, or to the last axis if masked."""
     sizes: list[int] = []
     for reference, begin, end, to_the_last in zip(ref_tensors, begins, ends, end_masks, strict=True):
         sizes += reference.shape[int(begin) : None if to_the_last else int(end)]
@@ -46,7 +47,7 @@ def transpose(x: Tensor, *, perm: Sequence[int]) -> Tensor:
 
 @operator("squeeze")
 def squeeze(x: Tensor, *, axes: Sequence[int] | None) -> Tensor:
-    """Without these axes, or all, where they have size 1; others stay."""
+    """Remove these axes, or by default all axes, where their size is 1."""
     return x.squeeze(tuple(range(x.dim()) if axes is None else axes))
 
 
@@ -65,7 +66,10 @@ def flatten2d(x: Tensor, *, axis: int) -> Tensor:
 
 @operator("concat")
 def concat(values: list[Tensor], *, axis: int, interleave: bool) -> Tensor:
-    """One after the other, or, interleaved, the first slices of all, then the second ones. Scalars make a vector."""
+    """Concatenate; with `interleave`, the first slices of all values, then the second slices, and so on.
+
+    Scalars are concatenated to a vector.
+    """
     values = [value.reshape(1) if value.dim() == 0 else value for value in values]
     if not interleave:
         return torch.cat(values, axis)
@@ -80,7 +84,7 @@ def stack(values: list[Tensor], *, axis: int) -> Tensor:
 
 @operator("split")
 def split(x: Tensor, split_sizes: Tensor | None, *, num_splits: int | None, axis: int) -> tuple[Tensor, ...]:
-    """Pieces of these sizes, or `num_splits` equal ones."""
+    """Split into parts of these sizes, or into `num_splits` equal parts."""
     if split_sizes is not None:
         return x.tensor_split(tuple(accumulate(split_sizes.tolist()))[:-1], axis)
     return x.tensor_split(num_splits or 1, axis)
@@ -97,8 +101,9 @@ def slice_by_index(
     end_mask: Sequence[bool] | None,
     squeeze_mask: Sequence[bool] | None,
 ) -> Tensor:
-    """`x[begin:end:stride]` on every axis by Python's rules; a mask leaves that side open. A squeezed axis is indexed
-    at `begin` and disappears.
+    """Return `x[begin:end:stride]` on every axis, by Python's rules.
+
+    A mask omits that bound. A squeezed axis is indexed at `begin` and removed.
     """
     rank = x.dim()
     no = [False] * rank
@@ -127,7 +132,7 @@ def slice_update(
     end_mask: Sequence[bool] | None,
     squeeze_mask: Sequence[bool] | None,
 ) -> Tensor:
-    """`x` with `update` in the place that `slice_by_index` would return."""
+    """Return `x` with `update` written to the region that `slice_by_index` returns."""
     rank = x.dim()
     no = [False] * rank
     chosen: list[slice] = []
@@ -148,20 +153,20 @@ def slice_update(
         else:
             chosen.append(slice(None if from_start else first, None if to_end else last, step))
     result = x.clone()
-    region = result.numpy()[tuple(chosen)]  # numpy steps backwards, too
+    region = result.numpy()[tuple(chosen)]  # NumPy, since it supports negative strides
     region[...] = update.reshape(region.shape).numpy()
     return result
 
 
 def _at(x: Tensor, axis: int, places: range) -> Tensor:
-    if places.step < 0:  # torch slices forwards only
+    if places.step < 0:  # torch does not support negative strides
         return x.index_select(axis, torch.tensor(places, dtype=torch.long))
     return x[(slice(None),) * axis + (slice(places.start, places.stop, places.step),)]
 
 
 @operator("slice_by_size")
 def slice_by_size(x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
-    """Size -1 goes to the end of the axis."""
+    """A size of -1 extends to the end of the axis."""
     for axis, (first, length) in enumerate(zip(begin.tolist(), size.tolist(), strict=True)):
         start = first + x.shape[axis] if first < 0 else first
         x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
@@ -170,8 +175,9 @@ def slice_by_size(x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
 
 @operator("gather")
 def gather(x: Tensor, indices: Tensor, *, axis: int, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
-    """Slices of `x` along `axis`; the first `batch_dims` axes of both go together. An index below 0 counts from the
-    end, as before iOS 17, unless the program asks for the check that iOS 17 has for it.
+    """Gather slices of `x` along `axis`; the first `batch_dims` axes of `x` and `indices` are batch axes.
+
+    Negative indices count from the end, as before iOS 17, unless `validate_indices` (iOS 17) is set.
     """
     axis %= x.dim()
     if batch_dims:
@@ -188,7 +194,7 @@ def gather_along_axis(x: Tensor, indices: Tensor, *, axis: int, validate_indices
 
 @operator("gather_nd")
 def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
-    """`x[index]` for every vector along the last axis of `indices`; the first `batch_dims` axes of both go together."""
+    """Return `x[index]` for every vector on the last axis of `indices`; the first `batch_dims` axes are batch axes."""
     if batch_dims:
         rest: dict[str, Any] = {"batch_dims": batch_dims - 1, "validate_indices": validate_indices}
         return torch.stack([gather_nd(one, where, **rest) for one, where in zip(x, indices, strict=True)])
@@ -199,7 +205,7 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0, validate_indic
 def scatter(
     data: Tensor, indices: Tensor, updates: Tensor, *, axis: int, mode: str, validate_indices: bool = False
 ) -> Tensor:
-    """`updates` into slices of `data` along `axis`."""
+    """Write or accumulate `updates` into slices of `data` along `axis`."""
     axis %= data.dim()
     places = _places(indices, data.shape[axis], validate_indices)
     return _updated(data, (slice(None),) * axis + (places.numpy(),), updates, mode)
@@ -220,7 +226,7 @@ def scatter_nd(data: Tensor, indices: Tensor, updates: Tensor, *, mode: str, val
     return _updated(data, tuple(place.numpy() for place in places), updates, mode)
 
 
-# In numpy, whose `at` counts an index as often as it comes.
+# NumPy functions, whose `at` accumulates repeated indices.
 _UPDATES = {
     "add": np.add,
     "sub": np.subtract,
@@ -236,15 +242,15 @@ def _updated(data: Tensor, where: tuple[Any, ...], updates: Tensor, mode: str) -
     if mode == "update":
         result.numpy()[where] = updates.numpy()
     elif mode == "div" and not data.is_floating_point():
-        raise NotImplementedError("MIL does not say how a scatter divides integers")
+        raise NotImplementedError("MIL does not define how a scatter divides integers")
     else:
         _UPDATES[mode].at(result.numpy(), where, updates.numpy())
     return result
 
 
 def _places(indices: Tensor, size: int, validate: bool) -> Tensor:
-    """`indices` along an axis of this size, counted from its start. Raises IndexError where there is no such place."""
-    indices = indices.long()  # uint8 has no numbers below 0 to compare with
+    """Return non-negative indices along an axis of this size. Raises IndexError where an index is out of bounds."""
+    indices = indices.long()  # comparisons with negative numbers need a signed type
     lowest = 0 if validate else -size
     outside = (indices < lowest) | (indices >= size)
     if outside.any():
@@ -253,13 +259,13 @@ def _places(indices: Tensor, size: int, validate: bool) -> Tensor:
 
 
 def _vectors(indices: Tensor, x: Tensor, validate: bool) -> tuple[Tensor, ...]:
-    """The places along the first axes of `x`, one tensor an axis, from vectors along the last axis of `indices`."""
+    """Convert index vectors on the last axis of `indices` to one index tensor per leading axis of `x`."""
     return tuple(_places(each, size, validate) for each, size in zip(indices.unbind(-1), x.shape, strict=False))
 
 
 @operator("pad")
 def pad(x: Tensor, pad: Tensor, *, mode: Literal["constant", "reflect", "replicate"], constant_val: float) -> Tensor:
-    """`pad` has two numbers an axis, before and after, for the last axes of `x`: as many as it has pairs."""
+    """Pad the last axes of `x`; `pad` has a pair of numbers, before and after, for each padded axis."""
     pairs: list[list[int]] = pad.reshape(-1, 2).tolist()
     if mode == "constant":
         return F.pad(x, [number for pair in reversed(pairs) for number in pair], value=constant_val)
@@ -270,18 +276,18 @@ def pad(x: Tensor, pad: Tensor, *, mode: Literal["constant", "reflect", "replica
 
 
 def _beyond(size: int, before: int, after: int, mode: Literal["reflect", "replicate"]) -> Tensor:
-    """The places along an axis that a padded one takes its values from. Raises ValueError above MIL's limit."""
+    """Return the source index of each element of a padded axis. Raises ValueError above MIL's limit of padding."""
     last = size - 1
     limit = last if mode == "reflect" else size
     if max(before, after) > limit:
-        raise ValueError(f"an axis of {size} is padded by {max(before, after)} in mode {mode}; MIL allows {limit}")
+        raise ValueError(f"an axis of size {size} is padded by {max(before, after)} in mode {mode}; MIL allows {limit}")
     places = torch.arange(-before, size + after)
     return places.clamp(0, last) if mode == "replicate" else last - (last - places.abs()).abs()
 
 
 @operator("crop")
 def crop(x: Tensor, *, crop_height: list[int], crop_width: list[int]) -> Tensor:
-    """Without so many rows at the top and bottom, and columns at the left and right."""
+    """Remove these numbers of rows (top, bottom) and columns (left, right)."""
     (top, bottom), (left, right) = crop_height, crop_width
     return x[..., top : x.shape[-2] - bottom, left : x.shape[-1] - right]
 
@@ -306,8 +312,8 @@ def pixel_unshuffle(x: Tensor, *, downscale_factor: int) -> Tensor:
     return F.pixel_unshuffle(x, downscale_factor)
 
 
-# The place in a block is the slow part of a channel's number in the two below, as in TensorFlow, from whose operators
-# coremltools converts to them without a rearrangement; in the two above, it is the fast part.
+# In the two operators below, the position in a block is the slowest part of the channel index, as in TensorFlow, whose
+# operators coremltools converts to them without rearrangement; in the two operators above, it is the fastest part.
 @operator("depth_to_space")
 def depth_to_space(x: Tensor, *, block_size: int) -> Tensor:
     count, channels, height, width = x.shape
@@ -326,7 +332,7 @@ def space_to_depth(x: Tensor, *, block_size: int) -> Tensor:
 
 @operator("space_to_batch")
 def space_to_batch(x: Tensor, *, block_shape: Sequence[int], paddings: Sequence[Sequence[int]]) -> Tensor:
-    """The place in a block is the slow part of the new batch."""
+    """The position in a block is the slowest part of the new batch index."""
     (down, across), (rows, columns) = block_shape, paddings
     x = F.pad(x, (*columns, *rows))
     count, channels, height, width = x.shape
@@ -347,7 +353,7 @@ def batch_to_space(x: Tensor, *, block_shape: Sequence[int], crops: Sequence[Seq
 
 @operator("sliding_windows")
 def sliding_windows(x: Tensor, *, axis: int, size: int, stride: int) -> Tensor:
-    """A new axis of `size` follows `axis`."""
+    """Return sliding windows along `axis`, whose elements are a new axis after it."""
     axis %= x.dim()
     return x.unfold(axis, size, stride).movedim(-1, axis + 1)
 
@@ -364,13 +370,13 @@ def fill_like(ref_tensor: Tensor, value: Tensor) -> Tensor:
 
 @operator("non_zero")
 def non_zero(x: Tensor) -> Tensor:
-    """The places of the elements that are not zero, one row each, in the order of `x`: (N, rank), int32."""
+    """Return the indices of the non-zero elements, in row-major order: (N, rank), int32."""
     return x.nonzero().int()
 
 
 @operator("reverse_sequence")
 def reverse_sequence(x: Tensor, lengths: Tensor, *, seq_axis: int, batch_axis: int) -> Tensor:
-    """Of each slice along `batch_axis`, so many first elements along `seq_axis` backwards."""
+    """Reverse the first `lengths[i]` elements along `seq_axis` of each slice i along `batch_axis`."""
     slices = []
     for one, length in zip(x.tensor_split(x.shape[batch_axis], batch_axis), lengths.tolist(), strict=True):
         rest = one.shape[seq_axis] - length
@@ -393,7 +399,7 @@ def range_1d(end: Tensor, start: Tensor, step: Tensor) -> Tensor:
 
 @operator("band_part")
 def band_part(x: Tensor, *, lower: int, upper: int) -> Tensor:
-    """Zero outside a band around the diagonal of the last two axes; a negative width keeps that whole side."""
+    """Set elements outside a band around the diagonal of the last two axes to 0; a negative width keeps that side."""
     rows, columns = x.shape[-2:]
     below = torch.arange(rows).reshape(-1, 1) - torch.arange(columns)
     outside = torch.zeros_like(below, dtype=torch.bool)
@@ -406,7 +412,7 @@ def band_part(x: Tensor, *, lower: int, upper: int) -> Tensor:
 
 @operator("one_hot")
 def one_hot(indices: Tensor, one_hot_vector_size: Tensor, on_value: Tensor, off_value: Tensor, *, axis: int) -> Tensor:
-    """A new axis; an index that it does not have is off everywhere."""
+    """One-hot encoding along a new axis; an index out of bounds is encoded as all off."""
     places = [1] * (indices.dim() + 1)
     places[axis] = int(one_hot_vector_size)
     return torch.where(torch.arange(places[axis]).reshape(places) == indices.unsqueeze(axis), on_value, off_value)
@@ -416,9 +422,7 @@ def one_hot(indices: Tensor, one_hot_vector_size: Tensor, on_value: Tensor, off_
 def topk(
     x: Tensor, *, k: int, axis: int, ascending: bool, return_indices: bool = True
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The `k` largest, or smallest where they ascend, sorted, and where they are, int32. The first of equal ones comes
-    first.
-    """
+    """Return the `k` largest values (smallest if `ascending`), sorted, and their indices, int32. Sorting is stable."""
     values, places = x.sort(dim=axis, descending=not ascending, stable=True)
     values, places = values.narrow(axis, 0, k), places.narrow(axis, 0, k)
     return (values, places.int()) if return_indices else values
@@ -426,5 +430,5 @@ def topk(
 
 @operator("argsort")
 def argsort(x: Tensor, *, axis: int, ascending: bool) -> Tensor:
-    """The first of equal ones comes first."""
+    """Return the indices, int32, that sort `x` along `axis`. Sorting is stable."""
     return x.argsort(dim=axis, descending=not ascending, stable=True).int()

@@ -258,7 +258,7 @@ def test_a_bundle_with_a_wrong_graph_is_refused(shared: Path) -> None:
 
 def test_a_core_ml_package_that_computes_something_else_is_refused_naming_its_operator(shared: Path) -> None:
     said = refused(tiny_run("fp16", WrongCoreML()), shared)
-    assert re.match(r"conv2d_1\S* of the Core ML package \(conv\), given what torch computed before it, is not", said)
+    assert re.match(r"conv2d_1\S* of the Core ML package \(conv\), computed from torch's inputs, does not match", said)
 
 
 def test_a_core_ml_package_that_is_right_in_its_parts_alone_is_refused_saying_so(shared: Path) -> None:

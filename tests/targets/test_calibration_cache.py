@@ -45,7 +45,7 @@ def test_a_hidden_layer_of_the_reference_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "scale"), [("two\nlines", 1.0), ("x", float("nan")), ("x", -1.0)])
 def test_what_could_not_be_read_back_is_not_written(name: str, scale: float) -> None:
-    with pytest.raises(ValueError, match="cannot be a line"):
+    with pytest.raises(ValueError, match="cannot be written as a line"):
         text(CalibrationCache(version=8601, algorithm="EntropyCalibration2", scales={name: scale}))
 
 
@@ -64,16 +64,19 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, scale
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "line 1: `` is no header of a calibration cache; expected one such as TRT-8601-EntropyCalibration2"),
-        ("TRT-8601-Guess\n", "line 1: `TRT-8601-Guess` is no header"),
-        ("TRT-8601-EntropyCalibration2\ninput 3caa54fc\n", "line 2: `input 3caa54fc` is no scale; expected"),
-        ("TRT-8601-EntropyCalibration2\n\ninput: xyz\n", "line 3: `input: xyz` is no scale; expected"),
-        ("TRT-8601-EntropyCalibration2\ninput: 3caa54fc0\n", "line 2: `input: 3caa54fc0` is no scale; expected"),
-        ("TRT-0-EntropyCalibration2\n", "line 1: `TRT-0-EntropyCalibration2` is no header"),
-        ("TRT-8601-EntropyCalibration2\ninput: 7fc00000\n", "line 2: nan is no scale of input"),
-        ("TRT-8601-EntropyCalibration2\ninput: bf800000\n", "line 2: -1.0 is no scale of input"),
+        (
+            "",
+            "line 1: `` is not the header of a calibration cache; expected a line such as TRT-8601-EntropyCalibration2",
+        ),
+        ("TRT-8601-Guess\n", "line 1: `TRT-8601-Guess` is not the header"),
+        ("TRT-8601-EntropyCalibration2\ninput 3caa54fc\n", "line 2: `input 3caa54fc` is not a scale; expected"),
+        ("TRT-8601-EntropyCalibration2\n\ninput: xyz\n", "line 3: `input: xyz` is not a scale; expected"),
+        ("TRT-8601-EntropyCalibration2\ninput: 3caa54fc0\n", "line 2: `input: 3caa54fc0` is not a scale; expected"),
+        ("TRT-0-EntropyCalibration2\n", "line 1: `TRT-0-EntropyCalibration2` is not the header"),
+        ("TRT-8601-EntropyCalibration2\ninput: 7fc00000\n", "line 2: nan is not a valid scale of input"),
+        ("TRT-8601-EntropyCalibration2\ninput: bf800000\n", "line 2: -1.0 is not a valid scale of input"),
         ("TRT-8601-EntropyCalibration2\nx: 3c010a14\nx: 3c010a14\n", "line 3: x has a second scale"),
-        (b"\xff\xfe\x00", "is no calibration cache: it is not text"),
+        (b"\xff\xfe\x00", "is not a calibration cache: it is not text"),
     ],
 )
 def test_a_file_that_is_none_is_refused_by_its_line(tmp_path: Path, content: str | bytes, sentence: str) -> None:

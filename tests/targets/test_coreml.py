@@ -277,7 +277,7 @@ def test_one_changed_int8_weight_is_named(int8: tuple[Export, Path]) -> None:
     ("kinds", "message"),
     [
         (("quantize", "dequantize"), r"layer 1 of 3, stem: .* has activation scale 2.0, expected"),
-        (("dequantize",), r"its input is quantized with scale .* and dequantized with 2.0"),
+        (("dequantize",), r"its input is quantized with scale .* and dequantized with scale 2.0"),
     ],
 )
 def test_a_changed_scale_in_the_package_is_named(
@@ -313,7 +313,7 @@ def test_another_batch_is_refused(int8: tuple[Export, Path]) -> None:
 def test_a_damaged_package_is_refused(int8: tuple[Export, Path], name: str, damage: Callable[[Path], object]) -> None:
     export, engine = int8
     damage(engine / PACKAGE / "Data" / "com.apple.CoreML" / name)
-    with pytest.raises(CheckFailed, match="cannot be read back"):
+    with pytest.raises(CheckFailed, match="cannot be read"):
         TARGET.inspect(export, engine)
 
 
@@ -321,7 +321,7 @@ def test_a_quantizer_that_no_layer_owns_is_named(made: dict[Precision, tuple[Exp
     package = _coreml.read(made["int8"][1] / PACKAGE)
     _coreml.check_quantizers(package)
     without_head = tuple(operation for operation in package.operations if operation.op_type != "linear")
-    with pytest.raises(CheckFailed, match=r"quantizes with scale .*, and no layer has it"):
+    with pytest.raises(CheckFailed, match=r"quantizes with scale .*, but its result is neither"):
         _coreml.check_quantizers(dataclasses.replace(package, operations=without_head))
 
 

@@ -147,12 +147,12 @@ def test_what_was_not_executed_is_said(made: Made) -> None:
     report = REPORT | {"executed": False, "by": "onnxruntime, on the export", "why_not": "no evaluator"}
     card = published(made, "tensor", dataclasses.replace(FACTS, report=report))[1]
     assert "onnxruntime, on the export, instead of the package" in card
-    assert "Not on a device: no evaluator." in card
+    assert "Not measured on a device: no evaluator." in card
 
 
 def test_a_card_of_what_was_measured_on_a_device_gives_no_excuse(made: Made) -> None:
     card = published(made, "tensor", dataclasses.replace(FACTS, report=REPORT | {"by": "coreml", "why_not": None}))[1]
-    assert "Not on a device" not in card
+    assert "Not measured on a device" not in card
 
 
 def test_what_is_not_known_is_not_made_up(made: Made) -> None:

@@ -211,7 +211,7 @@ def test_an_operator_of_a_side_that_varies_may_stay_and_its_products_are_not_cou
 
     found = linted(conv, (1, 8, get_new_symbol(), 64))
     assert (found.operators, found.eligible, found.in_layout, found.macs) == (1, 1, 0, 0)
-    assert finding(found, "dynamic-shape").hits[0].detail == "conv of a shape that varies"
+    assert finding(found, "dynamic-shape").hits[0].detail == "conv of dynamic shape"
 
 
 def test_a_program_in_float32_has_nothing_for_the_engine() -> None:
@@ -226,7 +226,7 @@ def test_a_program_in_float32_has_nothing_for_the_engine() -> None:
 def test_a_roll_is_told_from_other_gathers() -> None:
     picked = linted(lambda mb, x: mb.gather(x=x, indices=np.array([3, 1, 2], np.int32), axis=2))
     assert finding(picked, "gather").hits[0].detail == "gather"
-    assert finding(linted(rolled), "gather").hits[0].detail == "gather that rolls"
+    assert finding(linted(rolled), "gather").hits[0].detail == "gather that rolls an axis"
 
 
 def test_what_torch_roll_becomes_is_off_the_engine() -> None:
@@ -265,7 +265,7 @@ def test_the_operators_that_left_rf_detr_leave_here_and_their_neighbours_stay() 
         (padded("reflect"), "padding", "reflect padding"),
         (lambda mb, x: mb.softmax(x=x, axis=-1), "softmax-axis", "over axis 3 of 4"),
         (lambda mb, x: mb.add(x=x, y=HALF("-inf")), "mask", "constant of -inf"),
-        (lambda mb, x: blocks(mb, x, 2), "block-scales", "2 scales a channel"),
+        (lambda mb, x: blocks(mb, x, 2), "block-scales", "2 scales per channel"),
         (reshaped(1, 8, 64, 16), "lines", "(1x8x64x16) takes 2 times its bytes"),
     ],
 )
@@ -284,8 +284,8 @@ def test_a_finding_reads_as_what_where_why_and_who_says_so() -> None:
     assert str(found) == (
         "warning: softmax-axis: softmax x6: over axis 3 of 4\n"
         "    at or after stem_conv; operators softmax_0, softmax_1, softmax_2, softmax_3 and 2 more\n"
-        "    the Neural Engine prefers softmax over the channels, axis 1; let the keys be axis 1: (B, keys, heads, "
-        "queries), or one head at a time\n"
+        "    the Neural Engine prefers softmax over the channels, axis 1; put the keys on axis 1: (B, keys, heads, "
+        "queries), or compute one head at a time\n"
         "    (documented: Apple, coreai-models, neural_engine_rules.md (2026))"
     )
     assert len(found.hits) == 6

@@ -106,18 +106,18 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], str]] = {
     ("damage", "sentence", "code"),
     [
         ("no package", "there is no such package; give the folder that ends in .mlpackage", 2),
-        ("one file", "a single .mlmodel file is a neural network or a model of another kind, expected the folder", 2),
+        ("one file", "a single .mlmodel file is not an ML Program; expected the .mlpackage folder", 2),
         ("no numbers", "--size 3: expected HEIGHTxWIDTH in pixels, such as 224x224", 2),
-        ("another size", "input image has the shape (1, 3, 8, 16); the package takes 1x3x16x16", 2),
-        ("a pipe", "Data/com.apple.CoreML/model.mlmodel is no regular file", 4),
-        ("a pipe of weights", "weights/weight.bin is no regular file", 4),
-        ("a manifest outside", "names a file outside of itself, '../../outside', in Manifest.json: it is not read", 4),
-        ("another model", "names the model 'com.apple.CoreML/other.mlmodel' in Manifest.json; expected", 4),
+        ("another size", "input image has shape (1, 3, 8, 16); the package accepts 1x3x16x16", 2),
+        ("a pipe", "Data/com.apple.CoreML/model.mlmodel is not a regular file", 4),
+        ("a pipe of weights", "weights/weight.bin is not a regular file", 4),
+        ("a manifest outside", "Manifest.json refers to a file outside of the package, '../../outside': not read", 4),
+        ("another model", "Manifest.json names the model 'com.apple.CoreML/other.mlmodel'; expected", 4),
         ("no list", "Manifest.json does not list its files", 4),
         ("a long list", "Manifest.json has 2000000 bytes; expected a list of a few files", 4),
-        ("no picture", "is no picture that Pillow can read", 2),
-        ("no function", "has no function other; it has main", 2),
-        ("no weights", "cannot be read back", 4),
+        ("no picture", "is not an image that Pillow can read", 2),
+        ("no function", "has no function other; its functions are main", 2),
+        ("no weights", "cannot be read", 4),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(
@@ -176,7 +176,7 @@ def test_the_pictures_of_a_package_of_others_have_red_first(
     assert coreml_eval.main([str(file), str(picture)]) == code
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     if code:
-        assert "input `x` of the package takes pictures in BGR; expected RGB" in answer["error"]
+        assert "input `x` of the package accepts BGR images; expected RGB" in answer["error"]
     else:
         assert max(*answer["outputs"].values()) > 100  # bytes, as they are
 
@@ -244,7 +244,7 @@ def test_enumerated_shapes_are_the_only_ones(tmp_path: Path, picture: Path) -> N
     assert len(next(iter(asked(path, picture, "--size", "48x48").outputs.values()))) == 3 * 48 * 48
     refused = asked(path, picture, "--size", "40x40")
     assert refused.code == 2
-    assert refused.error == "input x has the shape (1, 3, 40, 40); the package takes 1x3x32x32 or 1x3x48x48"
+    assert refused.error == "input x has shape (1, 3, 40, 40); the package accepts 1x3x32x32 or 1x3x48x48"
 
 
 def test_a_range_of_shapes_ends_where_it_says(tmp_path: Path, picture: Path) -> None:
@@ -256,10 +256,10 @@ def test_a_range_of_shapes_ends_where_it_says(tmp_path: Path, picture: Path) -> 
     path = foreign(tmp_path, relu, tensor_type(shape=(1, 3, side, side)), shape=shape)
     for size, code in (("16x64", 0), ("64x16", 0), ("100x100", 2), ("15x20", 2)):
         assert asked(path, picture, "--size", size).code == code
-    assert "the package takes 1x3x(16 to 64)x(16 to 64)" in asked(path, picture, "--size", "100x100").error
+    assert "the package accepts 1x3x(16 to 64)x(16 to 64)" in asked(path, picture, "--size", "100x100").error
     package = read(path)
     evaluator = Evaluator(package.operations, package.outputs)
-    with pytest.raises(BadRequest, match=r"\(1, 3, 65, 16\); the package takes 1x3x\(16 to 64\)"):
+    with pytest.raises(BadRequest, match=r"\(1, 3, 65, 16\); the package accepts 1x3x\(16 to 64\)"):
         evaluator.run({"x": torch.zeros(1, 3, 65, 16)})
 
 
@@ -290,7 +290,7 @@ def test_two_inputs_are_named_and_an_optional_one_has_its_default(tmp_path: Path
     refused = asked(path, picture)
     assert refused.code == 2
     sides = f"1x3x{SIZE}x{SIZE}"
-    assert f"takes 2 inputs, x (array {sides}), y (array {sides}); expected one image" in refused.error
+    assert f"has 2 inputs without a default, x (array {sides}), y (array {sides}); expected one image" in refused.error
 
     def make_optional(spec: Any) -> None:
         second = spec.description.input[1].type
@@ -361,7 +361,7 @@ def test_a_program_that_would_fill_the_memory_is_refused(tmp_path: Path, picture
         return lambda x: mb.tile(x=x, reps=[1, 1, 4096, 4096])
 
     refused = asked(foreign(tmp_path, huge, tensor_type()), picture)
-    assert refused.code == 4 and "computes up to 268435456 at a time" in refused.error
+    assert refused.code == 4 and "supports at most 268435456" in refused.error
 
 
 def test_a_neural_network_is_told_to_be_converted(tmp_path: Path, picture: Path) -> None:
@@ -372,4 +372,4 @@ def test_a_neural_network_is_told_to_be_converted(tmp_path: Path, picture: Path)
     path = rewritten(foreign(tmp_path, relu, tensor_type()), lambda spec: spec.CopyFrom(network))
     refused = asked(path, picture)
     assert refused.code == 4
-    assert "has a model of the type neuralNetwork, expected an ML Program: convert it again" in refused.error
+    assert "has a model of type neuralNetwork, expected an ML Program: convert it again" in refused.error

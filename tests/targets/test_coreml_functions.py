@@ -143,7 +143,7 @@ def test_the_card_has_a_row_for_each_function_and_code_that_loads_one(merged: Pa
     for name, part in parts.items():
         (row,) = [line for line in card.splitlines() if part.facts.key[:12] in line]
         assert row.startswith(f"| {name} |")
-        assert f"Of `{name}`: " in card
+        assert f"`{name}`: Resize an RGB image" in card
     assert 'configuration.functionName = "fp16_16"' in code(card, "swift")
     photo(merged)
     assert answered(merged)["logits"].shape == (1, 4)
@@ -159,7 +159,7 @@ def damaged(merged: Path, tmp_path: Path) -> Path:
 
 def test_a_function_of_another_package_is_named(merged: Path, parts: dict[str, Part]) -> None:
     found = _coreml.read(merged / PACKAGE, "fp16_16")
-    with pytest.raises(CheckFailed, match=r"function fp16_16, operator 1 is not that of .*: .*\(conv\).*, expected .*"):
+    with pytest.raises(CheckFailed, match=r"operator 1 of function fp16_16 differs from .*: .*\(conv\).*, expected .*"):
         _coreml_functions.check("fp16_16", found, _coreml.read(parts["int8_16"].engine / PACKAGE))
     with pytest.raises(CheckFailed, match=r"inputs of function fp16_16: .*\[1, 3, .*, expected .*\[2, 3, "):
         _coreml_functions.check("fp16_16", found, _coreml.read(parts["fp16_pair"].engine / PACKAGE))
@@ -172,7 +172,7 @@ def test_a_changed_weight_is_named(damaged: Path, parts: dict[str, Part]) -> Non
     content = bytearray(file.read_bytes())
     content[content.index(weight.tobytes()) + 5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckFailed, match=r"function fp16_16, operator \d+ .*: .*\(conv\) takes another weight"):
+    with pytest.raises(CheckFailed, match=r"operator \d+ of function fp16_16 .*: .*\(conv\) has a different weight"):
         _coreml_functions.check("fp16_16", _coreml.read(damaged / PACKAGE, "fp16_16"), expected)
 
 

@@ -196,7 +196,7 @@ def test_classes_in_another_order_are_refused(classifier: tuple[Export, Path]) -
     export, engine = classifier
     described = export.description() | {"classes": CLASSES[::-1]}
     (export.path / "model.json").write_text(json.dumps(described))
-    with pytest.raises(CheckFailed, match=r"names the classes \[\['a', .*\]\], expected \[\['é', "):
+    with pytest.raises(CheckFailed, match=r"has the classes \[\['a', .*\]\], expected \[\['é', "):
         TARGET.inspect(export, engine)
 
 
@@ -205,7 +205,9 @@ def test_a_classifier_that_does_not_say_which_output_is_its_label_is_refused(cla
     spec = _coreml.read(engine / PACKAGE).spec
     spec.description.predictedFeatureName = ""
     rewrite(engine, spec)
-    with pytest.raises(CheckFailed, match=r"calls its answer \('', 'classLabel_probs'\), expected \('classLabel', "):
+    with pytest.raises(
+        CheckFailed, match=r"names its label and probabilities \('', 'classLabel_probs'\), expected \('classLabel', "
+    ):
         TARGET.inspect(export, engine)
 
 
@@ -222,7 +224,7 @@ def test_a_package_for_tensors_is_no_package_for_pictures(made: Made) -> None:
 
 @pytest.mark.parametrize("interface", INTERFACES)
 def test_several_pictures_at_once_are_refused(interface: Interface) -> None:
-    with pytest.raises(BadRequest, match=f"INTERFACE={interface} BATCH=2: .* give BATCH=1, or INTERFACE=tensor"):
+    with pytest.raises(BadRequest, match=f"INTERFACE={interface} BATCH=2: .* use BATCH=1, or INTERFACE=tensor"):
         _coreml_interface.accept(interface, 2)
 
 
@@ -248,7 +250,7 @@ def test_pixels_come_back_exactly(constants: Any) -> None:
 @pytest.mark.parametrize("value", [0.3 / 255, -1 / 255, 256 / 255])
 def test_what_is_no_picture_has_no_pixels(value: float) -> None:
     images = np.full((1, 3, 2, 2), value, np.float32)
-    with pytest.raises(CheckFailed, match=r"away from whole pixels of 0 to 255 .* takes 8-bit pictures only"):
+    with pytest.raises(CheckFailed, match=r"away from the integers 0 to 255; .* accepts only 8-bit images"):
         _coreml_interface.pixels(images, {"mean": [0.0] * 3, "std": [1.0] * 3})
 
 

@@ -239,7 +239,9 @@ def test_a_plan_of_any_function_but_the_default_one_is_refused(
     loaded = ThisMac().load(packages["tensor"], "CPU_AND_NE", "main")
     assert loaded.plan()
     monkeypatch.setattr(loaded.model, "function_name", "small")
-    with pytest.raises(CannotRunHere, match=r"a plan of a package's default function, main, alone; build small as"):
+    with pytest.raises(
+        CannotRunHere, match=r"a compute plan only for a package's default function, main; build small as"
+    ):
         loaded.plan()
 
 
@@ -267,7 +269,7 @@ def test_a_mac_without_a_neural_engine_puts_its_times_in_doubt(
     assert [ThisMac().doubt(unit) for unit in UNITS] == [None] * 4
     mac.devices = ("CPU", "GPU")  # type: ignore[assignment]
     with TARGET.open(packages["tensor"].parent) as session:
-        assert session.doubt == "this Mac has no Neural Engine: Core ML runs ALL elsewhere without a word"
+        assert session.doubt == "this Mac has no Neural Engine: Core ML silently runs ALL on other devices"
     assert [ThisMac().doubt(unit) is None for unit in UNITS] == [False, True, True, False]
     mac.devices = ("CPU",)  # type: ignore[assignment]
     assert "no GPU" in str(ThisMac().doubt("CPU_AND_GPU"))
@@ -348,7 +350,7 @@ def test_a_prediction_that_fails_says_why(
 def test_a_prediction_without_a_time_is_refused(mac: type[Proxy], packages: dict[Interface, Path]) -> None:
     mac.answered_ns = None
     with (
-        pytest.raises(CannotRunHere, match=r"^Core ML does not say how long a prediction took"),
+        pytest.raises(CannotRunHere, match=r"^Core ML does not report the duration of predictions"),
         TARGET.open(packages["tensor"].parent) as session,
     ):
         session.latencies_ns(IMAGES, 1)

@@ -77,7 +77,9 @@ def test_a_layer_that_differs_is_found_where_it_is_and_no_other_is_blamed(
     wrong = [comparison for comparison in found.comparisons if comparison.db < 50]
     assert [comparison.kind for comparison in wrong] == [kind]
     assert found.first_diverging() == wrong[0]
-    with pytest.raises(CheckFailed, match=rf"{wrong[0].operator} of the Core ML package \({kind}\), given what torch"):
+    with pytest.raises(
+        CheckFailed, match=rf"{wrong[0].operator} of the Core ML package \({kind}\), computed from torch"
+    ):
         found.check(precision=precision)
 
 
@@ -155,7 +157,7 @@ def test_a_float32_package_that_is_far_from_torch_as_a_whole_is_refused(
     made: dict[Precision, tuple[Export, Path]], image: Tensor
 ) -> None:
     found = dataclasses.replace(replayed(*made["fp32"], image), logits_db=49.9)
-    with pytest.raises(CheckFailed, match=r"49\.9 dB from the torch program, expected 50 dB"):
+    with pytest.raises(CheckFailed, match=r"match the torch program to 49\.9 dB, expected 50 dB"):
         found.check(precision="fp32")
     found.check(precision="fp16")  # where rounded weights may add up to that
 

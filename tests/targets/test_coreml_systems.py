@@ -62,15 +62,16 @@ def test_a_system_may_be_as_old_as_the_recipe_allows(name: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("int8_ptq", r"^DEPLOYMENT=iOS17: an INT8 recipe needs .* INT8 weights in another form \(constexpr_affine_deq"),
+        ("int8_ptq", r"^DEPLOYMENT=iOS17: an INT8 recipe needs .* INT8 weights as constexpr_affine_dequantize"),
         (
             "w8a16",
-            r"^DEPLOYMENT=iOS17: RECIPE=w8a16 needs .* reported wrong on the GPU .*; leave DEPLOYMENT out, or take",
+            r"^DEPLOYMENT=iOS17: RECIPE=w8a16 needs .* results on the GPU are reported wrong .*; leave DEPLOYMENT out, "
+            r"or use",
         ),
-        ("w4a16", r"^DEPLOYMENT=iOS17: RECIPE=w4a16 needs .*: earlier systems have no scales for blocks of weights; "),
+        ("w4a16", r"^DEPLOYMENT=iOS17: RECIPE=w4a16 needs .*: earlier systems have no per-block scales of weights; "),
         (
             "palette4",
-            r"^DEPLOYMENT=iOS17: RECIPE=palette4 needs .*: earlier systems have one palette for a whole tensor; ",
+            r"^DEPLOYMENT=iOS17: RECIPE=palette4 needs .*: earlier systems have only one palette per tensor; ",
         ),
     ],
 )

@@ -331,10 +331,10 @@ def test_another_form_than_the_one_asked_for_is_named(made: Made, built_as: str,
     ("name", "message"),
     [
         ("w8a16", r"layer 2 of 5, narrow: .* has int8 weights, expected float"),
-        ("w4a16", r"weight scales of shape \(48, 2, 1, 1\), expected one an output channel"),
+        ("w4a16", r"weight scales of shape \(48, 2, 1, 1\), expected one scale per output channel"),
         (
             "palette4",
-            r"\(constexpr_lut_to_dense\) stores a weight in another form than the exported one; expected plain",
+            r"\(constexpr_lut_to_dense\) stores a weight in a form that the export does not have; expected only",
         ),
     ],
 )
@@ -394,7 +394,7 @@ def test_quantized_activations_are_no_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     export = exported(tmp_path / "export", "int8", Plain())
     package = _coreml.read(built(tmp_path / "engine", export) / PACKAGE)
-    with pytest.raises(CheckFailed, match=r"\(quantize\) is no weight of a layer; this recipe stores weights in fewer"):
+    with pytest.raises(CheckFailed, match=r"\(quantize\) is not the weight of a layer; this recipe compresses only"):
         _coreml_weights.inspect(package, programs.load(export.program), RECIPES["w8a16"])
 
 
@@ -402,7 +402,7 @@ def test_a_compressed_constant_that_no_layer_owns_is_named(made: Made) -> None:
     export, engine = made["w8a16"]
     package = _coreml.read(engine / PACKAGE)
     others = tuple(operation for operation in package.operations if operation.op_type != "linear")
-    with pytest.raises(CheckFailed, match=r"\(constexpr_blockwise_shift_scale\) is no weight of a layer"):
+    with pytest.raises(CheckFailed, match=r"\(constexpr_blockwise_shift_scale\) is not the weight of a layer"):
         _coreml_weights.inspect(
             dataclasses.replace(package, operations=others), programs.load(export.program), RECIPES["w8a16"]
         )

@@ -70,7 +70,7 @@ def test_weights_stay_integers_in_the_engine(int8_export: Export, float_export: 
 
 def test_an_int8_engine_without_integers_is_refused(float_export: Export, tmp_path: Path) -> None:
     _, engine = built(float_export, tmp_path, "fp32")
-    sentence = r"OpenVINO executes no layer in INT8 \(.*\); this CPU may lack integer instructions, use RECIPE=fp32$"
+    sentence = r"OpenVINO executes no layer in INT8 \(.*\); this CPU may lack INT8 instructions, use RECIPE=fp32$"
     with pytest.raises(CheckFailed, match=sentence):
         TARGET.inspect(replace(float_export, precision="int8"), engine)
 

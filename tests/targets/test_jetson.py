@@ -95,7 +95,7 @@ def test_the_next_command_survives_spaces() -> None:
 def test_elsewhere_than_on_a_jetson_the_bundle_is_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(jetson, "_RELEASE", tmp_path / "nv_tegra_release")
     monkeypatch.setattr(jetson, "_DEVICE_TREE", tmp_path / "compatible")
-    assert "carry the bundle to one" in str(jetson.TARGET.missing())
+    assert "copy the bundle to a Jetson" in str(jetson.TARGET.missing())
     (tmp_path / "compatible").write_bytes(b"nvidia,p3768-0000\0nvidia,tegra234\0")
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     assert "it comes with JetPack" in str(jetson.TARGET.missing())

@@ -38,7 +38,9 @@ def test_a_whole_file_is_read_with_its_scales(tmp_path: Path, model: Any) -> Non
 def test_bytes_that_are_no_model_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    with pytest.raises(CheckFailed, match=rf"^{re.escape(str(path))} is no valid ONNX model \(.+\); build the engine"):
+    with pytest.raises(
+        CheckFailed, match=rf"^{re.escape(str(path))} is not a valid ONNX model \(.+\); build the engine"
+    ):
         read(path)
 
 
@@ -50,14 +52,14 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_a_circle_of_operators_is_refused_before_anything_follows_it(tmp_path: Path, model: Any) -> None:
     node = model.graph.node.add(op_type="Reshape", input=["loop", "zero"], output=["loop"])
     assert node.op_type == "Reshape"
-    with pytest.raises(CheckFailed, match="is no valid ONNX model"):
+    with pytest.raises(CheckFailed, match="is not a valid ONNX model"):
         carried(saved(tmp_path, model))
 
 
 def test_a_scale_that_is_no_constant_is_refused(tmp_path: Path, model: Any) -> None:
     model.graph.node[1].input[1] = "image"
     with pytest.raises(
-        CheckFailed, match=r"the quantizers of the graph cannot be read \(KeyError: 'image'\); expected"
+        CheckFailed, match=r"the Q/DQ operators of the graph cannot be read \(KeyError: 'image'\); expected"
     ):
         carried(saved(tmp_path, model))
 
@@ -65,7 +67,7 @@ def test_a_scale_that_is_no_constant_is_refused(tmp_path: Path, model: Any) -> N
 @pytest.mark.parametrize("axis", [2**40, -(2**40), 77, 4, -5])
 def test_an_axis_that_the_weight_does_not_have_is_refused(tmp_path: Path, model: Any, axis: int) -> None:
     next(item for item in model.graph.node[2].attribute if item.name == "axis").i = axis
-    with pytest.raises(CheckFailed, match=rf"weights has its scales on axis {axis} of a tensor of 4"):
+    with pytest.raises(CheckFailed, match=rf"weights has scales along axis {axis} of a tensor of rank 4"):
         carried(saved(tmp_path, model))
 
 

@@ -95,7 +95,7 @@ def test_an_operator_that_opset_17_lacks_is_named(tmp_path: Path) -> None:
     model = onnx.load(export.onnx)
     next(node for node in model.graph.node if node.name == "relu").op_type = "Gelu"  # opset 20
     onnx.save(model, export.onnx)
-    with pytest.raises(CheckFailed, match=r"cannot be written in opset 17, .*Gelu"):
+    with pytest.raises(CheckFailed, match=r"cannot be converted to opset 17, .*Gelu"):
         weak_onnx(export)
 
 
@@ -136,7 +136,7 @@ def test_what_the_engine_lost_is_found(tmp_path: Path) -> None:
     (export.path / "scales.json").write_text('{"conv": {}, "linear": {}, "gone": {}}')
     with pytest.raises(CheckFailed, match=r"2 quantized layers, scales.json has 3"):
         rtx.TARGET.inspect(export, engine)
-    with pytest.raises(CheckFailed, match=r"takes 1 images a query; expected 4"):
+    with pytest.raises(CheckFailed, match=r"takes 1 images per query; expected 4"):
         rtx.TARGET.inspect(replace(export, batch=4), engine)
 
 
@@ -154,12 +154,12 @@ def test_a_constant_left_in_float32_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda plan: plan[:-1], r"bytes long, its header says"),
-        (lambda plan: plan[:40], r"ends within its header \(40 bytes\)"),
-        (lambda plan: b"", r"is no TensorRT engine"),
-        (lambda plan: b"\x7fELF" + plan[4:], r"is no TensorRT engine: it begins with b'\\x7fELF'"),
-        (lambda plan: b"ftrt" + plan[4:], r"was made by TensorRT, expected TensorRT-RTX"),
-        (lambda plan: plan[:25] + b"\x09" + plan[26:], r"was made by TensorRT-RTX 1.9.*build it again"),
+        (lambda plan: plan[:-1], r"bytes, its header states"),
+        (lambda plan: plan[:40], r"is truncated within its header \(40 bytes\)"),
+        (lambda plan: b"", r"is not a TensorRT engine"),
+        (lambda plan: b"\x7fELF" + plan[4:], r"is not a TensorRT engine: it starts with b'\\x7fELF'"),
+        (lambda plan: b"ftrt" + plan[4:], r"was built by TensorRT, expected TensorRT-RTX"),
+        (lambda plan: plan[:25] + b"\x09" + plan[26:], r"was built by TensorRT-RTX 1.9.*build it again"),
     ],
 )
 def test_a_damaged_engine_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
@@ -200,7 +200,7 @@ def test_the_builders_objection_is_passed_on(tmp_path: Path) -> None:
     import tensorrt_rtx
 
     onnx_bytes = typed_onnx(tiny_export(tmp_path / "export", "fp32")).SerializeToString()
-    with pytest.raises(CheckFailed, match=r"^TensorRT [\d.]+ read the graph and built no engine: .+"):
+    with pytest.raises(CheckFailed, match=r"^TensorRT [\d.]+ parsed the graph but built no engine: .+"):
         build_plan(tensorrt_rtx, onnx_bytes, precision="fp32", batch=1, workspace_bytes=1)
 
 
@@ -269,7 +269,7 @@ def test_the_gpu_must_be_one_that_the_engine_has_kernels_for(
 
 def test_the_target_says_where_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert "x86-64 Linux and Windows, this machine is aarch64" in str(rtx.TARGET.missing())
+    assert "x86-64 Linux and Windows; this machine is aarch64" in str(rtx.TARGET.missing())
 
 
 def test_listing_the_targets_imports_nothing_heavy() -> None:
@@ -423,7 +423,7 @@ def test_a_session_carries_images_to_the_gpu_and_logits_back(dynamic: bool) -> N
         assert session.batch == 2
         sums = images.reshape(2, -1).sum(1)
         np.testing.assert_allclose(session.infer(images), np.stack((sums, -sums), 1), rtol=1e-5)
-        with pytest.raises(_board.Rejected, match=r"query of \(1, 3, 4, 4\) was sent to an engine built for \(2,"):
+        with pytest.raises(_board.Rejected, match=r"the images have shape \(1, 3, 4, 4\); the engine expects \(2,"):
             session.infer(images[:1])
     assert not driver.memory and driver.calls[-1] == "cuStreamDestroy_v2"
 
@@ -456,7 +456,7 @@ def test_an_engine_that_does_not_load_is_explained() -> None:
 def test_a_gpu_without_memory_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ToyEngine()
     monkeypatch.setattr(engine, "create_execution_context", lambda: None)
-    with pytest.raises(_board.Unable, match="Toy has no memory left to run the engine in"):
+    with pytest.raises(_board.Unable, match="Toy has not enough memory to run the engine"):
         _board.Execution(toy_tensorrt(engine), b"", _board.Cuda(ToyDriver()), ignore)
 
 

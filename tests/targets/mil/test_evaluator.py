@@ -229,8 +229,8 @@ def test_unknown_operators_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mul", "relu"):
         monkeypatch.delitem(OPERATORS, name)
     message = (
-        "the reference evaluator does not know the operators mul, relu: this package can only be run on a Mac, or "
-        "write them in targets/_mil"
+        "the reference evaluator does not support the operators mul, relu: run this package on a Mac, or implement "
+        "the operators in targets/_mil"
     )
     with pytest.raises(CheckFailed, match=f"^{re.escape(message)}$"):
         evaluator(chain, VECTOR)
@@ -238,15 +238,15 @@ def test_unknown_operators_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_input_is_said_with_what_came() -> None:
     made = evaluator(lambda mb, x, y: mb.add(x=x, y=y), {"x": (3,), "image": (3,)})
-    with pytest.raises(BadRequest, match=r"^the package takes the inputs image, x; got x, y$"):
+    with pytest.raises(BadRequest, match=r"^the package has the inputs image, x; got x, y$"):
         made.run({"y": torch.ones(3), "x": torch.ones(3)})
-    with pytest.raises(BadRequest, match=r"^the package takes the inputs image, x; got none$"):
+    with pytest.raises(BadRequest, match=r"^the package has the inputs image, x; got none$"):
         made.run({})
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 3), ()])
 def test_an_input_of_another_shape_is_said(shape: tuple[int, ...]) -> None:
-    message = f"input x has the shape {shape}; the package takes (3)"
+    message = f"input x has shape {shape}; the package accepts (3)"
     with pytest.raises(BadRequest, match=f"^{re.escape(message)}$"):
         evaluator(chain, VECTOR).run({"x": torch.ones(shape)})
 
@@ -261,13 +261,16 @@ def test_a_size_that_the_package_leaves_open_may_be_any() -> None:
     for size in (1, 5):
         (found,) = made.run({"x": torch.ones(size, 2)}).values()
         assert found.shape == (size, 2)
-    with pytest.raises(BadRequest, match=re.escape("input x has the shape (1, 3); the package takes (any, 2)")):
+    with pytest.raises(BadRequest, match=re.escape("input x has shape (1, 3); the package accepts (any, 2)")):
         made.run({"x": torch.ones(1, 3)})
 
 
 def test_an_operator_that_comes_out_in_another_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPERATORS, "relu", lambda x: x[:2])
-    message = "first (relu) came out as (2,), and the package says (3): a fault of targets/_mil, or of the package"
+    message = (
+        "first (relu) was computed with shape (2,), but the package declares (3): a fault of targets/_mil, or of the "
+        "package"
+    )
     with pytest.raises(CheckFailed, match=f"^{re.escape(message)}$"):
         evaluator(chain, VECTOR).run({"x": torch.ones(3)})
 
@@ -286,8 +289,8 @@ def test_an_attribute_that_is_computed_is_named(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setitem(OPERATORS, "reshape", reshape)
     message = (
-        "moved (reshape) computes its shape while it runs; the reference evaluator takes it from a constant: export "
-        "the model with fixed sizes"
+        "moved (reshape) has a computed shape; the reference evaluator needs a constant: export the model with fixed "
+        "sizes"
     )
     with pytest.raises(CheckFailed, match=f"^{re.escape(message)}$"):
         evaluator(

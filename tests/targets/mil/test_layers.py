@@ -724,7 +724,7 @@ def test_resize_takes_the_nearest_neighbour_under_the_centre() -> None:
             "fp32",
             "NEAREST_NEIGHBOR",
             "ALIGN_CORNERS",
-            "nearest neighbour of sampling_mode ALIGN_CORNERS is not defined",
+            "NEAREST_NEIGHBOR with sampling_mode ALIGN_CORNERS is not defined",
         ),
         ("int32", "LINEAR", "DEFAULT", "linear interpolation of integers is not defined; expected NEAREST_NEIGHBOR"),
     ],

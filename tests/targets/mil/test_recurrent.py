@@ -94,7 +94,7 @@ def test_lstm_peepholes_see_the_cell_before_and_the_output_the_cell_after() -> N
     [
         ({"clip": np.float32(1)}, "does not define which value is clipped"),
         ({"direction": "reverse", "output_sequence": True}, "does not define the order"),
-        ({"activation": "hard_sigmoid"}, "parameters MIL does not give"),
+        ({"activation": "hard_sigmoid"}, "MIL does not define its parameters"),
     ],
 )
 def test_lstm_that_is_not_defined_is_refused(given: dict[str, Any], sentence: str) -> None:
@@ -122,7 +122,7 @@ def test_gru_is_that_of_torch_where_the_hidden_bias_of_its_new_state_is_zero() -
     )
     torch.testing.assert_close(torch.from_numpy(found[0]), expected.detach())
     torch.testing.assert_close(torch.from_numpy(found[1]), last[0].detach())
-    with pytest.raises(CheckFailed, match="two definitions of them disagree"):
+    with pytest.raises(CheckFailed, match="two definitions of these disagree"):
         computed(lambda mb, x, h: mb.gru(x=x, initial_h=h, reset_after=True, **weights), X.numpy(), started().numpy())
 
 

@@ -484,7 +484,7 @@ def test_scatter_adds_by_default_and_leaves_its_input_alone() -> None:
 
 def test_a_scatter_that_divides_integers_is_refused() -> None:
     x, index = np.array([7, 8], np.int32), np.array([0], np.int32)
-    with pytest.raises(CheckFailed, match="MIL does not say how a scatter divides integers"):
+    with pytest.raises(CheckFailed, match="MIL does not define how a scatter divides integers"):
         computed(lambda mb, x, i: mb.scatter(data=x, indices=i, updates=np.array([2], np.int32), mode="div"), x, index)
 
 
@@ -513,7 +513,7 @@ def test_pad_is_of_zeros_by_default_and_before_comes_first() -> None:
 
 @pytest.mark.parametrize(("mode", "limit"), [("reflect", 2), ("replicate", 3)])
 def test_a_pad_that_mil_does_not_allow_is_refused(mode: str, limit: int) -> None:
-    expected = rf"wide \(pad\): an axis of 3 is padded by {limit + 1} in mode {mode}; MIL allows {limit}"
+    expected = rf"wide \(pad\): an axis of size 3 is padded by {limit + 1} in mode {mode}; MIL allows {limit}"
     with pytest.raises(CheckFailed, match=expected):
         computed(lambda mb, x: mb.pad(x=x, pad=[0, limit + 1], mode=mode, name="wide"), counted(1, 3))
 
