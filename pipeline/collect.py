@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline import in_use, integrity
+from pipeline.cli import table
 from pipeline.store import BUILDING, KEY_LETTERS, QUARANTINE, RESUME
 
 SCRATCH_DAYS: Final = 30  # that an interrupted training can be gone on from, where DAYS does not say otherwise
@@ -41,18 +42,20 @@ class Garbage:
     why: str
 
 
-def collect(root: Path, *, days: int | None = None, apply: bool = False) -> dict[str, object]:
+def collect(root: Path, days: int | None = None, apply: bool = False) -> dict[str, object]:
     """List what can be deleted below `root`, and delete it where `apply`.
 
     `days`: artifacts that were not used for so long can go, too, with all that only they are made from.
     """
     found = list(garbage(root, days))
     freed = _freed(found)
-    removed = []
+    removed, cells = [], []
     for item in found:
         gone = apply and _removed(item.path)
         removed += [item.path] * gone
-        log.info("%-12s %s: %s", _size(item.bytes), item.path, item.why + "; in use, kept" * (apply and not gone))
+        cells.append((_size(item.bytes), item.path, item.why + "; in use, kept" * (apply and not gone)))
+    if cells:
+        table.log((table.number("size"), table.text("path"), table.text("reason")), cells)
     if apply:
         log.info("%d of %d removed, %s", len(removed), len(found), _size(freed))
     else:

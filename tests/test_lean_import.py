@@ -29,11 +29,12 @@ import sys, json
 from pathlib import Path
 from models.errors import CannotRunHere
 from pipeline import stages
-from pipeline.__main__ import _parser, read
+from pipeline.cli.parser import parse
+from pipeline.cli.request import read
 from pipeline.store import Store
 import targets
 for target in targets.ALL:
-    run = read(_parser().parse_args(["engine", "--target", target]))
+    run = read(parse(["engine", "--target", target]))
     try:
         step = stages.deliverable(run)
     except CannotRunHere:

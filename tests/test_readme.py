@@ -11,12 +11,13 @@ import pytest
 import models
 import targets
 from calibration import recipe
+from pipeline.cli.verbs import all_variables
 from tests.tiny import ROOT, surroundings
 
 TEXT = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 RULES = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
-VARIABLES = set(re.findall(r"^([A-Z_]+) +\?=", MAKEFILE, re.M))
+VARIABLES = set(all_variables())
 KNOWN = {
     "MODEL": {*models.ALL, "smallnet.py:smallnet"},  # tests/test_cli_external.py takes it from here
     "TARGET": {*targets.ALL, *targets.ALIASES},

@@ -42,7 +42,7 @@ def test_a_system_that_is_too_old_is_refused_before_anything_is_built() -> None:
 
 def test_another_order_is_another_artifact() -> None:
     one, other = (
-        multifunction.multifunction(multifunction.named(runs(*order))) for order in (("fp32", "fp16"), ("fp16", "fp32"))
+        multifunction.merged(multifunction.named(runs(*order))) for order in (("fp32", "fp16"), ("fp16", "fp32"))
     )
     assert one.key != other.key
 
@@ -51,7 +51,7 @@ def test_the_engines_go_into_one_artifact_with_a_report(shared: Path) -> None:
     store = Store(shared)
     functions = multifunction.named(runs("fp16", "int8_ptq"))
     engines = {name: store.get(stages.engine(run)) for name, run in functions.items()}
-    artifact = store.get(multifunction.multifunction(functions))
+    artifact = store.get(multifunction.merged(functions))
     report = json.loads((artifact.path / "report.json").read_text())
     assert [(row["function"], row["key"]) for row in report["functions"]] == [
         (name, engine.key) for name, engine in engines.items()

@@ -28,7 +28,8 @@ from calibration.metrics import snr_db
 from calibration.preprocess import normalize
 from models.errors import CannotRunHere
 from models.spec import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from pipeline import verbs
+from pipeline.commands.engine import engine as make_engine
+from pipeline.commands.profile import profile as make_profile
 from pipeline.dashboard import render
 from pipeline.results import Results
 from targets import _coreml, _coreml_mac
@@ -385,7 +386,7 @@ def test_elsewhere_the_reason_is_one_sentence(packages: dict[Interface, Path]) -
 @pytest.mark.skipif(sys.platform == "darwin", reason="this is macOS")
 def test_elsewhere_nothing_is_timed_and_nothing_built(tmp_path: Path) -> None:
     with pytest.raises(CannotRunHere, match=r"^coreml cannot be timed here; not executed: needs macOS: ") as caught:
-        verbs.profile(tiny_run("fp16", "coreml"), tmp_path)
+        make_profile(tiny_run("fp16", "coreml"), tmp_path)
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -509,9 +510,9 @@ def profiled(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         (root / name).symlink_to(shared / name)
     machine = ScriptedMachine()
     run = tiny_run("fp16", replace(TARGET, machine=machine))
-    verbs.engine(run, root)
+    make_engine(run, root)
     machine.asked.clear()
-    answer = verbs.profile(run, root)
+    answer = make_profile(run, root)
     results = Results(root / "measurements.sqlite")
     rows = {row.unit: row for row in results.rows()}
     overview = results.overview()
