@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from pipeline.stages import Run
 
 # Fields of a run that other columns hold, that are no part of what is measured, or that are compared field by field.
-_APART: Final = frozenset({"model", "recipe", "target", "data", "preprocess", "weights", "trained", "batch", "verdict"})
+_APART: Final = frozenset(
+    {"model", "recipe", "target", "data", "preprocess", "weights", "trained", "batch", "verdict", "options"}
+)
 
 
 def identity(run: Run) -> Identity:
@@ -63,7 +65,7 @@ def _choices(run: Run) -> dict[str, str]:
     usual = run.data.preprocess(run.model)
     ours, theirs = (dict(_leaves(plain(replace(one, size=0)))) for one in (run.preprocess, usual))
     chosen |= {name: _text(value) for name, value in ours.items() if theirs.get(name) != value}
-    return chosen | _of_recipe(run)
+    return chosen | {name: _text(value) for name, value in run.options.changed().items()} | _of_recipe(run)
 
 
 def _of_recipe(run: Run) -> dict[str, str]:
@@ -71,8 +73,7 @@ def _of_recipe(run: Run) -> dict[str, str]:
     usual = calibration.recipe.ALL.get(run.recipe.name)
     if usual is None or type(usual) is not type(run.recipe):
         return {}
-    runtime: families.Runtime = "cpu" if run.target.name in ("cpu", "onnxruntime") else "accelerator"
-    usual = with_ptq(usual, placement=families.default(run.model.family, runtime))
+    usual = with_ptq(usual, placement=families.default(run.model.family, run.target.processor))
     ours: Recipe = run.recipe
     theirs: Recipe = usual
     chosen = {}

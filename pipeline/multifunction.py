@@ -53,7 +53,7 @@ def named(runs: Sequence[Run]) -> dict[str, Run]:
         raise BadRequest(f"TARGET={target.name}: its engines have one function each; TARGET=coreml can have several")
     functions = {
         f"{run.recipe.name}_{run.preprocess.size}": replace(
-            run, deployment=target.deployment_of_part(run.storage, run.deployment)
+            run, options=target.options_of_part(run.storage, run.options)
         )
         for run in runs
     }

@@ -18,6 +18,7 @@ from pipeline.cli import table
 from pipeline.commands.artifacts import identity
 from pipeline.stages import Inputs, Run
 from pipeline.store import Step, Store
+from targets.base import NO_OPTIONS
 
 if TYPE_CHECKING:
     from pipeline.proof import Row
@@ -75,7 +76,7 @@ def made(run: Run) -> dict[str, Step]:
     coreml = replace(run, target=targets.ALL["coreml"])
     if reason := coreml.target.missing():
         raise CannotRunHere(f"nothing to prove without a Core ML package: {reason}")
-    rtx, cpu = (replace(run, target=targets.ALL[name], interface="tensor", deployment=None) for name in ("rtx", "cpu"))
+    rtx, cpu = (replace(run, target=targets.ALL[name], options=NO_OPTIONS) for name in ("rtx", "cpu"))
     checkpoint = stages.quantized(coreml)
     served = cpu.target.missing() is None and stages.quantized(cpu).key == checkpoint.key
     return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from calibration.recipe import Precision, WeightOnly
 from models.errors import BadRequest
+from targets._coreml_options import options_of
 from targets.base import Export
 
 
@@ -34,8 +35,8 @@ _IOS16, _IOS17, _IOS18, _ = SYSTEMS
 
 def system_of(export: Export) -> System:
     """The oldest system that a package of `export` is for: the one asked for, or its recipe's own."""
-    if export.deployment is not None:
-        return _BY_NAME[export.deployment]
+    if (deployment := options_of(export).deployment) is not None:
+        return _BY_NAME[deployment]
     # iOS 17 is the first to decompress palettes as it goes, not before it runs; and attention converted for it stays
     # what the Neural Engine has, products and a softmax: for iOS 18 it becomes an operator of its own.
     return max(_IOS17, _oldest(export.precision, export.storage)[0], key=SYSTEMS.index)

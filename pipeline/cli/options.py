@@ -20,7 +20,7 @@ from models import external
 from models.errors import BadRequest
 from models.spec import Form, ModelSpec
 from pipeline.cli.values import SWITCH, Parse, choice, optional, pair, pick, positive, text, unnamed, whole, words
-from targets.base import Half, Interface, Target
+from targets.base import Half, Target
 
 T = TypeVar("T", covariant=True)
 Kind: TypeAlias = Literal["plain", "file", "dir"]
@@ -30,10 +30,10 @@ _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
 _MOST_EPOCHS = 100_000
 _MOST_DAYS = 36_500
 
-INTERFACES: Final[dict[str, Interface]] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
 HALVES: Final[dict[str, Half]] = {"auto": "auto", "strict": "strict"}
 FORMS: Final[dict[str, Form]] = {"tokens": "tokens", "channels": "channels"}
 _YES_NO: Final = ("yes", "no")
+_INTERFACES: Final = ("tensor", "image", "classifier")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -286,11 +286,11 @@ RATE: Final[Option[tuple[float | None, float | None]]] = Option(
     help="Peak learning rate; two values: of float training, then of QAT. Default: by the kind of training.",
 )
 
-INTERFACE: Final[Option[Interface]] = Option(
+INTERFACE: Final[Option[str]] = Option(
     name="INTERFACE",
     default="tensor",
-    parse=choice(INTERFACES, "interface"),
-    choices=INTERFACES,
+    parse=choice({name: name for name in _INTERFACES}, "interface"),
+    choices=_INTERFACES,
     group=_COREML,
     help="Input and output of the package: tensor to logits, image to logits, or image to class label.",
 )
@@ -341,6 +341,7 @@ APPLY: Final[Option[bool]] = Option(
     help="Delete what is listed.",
 )
 
+OF_TARGETS: Final = (INTERFACE, DEPLOYMENT)  # that the target parses
 PREPROCESSING: Final = (MEAN, STD, CROP, INTERPOLATION, BACKGROUND)
 # Everything up to the quantized program, and up to the engine.
 PROGRAM: Final[Options] = (
@@ -348,7 +349,7 @@ PROGRAM: Final[Options] = (
     *(RECIPE, TARGET, FORM, MAX_DROP, DEVICE),
     *(CALIBRATOR, ROUNDING, PLACEMENT, FORCE, EPOCHS, RATE),
 )
-RUN: Final[Options] = (*PROGRAM, BATCH, HALF, INTERFACE, DEPLOYMENT)
+RUN: Final[Options] = (*PROGRAM, BATCH, HALF, *OF_TARGETS)
 
 
 def without(options: Options, *dropped: Option[Any]) -> Options:

@@ -20,7 +20,7 @@ from pipeline.cli import options
 from pipeline.cli.options import Option
 from pipeline.cli.values import digits, pick
 from pipeline.stages import Run
-from targets.base import Customizes, Target
+from targets.base import NO_OPTIONS, Customizes, Options, Target
 
 T = TypeVar("T")
 
@@ -56,13 +56,11 @@ def read(request: Request) -> Run:
     preprocess = preprocess_of(request, model, data.preprocess(model))
     request[options.DEVICE]
     batch = request[options.BATCH]
-    interface, deployment = request[options.INTERFACE], request[options.DEPLOYMENT] or None
-    runtime: families.Runtime = "cpu" if target.name in ("cpu", "onnxruntime") else "accelerator"
-    recipe = adjusted(with_ptq(recipe, placement=families.default(model.family, runtime)), request)
+    recipe = adjusted(with_ptq(recipe, placement=families.default(model.family, target.processor)), request)
     file, key = checkpoint.split(request[options.WEIGHTS])
     training, tuning = schedules(request)
     recipe = scheduled(recipe, tuning)
-    check_target(request, target, recipe, batch)
+    own = options_for(request, target, recipe, batch)
     return Run(
         model=model,
         recipe=recipe,
@@ -74,8 +72,7 @@ def read(request: Request) -> Run:
         batch=batch,
         seed=seed,
         form=form_of(model, request.text(options.FORM)),
-        interface=interface,
-        deployment=deployment,
+        options=own,
         half=request[options.HALF],
         max_drop=request[options.MAX_DROP] or budget.DEFAULT,
         verdict=request[options.VERDICT],
@@ -104,20 +101,22 @@ def preprocess_of(request: Request, model: ModelSpec, preprocess: Preprocess) ->
     return preprocessing.asked(preprocess, asked)
 
 
-def check_target(request: Request, target: Target, recipe: Recipe, batch: int) -> None:
-    """Raises BadRequest where `target` does not support weight compression, or options of Core ML, as requested."""
+def options_for(request: Request, target: Target, recipe: Recipe, batch: int) -> Options:
+    """The options of `target` in `request`. Raises BadRequest where it does not support one, or the compression of
+    weights.
+    """
     storage = recipe if isinstance(recipe, WeightOnly) else None
-    interface, deployment = request[options.INTERFACE], request[options.DEPLOYMENT] or None
+    variables = {option.name: request[option] for option in options.OF_TARGETS}
     if isinstance(target, Customizes):
-        target.accept(
-            precision=recipe.precision, storage=storage, interface=interface, deployment=deployment, batch=batch
-        )
-    elif storage or deployment or interface != "tensor":
-        option = options.RECIPE if storage else options.DEPLOYMENT if deployment else options.INTERFACE
+        return target.options(variables, precision=recipe.precision, storage=storage, batch=batch)
+    given = [option for option in options.OF_TARGETS if request.text(option) != option.default]
+    if storage or given:
+        option = options.RECIPE if storage else given[-1]
         raise BadRequest(
             f"{option.name}={request.text(option)}: not supported by TARGET={target.name}; use TARGET=coreml, or "
             f"leave {option.name} out"
         )
+    return NO_OPTIONS
 
 
 def adjusted(recipe: Recipe, request: Request) -> Recipe:

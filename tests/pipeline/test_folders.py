@@ -18,6 +18,7 @@ from pipeline import stages
 from pipeline.commands.engine import engine as make_engine
 from pipeline.stages import Run
 from pipeline.store import Store
+from targets._coreml_options import CoreMLOptions
 from tests.tiny import SIDE, tiny_run
 
 COLOURS = [(red, green, blue) for red in (30, 130, 230) for green in (30, 130, 230) for blue in (60, 200)]
@@ -84,7 +85,8 @@ def test_a_classifier_calls_picture_2_by_its_name(twelve: tuple[Path, Path], tmp
     from targets.coreml_eval import evaluate
 
     data = Folder.scan(twelve[0], 0, "natural")
-    run = tiny_run("fp16", "coreml", data=data, weights=twelve[1], interface="classifier")
+    options = CoreMLOptions(interface="classifier")
+    run = tiny_run("fp16", "coreml", data=data, weights=twelve[1], options=options)
     package = Store(tmp_path).get(stages.compiled(run)).path / PACKAGE
     for name in ("2", "10", "12"):
         found = evaluate(package, twelve[0] / name / "00.png")

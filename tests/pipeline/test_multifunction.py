@@ -12,6 +12,7 @@ from pipeline import multifunction, stages
 from pipeline.__main__ import main
 from pipeline.stages import Run
 from pipeline.store import Store
+from targets._coreml_options import CoreMLOptions
 from targets.coreml import PACKAGE
 from tests.tiny import SIDE, tiny_run
 
@@ -37,7 +38,7 @@ def test_a_target_without_functions_is_refused() -> None:
 
 def test_a_system_that_is_too_old_is_refused_before_anything_is_built() -> None:
     with pytest.raises(BadRequest, match="DEPLOYMENT=iOS17"):
-        multifunction.named(runs("fp32", "fp16", deployment="iOS17"))
+        multifunction.named(runs("fp32", "fp16", options=CoreMLOptions(deployment="iOS17")))
 
 
 def test_another_order_is_another_artifact() -> None:

@@ -35,8 +35,9 @@ from pipeline.results import Results
 from targets import _coreml, _coreml_mac
 from targets._coreml_fixes import import_coremltools
 from targets._coreml_mac import UNITS, Features, LoadedHere, ThisMac, opened
+from targets._coreml_options import CoreMLOptions, Interface
 from targets._mil import Evaluator
-from targets.base import HasUnits, Interface, Placement
+from targets.base import HasUnits, Placement
 from targets.coreml import PACKAGE, TARGET
 from tests.targets.test_coreml import SIZE, Toy, built, exported
 from tests.tiny import tiny_run
@@ -54,7 +55,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Interface, Path]:
     for interface in interfaces:
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp(interface)
-        export = replace(exported(folder / "export", "fp16", Toy()), interface=interface)
+        export = replace(exported(folder / "export", "fp16", Toy()), options=CoreMLOptions(interface=interface))
         described = export.description() | {"preprocess": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}}
         (export.path / "model.json").write_text(json.dumps(described))
         found[interface] = built(folder / "engine", export) / PACKAGE

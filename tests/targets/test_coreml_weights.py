@@ -26,6 +26,7 @@ from calibration.recipe import ALL, WeightOnly
 from models.errors import CheckFailed
 from targets import _coreml, _coreml_weights
 from targets._coreml_fixes import import_coremltools, scales_above_zero
+from targets._coreml_options import CoreMLOptions
 from targets.base import Export
 from targets.coreml import PACKAGE, TARGET
 from tests.targets.test_coreml import SIZE, built, exported
@@ -339,7 +340,7 @@ def test_another_form_than_the_one_asked_for_is_named(made: Made, built_as: str,
     ],
 )
 def test_compressed_weights_in_a_float_package_are_refused(made: Made, name: str, message: str) -> None:
-    float_export = dataclasses.replace(made["fp16"][0], deployment="iOS18")
+    float_export = dataclasses.replace(made["fp16"][0], options=CoreMLOptions(deployment="iOS18"))
     with pytest.raises(CheckFailed, match=message):
         TARGET.inspect(float_export, made[name][1])
 
