@@ -106,52 +106,52 @@ lint: ## ruff and mypy --strict
 test: ## all tests (a quarter of an hour on two cores)
 fuzz: ## hostile values and damaged files for every reader: CASES COUNT START
 
-bench: ## the table of the README: a small model of every family, four recipes, four targets (an hour)
+bench: ## small model of every family x four recipes x four targets (an hour)
 	@$(VENV)/bin/python -m tests.bench
 
-bench-coreml: ## Core ML packages evaluated without a Mac, and their Neural Engine findings
+bench-coreml: ## Core ML packages evaluated without a Mac; Neural Engine findings
 	@$(VENV)/bin/python -m tests.bench_coreml $$MODELS
 	@$(VENV)/bin/python -m tests.bench_placement
 
-bench-speed: ## INT8 against float32 and half precision on this CPU, at published sizes, interleaved
+bench-speed: ## INT8 against float32 and half precision on this CPU, interleaved
 	@$(VENV)/bin/python -m tests.bench_speed $$MODELS
 
-bench-quantizers: ## INT8 of this project, of onnxruntime.quantization, and of NNCF from NNCF_PYTHON
+bench-quantizers: ## INT8 against onnxruntime.quantization, and NNCF from NNCF_PYTHON
 	@$(VENV)/bin/python -m tests.bench_quantizers $$MODELS
 
 bench-calibration: ## cost of calibration: throughput against plain forward passes, and memory
 	@$(VENV)/bin/python -m tests.bench_calibration throughput --images 128
 	@$(VENV)/bin/python -m tests.bench_calibration memory --images 10000
 
-bench-families: ## each kind of operator alone in INT8: the basis of the placements of the families
+bench-families: ## each kind of operator alone in INT8, for the placements of the families
 	@$(VENV)/bin/python -m tests.bench_families $$MODELS
 
 bench-outliers: ## INT8 of trained networks whose channel ranges differ by up to 2^6
 	@$(VENV)/bin/python -m tests.bench_outliers $$MODELS
 
-bench-seeds: ## INT8 accuracy over three seeds, for the small model of every family (an hour)
+bench-seeds: ## INT8 accuracy over three seeds, small model of every family (an hour)
 	@$(VENV)/bin/python -m tests.bench_seeds $$MODELS
 
-bench-real: ## INT8 of a trained MobileNetV2 (fetched, MIT licence) on crops of photographs, for SEEDS
+bench-real: ## INT8 of a trained MobileNetV2 (fetched, MIT) on photographs, for SEEDS
 	@$(VENV)/bin/python -m tests.bench_real --seeds $${SEEDS:-100 200 300}
 
 bench-prove: ## one line per artifact of the proofs of MODELS
 	@$(VENV)/bin/python -m tests.bench_prove $${MODELS:-mobilevit_xs}
 
-bench-qat: ## cost of a step of quantization-aware training, in float steps; needs no data
+bench-qat: ## cost of a step of quantization-aware training, in float steps
 	@$(VENV)/bin/python -m tests.bench_qat $${MODEL:+"$$MODEL"}
 	@$(VENV)/bin/python -m tests.bench_qat "$${MODEL:-mobilevit_xs}" 256 10
 
-bench-qat-gain: ## gain of training where PTQ is not enough: 3-bit weights on the digits, three seeds
+bench-qat-gain: ## gain of training where PTQ is not enough: 3-bit weights, three seeds
 	@$(VENV)/bin/python -m tests.bench_qat_gain $$MODELS
 
-bench-store: ## cost of checking the digests of artifacts, in percent of a cached make engine
+bench-store: ## cost of checking artifact digests, in percent of a cached make engine
 	@$(VENV)/bin/python -m tests.bench_store
 
 bench-half: ## FP16 of the small model of every family against float32; no training
 	@$(VENV)/bin/python -m tests.bench_half $$MODELS
 
-bench-faults: ## verification on planted wrong conversions, and false alarms over seeds (hours)
+bench-faults: ## planted wrong conversions, and false alarms over seeds (hours)
 	@$(VENV)/bin/python -m tests.bench_faults plants $$MODELS
 	@$(VENV)/bin/python -m tests.bench_faults alarms $$MODELS
 
