@@ -11,7 +11,7 @@ import pytest
 import models
 import targets
 from calibration import recipe
-from pipeline.cli.verbs import all_variables
+from pipeline.cli.verbs import all_variables, variables_of
 from tests.tiny import ROOT, surroundings
 
 TEXT = (ROOT / "README.md").read_text()
@@ -65,6 +65,7 @@ def test_every_command_names_rules_and_variables_that_exist(command: str) -> Non
     assert rules
     assert set(rules) <= RULES
     assert variables.keys() <= VARIABLES
+    assert variables.keys() <= frozenset().union(*map(variables_of, rules)), "the rule does not read it"
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
