@@ -614,7 +614,7 @@ class Models:
 
     def command(self, folder: Path) -> list[str]:
         model = f"--model={folder / 'net.py'}:net"
-        return ["-m", "pipeline", "lint-model", model, "--size=32", f"--store={folder / 'store'}"]
+        return ["-m", "pipeline", "lint-model", model, "--size=32"]
 
 
 ALL: Final[dict[str, Kind]] = {
