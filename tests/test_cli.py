@@ -29,6 +29,7 @@ def call(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[str
     stored = bool(arguments) and arguments[0] in VERBS and VERBS[arguments[0]].store
     result = python("-m", "pipeline", *arguments, *["--store", str(tmp_path / "store")] * stored)
     assert "Traceback" not in result.stderr, result.stderr
+    assert "" not in result.stderr.splitlines(), "a blank line, or a carriage return, which Python reads as one"
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return result.returncode, answer, result.stderr.splitlines()
 

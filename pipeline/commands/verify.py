@@ -48,7 +48,9 @@ def reported(artifact: Artifact, report: dict[str, Any]) -> Answer:
     ]
     table.log(_COLUMNS, rows, indent="  ")
     for name, found in report["inspected"].get("parity", {}).items():
-        log.info("  parity of %s: %d operators match torch, %d in INT8", name, found["operators"], found["integers"])
+        log.info(
+            "  parity of %s: %d operators match torch, %d integers equal", name, found["operators"], found["integers"]
+        )
     lost = report["lost"]
     log.info("  lost: %.2f points [%.2f, %.2f] on %d images", lost["points"], *lost["interval"], lost["images"])
     if report["why_not"]:
