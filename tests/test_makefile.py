@@ -434,7 +434,7 @@ def test_another_file_than_the_lock_file_means_is_not_installed(offline: Path) -
 
 def test_no_rule_writes_outside_the_checkout(checkout: Path) -> None:
     """Except for the one that says so: Debian's packages are installed for the whole system."""
-    commands = TEXT[: TEXT.index("system-packages: ##")] + TEXT[TEXT.index("clean: ##") :]
+    commands = TEXT[: TEXT.index("\nsystem-packages:\n")] + TEXT[TEXT.index("\nclean:\n") :]
     assert all("--no-cache-dir" in line for line in commands.splitlines() if "pip install" in line)
     written = re.findall(r"(?:rm -rf|>|touch|mkdir -p|cp|mv) +(\S+)", commands)
     assert written
