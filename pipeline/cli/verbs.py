@@ -58,8 +58,6 @@ def runs_in(arguments: tuple[Any, ...]) -> list[Run]:
     return [run for run in (first if isinstance(first, list) else [first]) if isinstance(run, Run)]
 
 
-_NOT_JUDGED: Final = without(RUN, options.VERDICT)
-
 _VERBS: Final = (
     Verb(
         name="engine",
