@@ -10,11 +10,18 @@ endif
 # pipeline/cli/options.py alone.
 TYPED := $(sort $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
 $(foreach name,$(TYPED),$(eval override $(name) := $$(value $(name))))
-EDGELINE_TYPED := $(filter-out PIPELINE READY,$(TYPED))
+EDGELINE_TYPED := $(filter-out PIPELINE READY SHELL .SHELLFLAGS MAKEFLAGS,$(TYPED))
 export EDGELINE_TYPED $(TYPED)
 
 PYTHON ?= python3.11
 LOCK   ?=
+
+# Rules that need no environment cannot ask it for the names of variables.
+ifeq ($(filter-out setup lock system-packages clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out LOCK PYTHON,$(EDGELINE_TYPED)),)
+$(error make $(MAKECMDGOALS) reads the variables LOCK and PYTHON only, not $(filter-out LOCK PYTHON,$(EDGELINE_TYPED)))
+endif
+endif
 
 # Resolves for systems that this one is not; nothing of it is installed in .venv.
 UV := uv==0.13.9

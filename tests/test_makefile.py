@@ -258,6 +258,15 @@ def test_variables_of_rules_that_are_no_verbs_are_judged(
     assert (result.returncode, result.stderr.partition("make:")[0]) == (code, sentence)
 
 
+@pytest.mark.parametrize("rule", ["setup", "lock", "clean"])
+def test_a_rule_without_an_environment_refuses_variables_that_it_does_not_read(checkout: Path, rule: str) -> None:
+    (checkout / "build").mkdir()
+    result = make(checkout, rule, "LOKC=requirements-cuda.lock", "PYTHON=python-that-is-not-there")
+    assert result.returncode == 2
+    assert f"make {rule} reads the variables LOCK and PYTHON only, not LOKC." in result.stderr
+    assert (checkout / "build").exists() and not (checkout / ".venv").exists()
+
+
 def test_variables_of_the_environment_are_defaults(checkout: Path) -> None:
     assert story(checkout, "explain", MODEL="nobody")[1][0].startswith("MODEL=nobody: no such model; ")
     assert story(checkout, "explain", "TARGET=cup", MODEL="", TARGET="cpu")[1][0].startswith("TARGET=cup: no such tar")
