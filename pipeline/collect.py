@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline import in_use, integrity
+from pipeline.cli import table
 from pipeline.store import BUILDING, KEY_LETTERS, QUARANTINE, RESUME
 
 SCRATCH_DAYS: Final = 30  # days for which an interrupted training can be resumed, unless DAYS is given
@@ -41,7 +42,7 @@ class Garbage:
     why: str
 
 
-def collect(root: Path, *, days: int | None = None, apply: bool = False) -> dict[str, object]:
+def collect(root: Path, days: int | None = None, apply: bool = False) -> dict[str, object]:
     """List the garbage below `root`, delete it if `apply`, and return the report.
 
     `days`: artifacts that were not used for this number of days are garbage as well, with the inputs that only they
@@ -49,11 +50,13 @@ def collect(root: Path, *, days: int | None = None, apply: bool = False) -> dict
     """
     items = list(garbage(root, days))
     freed = _freed(items)
-    removed = []
+    removed, cells = [], []
     for item in items:
         gone = apply and _removed(item.path)
         removed += [item.path] * gone
-        log.info("%-12s %s: %s", _size(item.bytes), item.path, item.why + "; in use, kept" * (apply and not gone))
+        cells.append((_size(item.bytes), item.path, item.why + "; in use, kept" * (apply and not gone)))
+    if cells:
+        table.log((table.number("size"), table.text("path"), table.text("reason")), cells)
     if apply:
         log.info("%d of %d removed, %s", len(removed), len(items), _size(freed))
     else:

@@ -618,6 +618,6 @@ def _converted(model: External, traced: ExportedProgram, size: int, run: Run | N
                 path=folder,
                 precision="fp32" if run.recipe.precision == "fp32" else "fp16",  # nothing is quantized yet
                 batch=run.batch,
-                interface=run.interface,
+                options=run.options,
             )
         )

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from pipeline.stages import Run
 
 # Fields of a run that have columns of their own, do not affect the measurement, or are compared field by field.
-_APART: Final = frozenset({"model", "recipe", "target", "data", "preprocess", "weights", "trained", "batch", "verdict"})
+_APART: Final = frozenset(
+    {"model", "recipe", "target", "data", "preprocess", "weights", "trained", "batch", "verdict", "options"}
+)
 
 
 def identity(run: Run) -> Identity:
@@ -65,7 +67,7 @@ def _choices(run: Run) -> dict[str, str]:
     default = run.data.preprocess(run.model)
     ours, theirs = (dict(_leaves(plain(replace(each, size=0)))) for each in (run.preprocess, default))
     chosen |= {name: _text(value) for name, value in ours.items() if theirs.get(name) != value}
-    return chosen | _of_recipe(run)
+    return chosen | {name: _text(value) for name, value in run.options.changed().items()} | _of_recipe(run)
 
 
 def _of_recipe(run: Run) -> dict[str, str]:
@@ -73,8 +75,7 @@ def _of_recipe(run: Run) -> dict[str, str]:
     default = calibration.recipe.ALL.get(run.recipe.name)
     if default is None or type(default) is not type(run.recipe):
         return {}
-    runtime: families.Runtime = "cpu" if run.target.name in ("cpu", "onnxruntime") else "accelerator"
-    default = with_ptq(default, placement=families.default(run.model.family, runtime))
+    default = with_ptq(default, placement=families.default(run.model.family, run.target.processor))
     ours: Recipe = run.recipe
     theirs: Recipe = default
     chosen = {}

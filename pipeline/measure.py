@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tqdm import tqdm
-
+from calibration.progress import bar
 from models.errors import BadRequest, CannotRunHere
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ _BUSY_SECONDS: Final = 0.5  # over which this share is measured
 
 _STAT: Final = Path("/proc/stat")
 _CORES: Final = Path("/sys/devices/system/cpu")
-_BAR: Final = "{desc}: {percentage:3.0f}% |{bar}| {remaining} left{postfix}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,22 +91,22 @@ ON_UNITS: Final = TimingPlan(min_queries=1_000, min_seconds=10.0, either=True)
 def time_session(session: Session, images: Images, plan: TimingPlan = STANDARD) -> list[int]:
     """Return the latency of every query after the warm-up, in nanoseconds, in order of execution.
 
-    `images` is one query: exactly `session.batch` preprocessed images. A progress bar on stderr shows the progress
-    toward the end of the run. Raises CannotRunHere if the session's clock is broken.
+    `images` is one query: exactly `session.batch` preprocessed images. The progress shown is that of the minimum
+    (queries or seconds) that is reached last, in percent. Raises CannotRunHere if the session's clock is broken.
     """
     samples: list[int] = []
     busy_ns = 0
-    with tqdm(total=1.0, desc="warming up", bar_format=_BAR, dynamic_ncols=True) as bar:
-        if plan.warmup:
+    if plan.warmup:
+        with bar(total=plan.warmup, title="warm-up", unit="query") as progress:
             session.latencies_ns(images, plan.warmup)
-        bar.set_description_str("measuring", refresh=False)
-        bar.reset()
+            progress.update(plan.warmup)
+    with bar(total=100, title="measuring", unit="%") as progress:
         while (done := _progress(len(samples), busy_ns, plan)) < 1.0:
             chunk = timed(session, images, plan.chunk)
             samples += chunk
             busy_ns += sum(chunk)
-            bar.set_postfix_str(f"{len(samples)} queries", refresh=False)
-            bar.update(_progress(len(samples), busy_ns, plan) - done)
+            progress.set_postfix(queries=len(samples))
+            progress.update(100 * (_progress(len(samples), busy_ns, plan) - done))
     return samples
 
 

@@ -1,18 +1,46 @@
-"""Multifunction engines: one file with a model at several resolutions or in several recipes, as separate functions."""
+"""`make multifunction`: several engines in one file, a function for each resolution and recipe of a model."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from models.errors import BadRequest
 from pipeline import stages
+from pipeline.cli import table
+from pipeline.commands.artifacts import Answer, built, engine_step, identity
 from pipeline.facts import facts
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Step
 from targets.base import Merges, Part
+
+log = logging.getLogger("edgeline")
+
+
+def multifunction(runs: Sequence[Run], root: Path) -> Answer:
+    """Build the engines of `runs`, or reuse them, and merge them into one file. Raises BadRequest where they cannot be
+    merged, CannotRunHere where this machine cannot build them.
+    """
+    functions = named(runs)
+    for run in functions.values():
+        engine_step(run)
+    artifact = built(merged(functions), root)
+    report: dict[str, Any] = json.loads((artifact.path / "report.json").read_text())
+    columns = (
+        table.text("function"),
+        table.number("top-1", "{:.2f} %"),
+        table.number("images"),
+        table.text("computed by"),
+    )
+    rows = [[row[name] for name in ("function", "top1", "images", "by")] for row in report["functions"]]
+    table.log(columns, rows, indent="  ")
+    saved = 1 - report["bytes"] / report["bytes_apart"]
+    log.info("%.2f MB, %.0f %% less than separate packages", report["bytes"] / 1e6, 100 * saved)
+    return identity(artifact) | {"files": artifact.files()} | report
 
 
 def named(runs: Sequence[Run]) -> dict[str, Run]:
@@ -25,7 +53,7 @@ def named(runs: Sequence[Run]) -> dict[str, Run]:
         raise BadRequest(f"TARGET={target.name}: engines with several functions are not supported; use TARGET=coreml")
     functions = {
         f"{run.recipe.name}_{run.preprocess.size}": replace(
-            run, deployment=target.deployment_of_part(run.storage, run.deployment)
+            run, options=target.options_of_part(run.storage, run.options)
         )
         for run in runs
     }
@@ -37,7 +65,7 @@ def named(runs: Sequence[Run]) -> dict[str, Run]:
     return functions
 
 
-def multifunction(functions: Mapping[str, Run]) -> Step:
+def merged(functions: Mapping[str, Run]) -> Step:
     """Return the step that merges the engines of `functions` into one file, with `report.json`.
 
     Each function is compared with its source engine.

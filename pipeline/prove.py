@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import targets
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from pipeline import stages
+from pipeline.cli import table
+from pipeline.commands.artifacts import identity
 from pipeline.stages import Inputs, Run
-from pipeline.store import Artifact, Step, Store
+from pipeline.store import Step, Store
+from targets.base import NO_OPTIONS
 
 if TYPE_CHECKING:
     from pipeline.proof import Row
@@ -46,7 +49,7 @@ def prove(run: Run, root: Path) -> dict[str, object]:
             tell(error.answer)
         raise
     tell(report)
-    return _answer(artifact) | report
+    return identity(artifact) | {"files": artifact.files()} | report
 
 
 def proof(run: Run) -> Step:
@@ -79,7 +82,7 @@ def made(run: Run) -> dict[str, Step]:
     coreml = replace(run, target=targets.ALL["coreml"])
     if reason := coreml.target.missing():
         raise CannotRunHere(f"cannot prove without a Core ML package: {reason}")
-    rtx, cpu = (replace(run, target=targets.ALL[name], interface="tensor", deployment=None) for name in ("rtx", "cpu"))
+    rtx, cpu = (replace(run, target=targets.ALL[name], options=NO_OPTIONS) for name in ("rtx", "cpu"))
     checkpoint = stages.quantized(coreml)
     served = cpu.target.missing() is None and stages.quantized(cpu).key == checkpoint.key
     return {
@@ -137,10 +140,12 @@ def tell(report: Mapping[str, Any]) -> None:
     """Log the counts of modules for each artifact, then the modules that are not identical."""
     from pipeline.proof import VERDICTS
 
-    log.info("%-14s" + " %10s" * len(VERDICTS) + "  %s", "modules", *VERDICTS, "numbers compared")
-    for name, counts in report["artifacts"].items():
-        cells = [counts[verdict] for verdict in VERDICTS]
-        log.info("%-14s" + " %10d" * len(VERDICTS) + "  %d", name, *cells, counts["compared"])
+    columns = (table.text("modules"), *map(table.number, VERDICTS), table.number("numbers compared"))
+    rows = [
+        (name, *(counts[verdict] for verdict in VERDICTS), counts["compared"])
+        for name, counts in report["artifacts"].items()
+    ]
+    table.log(columns, rows)
     lines = [
         f"{entry['verdict']}: {module['module']} in {artifact}: {finding['what']}: {finding['note']}"
         for module in report["modules"]
@@ -152,12 +157,3 @@ def tell(report: Mapping[str, Any]) -> None:
         log.info("  %s", line)
     if len(lines) > _SHOWN:
         log.info("  and %d more in %s", len(lines) - _SHOWN, PROOF)
-
-
-def _answer(artifact: Artifact) -> dict[str, object]:
-    return {
-        "artifact": str(artifact.path),
-        "key": artifact.key,
-        "cached": artifact.cached,
-        "files": artifact.files(),
-    }

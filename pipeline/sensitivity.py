@@ -1,4 +1,4 @@
-"""The `sensitivity` command: INT8 sensitivity per module and per kind of operator, worst first.
+"""`make sensitivity`: INT8 sensitivity of each module of a model and of each kind of operator, worst first.
 
 Each module or kind is measured with only its operators in INT8. The table is an artifact: it depends on the weights,
 the quantization scheme and the calibration, and is measured once.
@@ -15,10 +15,18 @@ from typing import Any
 
 import calibration.recipe
 from calibration.recipe import Ptq, Qat
+from pipeline.cli import table
 from pipeline.stages import Run, versions, weights
 from pipeline.store import Step, Store
 
 _FILE = "sensitivity.json"
+_COLUMNS = (
+    table.text("in INT8, the rest in float"),
+    table.text("kind"),
+    table.number("MACs", "{:.1f} %"),
+    table.number("SNR dB", "{:.1f}"),
+    table.number("top-1", "{:.2f} %"),
+)
 
 log = logging.getLogger("edgeline")
 
@@ -26,17 +34,14 @@ log = logging.getLogger("edgeline")
 def sensitivity(run: Run, root: Path) -> dict[str, object]:
     """Measure the sensitivity table or read it from the cache, log it, most sensitive module first, and return it."""
     artifact = Store(root).get(step(run))
-    table: dict[str, Any] = json.loads((artifact.path / _FILE).read_text())
-    log.info("%-44s %-26s %6s %8s %9s", "in integers, the rest in float", "kind", "MACs", "dB", "top-1")
-    for row in table["modules"]:
-        log.info("%-44s %-26s %5.1f%% %8.1f %9s", *_cells(row))
-    for row in table["kinds"]:
-        log.info("%-44s %-26s %5.1f%% %8.1f %9s", *_cells(row | {"path": "all of"}))
+    report: dict[str, Any] = json.loads((artifact.path / _FILE).read_text())
+    rows = [_values(row) for row in (*report["modules"], *(row | {"path": "all of"} for row in report["kinds"]))]
+    table.log(_COLUMNS, rows)
     log.info(
-        "all in integers: top-1 %.2f %% of %d validation images, float %.2f %%",
-        *(table[name] for name in ("top1", "images", "float_top1")),
+        "all in INT8: top-1 %.2f %% of %d validation images, float %.2f %%",
+        *(report[name] for name in ("top1", "images", "float_top1")),
     )
-    return {"artifact": str(artifact.path), "key": artifact.key, "cached": artifact.cached, **table}
+    return {"artifact": str(artifact.path), "key": artifact.key, "cached": artifact.cached, **report}
 
 
 def step(run: Run) -> Step:
@@ -57,7 +62,7 @@ def step(run: Run) -> Step:
         checkpoint.load_into(model, checkpoint.read(source), source)
         val = run.images("val")
         prepared = calibrated(model, recipe, run.target.scheme, run.images("train"), seed=run.seed)
-        table = {
+        report = {
             "modules": [asdict(effect) for effect in measuring.sensitivity(prepared, val)],
             "kinds": [asdict(effect) for effect in measuring.by_kind(prepared, val)],
             "top1": evaluate(prepared, val),
@@ -65,7 +70,7 @@ def step(run: Run) -> Step:
             "images": len(val),
             "placement": str(recipe.placement),
         }
-        (out / _FILE).write_text(json.dumps(table, indent=1) + "\n")
+        (out / _FILE).write_text(json.dumps(report, indent=1) + "\n")
 
     return Step(
         stage="sensitivity",
@@ -96,6 +101,5 @@ def calibrating(run: Run) -> Ptq:
             return default
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[object, ...]:
-    top1 = "" if row["top1"] is None else f"{row['top1']:.2f} %"
-    return row["path"], "+".join(row["kinds"]), 100 * row["macs"], row["snr_db"], top1
+def _values(row: Mapping[str, Any]) -> tuple[object, ...]:
+    return row["path"], "+".join(row["kinds"]), 100 * row["macs"], row["snr_db"], row["top1"]

@@ -24,7 +24,7 @@ from calibration.recipe import DEFAULT_SCHEDULE, Float, Recipe, Schedule, Weight
 from models.errors import CannotRunHere
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.store import MANIFEST, Step, file_digest, resumable
-from targets.base import Bundles, Export, Half, Interface, Publishes, Target
+from targets.base import NO_OPTIONS, Bundles, Export, Half, Options, Publishes, Target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,8 +53,7 @@ class Run:
     batch: int = 1
     seed: int = 0
     form: Form = "tokens"  # that the network is laid out in, from the quantized stage on; weights are the same in all
-    interface: Interface = "tensor"
-    deployment: str | None = None  # the oldest system that must run the engine; None: what the recipe needs
+    options: Options = NO_OPTIONS  # of the target
     half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
     max_drop: Budget = DEFAULT  # what the artifact may lose against the float model
     training: Schedule = DEFAULT_SCHEDULE  # of the float weights
@@ -87,18 +86,12 @@ class Run:
     @property
     def _choices(self) -> dict[str, object]:
         """What the target alone is asked for, beyond precision and batch: part of the keys of what it builds."""
-        return {
-            "storage": self.storage,
-            "interface": self.interface,
-            "deployment": self.deployment,
-            "half": self.half,
-        }
+        return {"storage": self.storage, "options": self.options.changed(), "half": self.half}
 
     @property
     def _built_label(self) -> str:
         form = [self.form] * (self.form != "tokens")
-        choices = [self.interface] * (self.interface != "tensor") + [self.deployment] * (self.deployment is not None)
-        return self.label(*form, self.recipe.name, self.target.name, *filter(None, choices))
+        return self.label(*form, self.recipe.name, self.target.name, *map(str, self.options.changed().values()))
 
 
 def weights(run: Run) -> Step:
@@ -333,8 +326,7 @@ def export_of(run: Run, path: Path) -> Export:
         precision=run.recipe.precision,
         batch=run.batch,
         storage=run.storage,
-        interface=run.interface,
-        deployment=run.deployment,
+        options=run.options,
         half=run.half,
     )
 

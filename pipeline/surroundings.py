@@ -13,11 +13,29 @@ from targets._host import threads
 _CHATTY = ("torch", "torchao", "onnxscript", "onnx_ir", "coremltools", "openvino", "sqlalchemy", "httpx2")
 
 
+_COLORS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m"}  # yellow, red
+_PLAIN = "\x1b[0m"
+
+
 class _Escaping(logging.Formatter):
-    """Log formatter that escapes control characters: file and class names come from the user and may hold any byte."""
+    """Log formatter that escapes control characters: file and class names come from the user and may hold any byte.
+
+    `colored`: warnings and errors are printed in color.
+    """
+
+    def __init__(self, *, colored: bool) -> None:
+        super().__init__("%(message)s")
+        self._colored = colored
 
     def format(self, record: logging.LogRecord) -> str:
-        return escaped(super().format(record), keep="\n\t")
+        line = escaped(super().format(record), keep="\n\t")
+        color = _COLORS.get(record.levelno) if self._colored else None
+        return f"{color}{line}{_PLAIN}" if color else line
+
+
+def _is_colored() -> bool:
+    """Whether stderr is a terminal with colors, and the user has not turned them off (https://no-color.org)."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def settle() -> None:
@@ -29,7 +47,7 @@ def settle() -> None:
 def _be_quiet() -> None:
     """Log to stderr, and silence libraries below errors: they announce missing optional parts."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Escaping("%(message)s"))
+    handler.setFormatter(_Escaping(colored=_is_colored()))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.ERROR)

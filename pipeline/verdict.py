@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import calibration.recipe
 from models.errors import CheckFailed
 from pipeline import stages
+from pipeline.cli import table
 from pipeline.compare import LEAST_GAIN, Comparison, ComparisonPlan, Speedup, compare
 from pipeline.stages import Run
 from pipeline.store import Artifact, Store
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from targets.base import Images
 
 _PLAN: Final = ComparisonPlan(max_seconds=4.0)
+_COLUMNS: Final = (
+    table.text("engine"),
+    table.number("p50 ms", "{:.3f}"),
+    table.text("over FP32"),
+    table.number("top-1", "{:.2f}"),
+    table.number("agreement", "{:.2f}"),
+    table.number("kB", "{:.0f}"),
+    table.number("MACs in INT8", "{:.0f} %"),
+)
 
 log = logging.getLogger("edgeline")
 
@@ -189,16 +199,17 @@ def _gain(speedup: Speedup) -> dict[str, object]:
 
 
 def _tell(engines: list[Engine], comparison: Comparison, sentence: str) -> None:
-    log.info("  %-10s %9s  %-18s %7s %9s %9s %6s", "", "p50 ms", "over FP32", "top-1", "agreement", "kB", "INT8")
-    for engine in engines:
-        log.info(
-            "  %-10s %9.3f  %-18s %7.2f %9.2f %9.0f %6s",
+    rows = [
+        (
             engine.recipe,
             comparison.p50_ms(engine.recipe),
-            comparison.speedup(engine.recipe, "fp32"),
+            str(comparison.speedup(engine.recipe, "fp32")),
             engine.top1,
             engine.agreement,
             engine.bytes / 1e3,
-            "-" if engine.integer_share is None else f"{engine.integer_share:.0f} %",
+            engine.integer_share,
         )
+        for engine in engines
+    ]
+    table.log(_COLUMNS, rows, indent="  ")
     log.info("  %s", sentence)

@@ -23,9 +23,11 @@ import calibration.recipe
 import models
 import targets
 from calibration.photos import Photos
-from models.errors import EdgelineError
+from models.errors import CheckFailed, EdgelineError
 from models.spec import ModelSpec
 from pipeline import stages, surroundings
+from pipeline.cli import table as tables
+from pipeline.commands.artifacts import Answer
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Store
 
@@ -36,8 +38,19 @@ TARGETS = ("rtx", "coreml")
 BUILT = "built"
 
 _FOLDER = "zoo"
-_COLUMNS = ("model", "recipe", "target", "parameters", "MACs", "nodes", "rank", "bytes", "seconds", "GiB", "status")
-_PATTERN = "{:20} {:9} {:7} {:>10} {:>9} {:>6} {:>5} {:>12} {:>8} {:>6}  {}"
+_COLUMNS = (
+    tables.text("model", width=20),
+    tables.text("recipe", width=8),
+    tables.text("target", width=6),
+    tables.number("parameters", "{:.2f} M"),
+    tables.number("MACs", "{:,.0f} M", width=8),
+    tables.number("nodes"),
+    tables.number("rank"),
+    tables.number("bytes", "{:,}", width=11),
+    tables.number("seconds", "{:.1f}"),
+    tables.number("GiB", "{:.1f}", width=5),
+    tables.text("status"),
+)
 
 log = logging.getLogger("edgeline")
 
@@ -64,6 +77,22 @@ def default_models() -> tuple[ModelSpec, ...]:
     return tuple(spec for spec in models.ALL.values() if spec.parameters <= LARGEST and spec.classes == 1000)
 
 
+def zoo(chosen: Sequence[ModelSpec], root: Path) -> Answer:
+    """Build `chosen`, or `default_models()`, at full size with random weights.
+
+    Raises CheckFailed, with all rows, where one could not be built.
+    """
+    rows = build(chosen or default_models(), root)
+    answer: Answer = {"rows": [asdict(row) for row in rows]}
+    failed = [row for row in rows if row.status != BUILT]
+    if failed:
+        raise CheckFailed(
+            f"{len(failed)} of {len(rows)} were not built; the first: {failed[0].model}: {failed[0].status}",
+            answer=answer,
+        )
+    return answer
+
+
 def build(specs: Sequence[ModelSpec], root: Path) -> list[Row]:
     """Build all `specs` and return the rows. They are also written to `zoo.md`, and per model to JSON files.
 
@@ -72,11 +101,11 @@ def build(specs: Sequence[ModelSpec], root: Path) -> list[Row]:
     folder = root / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    log.info(_PATTERN.format(*_COLUMNS))
+    log.info("%s", tables.lines(_COLUMNS, [])[0])
     for spec in specs:
         built = _in_its_own_process(spec, root, folder / f"{spec.name}.log")
         for row in built:
-            log.info(_PATTERN.format(*_cells(row)))
+            log.info("%s", tables.lines(_COLUMNS, [_values(row)])[1])
         rows += built
     (folder / "zoo.md").write_text(table(rows))
     return rows
@@ -84,7 +113,8 @@ def build(specs: Sequence[ModelSpec], root: Path) -> list[Row]:
 
 def table(rows: Iterable[Row]) -> str:
     """Format the rows as a Markdown table."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row) for row in rows)]
+    lines = [[column.title for column in _COLUMNS], ["---"] * len(_COLUMNS)]
+    lines += [[column.cell(value) for column, value in zip(_COLUMNS, _values(row), strict=True)] for row in rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
@@ -180,21 +210,19 @@ def _in_its_own_process(spec: ModelSpec, root: Path, log_path: Path) -> list[Row
     ]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    def known(value: float | None, pattern: str) -> str:
-        return "-" if value is None else pattern.format(value)
-
+def _values(row: Row) -> tuple[object, ...]:
+    """The row in the units of `_COLUMNS`."""
     return (
         row.model,
         row.recipe,
         row.target,
-        f"{row.parameters / 1e6:.2f} M",
-        f"{row.macs / 1e6:,.0f} M",
-        known(row.nodes, "{}"),
-        known(row.rank, "{}"),
-        known(row.bytes, "{:,}"),
-        known(row.seconds, "{:.1f}"),
-        f"{row.peak_gib:.1f}",
+        row.parameters / 1e6,
+        row.macs / 1e6,
+        row.nodes,
+        row.rank,
+        row.bytes,
+        row.seconds,
+        row.peak_gib,
         row.status,
     )
 

@@ -13,8 +13,9 @@ from calibration.preprocess import short_side
 from targets._coreml import PREFIX, SPECIFICATION, write_facts
 from targets._coreml_fixes import import_coremltools
 from targets._coreml_interface import LABEL_NAME, PROBABILITIES_NAME, features
+from targets._coreml_options import Interface
 from targets._coreml_systems import SYSTEMS
-from targets.base import INPUT_NAME, OUTPUT_NAME, Facts, Interface, Part
+from targets.base import INPUT_NAME, OUTPUT_NAME, Facts, Part
 
 CARD = "MODEL_CARD.md"
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from models.errors import BadRequest, CheckFailed
 from targets._coreml_fixes import import_coremltools
-from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Interface
+from targets._coreml_options import Interface, options_of
+from targets.base import INPUT_NAME, OUTPUT_NAME, Export
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from targets.base import Images
 
+INTERFACES: Mapping[str, Interface] = {"tensor": "tensor", "image": "image", "classifier": "classifier"}
+
 # The names that coremltools gives to a classifier's outputs.
 LABEL_NAME, PROBABILITIES_NAME = "classLabel", "classLabel_probs"
 _SOFTMAX = "probabilities"  # inside the program: `classify` pairs the probabilities with the names of the classes
@@ -23,13 +26,17 @@ _SOFTMAX = "probabilities"  # inside the program: `classify` pairs the probabili
 _NEAR = 0.01  # tolerance in 8-bit pixel steps; the error of float32 is below 0.0001
 
 
-def accept(interface: Interface, batch: int) -> None:
-    """Raise BadRequest where the interface does not support that batch."""
+def parse(text: str, batch: int) -> Interface:
+    """Return the interface called `text`. Raises BadRequest for an unknown name or an unsupported batch."""
+    if text not in INTERFACES:
+        raise BadRequest(f"INTERFACE={text}: no such interface; Known: {', '.join(INTERFACES)}")
+    interface = INTERFACES[text]
     if interface != "tensor" and batch != 1:
         raise BadRequest(
             f"INTERFACE={interface} BATCH={batch}: an image input of Core ML is a single image; use BATCH=1, or "
             "INTERFACE=tensor"
         )
+    return interface
 
 
 def around(network: nn.Module, export: Export) -> nn.Module:
@@ -42,10 +49,10 @@ def around(network: nn.Module, export: Export) -> nn.Module:
     import torch
     from torch import nn
 
-    if export.interface == "tensor":
+    if options_of(export).interface == "tensor":
         return network
     mean, std = (torch.tensor(value, dtype=torch.float64).reshape(1, 3, 1, 1) for value in _normalization(export))
-    classifies = export.interface == "classifier"
+    classifies = options_of(export).interface == "classifier"
 
     class Interfaced(nn.Module):
         def __init__(self) -> None:
@@ -73,10 +80,10 @@ def conversion(export: Export, number: type) -> dict[str, Any]:
     """Return `coremltools.convert`'s arguments for the interface; `number` is the NumPy float type of the program."""
     coremltools = import_coremltools()
     outputs = [coremltools.TensorType(name=OUTPUT_NAME, dtype=number)]
-    if export.interface == "tensor":
+    if options_of(export).interface == "tensor":
         return {"inputs": [coremltools.TensorType(name=INPUT_NAME, dtype=number)], "outputs": outputs}
     arguments = {"inputs": [coremltools.ImageType(name=INPUT_NAME, color_layout=coremltools.colorlayout.RGB)]}
-    if export.interface == "image":
+    if options_of(export).interface == "image":
         return arguments | {"outputs": outputs}
     labels = coremltools.ClassifierConfig(
         _classes(export), predicted_feature_name=LABEL_NAME, predicted_probabilities_output=_SOFTMAX
@@ -90,7 +97,7 @@ def conversion(export: Export, number: type) -> dict[str, Any]:
 def expected_inputs(export: Export) -> list[tuple[object, ...]]:
     """Return the inputs that a package of `export` must have, in the form of `features`."""
     size = export.size()
-    if export.interface == "tensor":
+    if options_of(export).interface == "tensor":
         return [(INPUT_NAME, [export.batch, 3, size, size], _number(export))]
     return [(INPUT_NAME, [size, size], "RGB")]
 
@@ -98,7 +105,7 @@ def expected_inputs(export: Export) -> list[tuple[object, ...]]:
 def expected_outputs(export: Export) -> list[tuple[object, ...]]:
     """Return the outputs that a package of `export` must have, in the form of `features`."""
     logits = (OUTPUT_NAME, [export.batch, len(_classes(export))], _number(export))
-    if export.interface != "classifier":
+    if options_of(export).interface != "classifier":
         return [logits]
     return [(LABEL_NAME, [], "string"), (PROBABILITIES_NAME, [], "dictionary by string"), logits]
 
@@ -110,7 +117,7 @@ def features(described: Iterable[Any]) -> list[tuple[object, ...]]:
 
 def check_labels(operations: Iterable[Any], description: Any, export: Export) -> None:
     """Raise CheckFailed where a classifier does not have the class names of the export, in the same order."""
-    if export.interface != "classifier":
+    if options_of(export).interface != "classifier":
         return
     named = (description.predictedFeatureName, description.predictedProbabilitiesName)
     if named != (LABEL_NAME, PROBABILITIES_NAME):
@@ -150,7 +157,7 @@ def pixels(images: Images, preprocess: Mapping[str, Any]) -> npt.NDArray[np.uint
 
 def entered(images: Images, export: Export) -> Images:
     """Return the package's input for preprocessed `images` (N, 3, S, S): the images themselves, or their pixels."""
-    if export.interface == "tensor":
+    if options_of(export).interface == "tensor":
         return images
     preprocess = cast("dict[str, Any]", export.description()["preprocess"])
     return pixels(images, preprocess).astype("float32")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from calibration.recipe import Precision, WeightOnly
 from models.errors import BadRequest
+from targets._coreml_options import options_of
 from targets.base import Export
 
 
@@ -34,8 +35,8 @@ _IOS16, _IOS17, _IOS18, _ = SYSTEMS
 
 def system_of(export: Export) -> System:
     """Return the deployment target of `export`: the requested one, or the recipe's default."""
-    if export.deployment is not None:
-        return _BY_NAME[export.deployment]
+    if (deployment := options_of(export).deployment) is not None:
+        return _BY_NAME[deployment]
     # iOS 17 is the first version that decompresses palettes during execution rather than when loading. Attention
     # converted for iOS 17 consists of matrix products and a softmax, which the Neural Engine runs; for iOS 18 it
     # becomes a single `scaled_dot_product_attention`.

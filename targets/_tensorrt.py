@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.families import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import BadRequest, CannotRunHere, CheckFailed
@@ -52,6 +53,7 @@ class TensorRtTarget:
     # Compute capabilities that the engines run on; empty where an engine runs only on the GPU it was built on.
     capabilities: tuple[tuple[int, int], ...] = ()
     scheme: Scheme = SHARED
+    processor: Runtime = "accelerator"
 
     def not_executed(self) -> str | None:
         if importlib.util.find_spec(self.package) is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
+from calibration.families import Runtime
 from calibration.recipe import FloatType, Precision, WeightOnly
 from calibration.scheme import Scheme
 
@@ -20,15 +21,26 @@ if TYPE_CHECKING:
     Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)
     Executor: TypeAlias = Callable[[Images], Logits]  # takes any number of images
 
-# What an app hands to the engine and gets back, where the target has a choice: the preprocessed tensor for logits, as
-# everywhere; the image itself for logits; or the image for the name of its class, with probabilities.
-Interface: TypeAlias = Literal["tensor", "image", "classifier"]
-
 # What happens to operators that FP16 cannot hold: they stay in float32, or the recipe is refused.
 Half: TypeAlias = Literal["auto", "strict"]
 
 INPUT_NAME = "image"
 OUTPUT_NAME = "logits"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Options of one target alone, beyond precision and batch: part of the keys of its engines. A target with options
+    derives a class from this one, with a default for each field.
+    """
+
+    def changed(self) -> dict[str, object]:
+        """The options that differ from their defaults, by name."""
+        values = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+
+NO_OPTIONS: Final = Options()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +59,8 @@ class Export:
     path: Path
     precision: Precision
     batch: int  # images per query that the engine is built for
-    # What Core ML alone offers; every other target gets the defaults.
     storage: WeightOnly | None = None  # weights in fewer bits than they are computed in
-    interface: Interface = "tensor"
-    deployment: str | None = None  # the oldest system that must run the engine, such as "iOS17"; None: the recipe's
+    options: Options = NO_OPTIONS  # of the target that compiles it
     half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
 
     @property
@@ -124,6 +134,11 @@ class Target(Protocol):
     @property
     def scheme(self) -> Scheme: ...
 
+    @property
+    def processor(self) -> Runtime:
+        """The kind of processor, which decides the default placement of INT8 operators."""
+        ...
+
     def missing(self) -> str | None:
         """Why this machine cannot build for the target, and what would help; None when it can."""
         ...
@@ -189,20 +204,14 @@ class Bundles(Protocol):
 
 @runtime_checkable
 class Customizes(Protocol):
-    """A target that takes more than the defaults of an `Export`: weights in fewer bits, other interfaces, an older
-    system to run on.
-    """
+    """A target that can store weights in fewer bits, and has options of its own."""
 
-    def accept(
-        self,
-        *,
-        precision: Precision,
-        storage: WeightOnly | None,
-        interface: Interface,
-        deployment: str | None,
-        batch: int,
-    ) -> None:
-        """Raises BadRequest, in the words of the command line, where these do not go together."""
+    def options(
+        self, variables: Mapping[str, str], *, precision: Precision, storage: WeightOnly | None, batch: int
+    ) -> Options:
+        """The options in `variables` of the command line, an empty text being the default. Raises BadRequest where
+        they are invalid, or do not go together.
+        """
         ...
 
 
@@ -290,9 +299,9 @@ class Part:
 class Merges(Protocol):
     """A target that can put several engines into one file, behind names."""
 
-    def deployment_of_part(self, storage: WeightOnly | None, deployment: str | None) -> str | None:
-        """What an engine must be built for to go into such a file, where `deployment` was asked for; None: the recipe's
-        own. Raises BadRequest, in the words of the command line, where systems so old cannot read such a file.
+    def options_of_part(self, storage: WeightOnly | None, options: Options) -> Options:
+        """The options that an engine must be built with to go into such a file, where `options` were requested. Raises
+        BadRequest where they exclude such a file.
         """
         ...
 

@@ -8,11 +8,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.families import Runtime
 from calibration.recipe import FloatType, Precision, WeightOnly
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
@@ -39,10 +40,11 @@ from targets._coreml_fixes import (
     transposes_told_apart,
 )
 from targets._coreml_mac import UNITS, CoreMLSession, Machine, ThisMac, opened
+from targets._coreml_options import CoreMLOptions
 from targets._coreml_program import has_compounds
 from targets._coreml_refusals import explained
 from targets._host import in_queries
-from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Interface, Part
+from targets.base import INPUT_NAME, OUTPUT_NAME, Export, Facts, Options, Part
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -68,6 +70,7 @@ class CoreMLTarget:
     name: str = "coreml"
     summary: str = "Core ML on iPhones, iPads and Macs (iOS 17 and macOS 14; INT8: iOS 18 and macOS 15)"
     scheme: Scheme = SHARED
+    processor: Runtime = "accelerator"
     machine: Machine = ThisMac()  # noqa: RUF009 - frozen
 
     def missing(self) -> str | None:
@@ -81,17 +84,13 @@ class CoreMLTarget:
     def toolchain(self) -> dict[str, str]:
         return {package: importlib.metadata.version(package) for package in ("coremltools", "torch")}
 
-    def accept(
-        self,
-        *,
-        precision: Precision,
-        storage: WeightOnly | None,
-        interface: Interface,
-        deployment: str | None,
-        batch: int,
-    ) -> None:
+    def options(
+        self, variables: Mapping[str, str], *, precision: Precision, storage: WeightOnly | None, batch: int
+    ) -> CoreMLOptions:
+        deployment = variables.get("DEPLOYMENT") or None
         _coreml_systems.accept(precision, storage, deployment)
-        _coreml_interface.accept(interface, batch)
+        interface = _coreml_interface.parse(variables.get("INTERFACE") or "tensor", batch)
+        return CoreMLOptions(interface=interface, deployment=deployment)
 
     def float_type(self, precision: Precision) -> FloatType:
         return "f32" if precision == "fp32" else "f16"
@@ -122,8 +121,9 @@ class CoreMLTarget:
     def publish(self, export: Export, engine: Path, facts: Facts) -> None:
         _coreml_card.publish(engine / PACKAGE, Part(engine=export.path, precision=export.precision, facts=facts))
 
-    def deployment_of_part(self, storage: WeightOnly | None, deployment: str | None) -> str | None:
-        return _coreml_functions.deployment_of_part(storage, deployment)
+    def options_of_part(self, storage: WeightOnly | None, options: Options) -> CoreMLOptions:
+        ours = options if isinstance(options, CoreMLOptions) else CoreMLOptions()
+        return replace(ours, deployment=_coreml_functions.deployment_of_part(storage, ours.deployment))
 
     def merge(self, parts: Mapping[str, Part], out: Path) -> None:
         """Checks that each function has the operators and weights of the package that it came from."""

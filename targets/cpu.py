@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.families import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
@@ -36,6 +37,7 @@ class CpuTarget:
     name: str = "cpu"
     summary: str = "OpenVINO on this machine's CPU"
     scheme: Scheme = SHARED
+    processor: Runtime = "cpu"
 
     def missing(self) -> str | None:
         return None if importlib.util.find_spec("openvino") else "the openvino package is missing: run `make setup`"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.families import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CannotRunHere
@@ -26,6 +27,7 @@ class NullTarget:
     name: str = "null"
     summary: str = "no device at all: for testing the pipeline itself"
     scheme: Scheme = SHARED
+    processor: Runtime = "accelerator"
 
     def missing(self) -> str | None:
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from calibration.families import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import AFFINE, Scheme
 from targets._host import HostSession, in_queries, threads
@@ -29,6 +30,7 @@ class OnnxRuntimeTarget:
     name: str = "onnxruntime"
     summary: str = "ONNX Runtime on this machine's CPU"
     scheme: Scheme = AFFINE
+    processor: Runtime = "cpu"
 
     def missing(self) -> str | None:
         return (

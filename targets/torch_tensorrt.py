@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from calibration.families import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CannotRunHere
@@ -17,6 +18,7 @@ class TorchTensorRtTarget:
     name: str = "torch_tensorrt"
     summary: str = "Torch-TensorRT modules on NVIDIA GPUs"
     scheme: Scheme = SHARED
+    processor: Runtime = "accelerator"
 
     def missing(self) -> str | None:
         return (

@@ -30,7 +30,7 @@ from calibration.metrics import agreement, snr_db, top1
 from calibration.photos import Photos
 from models.errors import EdgelineError
 from pipeline import stages, surroundings
-from pipeline.__main__ import pick
+from pipeline.cli.values import pick
 from pipeline.stages import Run
 from pipeline.store import Store
 from targets.base import Evaluates

@@ -38,7 +38,8 @@ from calibration import program as programs
 from calibration.photos import Photos
 from calibration.recipe import with_ptq
 from models.errors import CheckFailed, EdgelineError
-from pipeline import parity, stages, surroundings, verbs
+from pipeline import parity, stages, surroundings
+from pipeline.commands.engine import engine as make_engine
 from pipeline.stages import Run
 from pipeline.store import Store
 from targets import _forced
@@ -223,7 +224,7 @@ def alarms(request: argparse.Namespace) -> int:
 
 def _outcome(run: Run) -> dict[str, str]:
     try:
-        answer = verbs.engine(run, ROOT)
+        answer = make_engine(run, ROOT)
     except EdgelineError as error:
         return {"outcome": "budget" if "points are allowed" in str(error) else "ALARM", "detail": str(error)}
     steps = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())["steps"]

@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from pipeline import stages, surroundings
-from pipeline.__main__ import _parser, read
+from pipeline.cli.parser import parse
+from pipeline.cli.request import read
 from pipeline.store import Store
 from tests.tiny import ROOT
 from tests.tiny import surroundings as environment
@@ -86,7 +87,7 @@ def _seconds(arguments: list[str]) -> float:
 
 def _checks(request: list[str], root: Path) -> tuple[float, float, float]:
     """Seconds of a check of the whole chain by its records and in full, and the megabytes that it holds."""
-    store, run = Store(root), read(_parser().parse_args(request))
+    store, run = Store(root), read(parse(request))
     steps = list(stages.engine(run).chain())
     _ = [step.key for step in steps]  # known before: no part of a check
 

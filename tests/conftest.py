@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.cli.verbs import all_variables
+
 if TYPE_CHECKING:
     from targets.base import Export
 
 # Read when torch is imported. One thread each, and none that spins: the processes of pytest-xdist share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+for _name in ("EDGELINE_TYPED", *all_variables()):  # the user's must not become defaults of the commands under test
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")

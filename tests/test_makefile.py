@@ -14,14 +14,20 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import environment, licenses, locks
+from pipeline.cli.verbs import VERBS
 from tests.tiny import ROOT, VARIABLES, surroundings
 
 TEXT = (ROOT / "Makefile").read_text()
 RULES = set(re.findall(r"^([a-z][a-z-]*):", TEXT, re.M))
+LISTS = {
+    name: words.replace("\\\n", " ").split() for name, words in re.findall(r"^([A-Z]+) := ((?:.*\\\n)*.*)$", TEXT, re.M)
+}
+HELP_LINES, HELP_COLUMNS = 40, 100
 NASTY = (
     "$(touch made)",
     "`touch made`",
@@ -30,6 +36,9 @@ NASTY = (
     "$(shell touch made)",
     "${MODEL}",
     "a b  c",
+    "a\nb",
+    "$$(touch made)",
+    "$(eval X := $(shell touch made))",
     "it's",
     'say "x"',
     "$HOME",
@@ -63,23 +72,45 @@ def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.Comp
     )
 
 
-def test_help_lists_every_rule(checkout: Path) -> None:
-    listed = re.findall(r"^  make ([a-z-]+)  +(\S.*)$", make(checkout, "help").stdout, re.M)
+def test_help_lists_every_rule_and_fits_a_screen(checkout: Path) -> None:
+    shown, benches = make(checkout, "help").stdout, make(checkout, "help-bench").stdout
+    assert len(shown.splitlines()) <= HELP_LINES
+    assert max(map(len, (shown + benches).splitlines())) <= HELP_COLUMNS
+    listed = re.findall(r"^  make ([a-z-]+)  +(\S.*)$", shown + benches, re.M)
     assert {name for name, _ in listed} == RULES
-    assert make(checkout).stdout == make(checkout, "help").stdout
+    assert len(listed) == len(RULES)
+    assert "make help VERB=engine" in shown and "make help-bench" in shown
+    assert make(checkout).stdout == shown
 
 
-def test_help_states_the_defaults_that_hold(checkout: Path) -> None:
-    stated = dict(re.findall(r"\b([A-Z]+)=([a-z0-9_]+)", make(checkout, "help").stdout))
-    defaults = dict(re.findall(r"^([A-Z_]+) +\?= ?(\S*)$", TEXT, re.M))
-    assert stated
-    assert stated.items() <= defaults.items()
+def test_help_groups_the_verbs_by_task_as_the_command_does(checkout: Path) -> None:
+    groups: dict[str, list[str]] = {}
+    for line in make(checkout, "help").stdout.splitlines()[1:]:
+        if not line.startswith(" "):
+            groups[line] = []
+        elif groups:
+            groups[[*groups][-1]].append(line.split()[1])
+    assert [*groups] == ["Build", "Quantize", "Measure", "Inspect", "List", "Maintain", "Develop"]
+    assert all(verb.name in groups[verb.group] for verb in VERBS.values())
+    assert LISTS["VERBS"] == [*VERBS]
+
+
+def test_help_of_a_verb_shows_its_variables(checkout: Path) -> None:
+    pipeline = f"PIPELINE=PYTHONPATH={ROOT} {sys.executable} -m pipeline"
+    result = make(checkout, "help", "READY=", pipeline, "VERB=gc")
+    assert result.returncode == 0, result.stderr
+    assert "env var: DAYS" in result.stdout and "MODEL" not in result.stdout
+    result = make(checkout, "help", "READY=", pipeline, "VERB=$(touch made)")
+    assert result.returncode == 2
+    assert result.stderr.startswith("VERB=$(touch made): no such verb")
+    assert not (checkout / "made").exists()
 
 
 def test_every_rule_is_declared_to_be_no_file() -> None:
-    declared = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)$", TEXT, re.M)
+    declared = re.search(r"^\.PHONY: (.*)$", TEXT, re.M)
     assert declared
-    assert set(declared[1].replace("\\\n", " ").split()) == RULES
+    named = {rule for word in declared[1].split() for rule in (LISTS[word[2:-1]] if word.startswith("$(") else [word])}
+    assert named == RULES | {".variables"}
 
 
 def test_help_answers_at_once_without_an_environment(checkout: Path) -> None:
@@ -111,29 +142,135 @@ print(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}))
 """
 
 
-def received(checkout: Path, *arguments: str, **environment: str) -> dict[str, str]:
-    """What the command behind `make engine` is handed, by option."""
+def environment_of(checkout: Path, rule: str, *arguments: str, **environment: str) -> dict[str, str]:
+    """The environment of the command behind a rule."""
     (checkout / "print.py").write_text(PRINT)
-    result = make(checkout, "engine", "READY=", f"PIPELINE={sys.executable} print.py", *arguments, **environment)
+    result = make(checkout, rule, "READY=", f"PIPELINE={sys.executable} print.py", *arguments, **environment)
     assert result.returncode == 0, result.stderr
-    verb, *options = json.loads(result.stdout)["arguments"]
-    assert verb == "engine"
-    assert not (checkout / "made").exists(), "a shell has parsed the value"
-    return dict(option.removeprefix("--").split("=", 1) for option in options)
+    printed: dict[str, Any] = json.loads(result.stdout)
+    assert printed["arguments"] == [rule]
+    assert not (checkout / "made").exists(), "make or a shell has expanded the value"
+    found: dict[str, str] = printed["environment"]
+    return found
+
+
+def received(checkout: Path, *arguments: str, **environment: str) -> dict[str, str]:
+    """The variables of a run that the command behind `make engine` finds in its environment."""
+    found = environment_of(checkout, "engine", *arguments, **environment)
+    return {name: found[name] for name in VARIABLES if name in found}
 
 
 @pytest.mark.parametrize("value", NASTY)
 def test_a_value_reaches_the_command_as_it_was_typed(checkout: Path, value: str) -> None:
     given = received(checkout, *(f"{name}={value}" for name in VARIABLES))
-    assert given == {name.lower(): value for name in VARIABLES}
+    assert given == dict.fromkeys(VARIABLES, value)
     assert received(checkout, **dict.fromkeys(VARIABLES, value)) == given
 
 
-def test_the_defaults_are_those_of_the_command_line(checkout: Path) -> None:
-    from pipeline.__main__ import _parser
+@pytest.mark.parametrize("value", NASTY)
+@pytest.mark.parametrize("rule", ["bench-seeds", "bench-prove", "bench-qat", "fuzz"])
+def test_a_value_is_expanded_by_no_rule(checkout: Path, rule: str, value: str) -> None:
+    (checkout / "print.py").write_text(PRINT)
+    program = f"{sys.executable} print.py"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+    (checkout / ".venv" / "bin" / "python").chmod(0o755)
+    named = [f"{name}={value}" for name in ("MODELS", "MODEL", "CASES", "COUNT", "START")]
+    result = make(checkout, rule, "READY=", f"PIPELINE={program}", *named)
+    assert result.returncode == 0, result.stderr
+    assert not (checkout / "made").exists(), "make or a shell has expanded the value"
 
-    parsed = vars(_parser().parse_args(["engine"]))
-    assert received(checkout) == {name.lower(): parsed[name.lower()] for name in VARIABLES}
+
+def test_the_makefile_passes_no_variable_that_was_not_typed(checkout: Path) -> None:
+    assert received(checkout) == {}
+    found = environment_of(checkout, "engine", "BATCH=4", MODEL="swin_mini", EDGELINE_TYPED="SIZE")
+    assert (found["EDGELINE_TYPED"], found["BATCH"], found["MODEL"]) == ("BATCH", "4", "swin_mini")
+
+
+def test_the_makefile_names_no_option_so_that_a_new_one_is_written_in_one_place() -> None:
+    """Apart from help, and from rules that are no verbs."""
+    before, _, rules = TEXT.partition("\n##@ Build\n")
+    _, _, tail = rules.partition("\nbench: ")
+    words = set(re.findall(r"\b[A-Z_]{3,}\b", re.sub(r"^#.*$", "", before, flags=re.M)))
+    assert words & {option.name for verb in VERBS.values() for option in verb.options} == set()
+    assert set(re.findall(r"\b[A-Z_]{3,}\b", tail)) & set(VARIABLES) == {"MODEL"}  # of bench-qat
+
+
+# --- Variables that were typed --------------------------------------------------------------------------------------
+
+
+def story(checkout: Path, rule: str, *arguments: str, **environment: str) -> tuple[int, list[str]]:
+    """Exit code and log of a rule with the program of this checkout."""
+    pipeline = f"PIPELINE=PYTHONPATH={ROOT} {sys.executable} -m pipeline"
+    result = make(checkout, rule, "READY=", pipeline, *arguments, **environment)
+    return result.returncode, [line for line in result.stderr.splitlines() if not line.startswith("make:")]
+
+
+@pytest.mark.parametrize(
+    ("rule", "variable", "sentence"),
+    [
+        ("models", "MODLE=swin tiny", "MODLE=swin tiny: no such variable; did you mean MODEL?"),
+        ("engine", "model=swin_tiny", "model=swin_tiny: no such variable; did you mean MODEL?"),
+        ("targets", "LOKC=$(touch made)", "LOKC=$(touch made): no such variable; did you mean LOCK?"),
+        ("explain", "MAXDROP=1", "MAXDROP=1: no such variable; did you mean MAX_DROP?"),
+        ("gc", "DAY=", "DAY=: no such variable; did you mean DAYS?"),
+    ],
+)
+def test_a_misspelt_variable_is_an_error_with_the_nearest(
+    checkout: Path, rule: str, variable: str, sentence: str
+) -> None:
+    assert story(checkout, rule, variable) == (2, [sentence])
+    assert not (checkout / "made").exists()
+
+
+def test_a_variable_unlike_any_is_an_error_with_all(checkout: Path) -> None:
+    code, (line,) = story(checkout, "models", "XYZZYX=1")
+    assert code == 2
+    assert line.startswith("XYZZYX=1: no such variable; known: APPLY, BACKGROUND, BATCH, ")
+
+
+def test_a_variable_without_effect_is_a_warning(checkout: Path) -> None:
+    code, lines = story(checkout, "models", "BATCH=4", "MODEL=nobody")
+    assert (code, lines[:2]) == (
+        0,
+        ["BATCH=4 has no effect on make models", "MODEL=nobody has no effect on make models"],
+    )
+    assert story(checkout, "targets", "PYTHON=python3", BATCH="4", MODLE="x") == story(checkout, "targets")
+
+
+@pytest.mark.parametrize(
+    ("rule", "variable", "code", "sentence"),
+    [
+        ("bench-store", "MODELS=swin_mini", 0, "MODELS=swin_mini has no effect on make bench-store\n"),
+        ("bench-speed", "MODELS=swin_mini", 0, ""),
+        ("fuzz", "COUT=1", 2, "COUT=1: no such variable; did you mean COUNT?\n"),
+        ("test", "MODEL=swin_mini", 0, "MODEL=swin_mini has no effect on make test\n"),
+    ],
+)
+def test_variables_of_rules_that_are_no_verbs_are_judged(
+    checkout: Path, rule: str, variable: str, code: int, sentence: str
+) -> None:
+    python = checkout / ".venv" / "bin" / "python"  # that runs nothing but the pipeline
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\n[ "$2" != pipeline ] || PYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    result = make(checkout, rule, "READY=", variable)
+    assert (result.returncode, result.stderr.partition("make:")[0]) == (code, sentence)
+
+
+@pytest.mark.parametrize("rule", ["setup", "lock", "clean"])
+def test_a_rule_without_an_environment_refuses_variables_that_it_does_not_read(checkout: Path, rule: str) -> None:
+    (checkout / "build").mkdir()
+    result = make(checkout, rule, "LOKC=requirements-cuda.lock", "PYTHON=python-that-is-not-there")
+    assert result.returncode == 2
+    assert f"make {rule} reads the variables LOCK and PYTHON only, not LOKC." in result.stderr
+    assert (checkout / "build").exists() and not (checkout / ".venv").exists()
+
+
+def test_variables_of_the_environment_are_defaults(checkout: Path) -> None:
+    assert story(checkout, "explain", MODEL="nobody")[1][0].startswith("MODEL=nobody: no such model; ")
+    assert story(checkout, "explain", "TARGET=cup", MODEL="", TARGET="cpu")[1][0].startswith("TARGET=cup: no such tar")
+    assert story(checkout, "explain", MODEL="", TARGET="", DATA="", SIZE="")[0] == 0
 
 
 def test_a_nasty_name_is_a_wrong_name(checkout: Path) -> None:
@@ -190,7 +327,7 @@ def test_the_lock_file_is_that_of_the_system_until_one_is_chosen(checkout: Path)
     assert not (checkout / "made").exists()
 
 
-@pytest.mark.parametrize("rule", sorted(RULES - {"help", "lock", "system-packages", "clean"}))
+@pytest.mark.parametrize("rule", sorted(RULES - {"help", "help-bench", "lock", "system-packages", "clean"}))
 def test_every_rule_that_needs_the_environment_makes_it_first(checkout: Path, rule: str) -> None:
     assert planned(checkout, rule)
 
@@ -306,7 +443,7 @@ def test_another_file_than_the_lock_file_means_is_not_installed(offline: Path) -
 
 def test_no_rule_writes_outside_the_checkout(checkout: Path) -> None:
     """Except for the one that says so: Debian's packages are installed for the whole system."""
-    commands = TEXT[: TEXT.index("system-packages: ##")] + TEXT[TEXT.index("clean: ##") :]
+    commands = TEXT[: TEXT.index("\nsystem-packages:\n")] + TEXT[TEXT.index("\nclean:\n") :]
     assert all("--no-cache-dir" in line for line in commands.splitlines() if "pip install" in line)
     written = re.findall(r"(?:rm -rf|>|touch|mkdir -p|cp|mv) +(\S+)", commands)
     assert written

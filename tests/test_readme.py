@@ -11,12 +11,13 @@ import pytest
 import models
 import targets
 from calibration import recipe
+from pipeline.cli.verbs import all_variables, variables_of
 from tests.tiny import ROOT, surroundings
 
 TEXT = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 RULES = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
-VARIABLES = set(re.findall(r"^([A-Z_]+) +\?=", MAKEFILE, re.M))
+VARIABLES = set(all_variables())
 KNOWN = {
     "MODEL": {*models.ALL, "smallnet.py:smallnet"},  # tests/test_cli_external.py takes it from here
     "TARGET": {*targets.ALL, *targets.ALIASES},
@@ -64,6 +65,7 @@ def test_every_command_names_rules_and_variables_that_exist(command: str) -> Non
     assert rules
     assert set(rules) <= RULES
     assert variables.keys() <= VARIABLES
+    assert variables.keys() <= frozenset().union(*map(variables_of, rules)), "the rule does not read it"
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))

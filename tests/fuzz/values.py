@@ -58,6 +58,7 @@ _VALID: Final[dict[str, tuple[str, ...]]] = {
     "sizes": ("64 128", "64,128", "0"),
     "recipes": ("fp16 int8_ptq", "fp16,w8a16"),
 }
+_OF_RUNS: Final = sorted(_VALID.keys() - {"models", "verdict"})  # options of `explain` and `multifunction`
 _VERBS: Final = ("explain",) * 12 + (
     "multifunction",
     "placement-",
@@ -106,7 +107,8 @@ def _value(draw: st.DrawFn, name: str) -> str:
 @st.composite
 def _command(draw: st.DrawFn) -> list[str]:
     verb = draw(st.one_of(st.sampled_from(_VERBS), _ODD) if draw(st.integers(0, 9)) == 0 else st.sampled_from(_VERBS))
-    names = draw(st.lists(st.sampled_from(sorted(_VALID)), min_size=1, max_size=4, unique=True))
+    known = sorted(_VALID) if draw(st.integers(0, 19)) == 0 else _OF_RUNS
+    names = draw(st.lists(st.sampled_from(known), min_size=1, max_size=4, unique=True))
     arguments = [f"--{name}={draw(_value(name))}" for name in names]
     if draw(st.integers(0, 19)) == 0:  # the shape of the line itself
         arguments.insert(

@@ -30,7 +30,7 @@ from models.errors import BadRequest
 from models.spec import Form, ModelSpec
 from models.swin import Swin, channel_merge, channel_partition, partition
 from pipeline import stages
-from pipeline.__main__ import form_of
+from pipeline.cli.request import form_of
 from pipeline.lint import lint
 from pipeline.stages import Run
 from targets._coreml import Package, read

@@ -14,9 +14,11 @@ from PIL import Image, ImageDraw
 
 from calibration.folder import Folder
 from models.errors import BadRequest
-from pipeline import stages, verbs
+from pipeline import stages
+from pipeline.commands.engine import engine as make_engine
 from pipeline.stages import Run
 from pipeline.store import Store
+from targets._coreml_options import CoreMLOptions
 from tests.tiny import SIDE, tiny_run
 
 COLOURS = [(red, green, blue) for red in (30, 130, 230) for green in (30, 130, 230) for blue in (60, 200)]
@@ -74,7 +76,7 @@ def test_a_checkpoint_in_natural_order_stops_before_anything_is_made_of_it(
     with pytest.raises(
         BadRequest, match=r"on 8\.3% of 24 validation pictures, in natural order .* on 100\.0%: add LAB"
     ):
-        verbs.engine(run, tmp_path)
+        make_engine(run, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".lock")] == []
 
 
@@ -83,7 +85,8 @@ def test_a_classifier_calls_picture_2_by_its_name(twelve: tuple[Path, Path], tmp
     from targets.coreml_eval import evaluate
 
     data = Folder.scan(twelve[0], 0, "natural")
-    run = tiny_run("fp16", "coreml", data=data, weights=twelve[1], interface="classifier")
+    options = CoreMLOptions(interface="classifier")
+    run = tiny_run("fp16", "coreml", data=data, weights=twelve[1], options=options)
     package = Store(tmp_path).get(stages.compiled(run)).path / PACKAGE
     for name in ("2", "10", "12"):
         found = evaluate(package, twelve[0] / name / "00.png")
@@ -129,7 +132,7 @@ def test_what_cannot_be_seen_is_said_each_time(tmp_path: Path, caplog: pytest.Lo
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.INFO, "edgeline"):
-            verbs.engine(run, tmp_path / "store")
+            make_engine(run, tmp_path / "store")
         said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert [line for line in said if "64 of 64 sampled train pictures are of a single colour" in line]
         assert [line for line in said if "float top-1 is 33.33% on 24 test pictures, hardly better than the an" in line]

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from models import external
-from pipeline import verbs
-from pipeline.__main__ import _parser, read
+from pipeline.cli.parser import parse
+from pipeline.cli.request import read
+from pipeline.commands.dashboard import dashboard as make_dashboard
+from pipeline.commands.profile import profile as make_profile
 from pipeline.identity import identity
 from pipeline.results import Results
 from tests.tiny import Colours, tiny_run
@@ -86,7 +88,7 @@ def test_training_again_with_another_seed_gives_other_weights() -> None:
     ids=str,
 )
 def test_choices_are_the_variables_that_are_not_at_their_defaults(asked: list[str], choices: str | None) -> None:
-    run = read(_parser().parse_args(["profile", "--recipe", "int8_ptq", *asked]))
+    run = read(parse(["profile", "--recipe", "int8_ptq", *asked]))
     assert identity(run).choices == choices
 
 
@@ -100,10 +102,10 @@ def test_profile_records_the_identity_of_what_it_measures(tmp_path: Path, shared
         (shared / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(shared / name)
     run = tiny_run("fp32", "onnxruntime")
-    verbs.profile(run, tmp_path)
+    make_profile(run, tmp_path)
     (row,) = Results(tmp_path / "measurements.sqlite").rows()
     assert row.identity == identity(run)
     assert row.identity.weights_from == "trained on colours"
-    answer = verbs.dashboard(tmp_path)
+    answer = make_dashboard(tmp_path)
     assert answer == {"path": str(tmp_path / "dashboard.html"), "rows": 1}
     assert "trained on colours" in (tmp_path / "dashboard.html").read_text()

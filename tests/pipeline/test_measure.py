@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
@@ -100,13 +101,11 @@ def test_samples_stay_in_the_order_they_ran() -> None:
     assert samples == list(range(11, 11 + 64))
 
 
-def test_progress_and_remaining_time_are_told_on_stderr_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_written_to_stderr_alone(capsys: pytest.CaptureFixture[str]) -> None:
     time_session(NullSession(), IMAGES)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "warming up" in err
-    assert "measuring: 100% |" in err
-    assert "left, 3008 queries" in err
+    assert re.search(r"^warm-up: \d+ queries in [\d.]+ s\nmeasuring: 100 % in [\d.]+ s, queries 3008$", err, re.M)
 
 
 @pytest.mark.parametrize("broken", [0, -5])

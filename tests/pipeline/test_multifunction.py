@@ -12,6 +12,7 @@ from pipeline import multifunction, stages
 from pipeline.__main__ import main
 from pipeline.stages import Run
 from pipeline.store import Store
+from targets._coreml_options import CoreMLOptions
 from targets.coreml import PACKAGE
 from tests.tiny import SIDE, tiny_run
 
@@ -37,12 +38,12 @@ def test_a_target_without_functions_is_refused() -> None:
 
 def test_a_system_that_is_too_old_is_refused_before_anything_is_built() -> None:
     with pytest.raises(BadRequest, match="DEPLOYMENT=iOS17"):
-        multifunction.named(runs("fp32", "fp16", deployment="iOS17"))
+        multifunction.named(runs("fp32", "fp16", options=CoreMLOptions(deployment="iOS17")))
 
 
 def test_another_order_is_another_artifact() -> None:
     one, other = (
-        multifunction.multifunction(multifunction.named(runs(*order))) for order in (("fp32", "fp16"), ("fp16", "fp32"))
+        multifunction.merged(multifunction.named(runs(*order))) for order in (("fp32", "fp16"), ("fp16", "fp32"))
     )
     assert one.key != other.key
 
@@ -51,7 +52,7 @@ def test_the_engines_go_into_one_artifact_with_a_report(shared: Path) -> None:
     store = Store(shared)
     functions = multifunction.named(runs("fp16", "int8_ptq"))
     engines = {name: store.get(stages.engine(run)) for name, run in functions.items()}
-    artifact = store.get(multifunction.multifunction(functions))
+    artifact = store.get(multifunction.merged(functions))
     report = json.loads((artifact.path / "report.json").read_text())
     assert [(row["function"], row["key"]) for row in report["functions"]] == [
         (name, engine.key) for name, engine in engines.items()

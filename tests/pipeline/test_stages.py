@@ -16,7 +16,13 @@ import pytest
 import calibration.recipe
 from calibration.recipe import Schedule, WeightOnly, with_ptq
 from models.errors import BadRequest, CannotRunHere
-from pipeline import stages, verbs
+from pipeline import stages
+from pipeline.commands.calibrate import calibrate as make_calibrate
+from pipeline.commands.engine import engine as make_engine
+from pipeline.commands.explain import explain as make_explain
+from pipeline.commands.profile import profile as make_profile
+from pipeline.commands.qat import qat as make_qat
+from pipeline.commands.verify import verify as make_verify
 from pipeline.store import MANIFEST, Store
 from tests.tiny import SIDE, SPEC, Colours, python, tiny_run
 
@@ -34,7 +40,7 @@ TEST_IMAGES = len(Colours().labels("test"))
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("recipe", EVERYWHERE)
 def test_one_call_makes_a_verified_engine(shared: Path, recipe: str, target: str) -> None:
-    answer = verbs.engine(tiny_run(recipe, target), shared)
+    answer = make_engine(tiny_run(recipe, target), shared)
     assert answer.keys() >= {"artifact", "key", "cached", "files"} | VERIFIED
     assert (answer["executed"], answer["why_not"] is None) == ((target != "null"),) * 2
     assert answer["images"] == TEST_IMAGES
@@ -48,7 +54,7 @@ def test_one_call_makes_a_verified_engine(shared: Path, recipe: str, target: str
         for path in artifact.rglob("*")
         if path.is_file() and path.name != MANIFEST
     }
-    again = verbs.engine(tiny_run(recipe, target), shared)
+    again = make_engine(tiny_run(recipe, target), shared)
     assert again.pop("cached")
     assert again == {name: value for name, value in answer.items() if name != "cached"}
 
@@ -124,18 +130,18 @@ def test_the_compiled_files_are_stored_once_where_the_file_system_can(shared: Pa
 
 def test_every_stage_is_a_hit_the_second_time(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tiny_run("fp32", "null")
-    verbs.engine(run, shared)
+    make_engine(run, shared)
     with caplog.at_level("INFO", "edgeline"):
-        assert verbs.engine(run, shared)["cached"]
+        assert make_engine(run, shared)["cached"]
     story = [record.getMessage().split() for record in caplog.records if record.name == "edgeline"]
     hits = [stage for stage, said, *_ in story if said == "hit"]
     assert hits == ["weights", "quantized", "exported", "compiled", "engine"]
 
 
 def test_explain_tells_hits_from_builds_and_builds_nothing(shared: Path) -> None:
-    verbs.engine(tiny_run("fp32", "null"), shared)
+    make_engine(tiny_run("fp32", "null"), shared)
     before = sorted(shared.rglob("*"))
-    told = verbs.explain(tiny_run("fp32", "null", batch=3), shared)["stages"]
+    told = make_explain(tiny_run("fp32", "null", batch=3), shared)["stages"]
     assert isinstance(told, list)
     assert [(stage["stage"], stage["cached"]) for stage in told] == [
         ("weights", True),
@@ -151,7 +157,7 @@ def test_explain_tells_hits_from_builds_and_builds_nothing(shared: Path) -> None
 
 @pytest.mark.parametrize("target", ["cpu", "onnxruntime"])
 def test_a_batch_that_does_not_divide_the_test_part_sees_every_image(shared: Path, target: str) -> None:
-    answer = verbs.engine(tiny_run("int8_ptq", target, batch=7), shared)
+    answer = make_engine(tiny_run("int8_ptq", target, batch=7), shared)
     assert (answer["images"], answer["top1"]) == (TEST_IMAGES, 100)
 
 
@@ -160,11 +166,11 @@ def test_calibrate_keeps_the_choices_of_a_recipe_that_trains(shared: Path) -> No
     trains, calibrates = (
         replace(run, recipe=with_ptq(run.recipe, **choices)) for run in map(tiny_run, ("int8_qat", "int8_ptq"))
     )
-    assert verbs.calibrate(trains, shared)["key"] == stages.quantized(calibrates).key
+    assert make_calibrate(trains, shared)["key"] == stages.quantized(calibrates).key
 
 
 def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
-    for verb, recipe in ((verbs.calibrate, "int8_ptq"), (verbs.qat, "int8_qat")):
+    for verb, recipe in ((make_calibrate, "int8_ptq"), (make_qat, "int8_qat")):
         answer = verb(tiny_run("fp32", "cpu"), shared)
         assert answer["recipe"] == recipe
         assert (answer["top1"], answer["float_top1"], answer["images"]) == (100, 100, TEST_IMAGES)
@@ -174,7 +180,7 @@ def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
 def test_qat_and_float_training_take_the_epochs_that_are_asked_for(tmp_path: Path) -> None:
     training, tuning = Schedule(epochs=2, rate=0.01), Schedule(epochs=3)
     run = tiny_run("int8_ptq", "cpu", training=training, tuning=tuning)
-    answer = verbs.qat(run, tmp_path)
+    answer = make_qat(run, tmp_path)
     reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/*/report.json"))]
     counts = {len(report["qat"]) if "qat" in report else len(report["epochs"]) for report in reports}
     assert len(reports) == 2 and counts == {2, 3}
@@ -186,14 +192,14 @@ def test_calibrate_gives_the_top1_of_the_float_model_beside_its_own(
 ) -> None:
     run = tiny_run("int8_ptq", "cpu")
     with caplog.at_level("INFO", logger="edgeline"):
-        answer = verbs.calibrate(run, shared)
+        answer = make_calibrate(run, shared)
     report = json.loads((Store(shared).path(stages.weights(run)) / "report.json").read_text())
     assert answer["float_top1"] == report["test_top1"] == 100
     assert "in torch: top-1" in caplog.text and ", float 100.00 %" in caplog.text
 
 
 def test_verify_looks_at_the_engine_again(shared: Path) -> None:
-    answer = verbs.verify(tiny_run("int8_ptq", "onnxruntime"), shared)
+    answer = make_verify(tiny_run("int8_ptq", "onnxruntime"), shared)
     assert answer.keys() >= {"artifact", "key", "cached", "files"} | VERIFIED
     assert (answer["executed"], answer["by"], answer["top1"]) == (True, "onnxruntime", 100)
 
@@ -204,7 +210,7 @@ def test_profile_appends_a_measurement_of_queries_larger_than_the_validation_par
     for path in shared.iterdir():
         (tmp_path / "build" / path.name).symlink_to(path)
     run = tiny_run("fp32", "onnxruntime", batch=40)
-    answer = verbs.profile(run, tmp_path / "build")
+    answer = make_profile(run, tmp_path / "build")
     assert answer.keys() >= {"p50_ms", "p90_ms", "p99_ms", "n", "valid", "why_invalid", "artifact", "key"}
     assert answer["n"] >= 64  # type: ignore[operator]
     assert 0 < answer["p50_ms"] <= answer["p90_ms"] <= answer["p99_ms"]  # type: ignore[operator]
@@ -216,11 +222,11 @@ def test_profile_appends_a_measurement_of_queries_larger_than_the_validation_par
 
 def test_a_target_without_a_device_cannot_be_timed(tmp_path: Path) -> None:
     with pytest.raises(CannotRunHere, match="null cannot be timed here; not executed: the null target has no device"):
-        verbs.profile(tiny_run("fp32", "null"), tmp_path)
+        make_profile(tiny_run("fp32", "null"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", [verbs.engine, verbs.verify, verbs.profile, verbs.explain])
+@pytest.mark.parametrize("verb", [make_engine, make_verify, make_profile, make_explain])
 def test_a_target_that_cannot_be_built_for_here_builds_nothing(verb: object, tmp_path: Path) -> None:
     with pytest.raises(CannotRunHere, match=r"torch_tensorrt.*use TARGET=nvidia or TARGET=rtx"):
         verb(tiny_run("fp32", "torch_tensorrt"), tmp_path)  # type: ignore[operator]
@@ -233,7 +239,7 @@ def test_a_build_that_fails_names_its_cause_and_publishes_nothing(tmp_path: Path
             raise BadRequest(f"image {index} of {part} cannot be read")
 
     with pytest.raises(BadRequest, match=r"image \d+ of train cannot be read"):
-        verbs.engine(tiny_run("fp32", "null", data=Unreadable()), tmp_path)
+        make_engine(tiny_run("fp32", "null", data=Unreadable()), tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if not path.name.startswith(".lock")] == ["weights"]
 
 
@@ -257,12 +263,12 @@ def elsewhere(tmp_path: Path) -> Iterator[dict[str, str]]:
 BUILD = """
 import sys
 from pathlib import Path
-from pipeline import verbs
+from pipeline.commands.engine import engine
 from tests.tiny import tiny_run
 from targets import ALL
 for name in ("onnxruntime", "cpu", "rtx", "coreml"):
     if ALL[name].missing() is None:
-        verbs.engine(tiny_run("int8_ptq", name), Path(sys.argv[1]))
+        engine(tiny_run("int8_ptq", name), Path(sys.argv[1]))
 """
 
 

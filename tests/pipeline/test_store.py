@@ -27,7 +27,9 @@ from calibration.budget import Budget
 from calibration.data import Part
 from calibration.recipe import Float, Ptq, budgeted
 from models.errors import CannotRunHere
-from pipeline import integrity, stages, verbs
+from pipeline import integrity, stages
+from pipeline.commands.engine import engine as make_engine
+from pipeline.commands.verify import verify as make_verify
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Step, Store, plain, resumable
 from targets.onnxruntime import OnnxRuntimeTarget
@@ -188,7 +190,7 @@ import json
 import calibration.recipe, models, targets
 from calibration.data import Digits
 from models.errors import CannotRunHere
-from pipeline import integrity, stages, verbs
+from pipeline import stages
 run = stages.Run(model=models.ALL["mobilevit_xs"], recipe=calibration.recipe.ALL["int8_qat"],
                  target=targets.ALL["cpu"], data=Digits(), preprocess=models.ALL["mobilevit_xs"].preprocess)
 print(json.dumps({step.stage: step.key for step in stages.engine(run).chain()}))
@@ -640,7 +642,7 @@ def test_a_damaged_input_does_not_spread_into_another_recipe(shared: Path, tmp_p
     ).read_bytes()
 
 
-@pytest.mark.parametrize("verb", [verbs.engine, verbs.verify])
+@pytest.mark.parametrize("verb", [make_engine, make_verify])
 def test_a_command_mends_whatever_stage_is_damaged(
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, verb: Callable[[Run, Path], dict[str, object]]
 ) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import stages, verbs
+from pipeline import stages
+from pipeline.commands.engine import engine as make_engine
 from pipeline.compare import Comparison
 from pipeline.store import Store
 from pipeline.verdict import Engine, can_judge, is_pending, judged, verdict
@@ -129,13 +130,13 @@ def test_a_verdict_without_a_decision_is_made_again_by_the_same_command(
     # Latencies of the real engines may drift and scatter on a machine that others use: only load is in question here.
     monkeypatch.setattr("pipeline.compare.MAX_DRIFT", 1e9)
     monkeypatch.setattr("pipeline.compare.MAX_WIDTH", 1e9)
-    first = verbs.engine(run, tmp_path)["verdict"]
+    first = make_engine(run, tmp_path)["verdict"]
     assert isinstance(first, dict)
     assert first["ship"] is None
     assert str(first["sentence"]).startswith(f"undecided: {BUSY}")
     assert first["why_doubtful"] in first["sentence"]
-    answer = verbs.engine(run, tmp_path)
+    answer = make_engine(run, tmp_path)
     second = answer["verdict"]
     assert isinstance(second, dict) and answer["cached"] is True
     assert second["ship"] in ("fp32", "fp16", "int8_ptq") and second["why_doubtful"] is None
-    assert "verdict" not in verbs.engine(run, tmp_path)  # decided
+    assert "verdict" not in make_engine(run, tmp_path)  # decided

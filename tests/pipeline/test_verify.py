@@ -19,7 +19,10 @@ import pytest
 from calibration import program as programs
 from calibration.budget import Budget
 from models.errors import CannotRunHere, CheckFailed
-from pipeline import stages, verbs
+from pipeline import stages
+from pipeline.commands.engine import engine as make_engine
+from pipeline.commands.profile import profile as make_profile
+from pipeline.commands.verify import verify as make_verify
 from pipeline.stages import Run
 from pipeline.store import MANIFEST, Store
 from pipeline.verify import verify
@@ -173,7 +176,7 @@ def refused(run: Run, shared: Path) -> str:
     store = Store(shared)
     step = stages.deliverable(run)
     with pytest.raises(CheckFailed) as caught:
-        verbs.engine(run, shared)
+        make_engine(run, shared)
     assert caught.value.exit_code == 4
     assert not store.has(step)
     assert not list((shared / step.stage).glob(f"*{store.path(step).name}/**/*")), "something half-made was left"
@@ -215,7 +218,7 @@ def test_a_fault_that_no_operator_shows_is_found_end_to_end(recipe: str, shared:
 
 
 def test_every_unit_that_a_target_can_be_held_to_answers_the_test_part(shared: Path) -> None:
-    answer = verbs.engine(tiny_run("fp32", TwoUnits()), shared)
+    answer = make_engine(tiny_run("fp32", TwoUnits()), shared)
     report = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())
     assert list(report["units"]) == ["ALL", "SLOW"]
     assert all(unit == {"top1": 100, "agreement": 100, "snr_db": 200} for unit in report["units"].values())
@@ -235,7 +238,7 @@ def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
     with pytest.raises(
         CannotRunHere, match=r"the board is somewhere else\. All host work is done; next: carry"
     ) as caught:
-        verbs.engine(run, shared)
+        make_engine(run, shared)
     answer = caught.value.answer
     bundle = Path(str(answer["artifact"]))
     assert (caught.value.exit_code, answer["executed"], answer["why_not"]) == (
@@ -247,7 +250,7 @@ def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
     assert (bundle.parent.name, answer["top1"]) == ("bundle", 100)
     assert sorted(path.name for path in bundle.iterdir()) == [MANIFEST, "model.onnx", "report.json"]
     with pytest.raises(CannotRunHere) as again:
-        verbs.engine(run, shared)
+        make_engine(run, shared)
     assert again.value.answer == answer | {"cached": True}
 
 
@@ -272,7 +275,7 @@ def test_a_core_ml_package_is_computed_without_a_mac(recipe: str, shared: Path) 
     run = tiny_run(recipe, "coreml")
     if not run.target.not_executed():
         pytest.skip("this is a Mac, which computes it itself")
-    answer = verbs.verify(run, shared)
+    answer = make_verify(run, shared)
     assert (answer["executed"], answer["by"]) == (True, "reference evaluator")
     assert str(answer["why_not"]).startswith("computed by the reference evaluator, not by coreml itself: needs macOS")
     assert answer["top1"] == 100
@@ -282,7 +285,7 @@ def test_a_core_ml_package_is_computed_without_a_mac(recipe: str, shared: Path) 
     assert (report["inspected"]["replayed"]["integers"] > 0) == (recipe == "int8_ptq")
 
 
-@pytest.mark.parametrize("verb", [verbs.verify, verbs.profile])
+@pytest.mark.parametrize("verb", [make_verify, make_profile])
 def test_a_bundle_is_no_engine(verb: Callable[[Run, Path], object], shared: Path) -> None:
     with pytest.raises(CannotRunHere, match="there is no engine for far on this machine: the board is somewhere else"):
         verb(tiny_run("fp32", WrongBundle(name="far")), shared)

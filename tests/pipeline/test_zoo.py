@@ -11,7 +11,8 @@ import pytest
 import models
 import targets
 from models.errors import CheckFailed
-from pipeline import verbs, zoo
+from pipeline import zoo
+from pipeline.zoo import zoo as make_zoo
 from tests.tiny import SPEC, python
 
 ready = pytest.mark.skipif(
@@ -93,7 +94,7 @@ def test_a_process_that_dies_is_a_row_too(tmp_path: Path) -> None:
     with pytest.raises(
         CheckFailed, match=r"^1 of 1 were not built; the first: nobody: it failed; .*nobody\.log"
     ) as told:
-        verbs.zoo([replace(SPEC, name="nobody")], tmp_path)
+        make_zoo([replace(SPEC, name="nobody")], tmp_path)
     rows = told.value.answer["rows"]
     assert isinstance(rows, list) and [(row["target"], row["bytes"]) for row in rows] == [("all", None)]
     assert (tmp_path / "zoo" / "nobody.log").read_text()

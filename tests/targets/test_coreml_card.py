@@ -21,8 +21,9 @@ from models.spec import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from targets import _coreml, _coreml_card, _coreml_interface
 from targets._coreml_card import CARD, escaped
 from targets._coreml_fixes import import_coremltools
+from targets._coreml_options import CoreMLOptions, Interface
 from targets._mil import Evaluator
-from targets.base import Export, Facts, Interface
+from targets.base import Export, Facts
 from targets.coreml import PACKAGE, TARGET
 from tests.targets.test_coreml import SIZE, Toy, built, exported
 
@@ -59,7 +60,7 @@ def toy_export(path: Path, interface: Interface, batch: int = 1) -> Export:
     export = exported(path, "fp16", Toy(), batch)
     described = export.description() | {"classes": CLASSES, "preprocess": dataclasses.asdict(PREPROCESS)}
     (path / "model.json").write_text(json.dumps(described))
-    return dataclasses.replace(export, interface=interface)
+    return dataclasses.replace(export, options=CoreMLOptions(interface=interface))
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from models.errors import BadRequest, CheckFailed
 from targets import _coreml, _coreml_functions
 from targets._coreml_card import CARD
 from targets._coreml_fixes import import_coremltools
+from targets._coreml_options import CoreMLOptions
 from targets._mil import Evaluator
-from targets.base import Export, Part
+from targets.base import NO_OPTIONS, Export, Part
 from targets.coreml import PACKAGE, TARGET
 from tests.targets.test_coreml import SIZE, Toy, built, exported, rewrite
 from tests.targets.test_coreml_card import FACTS, PREPROCESS, answered, code, photo, toy_export
@@ -200,14 +201,14 @@ def test_another_description_of_the_outputs_is_named(damaged: Path, parts: dict[
 @pytest.mark.parametrize("deployment", ["iOS16", "iOS17", "macOS13", "macOS14"])
 def test_systems_before_ios_18_are_refused(deployment: str) -> None:
     with pytest.raises(BadRequest, match=rf"DEPLOYMENT={deployment}: .* needs iOS18 \(macOS15\) or later; leave"):
-        TARGET.deployment_of_part(None, deployment)
+        TARGET.options_of_part(None, CoreMLOptions(deployment=deployment))
 
 
 @pytest.mark.parametrize("deployment", [None, "iOS18", "macOS15", "iOS26"])
 def test_later_ones_are_accepted(deployment: str | None) -> None:
     for storage in (None, PALETTE):
-        found = TARGET.deployment_of_part(storage, deployment)
-        assert found == (deployment or (storage and "iOS18"))
+        found = TARGET.options_of_part(storage, CoreMLOptions(deployment=deployment))
+        assert found.deployment == (deployment or (storage and "iOS18"))
 
 
 def test_palettes_become_functions_in_the_form_of_ios_18(tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_palettes_become_functions_in_the_form_of_ios_18(tmp_path: Path) -> None
         made = exported(tmp_path / name / "export", "fp16", network)
         described = made.description() | {"preprocess": dataclasses.asdict(PREPROCESS)}
         (made.path / "model.json").write_text(json.dumps(described))
-        export = dataclasses.replace(made, storage=storage, deployment=TARGET.deployment_of_part(storage, None))
+        export = dataclasses.replace(made, storage=storage, options=TARGET.options_of_part(storage, NO_OPTIONS))
         engine = built(tmp_path / name / "engine", export)
         shutil.copy(export.path / "model.json", engine / "model.json")
         parts[name] = Part(engine=engine, precision="fp16", facts=FACTS)

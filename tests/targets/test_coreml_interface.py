@@ -20,8 +20,9 @@ from models.errors import BadRequest, CheckFailed
 from models.spec import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from targets import _coreml, _coreml_fixes, _coreml_interface
 from targets._coreml_fixes import import_coremltools
+from targets._coreml_options import CoreMLOptions, Interface
 from targets._mil import Evaluator
-from targets.base import Export, Interface
+from targets.base import Export
 from targets.coreml import PACKAGE, TARGET
 from tests.targets.test_coreml import PRECISIONS, SIZE, Toy, built, exported, rewrite
 
@@ -40,7 +41,7 @@ def toy_export(path: Path, precision: Precision, interface: Interface, normaliza
         "preprocess": dict(zip(("mean", "std"), normalization, strict=True)),
     }
     (path / "model.json").write_text(json.dumps(described))
-    return dataclasses.replace(export, interface=interface)
+    return dataclasses.replace(export, options=CoreMLOptions(interface=interface))
 
 
 @pytest.fixture(scope="module")
@@ -214,9 +215,9 @@ def test_a_classifier_that_does_not_say_which_output_is_its_label_is_refused(cla
 def test_a_package_for_tensors_is_no_package_for_pictures(made: Made) -> None:
     export, engine = made["fp16", "image"]
     with pytest.raises(CheckFailed, match=r"inputs .*'RGB'.*, expected .*\[1, 3, 16, 16\], 'FLOAT16'"):
-        TARGET.inspect(dataclasses.replace(export, interface="tensor"), engine)
+        TARGET.inspect(dataclasses.replace(export, options=CoreMLOptions(interface="tensor")), engine)
     with pytest.raises(CheckFailed, match=r"outputs .*, expected .*'classLabel', \[\], 'string'"):
-        TARGET.inspect(dataclasses.replace(export, interface="classifier"), engine)
+        TARGET.inspect(dataclasses.replace(export, options=CoreMLOptions(interface="classifier")), engine)
 
 
 # What is asked
@@ -225,12 +226,12 @@ def test_a_package_for_tensors_is_no_package_for_pictures(made: Made) -> None:
 @pytest.mark.parametrize("interface", INTERFACES)
 def test_several_pictures_at_once_are_refused(interface: Interface) -> None:
     with pytest.raises(BadRequest, match=f"INTERFACE={interface} BATCH=2: .* use BATCH=1, or INTERFACE=tensor"):
-        _coreml_interface.accept(interface, 2)
+        _coreml_interface.parse(interface, 2)
 
 
 def test_one_picture_is_accepted_and_so_are_many_tensors() -> None:
     for interface, batch in (("image", 1), ("classifier", 1), ("tensor", 1), ("tensor", 8)):
-        _coreml_interface.accept(interface, batch)  # type: ignore[arg-type]
+        assert _coreml_interface.parse(interface, batch) == interface
 
 
 # Back to pixels

@@ -28,14 +28,16 @@ from calibration.metrics import snr_db
 from calibration.preprocess import normalize
 from models.errors import CannotRunHere
 from models.spec import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from pipeline import verbs
+from pipeline.commands.engine import engine as make_engine
+from pipeline.commands.profile import profile as make_profile
 from pipeline.dashboard import render
 from pipeline.results import Results
 from targets import _coreml, _coreml_mac
 from targets._coreml_fixes import import_coremltools
 from targets._coreml_mac import UNITS, Features, LoadedHere, ThisMac, opened
+from targets._coreml_options import CoreMLOptions, Interface
 from targets._mil import Evaluator
-from targets.base import HasUnits, Interface, Placement
+from targets.base import HasUnits, Placement
 from targets.coreml import PACKAGE, TARGET
 from tests.targets.test_coreml import SIZE, Toy, built, exported
 from tests.tiny import tiny_run
@@ -53,7 +55,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Interface, Path]:
     for interface in interfaces:
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp(interface)
-        export = replace(exported(folder / "export", "fp16", Toy()), interface=interface)
+        export = replace(exported(folder / "export", "fp16", Toy()), options=CoreMLOptions(interface=interface))
         described = export.description() | {"preprocess": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}}
         (export.path / "model.json").write_text(json.dumps(described))
         found[interface] = built(folder / "engine", export) / PACKAGE
@@ -387,7 +389,7 @@ def test_elsewhere_the_reason_is_one_sentence(packages: dict[Interface, Path]) -
 @pytest.mark.skipif(sys.platform == "darwin", reason="this is macOS")
 def test_elsewhere_nothing_is_timed_and_nothing_built(tmp_path: Path) -> None:
     with pytest.raises(CannotRunHere, match=r"^coreml cannot be timed here; not executed: needs macOS: ") as caught:
-        verbs.profile(tiny_run("fp16", "coreml"), tmp_path)
+        make_profile(tiny_run("fp16", "coreml"), tmp_path)
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -511,9 +513,9 @@ def profiled(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         (root / name).symlink_to(shared / name)
     machine = ScriptedMachine()
     run = tiny_run("fp16", replace(TARGET, machine=machine))
-    verbs.engine(run, root)
+    make_engine(run, root)
     machine.asked.clear()
-    answer = verbs.profile(run, root)
+    answer = make_profile(run, root)
     results = Results(root / "measurements.sqlite")
     rows = {row.unit: row for row in results.rows()}
     overview = results.overview()

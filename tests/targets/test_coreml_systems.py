@@ -11,6 +11,7 @@ import torch
 from calibration.recipe import ALL, Recipe, WeightOnly
 from models.errors import BadRequest, CheckFailed
 from targets import _coreml
+from targets._coreml_options import CoreMLOptions
 from targets._coreml_systems import SYSTEMS, system_of
 from targets.base import Customizes, Export
 from targets.coreml import PACKAGE, TARGET
@@ -22,7 +23,11 @@ FIRST = {recipe: "iOS16" for recipe in ("fp32", "fp16", "palette6")}  # all othe
 
 def asked(recipe: Recipe, deployment: str | None = None) -> Export:
     return Export(
-        path=Path("nowhere"), precision=recipe.precision, batch=1, storage=storage(recipe), deployment=deployment
+        path=Path("nowhere"),
+        precision=recipe.precision,
+        batch=1,
+        storage=storage(recipe),
+        options=CoreMLOptions(deployment=deployment),
     )
 
 
@@ -31,9 +36,9 @@ def storage(recipe: Recipe) -> WeightOnly | None:
 
 
 def accept(recipe: Recipe, deployment: str | None) -> None:
-    TARGET.accept(
-        precision=recipe.precision, storage=storage(recipe), interface="tensor", deployment=deployment, batch=1
-    )
+    variables = {"DEPLOYMENT": deployment or ""}
+    options = TARGET.options(variables, precision=recipe.precision, storage=storage(recipe), batch=1)
+    assert options == CoreMLOptions(deployment=deployment)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -107,7 +112,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 @pytest.mark.parametrize("deployment", ["iOS16", "macOS14", "iOS18", "iOS26"])
 def test_a_package_has_the_format_of_its_system(toy: Export, tmp_path: Path, deployment: str) -> None:
-    export = dataclasses.replace(toy, deployment=deployment)
+    export = dataclasses.replace(toy, options=CoreMLOptions(deployment=deployment))
     engine = built(tmp_path / "engine", export)
     system = system_of(export)
     found = TARGET.inspect(export, engine)
@@ -115,6 +120,6 @@ def test_a_package_has_the_format_of_its_system(toy: Export, tmp_path: Path, dep
     main = _coreml.read(engine / PACKAGE).spec.mlProgram.functions["main"]
     assert main.opset == system.opset
 
-    other = dataclasses.replace(toy, deployment="iOS17" if deployment != "macOS14" else "iOS18")
+    other = dataclasses.replace(toy, options=CoreMLOptions(deployment="iOS17" if deployment != "macOS14" else "iOS18"))
     with pytest.raises(CheckFailed, match=rf"^specification of the Core ML package: \({system.specification}, "):
         TARGET.inspect(other, engine)

@@ -1,0 +1,188 @@
+"""A request of the command line, and the `Run` that it stands for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import calibration.data
+import models
+from calibration import budget, families
+from calibration.recipe import Ptq, Qat, Recipe, Schedule, WeightOnly, budgeted, scheduled, with_ptq
+from models import checkpoint, hub
+from models.errors import BadRequest
+from models.spec import Form, ModelSpec, Preprocess
+from pipeline import integrity, preprocessing
+from pipeline.cli import options
+from pipeline.cli.options import Option
+from pipeline.cli.values import digits, pick
+from pipeline.stages import Run
+from targets.base import NO_OPTIONS, Customizes, Options, Target
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A verb with the text of each of its options, by variable; other options have their defaults."""
+
+    verb: str
+    texts: Mapping[str, str]
+    store: Path = Path("build")
+
+    def __getitem__(self, option: Option[T]) -> T:
+        """The value of `option`. Raises BadRequest where its text is invalid."""
+        return option.parse(option.name, self.text(option))
+
+    def text(self, option: Option[Any]) -> str:
+        return self.texts.get(option.name, option.default)
+
+    def given(self, option: Option[Any]) -> str | None:
+        """The text of `option`; None where the verb has no such option."""
+        return self.texts.get(option.name)
+
+    def changed(self, option: Option[Any], text: str) -> Request:
+        return replace(self, texts={**self.texts, option.name: text})
+
+
+def read(request: Request) -> Run:
+    """The run that `request` stands for. Raises BadRequest where a name or a value cannot be used."""
+    model, recipe, target = request[options.MODEL], request[options.RECIPE], request[options.TARGET]
+    seed = request[options.SEED]
+    data = calibration.data.load(request[options.DATA], seed, request[options.LABELS])
+    preprocess = preprocess_of(request, model, data.preprocess(model))
+    request[options.DEVICE]
+    batch = request[options.BATCH]
+    recipe = adjusted(with_ptq(recipe, placement=families.default(model.family, target.processor)), request)
+    file, key = checkpoint.split(request[options.WEIGHTS])
+    training, tuning = schedules(request)
+    recipe = scheduled(recipe, tuning)
+    own = options_for(request, target, recipe, batch)
+    return Run(
+        model=model,
+        recipe=recipe,
+        target=target,
+        data=data,
+        preprocess=preprocess,
+        weights=weights_of(model, file) if file else None,
+        weights_key=key,
+        batch=batch,
+        seed=seed,
+        form=form_of(model, request.text(options.FORM)),
+        options=own,
+        half=request[options.HALF],
+        max_drop=request[options.MAX_DROP] or budget.DEFAULT,
+        verdict=request[options.VERDICT],
+        training=training,
+        tuning=tuning,
+    )
+
+
+def read_several(request: Request) -> list[Run]:
+    """A run for each of RECIPES at each of SIZES. Raises BadRequest as `read` does."""
+    model, recipes, sizes = request[options.MODEL], request[options.RECIPES], request[options.SIZES]
+    for size in sizes:
+        size_for(model, size, variable="SIZES")
+    return [
+        read(request.changed(options.RECIPE, recipe).changed(options.SIZE, size))
+        for recipe in recipes or [request.text(options.RECIPE)]
+        for size in sizes or [request.text(options.SIZE)]
+    ]
+
+
+def preprocess_of(request: Request, model: ModelSpec, preprocess: Preprocess) -> Preprocess:
+    """`preprocess` with SIZE, MEAN, STD, CROP, INTERPOLATION and BACKGROUND of `request`."""
+    if size := request[options.SIZE]:
+        preprocess = replace(preprocess, size=size_for(model, size))
+    asked = {option.name.lower(): request[option] for option in options.PREPROCESSING}
+    return preprocessing.asked(preprocess, asked)
+
+
+def options_for(request: Request, target: Target, recipe: Recipe, batch: int) -> Options:
+    """The options of `target` in `request`. Raises BadRequest where it does not support one, or the compression of
+    weights.
+    """
+    storage = recipe if isinstance(recipe, WeightOnly) else None
+    variables = {option.name: request[option] for option in options.OF_TARGETS}
+    if isinstance(target, Customizes):
+        return target.options(variables, precision=recipe.precision, storage=storage, batch=batch)
+    given = [option for option in options.OF_TARGETS if request.text(option) != option.default]
+    if storage or given:
+        option = options.RECIPE if storage else given[-1]
+        raise BadRequest(
+            f"{option.name}={request.text(option)}: not supported by TARGET={target.name}; use TARGET=coreml, or "
+            f"leave {option.name} out"
+        )
+    return NO_OPTIONS
+
+
+def adjusted(recipe: Recipe, request: Request) -> Recipe:
+    """The recipe with CALIBRATOR, ROUNDING, PLACEMENT, FORCE and MAX_DROP of `request`. Raises BadRequest where a float
+    recipe is given an option of INT8.
+    """
+    changes: dict[Option[Any], object] = {}
+    for option in (options.CALIBRATOR, options.ROUNDING, options.PLACEMENT, options.FORCE):
+        if request.text(option) != option.default:
+            changes[option] = request[option]
+    if changes and not isinstance(recipe, Ptq | Qat):
+        option = next(iter(changes))
+        raise BadRequest(
+            f"{option.name}={request.text(option)}: RECIPE={recipe.name} is not quantized to INT8; use "
+            f"RECIPE=int8_ptq or RECIPE=int8_qat, or leave {option.name} out"
+        )
+    if limit := request[options.MAX_DROP]:
+        recipe = budgeted(recipe, limit)
+    return with_ptq(recipe, **{option.name.lower(): value for option, value in changes.items()})
+
+
+def schedules(request: Request) -> tuple[Schedule, Schedule]:
+    """EPOCHS and RATE of float training and of quantization-aware training."""
+    pairs = zip(request[options.EPOCHS], request[options.RATE], strict=True)
+    training, tuning = (Schedule(epochs=count, rate=rate) for count, rate in pairs)
+    return training, tuning
+
+
+def weights_of(model: ModelSpec, text: str) -> Path:
+    """The checkpoint file of `text`; `timm` is downloaded from the Hugging Face Hub unless it is cached, a file of that
+    name is `./timm`. Raises BadRequest where there is none, or it is a damaged artifact.
+    """
+    if text == "timm":
+        return hub.download(model)
+    # Not Path.expanduser, which raises where `~name` is nobody, nor Path.resolve: the suffix is that of the link.
+    file = Path(os.path.expanduser(text)).absolute()  # noqa: PTH111
+    if not os.path.isfile(file):  # noqa: PTH113 - the method raises where the name is too long
+        raise BadRequest(
+            f"WEIGHTS={text}: there is no such file; give a .safetensors, .pt or .pth checkpoint, or `timm`"
+        )
+    if damage := integrity.damage_of(file):
+        raise BadRequest(f"WEIGHTS={text}: its artifact is damaged: {damage}; repeat the command that built it")
+    return file
+
+
+def form_of(model: ModelSpec, text: str) -> Form:
+    """The form called `text`. Raises BadRequest where there is none of that name, or not for `model`."""
+    form = pick("form", text, options.FORMS)
+    if form not in model.forms:
+        having = dict.fromkeys(spec.family for spec in models.ALL.values() if form in spec.forms)
+        raise BadRequest(
+            f"FORM={form}: {model.name} has no such form, only {', '.join(model.forms)}; these families have it: "
+            f"{', '.join(having)}"
+        )
+    return form
+
+
+def size_for(model: ModelSpec, text: str, *, variable: str = "SIZE") -> int:
+    """The input side in `text`, pixels. Raises BadRequest with the nearest sides that the model supports."""
+    sizes = model.sizes
+    size = digits(text) or 0
+    if size not in sizes:
+        nearest = " or ".join(f"{variable}={near}" for near in sizes.nearest(size))
+        lowest, highest = sizes.nearest(sizes.minimum)[0], sizes.nearest(sizes.maximum)[-1]
+        raise BadRequest(
+            f"{variable}={text}: {model.name} takes sides from {lowest} to {highest} pixels that are multiples of "
+            f"{sizes.multiple_of}; the nearest: {nearest}"
+        )
+    return size

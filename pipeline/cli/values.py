@@ -1,0 +1,106 @@
+"""Parsers of option values: text to value, or BadRequest in one sentence with the variable, the text and the accepted
+values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeAlias, TypeVar
+
+from models.errors import BadRequest
+
+T = TypeVar("T")
+Parse: TypeAlias = Callable[[str, str], T]  # name of the variable, its text
+
+SWITCH: Mapping[str, bool] = {"yes": True, "1": True, "no": False, "0": False}
+_LONGEST_NUMBER = 12  # digits
+
+
+def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] = (), variable: str | None = None) -> T:
+    """The option called `name`. Raises BadRequest with the nearest name among `options` and `also`."""
+    if name in options:
+        return options[name]
+    known = [*also, *options]
+    close = nearest(name, known)
+    hint = f"did you mean {close}? " if close else ""
+    raise BadRequest(f"{variable or kind.upper()}={name}: no such {kind}; {hint}Known: {', '.join(known)}")
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """The word of `known` that is most like `word`, without regard to case; None if none is similar."""
+    by_lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[close[0]] if close else None
+
+
+def text(_name: str, value: str) -> str:
+    """The text as it is; its meaning depends on other options."""
+    return value
+
+
+def words(_name: str, value: str) -> list[str]:
+    """Words separated by spaces or commas."""
+    return value.replace(",", " ").split()
+
+
+def choice(options: Mapping[str, T], kind: str = "choice") -> Parse[T]:
+    """One of `options`."""
+    return lambda name, value: pick(kind, value, options, variable=name)
+
+
+def optional(parse: Parse[T]) -> Parse[T | None]:
+    """None for an empty text."""
+    return lambda name, value: parse(name, value) if value else None
+
+
+def unnamed(parse: Callable[[str], T]) -> Parse[T]:
+    """A parser whose errors name the variable already."""
+    return lambda _name, value: parse(value)
+
+
+def whole(lowest: int, highest: int) -> Parse[int]:
+    """A whole number in ASCII digits."""
+
+    def parse(name: str, value: str) -> int:
+        number = digits(value)
+        if number is None or not lowest <= number <= highest:
+            raise BadRequest(f"{name}={value}: expected a whole number from {lowest} to {highest}")
+        return number
+
+    return parse
+
+
+def digits(value: str) -> int | None:
+    """The whole number in `value`; None if there is none, or if it exceeds every limit of an option."""
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= _LONGEST_NUMBER else None
+
+
+def positive(name: str, value: str) -> float:
+    """A positive, finite number."""
+    try:
+        number = float(value) if value.isascii() else math.nan
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise BadRequest(f"{name}={value}: expected a positive number such as 0.001")
+    return number
+
+
+def pair(parse: Parse[T]) -> Parse[tuple[T | None, T | None]]:
+    """Values for float training and for quantization-aware training: one for both, or two separated by a comma."""
+
+    def parse_pair(name: str, value: str) -> tuple[T | None, T | None]:
+        parts = value.split(",")
+        if len(parts) > 2:
+            raise BadRequest(
+                f"{name}={value}: {len(parts)} values; expected one, for every training, or two: of float training, "
+                "then of quantization-aware training"
+            )
+        if not value:
+            return None, None
+        parsed = [parse(name, part.strip()) for part in parts]
+        return parsed[0], parsed[-1]
+
+    return parse_pair

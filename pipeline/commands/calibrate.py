@@ -1,0 +1,51 @@
+"""`make calibrate`: stop after post-training quantization, and report its accuracy and ranges."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import calibration.recipe
+from pipeline import stages
+from pipeline.commands.artifacts import Answer, built, identity
+from pipeline.sensitivity import calibrating
+from pipeline.stages import Run
+from pipeline.store import Store
+
+log = logging.getLogger("edgeline")
+
+
+def calibrate(run: Run, root: Path) -> Answer:
+    """The calibrated program, its top-1 in torch beside that of the float model, and its ranges."""
+    from pipeline import calibration_report
+
+    calibrated = with_recipe(run, "int8_ptq")
+    return quantized(calibrated, root) | calibration_report.write(calibrated, root)
+
+
+def with_recipe(run: Run, name: str) -> Run:
+    """The run with the INT8 recipe called `name` and its own options of calibration."""
+    ptq, recipe = calibrating(run), calibration.recipe.ALL[name]
+    kept = {option: getattr(ptq, option) for option in ("calibrator", "rounding", "placement", "force")}
+    recipe = calibration.recipe.scheduled(recipe, run.tuning)
+    return replace(run, recipe=calibration.recipe.with_ptq(recipe, **kept))
+
+
+def quantized(run: Run, root: Path) -> Answer:
+    """Build the quantized program of `run`, and report its accuracy."""
+    step = stages.quantized(run)
+    artifact = built(step, root)
+    report = json.loads((artifact.path / "report.json").read_text())
+    floats = json.loads((Store(root).get(step.inputs["weights"]).path / "report.json").read_text())
+    log.info(
+        "%s in torch: top-1 %.2f %% on %d test images, float %.2f %%",
+        *(run.recipe.name, report["test_top1"], report["images"], floats["test_top1"]),
+    )
+    return identity(artifact) | {
+        "recipe": run.recipe.name,
+        "top1": report["test_top1"],
+        "float_top1": floats["test_top1"],
+        "images": report["images"],
+    }

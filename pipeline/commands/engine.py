@@ -1,0 +1,48 @@
+"""`make engine`: train or load, quantize, export, compile and verify a model for a target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from models.errors import CannotRunHere
+from pipeline import contract, stages
+from pipeline.commands.artifacts import Answer, built
+from pipeline.commands.verify import reported
+from pipeline.stages import Run
+from pipeline.store import Artifact, Store
+from targets.base import Bundles
+
+
+def engine(run: Run, root: Path) -> Answer:
+    """Build and verify the engine of `run`; where it can only be built on the device, leave a bundle for that.
+
+    Raises CannotRunHere with the bundle in its answer where the bundle is all that this machine can make.
+    """
+    step = stages.deliverable(run)
+    if Store(root).has(stages.weights(run)) and not Store(root).has(stages.exported(run)):
+        contract.check_target(run)  # the weights were checked for another target
+    artifact = built(step, root)
+    answer = reported(artifact, json.loads((artifact.path / "report.json").read_text()))
+    if artifact.step.stage == "bundle":
+        assert isinstance(run.target, Bundles)
+        command = run.target.next_command(artifact.path)
+        raise CannotRunHere(
+            f"the engine for {run.target.name} was not built here: {run.target.missing()}. All host work is done; "
+            f"next: {command}",
+            answer=answer | {"next": command},
+        )
+    return answer | _verdict(run, root, artifact)
+
+
+def _verdict(run: Run, root: Path, artifact: Artifact) -> Answer:
+    """The comparison with the float engines, if it is requested and this machine can time it: of an engine that was
+    built just now, or whose last verdict was undecided.
+    """
+    if not run.verdict or run.recipe.precision != "int8":
+        return {}
+    from pipeline.verdict import can_judge, is_pending, verdict
+
+    if (artifact.cached and not is_pending(root, artifact)) or not can_judge(run):
+        return {}
+    return {"verdict": verdict(run, root, artifact)}

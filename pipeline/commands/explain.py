@@ -1,0 +1,24 @@
+"""`make explain`: the stages that would be reused, and the changes that rebuild the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline import stages
+from pipeline.cli import table
+from pipeline.commands.artifacts import Answer
+from pipeline.stages import Run
+from pipeline.store import Store
+
+
+def explain(run: Run, root: Path) -> Answer:
+    """Every stage with its key, whether it is in the store, and if not, the changes since. Builds nothing."""
+    store = Store(root)
+    rows: list[Answer] = []
+    cells = []
+    for step in stages.deliverable(run).chain():
+        cached, why = store.has(step), store.explain(step)
+        rows.append({"stage": step.stage, "key": step.key, "cached": cached, "why": why})
+        cells.append((step.stage, "hit" if cached else "build", "; ".join(why)))
+    table.log((table.text("stage"), table.text("state"), table.text("changes")), cells)
+    return {"stages": rows}

@@ -1,0 +1,153 @@
+"""`make profile`: time the engine, one query at a time, and append the measurements to the database."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from models.errors import CannotRunHere
+from pipeline.cli import table
+from pipeline.commands.artifacts import Answer, built, engine_step, identity
+from pipeline.stages import Run
+from pipeline.store import Artifact
+from targets._host import padded, threads
+from targets.base import HasUnits, Session
+
+if TYPE_CHECKING:
+    from pipeline.measure import Conditions, TimingPlan
+    from pipeline.results import Row
+    from targets.base import Images
+
+MEASUREMENTS: Final = "measurements.sqlite"
+
+log = logging.getLogger("edgeline")
+
+
+def profile(run: Run, root: Path) -> Answer:
+    """Latency percentiles of the engine, on each set of compute units if the target has several.
+
+    Raises CannotRunHere where it cannot be executed.
+    """
+    from pipeline.results import Results
+
+    step = engine_step(run)
+    if reason := run.target.not_executed():
+        raise CannotRunHere(f"{run.target.name} cannot be timed here; not executed: {reason}")
+    artifact = built(step, root)
+    results, rows = Results(root / MEASUREMENTS), []
+    for row in _measurements(run, artifact):
+        results.append(row)
+        _log_latency(row)
+        rows.append(row)
+    by_unit = {row.unit: _latency(row) | _start(row) for row in rows if row.unit}
+    return identity(artifact) | _latency(rows[0]) | ({"units": by_unit} if by_unit else {})
+
+
+def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:
+    """One row; or one per set of units, each loaded, run once, warmed up and timed by itself."""
+    from pipeline.measure import ON_UNITS, STANDARD, Conditions
+
+    images = padded(next(run.images("val").batches(run.batch))[0].numpy(), run.batch)
+    before = Conditions.now()
+    if not isinstance(run.target, HasUnits):
+        with run.target.open(artifact.path) as session:
+            yield _measurement(run, artifact, session, images, STANDARD, before)
+        return
+    for unit in run.target.units:
+        with run.target.open_on(artifact.path, unit) as on_unit:
+            (first_ns,) = on_unit.latencies_ns(images, 1)
+            row = _doubted(_measurement(run, artifact, on_unit, images, ON_UNITS, before, unit), on_unit.doubt)
+            load_ms = None if on_unit.load_ns is None else on_unit.load_ns / 1e6
+            yield replace(row, load_ms=load_ms, first_ms=first_ns / 1e6, plan=tuple(on_unit.plan()))
+        before = Conditions.now()
+
+
+def _doubted(row: Row, doubt: str | None) -> Row:
+    """The row, invalid if there is a doubt about the units that were timed."""
+    causes = "; ".join(cause for cause in (doubt, row.summary.why_invalid) if cause)
+    return replace(row, summary=replace(row.summary, why_invalid=causes or None))
+
+
+def _measurement(
+    run: Run,
+    artifact: Artifact,
+    session: Session,
+    images: Images,
+    plan: TimingPlan,
+    before: Conditions,
+    unit: str | None = None,
+) -> Row:
+    from pipeline.identity import identity as identity_of
+    from pipeline.measure import Conditions, summarize, time_session
+    from pipeline.results import Row
+
+    samples = time_session(session, images, plan)
+    after = Conditions.now()
+    report = json.loads((artifact.path / "report.json").read_text())
+    accuracy = report.get("units", {}).get(unit, report)
+    return Row(
+        model=run.model.name,
+        family=run.model.family,
+        target=run.target.name,
+        device="local",
+        recipe=run.recipe.name,
+        precision=run.recipe.precision,
+        size=run.preprocess.size,
+        batch=run.batch,
+        threads=threads() if "threads" in report["inspected"] else None,  # now, whatever it was at verification
+        unit=unit,
+        artifact_key=artifact.key,
+        artifact_path=str(artifact.path),
+        method=plan.method(),
+        summary=summarize(samples, plan, before=before, after=after),
+        samples_ns=tuple(samples),
+        versions=run.target.toolchain(),
+        conditions={"before": asdict(before), "after": asdict(after)},
+        top1=accuracy["top1"],
+        float_top1=report["float_top1"],
+        agreement=accuracy["agreement"],
+        identity=identity_of(run),
+    )
+
+
+def _latency(row: Row) -> Answer:
+    summary = row.summary
+    return {
+        "p50_ms": summary.p50_ms,
+        "p90_ms": summary.p90_ms,
+        "p99_ms": summary.p99_ms,
+        "n": summary.n,
+        "valid": summary.valid,
+        "why_invalid": summary.why_invalid,
+    }
+
+
+def _start(row: Row) -> Answer:
+    """Load time and first query, milliseconds, of a row that has a unit, and where its operators run."""
+    from pipeline.placement import shares
+
+    placed = {name: asdict(share) for name, share in shares(row.plan or ()).items()}
+    return {"load_ms": row.load_ms, "first_ms": row.first_ms, "placement": placed}
+
+
+def _log_latency(row: Row) -> None:
+    from pipeline.placement import shares
+
+    summary = row.summary
+    log.info(
+        "%sp50 %.3f ms, p90 %.3f ms, p99 %.3f ms over %d queries%s",
+        f"{row.unit}: " if row.unit else "",
+        summary.p50_ms,
+        summary.p90_ms,
+        summary.p99_ms,
+        summary.n,
+        "" if summary.valid else f"; INVALID: {summary.why_invalid}",
+    )
+    if placed := shares(row.plan or ()):
+        columns = (table.text("unit"), table.number("operators"), table.number("cost", "{:.1f} %"))
+        rows = [(name, share.operators, 100 * share.cost) for name, share in placed.items()]
+        table.log(columns, rows, indent="    ")

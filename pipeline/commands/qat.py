@@ -1,0 +1,28 @@
+"""`make qat`: stop after quantization-aware training, and report its gain over post-training quantization."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from calibration.recipe import Qat
+from pipeline.commands.artifacts import Answer
+from pipeline.commands.calibrate import quantized, with_recipe
+from pipeline.stages import Run
+
+log = logging.getLogger("edgeline")
+
+
+def qat(run: Run, root: Path) -> Answer:
+    """The trained program, its accuracy, and the gain and cost of the training."""
+    answer = quantized(with_recipe(run, run.recipe.name if isinstance(run.recipe, Qat) else "int8_qat"), root)
+    report = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())
+    training = {name: report[name] for name in ("qat_bought", "qat_cost", "qat_stopped")}
+    gain, cost = training["qat_bought"], training["qat_cost"]
+    log.info(
+        "training moved validation top-1 from %.2f to %.2f %%, and the SNR of the logits against float from %.1f to "
+        "%.1f dB (epoch %d kept, 0 is the start), in %.0f s at %s images/s",
+        *(*gain["val_top1"], *gain["val_db"], gain["kept_epoch"], cost["seconds"], cost["images_per_second"]),
+    )
+    return answer | training

@@ -1,0 +1,58 @@
+"""`make verify`: run the engine on every test image again, and compare each stage with its input."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline import stages
+from pipeline.cli import table
+from pipeline.commands.artifacts import Answer, built, engine_step, identity
+from pipeline.stages import Run
+from pipeline.store import Artifact, Store
+
+_REPORTED = ("executed", "why_not", "by", "top1", "float_top1", "lost", "agreement", "images", "snr_db")
+
+_COLUMNS = (
+    table.text("stage"),
+    table.number("top-1", "{:.2f} %"),
+    table.number("SNR to the previous", "{:.1f} dB"),
+    table.number("noise", "{:.1f} dB"),
+    table.number("predictions changed"),
+    table.number("ties"),
+)
+
+log = logging.getLogger("edgeline")
+
+
+def verify(run: Run, root: Path) -> Answer:
+    """Verify the engine from disk, without the report of its build."""
+    from pipeline.verify import verify as verified
+
+    step = engine_step(run)
+    artifact = built(step, root)
+    inputs = {name: Store(root).get(needed).path for name, needed in step.inputs.items()}
+    report = verified(run, stages.export_of(run, inputs["exported"]), artifact.path, inputs)
+    return reported(artifact, report)
+
+
+def reported(artifact: Artifact, report: dict[str, Any]) -> Answer:
+    """Log the report of a verification, and return its part of the answer."""
+    rows = [
+        (
+            *(step["name"], step["top1"], step["snr_db"] if place else None),
+            *(step[name] for name in ("noise_db", "changed", "ties")),
+        )
+        for place, step in enumerate(report["steps"])
+    ]
+    table.log(_COLUMNS, rows, indent="  ")
+    for name, found in report["inspected"].get("parity", {}).items():
+        log.info(
+            "  parity of %s: %d operators match torch, %d integers equal", name, found["operators"], found["integers"]
+        )
+    lost = report["lost"]
+    log.info("  lost: %.2f points [%.2f, %.2f] on %d images", lost["points"], *lost["interval"], lost["images"])
+    if report["why_not"]:
+        log.info("  %s", report["why_not"])
+    return identity(artifact) | {"files": artifact.files()} | {name: report[name] for name in _REPORTED}
