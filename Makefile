@@ -114,56 +114,56 @@ test: ## all tests (a quarter of an hour on two cores)
 fuzz: ## hostile values and damaged files for every reader: CASES COUNT START
 
 bench: ## small model of every family x four recipes x four targets (an hour)
-	@$(VENV)/bin/python -m tests.bench
+	@$(VENV)/bin/python -m tests.bench.table
 
 bench-coreml: ## Core ML packages evaluated without a Mac; Neural Engine findings
-	@$(VENV)/bin/python -m tests.bench_coreml $$MODELS
-	@$(VENV)/bin/python -m tests.bench_placement
+	@$(VENV)/bin/python -m tests.bench.coreml $$MODELS
+	@$(VENV)/bin/python -m tests.bench.placement
 
 bench-speed: ## INT8 against float32 and half precision on this CPU, interleaved
-	@$(VENV)/bin/python -m tests.bench_speed $$MODELS
+	@$(VENV)/bin/python -m tests.bench.speed $$MODELS
 
 bench-quantizers: ## INT8 against onnxruntime.quantization, and NNCF from NNCF_PYTHON
-	@$(VENV)/bin/python -m tests.bench_quantizers $$MODELS
+	@$(VENV)/bin/python -m tests.bench.quantization.quantizers $$MODELS
 
 bench-calibration: ## cost of calibration: throughput against plain forward passes, and memory
-	@$(VENV)/bin/python -m tests.bench_calibration throughput --images 128
-	@$(VENV)/bin/python -m tests.bench_calibration memory --images 10000
+	@$(VENV)/bin/python -m tests.bench.quantization.calibration throughput --images 128
+	@$(VENV)/bin/python -m tests.bench.quantization.calibration memory --images 10000
 
 bench-families: ## each kind of operator alone in INT8, for the placements of the families
-	@$(VENV)/bin/python -m tests.bench_families $$MODELS
+	@$(VENV)/bin/python -m tests.bench.quantization.families $$MODELS
 
 bench-outliers: ## INT8 of trained networks whose channel ranges differ by up to 2^6
-	@$(VENV)/bin/python -m tests.bench_outliers $$MODELS
+	@$(VENV)/bin/python -m tests.bench.quantization.outliers $$MODELS
 
 bench-seeds: ## INT8 accuracy over three seeds, small model of every family (an hour)
-	@$(VENV)/bin/python -m tests.bench_seeds $$MODELS
+	@$(VENV)/bin/python -m tests.bench.quantization.seeds $$MODELS
 
 bench-real: ## INT8 of a trained MobileNetV2 (fetched, MIT) on photographs, for SEEDS
-	@$(VENV)/bin/python -m tests.bench_real --seeds $${SEEDS:-100 200 300}
+	@$(VENV)/bin/python -m tests.bench.quantization.real --seeds $${SEEDS:-100 200 300}
 
 bench-prove: ## one line per artifact of the proofs of MODELS
-	@$(VENV)/bin/python -m tests.bench_prove $${MODELS:-mobilevit_xs}
+	@$(VENV)/bin/python -m tests.bench.prove $${MODELS:-mobilevit_xs}
 
 bench-qat: ## cost of a step of quantization-aware training, in float steps
-	@$(VENV)/bin/python -m tests.bench_qat $${MODEL:+"$$MODEL"}
-	@$(VENV)/bin/python -m tests.bench_qat "$${MODEL:-mobilevit_xs}" 256 10
+	@$(VENV)/bin/python -m tests.bench.quantization.qat $${MODEL:+"$$MODEL"}
+	@$(VENV)/bin/python -m tests.bench.quantization.qat "$${MODEL:-mobilevit_xs}" 256 10
 
 bench-qat-gain: ## gain of training where PTQ is not enough: 3-bit weights, three seeds
-	@$(VENV)/bin/python -m tests.bench_qat_gain $$MODELS
+	@$(VENV)/bin/python -m tests.bench.quantization.qat_gain $$MODELS
 
 bench-store: ## cost of checking artifact digests, in percent of a cached make engine
-	@$(VENV)/bin/python -m tests.bench_store
+	@$(VENV)/bin/python -m tests.bench.store
 
 bench-half: ## FP16 of the small model of every family against float32; no training
-	@$(VENV)/bin/python -m tests.bench_half $$MODELS
+	@$(VENV)/bin/python -m tests.bench.half $$MODELS
 
 bench-faults: ## planted wrong conversions, and false alarms over seeds (hours)
-	@$(VENV)/bin/python -m tests.bench_faults plants $$MODELS
-	@$(VENV)/bin/python -m tests.bench_faults alarms $$MODELS
+	@$(VENV)/bin/python -m tests.bench.faults plants $$MODELS
+	@$(VENV)/bin/python -m tests.bench.faults alarms $$MODELS
 
 bench-dashboard: ## the dashboard of 100,000 measurements: seconds, memory, size of the page
-	@$(VENV)/bin/python -m tests.bench_dashboard
+	@$(VENV)/bin/python -m tests.bench.dashboard
 
 fuzz:
 	@$(VENV)/bin/python -m tests.fuzz --kinds="$$CASES" --count="$$COUNT" --start="$$START"
@@ -178,16 +178,16 @@ lint:
 
 $(READY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH; on Debian and Ubuntu: apt install python3.11 python3.11-venv" >&2; exit 3; }
-	@$(PYTHON) -P pipeline/environment.py $@ $(WANTED)
+	@$(PYTHON) -P pipeline/installation/environment.py $@ $(WANTED)
 
 lock:
 	@mkdir -p .cache && folder=$$(mktemp -d .cache/lock.XXXXXX) && trap 'rm -rf "$$folder"' EXIT && \
 	 $(PYTHON) -m venv "$$folder" && \
 	 "$$folder/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --quiet $(UV) >&2 && \
-	 "$$folder/bin/python" -P pipeline/locks.py "$$folder/bin/uv"
+	 "$$folder/bin/python" -P pipeline/installation/locks.py "$$folder/bin/uv"
 
 licenses:
-	@$(VENV)/bin/python -m pipeline.licenses
+	@$(VENV)/bin/python -m pipeline.installation.licenses
 
 system-packages:
 	@if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \

@@ -18,19 +18,21 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from calibration import bias, program, qat, repairs
-from calibration.batches import Batch, Images
-from calibration.budget import Budget
-from calibration.calibrate import CalibrationSplit, calibrate, set_mode, split
-from calibration.checkpoints import Checkpoint
-from calibration.fold import fold
+from calibration.accuracy_budget import Budget
+from calibration.data.batches import Batch, Images
+from calibration.graph import exported_program
+from calibration.graph.fold import fold
 from calibration.metrics import Logits, snr_db
-from calibration.placement import LAYERS, Placement
-from calibration.quantizer import SchemeQuantizer
+from calibration.ptq import bias_correction, corrections
+from calibration.ptq.calibrate import CalibrationSplit, calibrate, set_mode, split
+from calibration.ptq.sensitivity import within_budget
+from calibration.qdq_placement import LAYERS, Placement
+from calibration.quantizer.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
 from calibration.scheme import Scheme
-from calibration.sensitivity import within_budget
-from calibration.train import evaluate
+from calibration.training import qat
+from calibration.training.fit import evaluate
+from calibration.training.resume import Checkpoint
 from models.errors import CheckFailed
 
 _CALIBRATION_BATCH = 32
@@ -68,26 +70,26 @@ def quantize(
     match recipe:  # no default case: mypy reports a recipe without a branch
         case Float() | WeightOnly():  # the target compresses the weights
             folded = traced(model, size)
-            _checked("folding", program.logits(model, [probe]), folded, probe, _FOLDED_DB)
-            return Quantized(program=program.export(folded, size))
+            _checked("folding", exported_program.logits(model, [probe]), folded, probe, _FOLDED_DB)
+            return Quantized(program=exported_program.export(folded, size))
         case Ptq():
             prepared, report = _calibrated(model, recipe, scheme, train, seed=seed)
         case Qat():
             prepared, report = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
             report |= qat.train(prepared, model, recipe, train, val, seed=seed, checkpoint=checkpoint)
-            bias.forget(prepared)
+            bias_correction.forget(prepared)
     set_mode(prepared, "frozen")
     if recipe.budget is not None:
         prepared, spent = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))
         report |= spent
-    before = program.logits(prepared, [probe])  # conversion replaces the fake-quantize modules in place
+    before = exported_program.logits(prepared, [probe])  # conversion replaces the fake-quantize modules in place
     converted = convert_pt2e(prepared)
     agreement = _checked("converting", before, converted, probe, _CONVERTED_DB)
-    noise = snr_db(program.logits(model, [probe]), program.logits(converted, [probe]))
+    noise = snr_db(exported_program.logits(model, [probe]), exported_program.logits(converted, [probe]))
     return Quantized(
-        program=program.export(converted, size),
+        program=exported_program.export(converted, size),
         report={
-            "layers": len(list(program.quantized_layers(converted))),
+            "layers": len(list(exported_program.quantized_layers(converted))),
             "converted_db": round(agreement, 1),
             "float_db": round(noise, 1),
             **report,
@@ -99,7 +101,7 @@ def traced(model: nn.Module, size: int) -> GraphModule:
     """Return the folded graph of `model` in evaluation mode. It shares no tensor with `model`: training the graph does
     not change `model`.
     """
-    graph: GraphModule = program.export(copy.deepcopy(model), size).module()
+    graph: GraphModule = exported_program.export(copy.deepcopy(model), size).module()
     fold(graph)
     return graph
 
@@ -123,7 +125,9 @@ def equalized(
     """
     graph = traced(model, train.preprocess.size)
     drawn = drawn or split(model, recipe, train, seed=seed)
-    report = repairs.equalize(graph, recipe, drawn, lambda candidate: _prepared(candidate, scheme, recipe.placement))
+    report = corrections.equalize(
+        graph, recipe, drawn, lambda candidate: _prepared(candidate, scheme, recipe.placement)
+    )
     return _prepared(graph, scheme, recipe.placement), report
 
 
@@ -135,7 +139,7 @@ def equalized_again(
     """
     graph = traced(model, drawn.train.preprocess.size)
     if strength is not None:
-        repairs.repeat_equalize(graph, recipe, drawn, strength)
+        corrections.repeat_equalize(graph, recipe, drawn, strength)
     return _prepared(graph, scheme, recipe.placement)
 
 
@@ -155,11 +159,11 @@ def _calibrated(
     report |= calibrate(prepared, model, recipe, train, seed=seed, drawn_split=drawn)
     errors = cast("dict[str, float]", report["calibrators_db"])
     calibrated_db = errors.get(str(report["calibrator"]))
-    corrections_db, biases = repairs.correct_biases(
+    corrections_db, biases = corrections.correct_biases(
         prepared, model, recipe, train, seed=seed, drawn=drawn, calibrated_db=calibrated_db
     )
     found_db = corrections_db.get("bias", calibrated_db)
-    corrections_db |= repairs.reconstruct(prepared, recipe, drawn, biases, found_db)
+    corrections_db |= corrections.reconstruct(prepared, recipe, drawn, biases, found_db)
     report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | corrections_db
     return prepared, report
 
@@ -182,7 +186,7 @@ def _within_budget(
 
 def _checked(step: str, expected: Logits, graph: nn.Module, probe: Batch, least_db: float) -> float:
     """Return the SQNR, in dB, of the logits of `graph` against `expected`. Raises CheckFailed below `least_db`."""
-    sqnr_db = snr_db(expected, program.logits(graph, [probe]))
+    sqnr_db = snr_db(expected, exported_program.logits(graph, [probe]))
     if sqnr_db < least_db:
         raise CheckFailed(
             f"{step} changed the outputs of the model: {sqnr_db:.1f} dB on {len(probe[1])} images, expected at least "

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
-from calibration.budget import Budget
-from calibration.placement import LAYERS, Placement
+from calibration.accuracy_budget import Budget
+from calibration.qdq_placement import LAYERS, Placement
 
 AUTO: Final = "auto"  # the calibrator with the highest SQNR on held-out calibration images
 # SQNR: signal-to-quantization-noise ratio of the quantized logits against the float logits, in dB.

@@ -12,8 +12,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from models import _hierarchical
-from models._hierarchical import Pyramid, Stage
+from models import _pyramid
+from models._pyramid import Pyramid, Stage
 
 
 def hatnet_tiny(classes: int) -> nn.Module:
@@ -105,7 +105,7 @@ class Norm(nn.GroupNorm):
         super().__init__(1, channels, eps=1e-6)
 
 
-class Attention(_hierarchical.Attention):
+class Attention(_pyramid.Attention):
     """Attention of the pyramid, with an additional norm that published checkpoints contain but the network does not
     use: it counts in the number of parameters, is not trained, and is not exported.
     """

@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models._hierarchical import Attention, Pyramid, Stage, grid_attention
+from models._pyramid import Attention, Pyramid, Stage, grid_attention
 
 _two_levels = partial(Attention, norm=nn.BatchNorm2d)
 

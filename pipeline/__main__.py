@@ -15,15 +15,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from calibration.data import Described
+from calibration.data.dataset import Described
 from models.errors import BadRequest, CannotRunHere, EdgelineError
-from pipeline import ending, storage, surroundings
-from pipeline.cli import options
+from pipeline import process_setup
+from pipeline.cli import options, termination
 from pipeline.cli.parser import Shown, parse
 from pipeline.cli.request import Request
 from pipeline.cli.verbs import VERBS, runs_in
 from pipeline.commands.artifacts import Answer
-from pipeline.stages import Run
+from pipeline.stages.stages import Run
+from pipeline.store import storage_errors
 
 # What the system says of files that cannot be written, or read; any other OSError shows its traceback.
 _DENIED = frozenset(
@@ -36,18 +37,18 @@ log = logging.getLogger("edgeline")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    ending.open_streams()
-    surroundings.settle()
+    termination.open_streams()
+    process_setup.settle()
     answer: Answer = {**dict.fromkeys(("verb", "model", "target", "recipe", "artifact", "key")), "cached": False}
     code, store = 0, Path("build")
     try:
-        with ending.by_exception():
+        with termination.by_exception():
             request = parse(arguments)
             store = request.store
             _carry_out(request, answer)
     except Shown as shown:
         if text := str(shown):
-            ending.answered(text.rstrip())
+            termination.answered(text.rstrip())
         return 0
     except Exception as error:
         refusal = _refusal(error, store)
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = str(error) or "interrupted"
         log.error("%s; what was finished is kept, the same command goes on from there", how)
         answer |= {"error": how}
-        code = error.exit_code if isinstance(error, ending.Ended) else 130
+        code = error.exit_code if isinstance(error, termination.Ended) else 130
     return _finish(answer, started, code)
 
 
@@ -97,7 +98,7 @@ def _refusal(error: Exception, store: Path) -> EdgelineError | None:
     """The sentence for `error`; None where it is a fault of the program, which shows its traceback."""
     if isinstance(error, EdgelineError):
         return error
-    if refusal := storage.refusal(error, store):
+    if refusal := storage_errors.refusal(error, store):
         return refusal
     return _denied(error, store) if isinstance(error, OSError) and error.errno in _DENIED else None
 
@@ -122,12 +123,12 @@ def _finish(answer: Answer, started: float, code: int) -> int:
     """Print the answer, and return the exit code: another one where nobody reads the answer."""
     line = json.dumps(answer | {"seconds": round(time.monotonic() - started, 3)})
     try:
-        read = ending.answered(line)
+        read = termination.answered(line)
     except OSError as error:  # stdout is a file
         log.error("the answer cannot be written: %s", error.strerror)
-        ending.discard_stdout()
+        termination.discard_stdout()
         return CannotRunHere.exit_code
-    return code if read else code or ending.UNREAD
+    return code if read else code or termination.UNREAD
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 import os
 import sys
 
-from targets import coreml, cpu, jetson, null, nvidia, onnxruntime, rtx, torch_tensorrt
+from targets import null, onnxruntime
 from targets.base import Target
+from targets.coreml import target as coreml_target
+from targets.openvino import target as openvino_target
+from targets.tensorrt import jetson, nvidia, rtx, torch_tensorrt
 
 _TARGETS: tuple[Target, ...] = (
     jetson.TARGET,
     nvidia.TARGET,
     rtx.TARGET,
-    coreml.TARGET,
-    cpu.TARGET,
+    coreml_target.TARGET,
+    openvino_target.TARGET,
     onnxruntime.TARGET,
     torch_tensorrt.TARGET,
     null.TARGET,

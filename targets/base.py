@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
-from calibration.families import Runtime
+from calibration.family_placements import Runtime
 from calibration.recipe import FloatType, Precision, WeightOnly
 from calibration.scheme import Scheme
 
@@ -51,7 +51,7 @@ class Export:
     - `model.onnx`: the same graph, float32 around explicit Q/DQ, dynamic batch, input `image`, output `logits`
     - `scales.json`: the scale of every quantizer by module path; empty for float recipes
     - `model.json`: model, recipe, size, class names, preprocessing
-    - `ranges.json`: the range of every tensor on real images, see `targets._half.Ranges`
+    - `ranges.json`: the range of every tensor on real images, see `targets.fp16.Ranges`
     - `sample.npz`: a few preprocessed validation images with the logits of the torch program
     - `tensors.json`: names of the tensors that `model.pt2` and `model.onnx` share, in order of execution
     """

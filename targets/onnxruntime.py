@@ -12,11 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from calibration.families import Runtime
+from calibration.family_placements import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import AFFINE, Scheme
-from targets._host import HostSession, in_queries, threads
 from targets.base import INPUT_NAME, Export
+from targets.host import HostSession, in_queries, threads
 
 if TYPE_CHECKING:
     from targets.base import Images, Logits
@@ -49,8 +49,8 @@ class OnnxRuntimeTarget:
     def build(self, export: Export, out: Path) -> None:
         import onnx
 
-        from targets._half_onnx import typed
-        from targets._onnx import with_batch, with_biases_apart
+        from targets.onnx.fp16_ranges import typed
+        from targets.onnx.graph import with_batch, with_biases_apart
 
         model = with_biases_apart(with_batch(onnx.load(export.onnx), export.batch))
         # Layers of an INT8 graph that are not INT8 stay in float32: the CPU provider has no faster FP16 arithmetic.
@@ -59,8 +59,8 @@ class OnnxRuntimeTarget:
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         import onnx
 
-        from targets._half import described
-        from targets._onnx import float32_operators
+        from targets.fp16 import described
+        from targets.onnx.graph import float32_operators
 
         model = onnx.load(engine / "model.onnx")
         onnx.checker.check_model(model, full_check=True)
@@ -78,7 +78,7 @@ class OnnxRuntimeTarget:
         """
         import onnx
 
-        from targets._onnx import macs
+        from targets.onnx.graph import macs
 
         with TemporaryDirectory() as scratch:
             optimized = Path(scratch) / "optimized.onnx"

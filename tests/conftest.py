@@ -33,13 +33,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def float_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    from tests.toys import toy_export
+    from tests.support.toys import toy_export
 
     return toy_export(tmp_path_factory.mktemp("fp32"), "fp32")
 
 
 @pytest.fixture(scope="session")
 def int8_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    from tests.toys import toy_export
+    from tests.support.toys import toy_export
 
     return toy_export(tmp_path_factory.mktemp("int8"), "int8")

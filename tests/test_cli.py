@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 import targets
-from pipeline import ending, integrity
+from pipeline.cli import termination
 from pipeline.cli.verbs import VERBS
-from tests.tiny import ROOT, python
+from pipeline.store import integrity
+from tests.support.tiny import ROOT, python
 
 CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "seconds"}
 
@@ -507,9 +508,9 @@ def test_a_signal_leaves_an_answer(tmp_path: Path, number: signal.Signals, code:
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with ending.by_exception():
+        with termination.by_exception():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            with pytest.raises(ending.Ended, match="ended by SIGTERM"):
+            with pytest.raises(termination.Ended, match="ended by SIGTERM"):
                 signal.raise_signal(signal.SIGTERM)
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process at once
     finally:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from calibration.budget import Budget
-from models import external
+from calibration.accuracy_budget import Budget
+from models.external import loader as external
 from models.spec import ModelSpec
-from pipeline import stages
-from pipeline.store import Store
+from pipeline.stages import stages
+from pipeline.store.store import Store
+from tests.support.tiny import ROOT, tiny_run
 from tests.test_cli import call, refused
-from tests.tiny import ROOT, tiny_run
 
 NET = """
 from torch import nn

@@ -29,19 +29,29 @@ HEAVY = {
     "torchao",
 }
 # Modules whose whole subject is training or quantization: they are themselves imported where they are used. Those of
-# calibration/ that are read to name things are not.
-LEAN_CALIBRATION = {"__init__", "budget", "carried", "data", "families", "folder", "metrics", "noise", "photos"}
-LEAN_CALIBRATION |= {"placement", "preprocess", "progress", "recipe", "scheme", "sources"}
-LEAN_CALIBRATION |= {"classes", "history", "layout", "pictures", "sanity"}
-OF_TORCH = {
-    f"calibration/{path.name}" for path in (ROOT / "calibration").glob("*.py") if path.stem not in LEAN_CALIBRATION
+# calibration/ that are read to name things are not. So are the networks: every file of models/ but those that are read
+# to list models.
+LEAN = {
+    *(
+        f"calibration/{name}.py"
+        for name in ("accuracy_budget", "family_placements", "metrics", "progress", "qdq_placement", "recipe")
+    ),
+    *(f"calibration/{name}.py" for name in ("rounding_noise", "sanity_checks", "scheme")),
+    *(f"calibration/data/{name}.py" for name in ("classes", "dataset", "folder_layout", "image_decoding")),
+    *(f"calibration/data/{name}.py" for name in ("image_folder", "preprocess", "sample_photos", "training_history")),
+    *(f"calibration/graph/{name}.py" for name in ("qparams", "source_lines")),
+    *(f"models/{name}.py" for name in ("catalog", "checkpoint", "errors", "hub", "spec")),
+    *(f"models/external/{name}.py" for name in ("guard", "loader")),
 }
+OF_TORCH = {
+    path.relative_to(ROOT).as_posix()
+    for layer in ("calibration", "models")
+    for path in (ROOT / layer).rglob("*.py")
+    if path.name != "__init__.py"
+} - LEAN
 # So is the evaluator of Core ML programs.
 _MIL = ("arithmetic", "compressed", "evaluator", "layers", "recurrent", "sampling", "shapes")
-OF_TORCH |= {f"targets/_mil/{name}.py" for name in _MIL}
-# So are the networks: every file of models/ but those that are read to list models.
-LEAN_MODELS = {"__init__", "catalog", "checkpoint", "errors", "external", "foreign", "hub", "spec"}
-OF_TORCH |= {f"models/{path.name}" for path in (ROOT / "models").glob("*.py") if path.stem not in LEAN_MODELS}
+OF_TORCH |= {f"targets/coreml/mil/{name}.py" for name in _MIL}
 
 
 def named(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import python, quickest
+from tests.support.tiny import python, quickest
 
 HEAVY = (
     "torch",
@@ -27,10 +27,10 @@ KEYS = """
 import sys, json
 from pathlib import Path
 from models.errors import CannotRunHere
-from pipeline import stages
+from pipeline.stages import stages
 from pipeline.cli.parser import parse
 from pipeline.cli.request import read
-from pipeline.store import Store
+from pipeline.store.store import Store
 import targets
 for target in targets.ALL:
     run = read(parse(["engine", "--target", target]))

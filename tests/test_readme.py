@@ -12,7 +12,7 @@ import models
 import targets
 from calibration import recipe
 from pipeline.cli.verbs import all_variables, variables_of
-from tests.tiny import ROOT, surroundings
+from tests.support.tiny import ROOT, surroundings
 
 TEXT = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -13,11 +13,11 @@ from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 import calibration.recipe
 import models
 import targets
-from calibration import budget, placement
-from calibration.placement import Placement
+from calibration import accuracy_budget, qdq_placement
+from calibration.qdq_placement import Placement
 from calibration.recipe import CALIBRATORS, ROUNDINGS, Recipe, Rounding
-from models import external
 from models.errors import BadRequest
+from models.external import loader as external
 from models.spec import Form, ModelSpec
 from pipeline.cli.values import SWITCH, Parse, choice, optional, pair, pick, positive, text, unnamed, whole, words
 from targets.base import Half, Target
@@ -215,9 +215,9 @@ HALF: Final[Option[Half]] = Option(
     group=_BUILD,
     help="Operators that exceed FP16: compute them in float32, or refuse the engine (strict).",
 )
-MAX_DROP: Final[Option[budget.Budget | None]] = Option(
+MAX_DROP: Final[Option[accuracy_budget.Budget | None]] = Option(
     name="MAX_DROP",
-    parse=optional(unnamed(budget.parse)),
+    parse=optional(unnamed(accuracy_budget.parse)),
     metavar="POINTS|PERCENT%",
     group=_BUILD,
     help="Accuracy budget: points of top-1 that may be lost, such as 0.5, or the share of the float top-1 to keep, "
@@ -258,7 +258,7 @@ ROUNDING: Final[Option[Rounding]] = Option(
 )
 PLACEMENT: Final[Option[Placement | None]] = Option(
     name="PLACEMENT",
-    parse=optional(unnamed(placement.parse)),
+    parse=optional(unnamed(qdq_placement.parse)),
     metavar="KINDS[-MODULE...]",
     group=_INT8,
     help="Operators that run in INT8, such as conv+linear-stages.0, layers or all. Default: that of the model family.",

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import calibration.data
+import calibration.data.dataset
 import models
-from calibration import budget, families
+from calibration import accuracy_budget, family_placements
 from calibration.recipe import Ptq, Qat, Recipe, Schedule, WeightOnly, budgeted, scheduled, with_ptq
 from models import checkpoint, hub
 from models.errors import BadRequest
 from models.spec import Form, ModelSpec, Preprocess
-from pipeline import integrity, preprocessing
-from pipeline.cli import options
+from pipeline.cli import options, preprocess_options
 from pipeline.cli.options import Option
 from pipeline.cli.values import digits, pick
-from pipeline.stages import Run
+from pipeline.stages.stages import Run
+from pipeline.store import integrity
 from targets.base import NO_OPTIONS, Customizes, Options, Target
 
 T = TypeVar("T")
@@ -52,11 +52,11 @@ def read(request: Request) -> Run:
     """The run that `request` stands for. Raises BadRequest where a name or a value cannot be used."""
     model, recipe, target = request[options.MODEL], request[options.RECIPE], request[options.TARGET]
     seed = request[options.SEED]
-    data = calibration.data.load(request[options.DATA], seed, request[options.LABELS])
+    data = calibration.data.dataset.load(request[options.DATA], seed, request[options.LABELS])
     preprocess = preprocess_of(request, model, data.preprocess(model))
     request[options.DEVICE]
     batch = request[options.BATCH]
-    recipe = adjusted(with_ptq(recipe, placement=families.default(model.family, target.processor)), request)
+    recipe = adjusted(with_ptq(recipe, placement=family_placements.default(model.family, target.processor)), request)
     file, key = checkpoint.split(request[options.WEIGHTS])
     training, tuning = schedules(request)
     recipe = scheduled(recipe, tuning)
@@ -74,7 +74,7 @@ def read(request: Request) -> Run:
         form=form_of(model, request.text(options.FORM)),
         options=own,
         half=request[options.HALF],
-        max_drop=request[options.MAX_DROP] or budget.DEFAULT,
+        max_drop=request[options.MAX_DROP] or accuracy_budget.DEFAULT,
         verdict=request[options.VERDICT],
         training=training,
         tuning=tuning,
@@ -98,7 +98,7 @@ def preprocess_of(request: Request, model: ModelSpec, preprocess: Preprocess) ->
     if size := request[options.SIZE]:
         preprocess = replace(preprocess, size=size_for(model, size))
     asked = {option.name.lower(): request[option] for option in options.PREPROCESSING}
-    return preprocessing.asked(preprocess, asked)
+    return preprocess_options.asked(preprocess, asked)
 
 
 def options_for(request: Request, target: Target, recipe: Recipe, batch: int) -> Options:

@@ -14,7 +14,7 @@ from pipeline.cli import options
 from pipeline.cli.options import PROGRAM, RUN, Options, without
 from pipeline.cli.request import Request, form_of, read, read_several, size_for
 from pipeline.commands.artifacts import Answer
-from pipeline.stages import Run
+from pipeline.stages.stages import Run
 
 Group: TypeAlias = Literal["Build", "Quantize", "Measure", "Inspect", "List", "Maintain"]
 
@@ -74,7 +74,7 @@ _VERBS: Final = (
         group="Build",
         options=(*RUN, options.SIZES, options.RECIPES),
         arguments=_runs,
-        module="pipeline.multifunction",
+        module="pipeline.commands.multifunction",
         function="multifunction",
     ),
     Verb(
@@ -83,7 +83,7 @@ _VERBS: Final = (
         group="Build",
         options=(options.MODELS,),
         arguments=lambda request: (request[options.MODELS], request.store),
-        module="pipeline.zoo",
+        module="pipeline.commands.zoo",
         function="zoo",
     ),
     Verb(
@@ -110,7 +110,7 @@ _VERBS: Final = (
         group="Quantize",
         options=without(RUN, options.PLACEMENT),
         arguments=_run,
-        module="pipeline.tune",
+        module="pipeline.commands.tune",
         function="tune",
     ),
     Verb(
@@ -119,7 +119,7 @@ _VERBS: Final = (
         group="Quantize",
         options=without(PROGRAM, options.MAX_DROP),
         arguments=_run,
-        module="pipeline.sensitivity",
+        module="pipeline.commands.sensitivity",
         function="sensitivity",
     ),
     Verb(
@@ -146,7 +146,7 @@ _VERBS: Final = (
         group="Measure",
         options=RUN,
         arguments=_run,
-        module="pipeline.prove",
+        module="pipeline.commands.prove",
         function="prove",
     ),
     Verb(
@@ -213,7 +213,7 @@ _VERBS: Final = (
         group="Maintain",
         options=(options.DAYS, options.APPLY),
         arguments=lambda request: (request.store, request[options.DAYS], request[options.APPLY]),
-        module="pipeline.collect",
+        module="pipeline.store.garbage_collection",
         function="collect",
     ),
 )

@@ -7,11 +7,11 @@ import logging
 from pathlib import Path
 from typing import TypeAlias
 
-from calibration import sanity
+from calibration import sanity_checks
 from models.errors import CannotRunHere
-from pipeline import stages
-from pipeline.stages import Run
-from pipeline.store import Artifact, Step, Store
+from pipeline.stages import stages
+from pipeline.stages.stages import Run
+from pipeline.store.store import Artifact, Step, Store
 
 Answer: TypeAlias = dict[str, object]
 
@@ -33,7 +33,7 @@ def built(step: Step, root: Path) -> Artifact:
             log.info("%-10s hit    %s", needed.stage, store.path(needed))
             if needed.stage == "weights":
                 report = json.loads((store.path(needed) / "report.json").read_text())
-                sanity.told(*report.get("warnings", ()))
+                sanity_checks.told(*report.get("warnings", ()))
     return store.get(step)
 
 

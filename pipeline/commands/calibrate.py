@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import calibration.recipe
-from pipeline import stages
 from pipeline.commands.artifacts import Answer, built, identity
-from pipeline.sensitivity import calibrating
-from pipeline.stages import Run
-from pipeline.store import Store
+from pipeline.commands.sensitivity import calibrating
+from pipeline.stages import stages
+from pipeline.stages.stages import Run
+from pipeline.store.store import Store
 
 log = logging.getLogger("edgeline")
 
 
 def calibrate(run: Run, root: Path) -> Answer:
     """The calibrated program, its top-1 in torch beside that of the float model, and its ranges."""
-    from pipeline import calibration_report
+    from pipeline.reports import calibration_report
 
     calibrated = with_recipe(run, "int8_ptq")
     return quantized(calibrated, root) | calibration_report.write(calibrated, root)

@@ -18,8 +18,8 @@ def dashboard(root: Path) -> Answer:
     """Draw the page, and open it in a browser if stdout is a terminal. Reads the database and changes nothing; the page
     is written beside it, or to the current folder where that one cannot be written.
     """
-    from pipeline import dashboard as page
-    from pipeline.results import Results
+    from pipeline.reports import dashboard as page
+    from pipeline.timing.results_db import Results
 
     overview = Results(root / MEASUREMENTS, read_only=True).overview()
     path = page.write_beside(overview, root / _PAGE)

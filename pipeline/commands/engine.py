@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from models.errors import CannotRunHere
-from pipeline import contract, stages
 from pipeline.commands.artifacts import Answer, built
 from pipeline.commands.verify import reported
-from pipeline.stages import Run
-from pipeline.store import Artifact, Store
+from pipeline.stages import stages, validate_model
+from pipeline.stages.stages import Run
+from pipeline.store.store import Artifact, Store
 from targets.base import Bundles
 
 
@@ -21,7 +21,7 @@ def engine(run: Run, root: Path) -> Answer:
     """
     step = stages.deliverable(run)
     if Store(root).has(stages.weights(run)) and not Store(root).has(stages.exported(run)):
-        contract.check_target(run)  # the weights were checked for another target
+        validate_model.check_target(run)  # the weights were checked for another target
     artifact = built(step, root)
     answer = reported(artifact, json.loads((artifact.path / "report.json").read_text()))
     if artifact.step.stage == "bundle":
@@ -41,7 +41,7 @@ def _verdict(run: Run, root: Path, artifact: Artifact) -> Answer:
     """
     if not run.verdict or run.recipe.precision != "int8":
         return {}
-    from pipeline.verdict import can_judge, is_pending, verdict
+    from pipeline.timing.verdict import can_judge, is_pending, verdict
 
     if (artifact.cached and not is_pending(root, artifact)) or not can_judge(run):
         return {}

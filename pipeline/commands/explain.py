@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import stages
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer
-from pipeline.stages import Run
-from pipeline.store import Store
+from pipeline.stages import stages
+from pipeline.stages.stages import Run
+from pipeline.store.store import Store
 
 
 def explain(run: Run, root: Path) -> Answer:

@@ -7,8 +7,8 @@ from logging import getLogger
 
 from models.errors import CheckFailed
 from models.spec import Form, ModelSpec
-from pipeline import contract
 from pipeline.commands.artifacts import Answer
+from pipeline.stages import validate_model
 from targets.base import Target
 
 log = getLogger("edgeline")
@@ -20,9 +20,9 @@ def lint_model(model: ModelSpec, target: Target, form: Form, size: int) -> Answe
     Raises CheckFailed, with all findings in its answer, where the export would refuse the network.
     """
     from calibration.quantize import traced
-    from pipeline.lint import lint
+    from pipeline.stages.lint import lint
 
-    contract.check_trace(model, size)
+    validate_model.check_trace(model, size)
     findings = lint(traced(model.build(model.classes, form).eval(), size), target.name)
     for finding in findings:
         log.info("%s", finding)

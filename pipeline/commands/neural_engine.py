@@ -8,10 +8,10 @@ from pathlib import Path
 
 import calibration.recipe
 from calibration.recipe import Qat
-from pipeline import stages
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
-from pipeline.stages import Run
-from pipeline.store import Store
+from pipeline.stages import stages
+from pipeline.stages.stages import Run
+from pipeline.store.store import Store
 
 log = logging.getLogger("edgeline")
 
@@ -20,9 +20,9 @@ def placement(run: Run, root: Path) -> Answer:
     """Findings for the Core ML package of `run`: the one in the store, or one with random weights and without training,
     since weights change no operator.
     """
-    from targets._coreml import read
-    from targets._coreml_eligibility import eligibility
-    from targets.coreml import PACKAGE
+    from targets.coreml.neural_engine.eligibility import eligibility
+    from targets.coreml.package import read
+    from targets.coreml.target import PACKAGE
 
     engine_step(run)  # refuses where there is nothing to build it with
     if run.weights is None and not Store(root).has(stages.compiled(run)):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Final
 from models.errors import CannotRunHere
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
-from pipeline.stages import Run
-from pipeline.store import Artifact
-from targets._host import padded, threads
+from pipeline.stages.stages import Run
+from pipeline.store.store import Artifact
 from targets.base import HasUnits, Session
+from targets.host import padded, threads
 
 if TYPE_CHECKING:
-    from pipeline.measure import Conditions, TimingPlan
-    from pipeline.results import Row
+    from pipeline.timing.latency import Conditions, TimingPlan
+    from pipeline.timing.results_db import Row
     from targets.base import Images
 
 MEASUREMENTS: Final = "measurements.sqlite"
@@ -32,7 +32,7 @@ def profile(run: Run, root: Path) -> Answer:
 
     Raises CannotRunHere where it cannot be executed.
     """
-    from pipeline.results import Results
+    from pipeline.timing.results_db import Results
 
     step = engine_step(run)
     if reason := run.target.not_executed():
@@ -49,7 +49,7 @@ def profile(run: Run, root: Path) -> Answer:
 
 def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:
     """One row; or one per set of units, each loaded, run once, warmed up and timed by itself."""
-    from pipeline.measure import ON_UNITS, STANDARD, Conditions
+    from pipeline.timing.latency import ON_UNITS, STANDARD, Conditions
 
     images = padded(next(run.images("val").batches(run.batch))[0].numpy(), run.batch)
     before = Conditions.now()
@@ -81,9 +81,9 @@ def _measurement(
     before: Conditions,
     unit: str | None = None,
 ) -> Row:
-    from pipeline.identity import identity as identity_of
-    from pipeline.measure import Conditions, summarize, time_session
-    from pipeline.results import Row
+    from pipeline.timing.latency import Conditions, summarize, time_session
+    from pipeline.timing.measurement_identity import identity as identity_of
+    from pipeline.timing.results_db import Row
 
     samples = time_session(session, images, plan)
     after = Conditions.now()
@@ -128,14 +128,14 @@ def _latency(row: Row) -> Answer:
 
 def _start(row: Row) -> Answer:
     """Load time and first query, milliseconds, of a row that has a unit, and where its operators run."""
-    from pipeline.placement import shares
+    from pipeline.timing.compute_plan import shares
 
     placed = {name: asdict(share) for name, share in shares(row.plan or ()).items()}
     return {"load_ms": row.load_ms, "first_ms": row.first_ms, "placement": placed}
 
 
 def _log_latency(row: Row) -> None:
-    from pipeline.placement import shares
+    from pipeline.timing.compute_plan import shares
 
     summary = row.summary
     log.info(

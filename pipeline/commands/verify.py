@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline import stages
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
-from pipeline.stages import Run
-from pipeline.store import Artifact, Store
+from pipeline.stages import stages
+from pipeline.stages.stages import Run
+from pipeline.store.store import Artifact, Store
 
 _REPORTED = ("executed", "why_not", "by", "top1", "float_top1", "lost", "agreement", "images", "snr_db")
 
@@ -28,7 +28,7 @@ log = logging.getLogger("edgeline")
 
 def verify(run: Run, root: Path) -> Answer:
     """Verify the engine from disk, without the report of its build."""
-    from pipeline.verify import verify as verified
+    from pipeline.stages.verify import verify as verified
 
     step = engine_step(run)
     artifact = built(step, root)

@@ -12,7 +12,7 @@ import termios
 import pytest
 
 from calibration import progress
-from tests.tiny import ROOT, surroundings
+from tests.support.tiny import ROOT, surroundings
 
 LOOP = """
 from calibration import progress

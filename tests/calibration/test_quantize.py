@@ -15,17 +15,17 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 import calibration.recipe
-from calibration import program as programs
-from calibration.calibrate import fake_quants
-from calibration.fake_quant import FakeQuant
+from calibration.fake_quant.symmetric import FakeQuant
+from calibration.graph import exported_program as programs
 from calibration.metrics import snr_db
+from calibration.ptq.calibrate import fake_quants
 from calibration.quantize import Quantized, prepare, quantize
 from calibration.recipe import Float, Ptq, Qat, Recipe
 from calibration.scheme import SHARED, Scheme
-from calibration.train import TrainingPlan, evaluate, fit
+from calibration.training.fit import TrainingPlan, evaluate, fit
 from models.convmixer import ConvMixer
-from tests.tiny import SIDE
-from tests.toys import CLASSES, LAYERS, Hybrid, images, seeded
+from tests.support.tiny import SIDE
+from tests.support.toys import CLASSES, LAYERS, Hybrid, images, seeded
 
 PTQ = Ptq(name="int8_ptq", samples=64, force=True)
 QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=3, learning_rate=0.03)

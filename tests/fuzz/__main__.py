@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.fuzz import harness
 from tests.fuzz.faulty import Faulty
 from tests.fuzz.kinds import ALL
-from tests.tiny import ROOT
+from tests.support.tiny import ROOT
 
 _COUNT = 10_000
 _COMMANDS = 50  # of each kind's cases, by a real command

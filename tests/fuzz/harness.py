@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from models.errors import EdgelineError, printable
-from tests.tiny import ROOT, surroundings
+from tests.support.tiny import ROOT, surroundings
 
 MAX_SECONDS: Final = 60.0
 MAX_BYTES: Final = 4 << 30

@@ -142,8 +142,8 @@ class Folders:
             _spoil(rng, root)
 
     def run(self, folder: Path) -> None:
-        from calibration.batches import Images
-        from calibration.data import PARTS, load
+        from calibration.data.batches import Images
+        from calibration.data.dataset import PARTS, load
         from models.spec import Preprocess
 
         data = load(str(folder / "data"), 0)
@@ -215,7 +215,7 @@ def _png(width: int, height: int) -> bytes:
 def _network() -> Any:
     import torch
 
-    from tests.tiny import net
+    from tests.support.tiny import net
 
     torch.manual_seed(0)
     return net(4)
@@ -363,28 +363,28 @@ class Packages:
             _spoil(rng, package)
 
     def run(self, folder: Path) -> None:
-        from targets import coreml_eval
-        from targets._coreml import layers, read
-        from targets._coreml_eligibility import eligibility
+        from targets.coreml import evaluate
+        from targets.coreml.neural_engine.eligibility import eligibility
+        from targets.coreml.package import layers, read
 
         package = read(folder / "model.mlpackage")
         layers(package)
         eligibility(package.operations)
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
-            code = coreml_eval.main([str(folder / "model.mlpackage"), str(folder / "picture.png")])
+            code = evaluate.main([str(folder / "model.mlpackage"), str(folder / "picture.png")])
         answer = json.loads(said.getvalue().splitlines()[-1])
         if code:
             raise Refused(answer["error"])
 
     def command(self, folder: Path) -> list[str]:
-        return ["-m", "targets.coreml_eval", str(folder / "model.mlpackage"), str(folder / "picture.png")]
+        return ["-m", "targets.coreml.evaluate", str(folder / "model.mlpackage"), str(folder / "picture.png")]
 
 
 def _package(path: Path, *, image: bool) -> None:
     import numpy as np
 
-    from targets._coreml_fixes import import_coremltools
+    from targets.coreml.conversion.workarounds import import_coremltools
 
     coremltools = import_coremltools()
     from coremltools.converters.mil import Builder
@@ -482,9 +482,9 @@ class Onnx:
         (folder / "model.onnx").write_bytes(model.SerializeToString())
 
     def run(self, folder: Path) -> None:
-        from targets import _carried_onnx
+        from targets.onnx import qparams as onnx_qparams
 
-        for operator in _carried_onnx.carried(folder / "model.onnx"):
+        for operator in onnx_qparams.carried(folder / "model.onnx"):
             repr(operator)
 
     def command(self, folder: Path) -> None:
@@ -511,7 +511,7 @@ class Caches:
         (folder / "calib.cache").write_bytes(mutated(rng, text) if rng.random() < 0.7 else text)
 
     def run(self, folder: Path) -> None:
-        from targets._calibration_cache import read
+        from targets.tensorrt.calibration_cache import read
 
         read(folder / "calib.cache")
 
@@ -526,7 +526,7 @@ class Databases:
     name: str = "databases"
 
     def prepare(self, seeds: Path) -> None:
-        from tests.bench_dashboard import generate
+        from tests.bench.dashboard import generate
 
         generate(seeds / "measurements.sqlite", rows=6, samples=8, cells=2)
         connection = sqlite3.connect(seeds / "measurements.sqlite")
@@ -555,8 +555,8 @@ class Databases:
     def run(self, folder: Path) -> None:
         from datetime import UTC, datetime
 
-        from pipeline.dashboard import render
-        from pipeline.results import Results
+        from pipeline.reports.dashboard import render
+        from pipeline.timing.results_db import Results
 
         path = folder / "measurements.sqlite"
         before = path.read_bytes()

@@ -13,7 +13,7 @@ import models
 from models.acmix import ACmix, Block, WindowACmix, neighbours, shift_taps
 from models.spec import ModelSpec
 from models.swin import WindowAttention, merge, partition, shift_mask
-from tests.models.tracing import kind, of_the_image, traced
+from tests.support.tracing import kind, of_the_image, traced
 
 SPEC = models.ALL["acmix_mini"]
 RESNETS = [models.ALL[f"acmix_{name}"] for name in ("resnet26", "resnet38", "resnet50", "mini")]

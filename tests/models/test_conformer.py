@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import models
-from calibration import program
-from calibration.train import SeveralHeads
+from calibration.graph import exported_program
+from calibration.training.fit import SeveralHeads
 from models._layers import Attention
 from models.conformer import Conformer, ConvBlock, ConvTransBlock, FCUDown, FCUUp, TransformerBlock
 
@@ -223,7 +223,7 @@ def test_no_other_side_will_do(size: int) -> None:
 
 
 def test_the_graph_computes_no_shapes_gathers_nothing_and_stays_within_four_axes() -> None:
-    graph = program.export(mini().eval(), 64)
+    graph = exported_program.export(mini().eval(), 64)
     operators = {str(node.target).removeprefix("aten.") for node in graph.graph.nodes if node.op == "call_function"}
     assert operators == {
         *("conv2d.default", "batch_norm.default", "relu.default", "max_pool2d.default", "avg_pool2d.default"),

@@ -18,27 +18,28 @@ from torch.nn import functional
 import calibration.recipe
 import models
 import targets
-from calibration.calibrate import fake_quants
-from calibration.data import load
-from calibration.program import WEIGHTED, stored_tensor
+from calibration.data.dataset import load
+from calibration.graph.exported_program import WEIGHTED, stored_tensor
+from calibration.ptq.calibrate import fake_quants
 from calibration.quantize import prepare, traced
 from calibration.scheme import SHARED
-from models import coatnet, external, mobilevit, swin
+from models import coatnet, mobilevit, swin
 from models._layers import ChannelNorm, attend_by_head, recast
 from models.coatnet import CoAtNet, Design
 from models.errors import BadRequest
+from models.external import loader as external
 from models.spec import Form, ModelSpec
 from models.swin import Swin, channel_merge, channel_partition, partition
-from pipeline import stages
 from pipeline.cli.request import form_of
-from pipeline.lint import lint
-from pipeline.stages import Run
-from targets._coreml import Package, read
+from pipeline.stages import stages
+from pipeline.stages.lint import lint
+from pipeline.stages.stages import Run
 from targets.base import Export
-from targets.coreml import PACKAGE, TARGET
-from tests.models.tracing import kind
-from tests.tiny import SIDE
-from tests.toys import CLASSES, Hybrid, seeded, toy_export
+from targets.coreml.package import Package, read
+from targets.coreml.target import PACKAGE, TARGET
+from tests.support.tiny import SIDE
+from tests.support.toys import CLASSES, Hybrid, seeded, toy_export
+from tests.support.tracing import kind
 
 FORMS: tuple[Form, ...] = ("tokens", "channels")
 BOTH = [spec for spec in models.ALL.values() if "channels" in spec.forms]

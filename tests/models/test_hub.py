@@ -24,7 +24,7 @@ from safetensors.torch import save
 import models
 from models import checkpoint, hub
 from models.errors import BadRequest
-from tests.tiny import ROOT, surroundings
+from tests.support.tiny import ROOT, surroundings
 
 MODEL = "mobilevit_xxs"
 PATH = f"/{models.ALL[MODEL].hub}/resolve/main/model.safetensors"
@@ -34,7 +34,7 @@ WITHOUT = "mobilenetv2_035"  # which timm never trained
 UMASK = os.umask(0)
 os.umask(UMASK)
 TOLD = """
-from pipeline import surroundings
+from pipeline import process_setup as surroundings
 surroundings.settle()
 """
 FETCH = """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import models
 from models import checkpoint
 from models.swin import Block, merge, neighbours, partition, relative_positions, roll, shift_mask
-from tests.models.tracing import kind, of_the_image, traced
+from tests.support.tracing import kind, of_the_image, traced
 
 FILE = Path("w.pt")
 SPEC = models.ALL["swin_mini"]

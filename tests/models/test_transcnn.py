@@ -13,7 +13,7 @@ from torch.export import Dim
 from torch.nn import functional
 
 import models
-from models._hierarchical import Attention, grid_attention, merge, partition
+from models._pyramid import Attention, grid_attention, merge, partition
 from models.transcnn import Level, MultiLevelAttention, multiple
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -16,11 +16,11 @@ import calibration.recipe
 import models
 import targets
 from models.spec import Form
-from pipeline import stages
-from pipeline.stages import Run
-from pipeline.store import Store
+from pipeline.stages import stages
+from pipeline.stages.stages import Run
+from pipeline.store.store import Store
 from targets.base import Evaluates, Export
-from tests.tiny import Colours
+from tests.support.tiny import Colours
 
 SMALL = ("mobilevit_xxs", "mobilenetv2_035", *(name for name in models.ALL if name.endswith("_mini")))
 # Computed shapes, gathers and control flow: engines of fixed shapes either refuse them or leave the accelerator.

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from calibration.folder import Folder
+from calibration.data.image_folder import Folder
 from models.errors import BadRequest
-from pipeline import stages
 from pipeline.commands.engine import engine as make_engine
-from pipeline.stages import Run
-from pipeline.store import Store
-from targets._coreml_options import CoreMLOptions
-from tests.tiny import SIDE, tiny_run
+from pipeline.stages import stages
+from pipeline.stages.stages import Run
+from pipeline.store.store import Store
+from targets.coreml.options import CoreMLOptions
+from tests.support.tiny import SIDE, tiny_run
 
 COLOURS = [(red, green, blue) for red in (30, 130, 230) for green in (30, 130, 230) for blue in (60, 200)]
 
@@ -81,8 +81,8 @@ def test_a_checkpoint_in_natural_order_stops_before_anything_is_made_of_it(
 
 
 def test_a_classifier_calls_picture_2_by_its_name(twelve: tuple[Path, Path], tmp_path: Path) -> None:
-    from targets.coreml import PACKAGE
-    from targets.coreml_eval import evaluate
+    from targets.coreml.evaluate import evaluate
+    from targets.coreml.target import PACKAGE
 
     data = Folder.scan(twelve[0], 0, "natural")
     options = CoreMLOptions(interface="classifier")

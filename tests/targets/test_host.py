@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from targets._host import threads
-from tests.tiny import ROOT
+from targets.host import threads
+from tests.support.tiny import ROOT
 
 HERE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -62,7 +62,7 @@ def test_without_control_groups_the_affinity_counts(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_an_affinity_limits_the_threads() -> None:
-    script = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from targets._host import threads; "
+    script = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from targets.host import threads; "
     result = subprocess.run(
         [sys.executable, "-c", script + "print(threads())"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -9,8 +9,8 @@ import pytest
 
 import targets
 from calibration.recipe import Precision
-from targets._macs import integer_share, of_convolution, of_product
 from targets.base import Accounts, Export
+from targets.macs import integer_share, of_convolution, of_product
 
 
 def test_a_convolution_uses_each_weight_once_a_position() -> None:

@@ -20,7 +20,7 @@ from pipeline.cli import options
 from pipeline.cli.options import Option
 from pipeline.cli.parser import Shown, parse
 from pipeline.cli.verbs import RULES, VERBS, all_variables
-from tests.tiny import ROOT, python, quickest, surroundings
+from tests.support.tiny import ROOT, python, quickest, surroundings
 
 HELP_SECONDS = 0.6
 DECLARED = {name: value for name, value in vars(options).items() if isinstance(value, Option)}

@@ -1,0 +1,150 @@
+"""Corrections that reduce the quantization error: equalization before calibration, bias correction and adaptive
+rounding after it. A correction is kept only if it raises the signal-to-quantization-noise ratio (SQNR) of the logits on
+held-out calibration images.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from calibration.data.batches import Batch, Images
+from calibration.graph import exported_program
+from calibration.metrics import IDENTICAL_DB, Logits, snr_db
+from calibration.ptq import adaptive_rounding, bias_correction
+from calibration.ptq.calibrate import CalibrationSplit, choose, fix_weights, named_quantizers, observe, set_mode, split
+from calibration.ptq.equalization import equalize as equalizing
+from calibration.quantizer.quantizer import is_rounded
+from calibration.recipe import Ptq
+
+_BATCH: Final = 32
+_PEAK_IMAGES: Final = 128  # for the peaks of channels
+_TRIAL_IMAGES: Final = 32  # for the ranges of each trial
+_PROBE_IMAGES: Final = 8  # for the check that a trial does not change the float output
+_SAME_DB: Final = 80.0  # least SQNR of this check: only the order of summation differs
+_FIT_IMAGES: Final = 128  # for fitting weights, in one batch, at up to 160 pixels a side
+_FIT_PIXELS: Final = _FIT_IMAGES * 160**2  # fewer images if they are larger: memory grows with their pixels
+AMPLE_DB: Final = 32.0  # SQNR of the quantized logits from which ROUNDING=auto does not round adaptively
+BIAS_IMAGES: Final = 64  # for the means of layers, in one batch
+
+
+def equalize(
+    graph: GraphModule,
+    recipe: Ptq,
+    drawn: CalibrationSplit,
+    prepare: Callable[[GraphModule], GraphModule],
+) -> dict[str, Any]:
+    """Balance the channel ranges of `graph`, in place, if this raises the SQNR, and return the report; empty if there
+    are too few images to decide. `graph` is traced from the float model and folded; `prepare` inserts fake
+    quantization.
+    """
+    size, trial = drawn.train.preprocess.size, list(drawn.observed[:_TRIAL_IMAGES])
+    if not recipe.equalize or not drawn.batches or not trial:
+        return {}
+    probe = [(images[:_PROBE_IMAGES], labels[:_PROBE_IMAGES]) for images, labels in drawn.batches[:1]]
+    exact = exported_program.logits(graph, probe)
+    first = prepare(copy.deepcopy(graph))
+
+    def error_db(candidate: GraphModule) -> float:
+        if snr_db(exact, exported_program.logits(candidate, probe)) < _SAME_DB:
+            return -IDENTICAL_DB
+        prepared = first if _take_over(first, candidate) else prepare(candidate)
+        observe(prepared, drawn.train, trial)
+        fix_weights(prepared)
+        choose(prepared, "mse")
+        return _rounded_db(prepared, drawn.reference, drawn.batches)
+
+    return equalizing.equalize(graph, size, _peak_images(drawn), error_db, _rounds(recipe))
+
+
+def _take_over(prepared: GraphModule, graph: GraphModule) -> bool:
+    """Load the tensors of `graph` into `prepared` and reset its statistics. Return False if preparation derives tensors
+    from others, so that `graph` has to be prepared again.
+    """
+    state = graph.state_dict()
+    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    if not read <= state.keys() or dict(prepared.named_parameters()).keys() != dict(graph.named_parameters()).keys():
+        return False
+    prepared.load_state_dict(state, strict=False)
+    for _, quantizer in named_quantizers(prepared):
+        quantizer.forget()
+    return True
+
+
+def repeat_equalize(graph: GraphModule, recipe: Ptq, drawn: CalibrationSplit, strength: float) -> None:
+    """Balance the channel ranges of `graph`, in place, as `equalize` does with the same images if it selects
+    `strength`.
+    """
+    size = drawn.train.preprocess.size
+    equalizing.apply(graph, size, _peak_images(drawn), _rounds(recipe), strength)
+
+
+def correct_biases(
+    prepared: GraphModule,
+    model: nn.Module,
+    recipe: Ptq,
+    train: Images,
+    *,
+    seed: int,
+    drawn: CalibrationSplit | None = None,
+    calibrated_db: float | None = None,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Correct the biases of `prepared`, whose ranges are fixed, if this raises the SQNR. Return the SQNR before and
+    after in dB, empty if there are too few images to decide, and the original biases for `bias.restore`, empty if
+    nothing was corrected. `drawn` and `calibrated_db`, the SQNR before, are computed if not given.
+    """
+    drawn = drawn or split(model, recipe, train, seed=seed)
+    if not recipe.bias_correction or not drawn.batches or not drawn.observed:
+        return {}, {}
+    if calibrated_db is None:
+        calibrated_db = _rounded_db(prepared, drawn.reference, drawn.batches)
+    set_mode(prepared, "frozen")
+    before = bias_correction.correct(prepared, drawn.images(BIAS_IMAGES))
+    corrected = _rounded_db(prepared, drawn.reference, drawn.batches)
+    if corrected <= calibrated_db:
+        bias_correction.restore(prepared, before)
+        before = {}
+    return {"calibrated": round(calibrated_db, 2), "bias": round(max(calibrated_db, corrected), 2)}, before
+
+
+def reconstruct(
+    prepared: GraphModule, recipe: Ptq, drawn: CalibrationSplit, biases: dict[str, Tensor], found_db: float | None
+) -> dict[str, float]:
+    """Fit and adaptively round the weights of `prepared`, whose ranges are fixed, if `recipe` enables this and it
+    raises the SQNR. `biases`: the originals from `correct_biases`, which reached `found_db` dB; adaptive rounding
+    corrects biases itself. Return the SQNR after it in dB; empty if it was not tried.
+    """
+    if recipe.rounding == "nearest" or found_db is None:
+        return {}
+    if recipe.rounding == "auto" and not (recipe.bias_correction and found_db < AMPLE_DB):
+        return {}
+    kept, meta = copy.deepcopy(prepared.state_dict()), dict(prepared.meta)
+    bias_correction.restore(prepared, biases)
+    set_mode(prepared, "frozen")
+    count = min(_FIT_IMAGES, max(BIAS_IMAGES // 2, _FIT_PIXELS // drawn.train.preprocess.size**2))
+    adaptive_rounding.reconstruct(prepared, drawn.images(count))
+    reached = _rounded_db(prepared, drawn.reference, drawn.batches)
+    if reached <= found_db:
+        prepared.load_state_dict(kept)
+        prepared.meta.update(meta)
+    return {"adaptive": round(max(reached, found_db), 2)}
+
+
+def _rounded_db(prepared: GraphModule, reference: Logits, batches: Iterable[Batch]) -> float:
+    """Return the SQNR, in dB, of the quantized logits against `reference`. Leaves mode `observe` set."""
+    set_mode(prepared, "frozen")
+    sqnr_db = snr_db(reference, exported_program.logits(prepared, batches))
+    set_mode(prepared, "observe")
+    return sqnr_db
+
+
+def _rounds(recipe: Ptq) -> Callable[[Node], bool]:
+    return lambda node: is_rounded(node, recipe.placement)
+
+
+def _peak_images(drawn: CalibrationSplit) -> Iterable[Tensor]:
+    return (images for images, _ in drawn.train.batches(_BATCH, drawn.observed[:_PEAK_IMAGES]))

@@ -1,0 +1,88 @@
+"""Float weights of a run: from a checkpoint, from a short training on the data, or from both in this order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from calibration.data.batches import Images
+from calibration.recipe import DEFAULT_SCHEDULE, Schedule
+from calibration.training.fit import TrainingPlan, fit
+from models import checkpoint
+from models.spec import ModelSpec
+
+# Sufficient for small images such as the digits, in one or two minutes on two cores; larger images need WEIGHTS.
+FROM_SCRATCH = TrainingPlan(epochs=9, learning_rate=3e-3)
+NEW_HEAD = TrainingPlan(epochs=4, learning_rate=5e-4)
+_SETTLING_IMAGES = 32
+
+log = logging.getLogger(__name__)
+
+
+def make(
+    spec: ModelSpec,
+    file: Path | None,
+    train: Images,
+    val: Images,
+    *,
+    seed: int,
+    key: str = "",
+    check: Callable[[nn.Module], None] | None = None,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+) -> tuple[nn.Module, dict[str, object]]:
+    """Return the float model in evaluation mode, and the report of its training. `schedule` may set the number of
+    epochs and the peak learning rate. `key`: of the state dict in `file`, if it holds several. `check` is called with
+    the model after loading and before training.
+
+    Raises BadRequest if `file` is not a checkpoint of the model, CheckFailed if training diverges.
+    """
+    model = _seeded(spec, train, seed)
+    plan: TrainingPlan | None = FROM_SCRATCH
+    loaded: checkpoint.Loaded | None = None
+    if file is not None:
+        loaded = checkpoint.load(model, file, key, formats=spec.formats, head=spec.head)
+        log.log(logging.WARNING if loaded.others else logging.INFO, "%s", loaded)
+        fresh = loaded.fresh
+        plan = NEW_HEAD if fresh else None
+        if fresh:
+            log.warning(
+                "%s was trained for another number of classes: %s start anew and are trained on %s",
+                file,
+                " and ".join(fresh),
+                train.data.name,
+            )
+    if check:
+        check(model)
+    plan = plan and _scheduled(plan, schedule)
+    epochs = fit(model, train, val, plan, seed=seed, title=f"{spec.name} float training") if plan else []
+    model.eval()
+    read = {"key": loaded.key, "prefix": loaded.prefix, "tensors": loaded.tensors} if loaded else None
+    return model, {"file": str(file) if file else None, "loaded": read, "epochs": [asdict(epoch) for epoch in epochs]}
+
+
+def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:
+    return replace(plan, epochs=schedule.epochs or plan.epochs, learning_rate=schedule.rate or plan.learning_rate)
+
+
+def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:
+    """Return the float model in evaluation mode with random weights. Its outputs are meaningless, but it has the
+    structure of a trained model, and BatchNorm statistics from `train`, so that activations have ordinary magnitudes.
+    """
+    model = _seeded(spec, train, seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # plain mean over all batches
+    with torch.no_grad():
+        for images, _ in train.batches(8, train.stratified(_SETTLING_IMAGES, seed)):
+            model(images)
+    return model.eval()
+
+
+def _seeded(spec: ModelSpec, train: Images, seed: int) -> nn.Module:
+    torch.manual_seed(seed)  # weights and dropout; order and augmentation have their own generators
+    return spec.build(len(train.data.classes))

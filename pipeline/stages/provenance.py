@@ -1,0 +1,59 @@
+"""Provenance of a verified engine, which targets write to its files: versions, paper, weights, data and accuracy."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.spec import ModelSpec
+from targets.base import Facts
+
+if TYPE_CHECKING:
+    from pipeline.stages.stages import Run
+
+_ROOT = Path(__file__).parents[2]
+
+
+def facts(run: Run, key: str, report: Mapping[str, object]) -> Facts:
+    """Return the provenance of the engine with cache key `key` and verification report `report`."""
+    spec = run.model
+    published = f"{spec.top1} % top-1 on ImageNet-1k ({spec.source})" if spec.top1 else None
+    return Facts(
+        key=key,
+        version=version(),
+        model=spec.name,
+        recipe=run.recipe.name,
+        paper=paper(spec),
+        published=published,
+        weights=_weights(run),
+        data=run.data.name,
+        toolchain=run.target.toolchain(),
+        report=report,
+    )
+
+
+@functools.cache
+def version() -> str:
+    """Return the version of Edgeline."""
+    return str(tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["version"])
+
+
+def paper(spec: ModelSpec) -> str | None:
+    """Return the paper that the module of a built-in model cites in its docstring; None if it cites none."""
+    if not spec.ours:
+        return None
+    file = _ROOT / (spec.module.replace(".", "/") + ".py")
+    text = ast.get_docstring(ast.parse(file.read_bytes())) or ""
+    cited = re.search(r"\n\n(.+?arXiv \d{4}\.\d{5})", text, re.DOTALL)
+    return " ".join(cited[1].split()) if cited else None
+
+
+def _weights(run: Run) -> str:
+    if run.weights:
+        return f"read from {run.weights.name}"
+    return f"trained on {run.data.name}" if run.trained else "random: to be timed, not to be used"

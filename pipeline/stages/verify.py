@@ -1,0 +1,366 @@
+"""Verification of an artifact: its conversion operator by operator, and its accuracy on the whole test part.
+
+    torch float -> torch quantized -> ONNX Runtime on the export -> engine
+
+Three checks, each of which raises CheckFailed:
+
+1. Parity: every operator of the converted graph, given the torch program's own inputs, returns the same integers and
+   equal floats up to rounding (`pipeline.stages.operator_parity`). This verifies the conversion and names the operator
+   at fault.
+2. Noise: the logits of each step differ from those of the previous step by no more than two correct executions of the
+   same graph differ, beyond chance (`calibration.rounding_noise`). This detects fusion errors, which parity cannot
+   detect.
+3. Accuracy: the artifact loses at most `run.max_drop` points of top-1 against the float model
+   (`pipeline.stages.accuracy_loss`).
+
+If the engine cannot be executed on this machine, the graph that it was compiled from is executed instead, and the
+report records it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibration.metrics import Labels, Logits, agreement, by_class, losing_classes, snr_db, top1
+from calibration.progress import bar
+from calibration.recipe import FloatType, Ptq, Qat
+from models.errors import CheckFailed, printable
+from pipeline.stages import accuracy_loss, operator_parity
+from pipeline.stages.divergence import engine_divergence, graph_divergence
+from targets import forced_evaluation
+from targets.base import Evaluates, Forces, HasUnits
+from targets.host import in_queries, padded
+from targets.onnx.fp16_emulation import executor
+from targets.onnxruntime import reference
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from calibration.rounding_noise import Yardstick
+    from pipeline.stages.stages import Run
+    from targets.base import Executor, Export, Images
+
+_ON_EXPORT = "onnxruntime, on the export"
+_READ_AT_ONCE = 64  # images
+_YARDSTICK_BATCH = 32  # images
+_SENSITIVITY_IMAGES, _WORST = 8, 3  # images for the sensitivity in an error message, and modules that it names
+_YARDSTICK_IMAGES = 256  # test images for the noise: enough for its tail, at twice the cost of running them
+# Least signal-to-noise ratio in decibels of the exported float program against the network before torch.export.
+_EXPORTED_DB = 60.0
+# The recipe to suggest if a recipe loses too much accuracy.
+_GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "int8_lsq": "fp16", "w8a16": "fp16", "w4a16": "w8a16"}
+_GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
+
+log = logging.getLogger("edgeline")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Results of one step on the test part, compared with the previous step."""
+
+    name: str
+    top1: float  # percent
+    agreement: float  # percent of images with the same predicted class as in the previous step
+    snr_db: float  # signal-to-noise ratio of the logits against those of the previous step
+    # Comparison with the noise of two correct executions; None for steps whose difference is limited by accuracy alone.
+    noise_db: float | None = None
+    changed: int | None = None  # predictions that differ beyond the noise
+    ties: int | None = None  # predictions that differ within the noise
+
+
+@dataclass(kw_only=True, slots=True)
+class Ladder:
+    """Steps from the float model to the artifact. Each step is compared with the previous step when it is added."""
+
+    labels: Labels
+    float_logits: Logits
+    logits: Logits  # of the last step
+    yardstick: Callable[[FloatType], Yardstick]
+    steps: list[Step] = field(default_factory=list)
+
+    def add(self, name: str, logits: Logits, *, float_type: FloatType, diverging: Callable[[], str]) -> None:
+        """Add a step that must match the previous step up to rounding in `float_type`.
+
+        Raises CheckFailed if the step differs from the previous step by more than the noise of two correct executions,
+        beyond chance. `diverging` returns the sentence that ends the message.
+        """
+        self.steps.append(self._within_noise(name, logits, float_type, diverging))
+        self.logits = logits
+
+    def beside(self, name: str, logits: Logits, *, float_type: FloatType) -> dict[str, float]:
+        """Return the accuracy of a second execution of the last step, without adding a step.
+
+        Raises CheckFailed as `add` does.
+        """
+        step = self._within_noise(name, logits, float_type, lambda: f"{self.steps[-1].name} is correct")
+        same = agreement(self.float_logits, logits)
+        return {"top1": round(step.top1, 3), "agreement": round(same, 3), "snr_db": step.snr_db}
+
+    def note(self, name: str, logits: Logits) -> None:
+        """Add a step that may differ from the previous step; the accuracy budget limits the difference."""
+        self.steps.append(self._compared(name, logits))
+        self.logits = logits
+
+    def _within_noise(self, name: str, logits: Logits, float_type: FloatType, diverging: Callable[[], str]) -> Step:
+        distance = self.yardstick(float_type).distance(self.logits, logits)
+        if distance.exceeds:
+            raise CheckFailed(
+                f"{name} does not match {self.steps[-1].name}: {distance.snr_db:.1f} dB, where two correct executions "
+                f"in {float_type} agree to {distance.noise_db:.1f} dB, and {distance.changed} of {len(self.labels)} "
+                f"predictions changed beyond that noise ({distance.ties} ties not counted), expected at most "
+                f"{distance.allowed}; {diverging()}"
+            )
+        return replace(
+            self._compared(name, logits),
+            noise_db=distance.noise_db,
+            changed=distance.changed,
+            ties=distance.ties,
+        )
+
+    def _compared(self, name: str, logits: Logits) -> Step:
+        return Step(
+            name=name,
+            top1=top1(logits, self.labels),
+            agreement=agreement(self.logits, logits),
+            snr_db=round(snr_db(self.logits, logits), 2),
+        )
+
+
+def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -> dict[str, object]:
+    """Verify `engine` and return the report. `before` holds the folders of the stages `weights` and `quantized`.
+
+    Raises CheckFailed if a step changed the model, or the artifact loses more top-1 than `run.max_drop` allows.
+    """
+    inspected = run.target.inspect(export, engine)
+    why_not = run.target.not_executed()
+    program = _program(export)
+    proven = {"export": _export_parity(run, export, program)}
+    if isinstance(run.target, Evaluates):
+        inspected["replayed"] = run.target.replay(export, engine, _query(run, export))
+    elif engine_parity := _engine_parity(run, export, engine, program):
+        proven[run.target.name] = engine_parity
+    inspected["parity"] = proven
+
+    def diverging() -> str:
+        if isinstance(run.target, Evaluates):  # `replay` has passed at this point
+            return "each of its operators, computed without FP16 rounding, matches torch: try RECIPE=fp32"
+        return engine_divergence(run.target, export, engine, _query(run, export))
+
+    if why_not is None:
+        with run.target.open(engine) as session:
+            execute = partial(in_queries, session.infer, session.batch)
+            ladder = _all_steps(run, export, before, (run.target.name, execute), diverging)
+        units = _on_units(run, export, engine, ladder) if isinstance(run.target, HasUnits) else {}
+        return {**_report(run, export, ladder), **units, "inspected": inspected}
+    if isinstance(run.target, Evaluates):
+        last = run.target.evaluator, run.target.evaluate(export, engine)
+        ladder = _all_steps(run, export, before, last, diverging)
+        why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
+        return {**_report(run, export, ladder, executed=True, why_not=why_not), "inspected": inspected}
+    graph = run.target.graph(engine)
+    ladder = _all_steps(run, export, before, executor(graph) if graph else None, diverging)
+    return {**_report(run, export, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
+
+
+def _program(export: Export) -> GraphModule:
+    """Load the torch program of an export, the reference of every conversion."""
+    from calibration.graph import exported_program
+
+    return exported_program.load(export.program).module()
+
+
+def _export_parity(run: Run, export: Export, program: GraphModule) -> dict[str, object]:
+    """Compare the ONNX export with torch operator by operator. Raises CheckFailed with the operator that differs."""
+    forced = partial(forced_evaluation.onnx_tensors, export.onnx)
+    return operator_parity.check(program, _query(run, export), export.tensors(), forced, "the ONNX export")
+
+
+def _engine_parity(run: Run, export: Export, engine: Path, program: GraphModule) -> dict[str, object] | None:
+    """Compare the compiled graph with torch operator by operator; None if the target has no readable graph.
+
+    Raises CheckFailed with the operator that differs.
+    """
+    float_type: FloatType = run.target.float_type(export.precision)
+    wide: set[str] = set()
+    if isinstance(run.target, Forces):
+        forced, float_type = partial(run.target.forced, engine), "f32"
+    elif graph := run.target.graph(engine):
+        forced, wide = partial(forced_evaluation.onnx_tensors, graph), forced_evaluation.wide(graph)
+    else:
+        return None
+    name = f"{run.target.name}'s graph"
+    names = export.tensors()
+    return operator_parity.check(program, _query(run, export), names, forced, name, float_type=float_type, wide=wide)
+
+
+def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, object]:
+    """Return the accuracy on each compute unit of the target, and the distance from the last step of `ladder`, in which
+    the runtime chose the units. Raises CheckFailed if the logits on a unit differ by more than the noise.
+    """
+    assert isinstance(run.target, HasUnits)
+    units = {}
+    for unit in run.target.units:
+        with run.target.open_on(engine, unit) as session:
+            logits = _outputs(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
+        float_type = run.target.float_type(export.precision)
+        units[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
+    return {"units": units}
+
+
+def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> dict[str, object]:
+    """Verify the graph in a bundle, whose engine is built later on the device, and return the report.
+
+    Raises CheckFailed as `verify` does.
+    """
+    graph, program = bundle / "model.onnx", _program(export)
+    float_type = run.target.float_type(export.precision)
+    forced = partial(forced_evaluation.onnx_tensors, graph)
+    query = _query(run, export)
+    proven = {
+        "export": _export_parity(run, export, program),
+        run.target.name: operator_parity.check(
+            program,
+            query,
+            export.tensors(),
+            forced,
+            "the bundle's graph",
+            float_type=float_type,
+            wide=forced_evaluation.wide(graph),
+        ),
+    }
+
+    def diverging() -> str:
+        return graph_divergence(export, graph, query)
+
+    ladder = _all_steps(run, export, before, executor(graph), diverging)
+    report = _report(run, export, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
+    return {**report, "inspected": {"parity": proven}}
+
+
+def _all_steps(
+    run: Run,
+    export: Export,
+    before: Mapping[str, Path],
+    last: tuple[str, Executor] | None,
+    diverging: Callable[[], str],
+) -> Ladder:
+    """Execute all steps on the test part: torch, ONNX Runtime on the export, and `last` (name and executor) if given.
+
+    Raises CheckFailed if a step does not match the previous step.
+    """
+    executors = {_ON_EXPORT: reference(export.onnx)} | dict([last] if last else [])
+    outputs = _outputs(run, executors)
+    with np.load(before["weights"] / "test.npz") as arrays:
+        labels, logits = arrays["labels"], arrays["logits"]
+    ladder = Ladder(labels=labels, float_logits=logits, logits=logits, yardstick=_yardsticks(run, export))
+    ladder.note("torch float", ladder.logits)
+    with np.load(before["quantized"] / "test.npz") as arrays:
+        ladder.note("torch quantized" if export.precision == "int8" else "torch exported", arrays["logits"])
+    if export.precision != "int8" and ladder.steps[-1].snr_db < _EXPORTED_DB:
+        raise CheckFailed(
+            f"torch exported does not match torch float: {ladder.steps[-1].snr_db:.1f} dB, expected at least "
+            f"{_EXPORTED_DB:.0f} dB; the network built for export differs from the trained network in a value outside "
+            "the state_dict"
+        )
+    ladder.add(
+        _ON_EXPORT,
+        outputs[_ON_EXPORT],
+        float_type="f32",
+        diverging=lambda: "each operator alone matches: the graph amplifies float differences more than expected",
+    )
+    if last and export.storage:
+        ladder.note(last[0], outputs[last[0]])
+    elif last:
+        float_type = run.target.float_type(export.precision)
+        ladder.add(last[0], outputs[last[0]], float_type=float_type, diverging=diverging)
+    return ladder
+
+
+def _yardsticks(run: Run, export: Export) -> Callable[[FloatType], Yardstick]:
+    """Return a function that gives the noise of two correct executions of the torch program on test images, by float
+    type.
+    """
+    from calibration import rounding_noise
+
+    @functools.cache
+    def of_type(float_type: FloatType) -> Yardstick:
+        test = run.images("test")
+        batches = itertools.islice(test.batches(_YARDSTICK_BATCH), _YARDSTICK_IMAGES // _YARDSTICK_BATCH)
+        return rounding_noise.yardstick(_program(export), batches, float_type, seed=run.seed)
+
+    return of_type
+
+
+def _outputs(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
+    """Return the logits (N, classes) of each executor on the whole test part, which is read once, in batches."""
+    test = run.images("test")
+    batches: dict[str, list[Logits]] = {name: [] for name in executors}
+    with bar(total=len(test), title="verification", unit="image") as progress:
+        for images, _ in test.batches(_READ_AT_ONCE):
+            for name, execute in executors.items():
+                batches[name].append(execute(images.numpy()))
+            progress.update(len(images))
+    return {name: np.concatenate(logits) for name, logits in batches.items()}
+
+
+def _query(run: Run, export: Export) -> Images:
+    """Return the first test images as one query (batch, 3, S, S)."""
+    images, _ = next(run.images("test").batches(export.batch))
+    return padded(images.numpy(), export.batch)
+
+
+def _report(
+    run: Run, export: Export, ladder: Ladder, *, executed: bool = True, why_not: str | None = None
+) -> dict[str, object]:
+    """Return the report of the ladder's last step. Raises CheckFailed if it exceeds the accuracy budget."""
+    accurate, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
+    loss = accuracy_loss.loss(ladder.float_logits, ladder.logits, ladder.labels)
+    judged = (run.data.classes, ladder.labels, ladder.float_logits, ladder.logits)
+    if run.trained and (sentence := losing_classes(*judged)):
+        log.warning("warning: %s", printable(sentence))
+    if not run.max_drop.holds(reference, accurate, loss.images):
+        allowed = run.max_drop.tolerance(reference, loss.images)
+        raise CheckFailed(
+            f"the {run.recipe.name} artifact of {run.model.name} loses {loss}, from {reference:.2f} % in float to "
+            f"{accurate:.2f} %; {allowed:.2f} points are allowed"
+            f"{'' if loss.interval[0] > allowed else '; the budget lies in the interval: test with more images'}"
+            f"; try {_remedy(run, export)}"
+        )
+    return {
+        "executed": executed,
+        "why_not": why_not,
+        "by": ladder.steps[-1].name,
+        "top1": round(accurate, 3),
+        "float_top1": round(reference, 3),
+        "lost": asdict(loss),
+        "agreement": round(agreement(ladder.float_logits, ladder.logits), 3),
+        "snr_db": round(snr_db(ladder.float_logits, ladder.logits), 2),
+        "images": len(ladder.labels),
+        "steps": [asdict(step) for step in ladder.steps],
+        **by_class(*judged),
+    }
+
+
+def _remedy(run: Run, export: Export) -> str:
+    """Return suggestions for an artifact that exceeds the accuracy budget."""
+    gentler = f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
+    if not isinstance(run.recipe, Ptq | Qat):
+        return gentler
+    options = [gentler]
+    if isinstance(run.recipe, Qat):
+        options.append(f"more epochs (EPOCHS={2 * run.recipe.epochs if run.recipe.epochs else ''})")
+    if run.recipe.budget is None:
+        options.append(f"MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds")
+    options.append("a different CALIBRATOR=")
+    images, _ = next(run.images("test").batches(_SENSITIVITY_IMAGES))
+    worst = accuracy_loss.most_sensitive(_program(export), images.numpy(), _WORST)
+    return f"{', or '.join(options)}; most sensitive modules: {', '.join(worst)} (`make sensitivity` lists all)"

@@ -1,0 +1,150 @@
+"""Bundles: a folder of ONNX graphs, a build script and sample data, from which a device builds its own engine.
+
+The host needs no GPU to write and check a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.errors import CheckFailed
+from targets.base import INPUT_NAME, OUTPUT_NAME, Export
+from targets.tensorrt import rtx
+from targets.tensorrt.target import (
+    ENGINE,
+    GRAPH,
+    TensorRtTarget,
+    build_plan,
+    check_graph,
+    installed_version,
+    typed_onnx,
+    weak_onnx,
+)
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+SCRIPT = "build_engine.py"
+_WEAK_GRAPH = "model_weak.onnx"
+
+# The lowest signal-to-quantization-noise ratio of the weakly typed graph against the export, in dB. Both graphs have
+# the same operators in the same order, but weights may differ in the last bit: in INT8 a value may round to the
+# neighbouring integer.
+_LEAST_DB = {"fp32": 60.0, "fp16": 60.0, "int8": 25.0}
+
+# Time the computation only, without transfers. These flags are the defaults of TensorRT 11, which accepts them without
+# effect; 10 and 8.x need them, so that all three versions measure the same quantity.
+_TIMING_FLAGS = (
+    "--useCudaGraph --useSpinWait --noDataTransfers --separateProfileRun --warmUp=500 --duration=10 --iterations=100 "
+    "--percentile=50,90,99 --profilingVerbosity=detailed --exportTimes=times.json --exportProfile=profile.json "
+    "--exportLayerInfo=layers.json"
+)
+_WEAK_FLAGS = {"fp32": "", "fp16": "--fp16 ", "int8": "--int8 --fp16 "}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoardTarget(TensorRtTarget):
+    """A target of the `tensorrt` package: an engine runs only with the GPU and TensorRT version it was built with."""
+
+    package: str = "tensorrt"
+    runtime: str = "TensorRT"
+    trtexec: str = "trtexec"  # its path on the device
+
+    def toolchain(self) -> dict[str, str]:
+        """Return the versions of TensorRT and of TensorRT-RTX, which compiles the graphs of bundles as a check."""
+        return TensorRtTarget.toolchain(self) | rtx.TARGET.toolchain()
+
+    def bundle(self, export: Export, out: Path) -> None:
+        """Write the graphs, the script that compiles them, and the data that the engine is verified with, into `out`.
+
+        model.onnx        strongly typed, for TensorRT 10 and later; compiled by TensorRT-RTX where that is installed
+        model_weak.onnx   float32 in opset 17, for TensorRT 8.x
+        sample.npz, scales.json, model.json    copied from the export
+        build_engine.py   a copy of `build_engine.py`
+        bundle.json       description of the bundle, sha256 of every other file, and trtexec commands
+
+        Raises CheckFailed where NVIDIA's importer rejects the graph, or the logits of the weakly typed graph do not
+        match the export.
+        """
+        import onnx
+
+        typed = typed_onnx(export)
+        onnx.save(typed, out / GRAPH)
+        facts = check_graph(export, out / GRAPH)
+        accepted_by, why_not_accepted = _acceptance(typed, export)
+        weak, why_no_weak_graph = _weak_graph(export)
+        if weak is not None:
+            onnx.save(weak, out / _WEAK_GRAPH)
+        for name in ("scales.json", "model.json", "sample.npz"):
+            shutil.copyfile(export.path / name, out / name)
+        shutil.copyfile(Path(__file__).with_name("build_engine.py"), out / SCRIPT)
+        description = {
+            "target": self.name,
+            "precision": export.precision,
+            "batch": export.batch,
+            "size": export.size(),
+            "input": INPUT_NAME,
+            "output": OUTPUT_NAME,
+            "graphs": {"strong": GRAPH, "weak": None if weak is None else _WEAK_GRAPH},
+            "why_no_weak_graph": why_no_weak_graph,
+            "accepted_by": accepted_by,
+            "why_not_accepted": why_not_accepted,
+            **facts,
+            "trtexec": trtexec_commands(self.trtexec, export),
+            "versions": _versions(),
+            "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())},
+        }
+        (out / "bundle.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def trtexec_commands(trtexec: str, export: Export) -> dict[str, str]:
+    """Return, per version of TensorRT, the trtexec command that builds and times the engine, run inside the bundle."""
+    saved = f"--saveEngine={ENGINE} {_TIMING_FLAGS}"
+    return {
+        "8.6": f"{trtexec} --onnx={_WEAK_GRAPH} {_WEAK_FLAGS[export.precision]}{saved}",
+        "10": f"{trtexec} --onnx={GRAPH} --stronglyTyped {saved}",
+        "11": f"{trtexec} --onnx={GRAPH} {saved}",
+    }
+
+
+def _acceptance(typed: ModelProto, export: Export) -> tuple[str | None, str | None]:
+    """Compile the graph with TensorRT-RTX. Returns the importer that accepted it, or why it was not compiled here."""
+    missing = rtx.TARGET.missing()
+    if missing is not None:
+        return None, missing
+    trt = importlib.import_module(rtx.TARGET.package)
+    build_plan(trt, typed.SerializeToString(), precision=export.precision, batch=export.batch)
+    return f"TensorRT-RTX {trt.__version__} importer", None
+
+
+def _weak_graph(export: Export) -> tuple[ModelProto | None, str | None]:
+    """Return the graph for TensorRT 8.x, compared with the export; or None and why the model has no such graph."""
+    import numpy as np
+
+    from calibration.metrics import snr_db
+    from targets.onnxruntime import reference_logits
+
+    try:
+        weak = weak_onnx(export)
+    except CheckFailed as e:
+        return None, str(e)
+    with np.load(export.path / "sample.npz") as sample:
+        images = sample["images"]
+    similarity = snr_db(reference_logits(export.onnx, images), reference_logits(weak.SerializeToString(), images))
+    if similarity < _LEAST_DB[export.precision]:
+        raise CheckFailed(
+            f"the graph for TensorRT 8.x does not match the export: {similarity:.1f} dB signal-to-noise ratio on "
+            f"{len(images)} images, expected at least {_LEAST_DB[export.precision]:.0f} dB"
+        )
+    return weak, None
+
+
+def _versions() -> dict[str, str]:
+    packages = ("onnx", "onnxruntime", "tensorrt_rtx")
+    return {package: version for package in packages if (version := installed_version(package)) is not None}

@@ -1,0 +1,415 @@
+"""TensorRT on the host: prepare the ONNX graph, build the engine, and check the graph and the header of the engine.
+
+One class serves `tensorrt` 8.5 to 11 and `tensorrt_rtx`. Building and execution are implemented in `build_engine.py`,
+which also runs on the device; this module translates the exceptions of `build_engine.py` into the errors of the
+pipeline.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.family_placements import Runtime
+from calibration.recipe import FloatType, Precision
+from calibration.scheme import SHARED, Scheme
+from models.errors import BadRequest, CannotRunHere, CheckFailed
+from targets.base import Export, Session
+from targets.tensorrt import build_engine
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+GRAPH, ENGINE = "model.onnx", "model.engine"
+
+# The newest opset that TensorRT 8.6's importer reads. From opset 18 on, ReduceMean takes its axes as an input, which
+# this importer ignores: it would average over every axis. Source: onnx/onnx-tensorrt, tag release/8.6-GA,
+# docs/operators.md and builtin_op_importers.cpp.
+_WEAK_OPSET, _WEAK_IR = 17, 8
+_WEAK = "weak"  # value of the metadata entry `typing` of a weakly typed graph
+
+_LEVELS = {"INFO": logging.DEBUG, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
+_ERRORS = {build_engine.Damaged: BadRequest, build_engine.Unable: CannotRunHere, build_engine.Rejected: CheckFailed}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRtTarget:
+    """Base class of the TensorRT targets; each subclass adds `missing`."""
+
+    name: str
+    summary: str
+    package: str  # name of the Python module: tensorrt or tensorrt_rtx
+    runtime: str  # name of the runtime as NVIDIA spells it
+    # Compute capabilities that the engines run on; empty where an engine runs only on the GPU it was built on.
+    capabilities: tuple[tuple[int, int], ...] = ()
+    scheme: Scheme = SHARED
+    processor: Runtime = "accelerator"
+
+    def not_executed(self) -> str | None:
+        if importlib.util.find_spec(self.package) is None:
+            return f"the {self.package} package is not importable here"
+        try:
+            gpu = find_gpu()
+        except CannotRunHere as e:
+            return str(e)
+        if not self.capabilities or gpu.capability in self.capabilities:
+            return None
+        return (
+            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, but engines of {self.runtime} run "
+            f"on {', '.join(map(_dotted, self.capabilities))}; use TARGET=nvidia to build for this GPU"
+        )
+
+    def toolchain(self) -> dict[str, str]:
+        version = installed_version(self.package)
+        return {} if version is None else {self.package: version}
+
+    def float_type(self, precision: Precision) -> FloatType:
+        return "f32" if precision == "fp32" else "f16"
+
+    def build(self, export: Export, out: Path) -> None:
+        trt = importlib.import_module(self.package)
+        graph = typed_onnx(export) if build_engine.strongly_typed(trt) else weak_onnx(export)
+        onnx_bytes = graph.SerializeToString()
+        plan = build_plan(trt, onnx_bytes, precision=export.precision, batch=export.batch)
+        (out / GRAPH).write_bytes(onnx_bytes)
+        (out / ENGINE).write_bytes(plan)
+
+    def inspect(self, export: Export, engine: Path) -> dict[str, object]:
+        header = read_plan_header(engine / ENGINE)
+        _check_made_by(header, self.runtime, installed_version(self.package))
+        facts = check_graph(export, engine / GRAPH)
+        plan = (engine / ENGINE).read_bytes()
+        # The plan contains kernel names as plain text. TensorRT-RTX 1.7 names its fused attention kernels `gemm_mha`.
+        fused = b"gemm_mha" in plan if header.runtime == "TensorRT-RTX" else None
+        return {"plan_version": header.version, "plan_bytes": len(plan), "fused_attention": fused, **facts}
+
+    def graph(self, engine: Path) -> Path | None:
+        return engine / GRAPH
+
+    @contextmanager
+    def open(self, engine: Path) -> Iterator[Session]:
+        why_not = self.not_executed()
+        if why_not is not None:
+            raise CannotRunHere(why_not)
+        trt = importlib.import_module(self.package)
+        plan = (engine / ENGINE).read_bytes()
+        with explained(), closing(build_engine.Execution(trt, plan, build_engine.find_cuda(), _say)) as execution:
+            yield execution
+
+
+def find_gpu() -> build_engine.Gpu:
+    """Return the first NVIDIA GPU, as its driver reports it. Raises CannotRunHere without a driver or a GPU."""
+    with explained():
+        return build_engine.find_cuda().gpu()
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of `tensorrt` or `tensorrt_rtx` without importing it; None where it is not importable.
+
+    The name of a distribution may end in its CUDA version: `tensorrt_rtx_cu13` installs the module `tensorrt_rtx`.
+    """
+    if importlib.util.find_spec(package) is None:
+        return None
+    for distribution in (package, f"{package}_cu13", f"{package}_cu12", f"{package}_bindings"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def build_plan(
+    trt: Any,
+    onnx: bytes,
+    *,
+    precision: Precision,
+    batch: int,
+    workspace_bytes: int = build_engine.WORKSPACE_BYTES,
+) -> bytes:
+    """Compile a serialized graph (`typed_onnx` or `weak_onnx`) into a plan with the module `trt`; see
+    `build_engine.build`.
+
+    Raises CheckFailed, quoting NVIDIA's message, where the importer or the builder rejects the graph.
+    """
+    with explained():
+        built = build_engine.build(
+            trt, onnx, precision=precision, batch=batch, say=_say, workspace_bytes=workspace_bytes
+        )
+    return built.plan
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Translate exceptions of `build_engine`, which imports nothing of Edgeline, into the errors of the pipeline."""
+    try:
+        yield
+    except build_engine.Refused as e:
+        raise _ERRORS[type(e)](str(e)) from e
+
+
+def _say(severity: str, message: str) -> None:
+    log.log(_LEVELS[severity], "TensorRT: %s", message)
+
+
+# --- Graphs ---------------------------------------------------------------------------------------------------------
+
+
+def typed_onnx(export: Export) -> ModelProto:
+    """Return the graph for strongly typed TensorRT: the graph states the type of every tensor, and the batch is fixed.
+
+    Precision fp32: as exported. Precisions fp16 and int8: FP16, the Q/DQ scales included, between a cast from float32
+    and a cast to float32; operators that FP16 cannot hold stay in float32. Raises CheckFailed where HALF=strict and
+    there is such an operator.
+    """
+    import onnx
+
+    from targets.onnx.fp16_ranges import typed
+    from targets.onnx.graph import with_batch
+
+    fixed = with_batch(onnx.load(export.onnx), export.batch)
+    return fixed if export.precision == "fp32" else typed(fixed, export)
+
+
+def weak_onnx(export: Export) -> ModelProto:
+    """Return the graph for weakly typed TensorRT (8.5, 8.6): float32, opset 17; builder flags enable FP16 and INT8.
+
+        ReduceMean(x, axes)           ->  ReduceMean(x), axes an attribute
+        Split(x), num_outputs         ->  Split(x)
+        int8 weight -> DQ             ->  float32 weight -> Q -> DQ     the integers are the same
+
+    The importers of 8.5 and 8.6 read Q/DQ scales as float32 whatever their type is, so they cannot read the FP16 graph.
+    8.5 has no LayerNormalization: models with attention need 8.6 (source: onnx-tensorrt release/8.5-GA and 8.6-GA).
+    Raises CheckFailed where the model has an operator that opset 17 cannot express, or, in fp16 and int8, an operator
+    that FP16 cannot hold: the builder flags apply to every operator.
+    """
+    import onnx
+
+    from targets.onnx.graph import with_batch
+
+    model = with_batch(onnx.load(export.onnx), export.batch)
+    if export.precision != "fp32":
+        model = _safe_in_half(model, export)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "ReduceMean":
+            _axes_to_attribute(node, constants)
+        elif node.op_type == "Split":
+            _drop_attributes(node, "num_outputs")  # without it, Split makes equal parts
+    _quantize_in_graph(model, constants)
+    del model.opset_import[:]
+    model.opset_import.append(onnx.helper.make_opsetid("", _WEAK_OPSET))
+    model.ir_version = _WEAK_IR
+    onnx.helper.set_model_props(model, {"typing": _WEAK})
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise CheckFailed(
+            f"{export.onnx} cannot be converted to opset {_WEAK_OPSET}, the newest that TensorRT 8.x reads: "
+            f"{' '.join(str(e).split())}"
+        ) from e
+    return model
+
+
+def _safe_in_half(model: ModelProto, export: Export) -> ModelProto:
+    """Return `model` with mask constants limited to the range of FP16.
+
+    Raises CheckFailed where the limited graph still has operators that FP16 cannot hold.
+    """
+    from targets.fp16 import sentence, unsafe
+    from targets.onnx.fp16_ranges import limited, operators, ranges_of
+
+    ranges = ranges_of(export)
+    model = limited(model, ranges.sentinels)
+    if overflowing := unsafe(operators(model), ranges):
+        raise CheckFailed(
+            f"FP16 cannot hold {len(overflowing)} operators, and TensorRT 8.x cannot keep single operators in float32: "
+            f"{sentence(overflowing)}; use RECIPE=fp32 with TensorRT 8.x, or use TensorRT 10 or later"
+        )
+    return model
+
+
+def _axes_to_attribute(node: NodeProto, constants: dict[str, Any]) -> None:
+    from onnx import helper, numpy_helper
+
+    _drop_attributes(node, "noop_with_empty_axes")
+    if len(node.input) == 2:
+        node.attribute.append(helper.make_attribute("axes", numpy_helper.to_array(constants[node.input[1]]).tolist()))
+        del node.input[1]
+
+
+def _drop_attributes(node: NodeProto, name: str) -> None:
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+def _quantize_in_graph(model: ModelProto, constants: dict[str, Any]) -> None:
+    """Replace each int8 constant that a DequantizeLinear reads by its float32 values and a QuantizeLinear."""
+    from onnx import helper, numpy_helper
+
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            stored, scale = constants[node.input[0]], numpy_helper.to_array(constants[node.input[1]])
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            integers = numpy_helper.to_array(stored)
+            shape = [1] * integers.ndim
+            if scale.ndim:
+                shape[axis] = -1
+            name = f"{node.output[0]}_float"
+            model.graph.initializer.append(numpy_helper.from_array(integers * scale.reshape(shape), name))
+            quantized = helper.make_node(
+                "QuantizeLinear", [name, *node.input[1:]], [f"{name}_q"], name=f"{node.name}_q", axis=axis
+            )
+            node.input[0] = quantized.output[0]
+            model.graph.node.append(quantized)
+        model.graph.node.append(node)
+    _drop_unused_constants(model)
+
+
+_LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # operators allowed between a dequantized weight and its layer
+
+
+def _drop_unused_constants(model: ModelProto) -> None:
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def check_graph(export: Export, file: Path) -> dict[str, object]:
+    """Check the graph given to TensorRT: batch, types, and one quantized layer for each entry of scales.json.
+
+    Returns the number of quantized layers, of operators, of operators kept in float32, and of constants by type.
+    Raises CheckFailed where the graph does not match the export.
+    """
+    import onnx
+    from onnx import TensorProto
+
+    from targets.fp16 import described
+    from targets.onnx.graph import float32_operators
+
+    model = onnx.load(file)
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    if batch != export.batch:
+        raise CheckFailed(f"{file} takes {batch or 'any number of'} images per query; expected {export.batch}")
+    layers, scales = quantized_layers(model), len(export.scales())
+    if layers != scales:
+        raise CheckFailed(f"{file} has {layers} quantized layers, scales.json has {scales}: build again")
+    weak = any(entry.key == "typing" and entry.value == _WEAK for entry in model.metadata_props)
+    half = export.precision != "fp32" and not weak
+    unwanted = TensorProto.FLOAT if half else TensorProto.FLOAT16
+    kept = float32_operators(model)
+    allowed = {name for node in model.graph.node if _is_float32(node, kept) for name in (*node.input, *node.output)}
+    candidates = (tensor for tensor in _constants(model) if tensor.data_type == unwanted)
+    mistyped = [tensor.name for tensor in candidates if tensor.name not in allowed]
+    if mistyped:
+        raise CheckFailed(
+            f"{file} has {len(mistyped)} constants of type {TensorProto.DataType.Name(unwanted)} ({mistyped[0]}, ...); "
+            f"recipe precision {export.precision} expects {'FLOAT16' if half else 'FLOAT'}"
+        )
+    types = collections.Counter(TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer)
+    return {
+        "quantized_layers": layers,
+        "operators": len(model.graph.node),
+        **described(kept),
+        "constants": dict(sorted(types.items())),
+    }
+
+
+def _is_float32(node: NodeProto, kept: Mapping[str, str]) -> bool:
+    """Return whether `node` of an FP16 graph is in float32: an operator of `kept`, or a dequantizer copied for it."""
+    return (node.name or node.output[0]) in kept or node.name.removesuffix("_float32") != node.name
+
+
+def quantized_layers(model: ModelProto) -> int:
+    """Count the operators that read a dequantized weight: an int8 constant, or a float constant through a Q/DQ pair.
+
+    Layers with equal weights may share a constant.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    weights: set[str] = set()
+    layers = 0
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in constants:
+            constants.add(node.output[0])
+        elif (node.op_type == "DequantizeLinear" and node.input[0] in constants) or (
+            node.op_type in _LAYOUT and node.input[0] in weights
+        ):
+            weights.add(node.output[0])
+        else:
+            layers += any(name in weights for name in node.input)
+    return layers
+
+
+def _constants(model: ModelProto) -> Iterator[Any]:
+    """Yield the constants whose type follows the precision: all but the region and factors of Resize (float32)."""
+    fixed = {name for node in model.graph.node if node.op_type == "Resize" for name in node.input[1:3]}
+    yield from (tensor for tensor in model.graph.initializer if tensor.name not in fixed)
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.output[0] not in fixed:
+            yield from (attribute.t for attribute in node.attribute if attribute.name == "value")
+
+
+# --- Plans ----------------------------------------------------------------------------------------------------------
+
+# Header of a plan, little-endian: magic (4 bytes), 12 bytes that are not read, length of the plan in bytes (8), major,
+# minor, patch, build (1 each). Magic and version: NVIDIA/TensorRT samples/common/sampleEngines.cpp, printPlanVersion.
+# The position of the length was measured on TensorRT-RTX 1.7.1.116; it is checked for TensorRT-RTX only.
+_HEADER = struct.Struct("<4s12xQ4B")
+_HEADER_BYTES = 64
+_RUNTIMES = {b"ftrt": "TensorRT", b"vtrt": "TensorRT-RTX"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanHeader:
+    runtime: str  # TensorRT or TensorRT-RTX
+    version: str  # major.minor.patch.build of the runtime that built the plan; the build number modulo 256
+
+
+def read_plan_header(file: Path) -> PlanHeader:
+    """Read the header of an engine file without TensorRT.
+
+    Raises CheckFailed where the file is not a TensorRT plan, or is truncated.
+    """
+    with file.open("rb") as plan:
+        start = plan.read(_HEADER_BYTES)
+    size = file.stat().st_size
+    if start[:4] not in _RUNTIMES:
+        raise CheckFailed(f"{file} is not a TensorRT engine: it starts with {start[:4]!r}, expected b'ftrt' or b'vtrt'")
+    if len(start) < _HEADER_BYTES:
+        raise CheckFailed(f"{file} is truncated within its header ({size} bytes): build the engine again")
+    magic, length, *version = _HEADER.unpack_from(start)
+    if magic == b"vtrt" and length != size:
+        raise CheckFailed(f"{file} has {size} bytes, its header states {length}: build the engine again")
+    return PlanHeader(runtime=_RUNTIMES[magic], version=".".join(map(str, version)))
+
+
+def _check_made_by(header: PlanHeader, runtime: str, installed: str | None) -> None:
+    if header.runtime != runtime:
+        raise CheckFailed(f"the engine was built by {header.runtime}, expected {runtime}")
+    if installed in (None, "unknown"):
+        return
+    # Some pip versions lack the build number; the header stores the low byte of each number.
+    expected = [int(part) % 256 for part in str(installed).split(".")[:4] if part.isdigit()]
+    actual = [int(part) for part in header.version.split(".")]
+    if actual[: len(expected)] != expected:
+        raise CheckFailed(
+            f"the engine was built by {runtime} {header.version}, but {installed} is installed here: build it again"
+        )

@@ -1,0 +1,299 @@
+"""Weights fitted to rounded inputs, and rounded so that a layer's outputs err least."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from calibration.fake_quant.symmetric import PerChannelFakeQuant
+from calibration.graph import exported_program
+from calibration.metrics import snr_db
+from calibration.ptq import corrections
+from calibration.ptq.adaptive_rounding import (
+    _columns,
+    _moments,
+    _outputs,
+    _Reconstruction,
+    fit,
+    reconstruct,
+    round_adaptively,
+)
+from calibration.ptq.bias_correction import correct, restore
+from calibration.ptq.calibrate import calibrate, set_mode, split
+from calibration.ptq.sensitivity import operators_of, partly
+from calibration.quantize import calibrated, prepare, quantize
+from calibration.recipe import Ptq
+from calibration.scheme import AFFINE, SHARED, Scheme
+from tests.support.tiny import SIDE
+from tests.support.toys import CLASSES, Hybrid, images, seeded
+
+PTQ = Ptq(name="int8_ptq", samples=128, force=True, equalize=False, calibrator="minmax")
+
+
+class Kinds(nn.Module):
+    """Every kind of layer: strided, depthwise, grouped, dilated, pointwise, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.ReLU6(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 1, stride=2),
+        )
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.layers(x).mean((2, 3)))
+        return found
+
+
+def ranged(network: nn.Module, scheme: Scheme = SHARED) -> GraphModule:
+    prepared = prepare(network.eval(), scheme, SIDE)
+    calibrate(prepared, network, PTQ, images("train"), seed=0)
+    set_mode(prepared, "frozen")
+    return prepared
+
+
+def shown() -> Tensor:
+    return torch.cat([batch for batch, _ in images("train").batches(64)])
+
+
+def drawn_moments(inputs: int) -> Tensor:
+    values = torch.randn(1, inputs, 400, generator=torch.Generator().manual_seed(3))
+    values[:, 1] = values[:, 0] + 0.1 * values[:, 1]
+    return values @ values.transpose(1, 2) / 400
+
+
+def test_rounding_errs_less_than_the_nearest_and_hardly_more_than_the_best_of_all() -> None:
+    rows = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1))
+    scales, moments = rows.abs().amax(2, keepdim=True) / 7, drawn_moments(8)
+
+    def error(found: Tensor) -> Tensor:
+        return (((found - rows) @ moments) * (found - rows)).sum(-1)
+
+    found = round_adaptively(rows, moments, scales, 7)
+    nearest = (rows / scales).round() * scales
+    corners = torch.tensor(list(itertools.product((0.0, 1.0), repeat=8))).reshape(-1, 1, 1, 8)
+    every = ((rows / scales).floor() + corners).clamp(-7, 7) * scales
+    best = torch.stack([error(each) for each in every]).amin(0)
+    assert (error(found) <= 1.01 * error(nearest)).all()  # its objective is damped
+    assert float(error(found).sum()) < 0.8 * float(error(nearest).sum())
+    assert float(error(found).sum()) < 1.5 * float(best.sum())
+    integers = found / scales
+    assert torch.allclose(integers, integers.round(), atol=1e-4)
+    assert ((integers - rows / scales).abs() < 1 + 1e-4).all() and (integers.abs() <= 7 + 1e-4).all()
+
+
+def test_a_weight_at_the_peak_stays_so_that_the_scale_does() -> None:
+    rows = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1))
+    scales = rows.abs().amax(2, keepdim=True) / 7
+    found = round_adaptively(rows, drawn_moments(8), scales, 7)
+    assert torch.allclose(found.abs().amax(2), rows.abs().amax(2))
+
+
+def test_the_fit_undoes_a_linear_error_of_the_inputs() -> None:
+    """z = M x with an invertible M: (W + D) z = W x for W + D = W M^-1."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 4, 5, generator=generator)
+    mixing = torch.eye(5) + 0.05 * torch.randn(5, 5, generator=generator)
+    x = torch.randn(2, 5, 5000, generator=generator)
+    z = mixing @ x
+    errors = rows @ (x - z)
+    moments = [((z[half] @ z[half].T)[None] / 5000, (errors[half] @ z[half].T)[None] / 5000) for half in (0, 1)]
+    expected = rows[0] @ torch.linalg.inv(mixing)
+    found = fit(rows, moments)[0]
+    assert float((found - expected).norm()) < 0.05 * float((rows[0] - expected).norm())
+
+
+def test_the_fit_of_what_the_other_half_does_not_confirm_is_dropped() -> None:
+    rows, second = torch.ones(1, 2, 3), torch.eye(3)[None]
+    errors = 0.3 * torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fit(rows, [(second, errors), (second, -errors)]), rows)
+    assert not torch.equal(fit(rows, [(second, errors), (second, errors)]), rows)
+
+
+@pytest.mark.parametrize("scheme", [SHARED, AFFINE], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("network", [Kinds, Hybrid])
+def test_every_weight_is_a_multiple_of_its_scale_and_the_mean_is_that_in_float(
+    network: type[nn.Module], scheme: Scheme
+) -> None:
+    model = seeded(network)
+    prepared = ranged(model, scheme)
+    changed = reconstruct(prepared, shown())
+    assert sum(name.endswith(".scale") for name in changed) == len(_weights(prepared)) > 4
+    for quantizer, weight in _weights(prepared):
+        integers = (weight / quantizer.scale.reshape(-1, *(1,) * (weight.ndim - 1))).flatten(1)
+        assert torch.allclose(integers, integers.round(), atol=1e-3)
+        assert ((integers.abs().amax(1) - 127).abs() < 1e-3).all()  # the peak, stored as 127
+        assert torch.allclose(quantizer.round(weight), weight, atol=1e-6)
+    with torch.no_grad():
+        expected, found = model(shown()).mean(0), prepared(shown()).mean(0)
+    assert np.allclose(found.numpy(), expected.numpy(), atol=1e-4)
+
+
+def _weights(prepared: GraphModule) -> list[tuple[PerChannelFakeQuant, Tensor]]:
+    found = []
+    for node in prepared.graph.nodes:
+        if node.op == "call_module" and isinstance(
+            quantizer := prepared.get_submodule(str(node.target)), PerChannelFakeQuant
+        ):
+            found.append((quantizer, exported_program.stored_tensor(prepared, node.all_input_nodes[0]).detach()))
+    return found
+
+
+def test_other_images_gain_over_corrected_biases_alone() -> None:
+    model = seeded(Kinds)
+    batches = list(images("val").batches(32))
+    reference = exported_program.logits(model, batches)
+    prepared = ranged(model)
+    before = correct(prepared, shown())
+    corrected = snr_db(reference, exported_program.logits(prepared, batches))
+    restore(prepared, before)
+    reconstruct(prepared, shown())
+    assert snr_db(reference, exported_program.logits(prepared, batches)) > corrected + 1
+
+
+def test_all_of_it_comes_back() -> None:
+    prepared = ranged(seeded(Kinds))
+    first = copy.deepcopy(prepared.state_dict())
+    restore(prepared, reconstruct(prepared, shown()))
+    assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
+
+
+def test_a_graph_that_rounds_less_has_weights_and_biases_from_before() -> None:
+    model = seeded(Kinds)
+    prepared = ranged(model)
+    reconstruct(prepared, shown())
+    operators = operators_of(prepared, SIDE)
+    head = [operator for operator in operators if operator.path == "head"]
+    batches = list(images("val").batches(32))
+    exact, fitted = exported_program.logits(model, batches), exported_program.logits(prepared, batches)
+    assert snr_db(exact, exported_program.logits(partly(prepared, ()), batches)) > 100
+    part = exported_program.logits(partly(ranged(model), head), batches)
+    assert np.array_equal(exported_program.logits(partly(prepared, head), batches), part)
+    assert np.array_equal(exported_program.logits(partly(prepared, operators), batches), fitted)
+    assert np.array_equal(exported_program.logits(prepared, batches), fitted)
+
+
+def test_what_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(Kinds)
+    prepared = ranged(model)
+    drawn = split(model, PTQ, images("train"), seed=0)
+    before = correct(prepared, shown())
+    first, meta = copy.deepcopy(prepared.state_dict()), dict(prepared.meta)
+
+    def spoil(prepared: GraphModule, seen: Tensor) -> None:
+        with torch.no_grad():
+            prepared.get_parameter("head.bias").add_(1.0)
+
+    monkeypatch.setattr("calibration.ptq.adaptive_rounding.reconstruct", spoil)
+    told = corrections.reconstruct(prepared, replace(PTQ, rounding="adaptive"), drawn, before, 25.0)
+    assert told == {"adaptive": 25.0} and prepared.meta == meta
+    assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
+
+
+def test_auto_leaves_a_network_alone_that_hardly_errs_and_one_whose_biases_shall_stay() -> None:
+    model = seeded(Kinds)
+    prepared, drawn = ranged(model), split(model, PTQ, images("train"), seed=0)
+    first = copy.deepcopy(prepared.state_dict())
+    for recipe, found in (
+        (PTQ, corrections.AMPLE_DB),
+        (replace(PTQ, bias_correction=False), 10.0),
+        (replace(PTQ, rounding="nearest"), 10.0),
+    ):
+        assert corrections.reconstruct(prepared, recipe, drawn, {}, found) == {}
+    assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
+    assert "adaptive" in corrections.reconstruct(prepared, PTQ, drawn, {}, 10.0)
+
+
+def test_the_artifact_computes_what_was_fitted_and_twice_the_same() -> None:
+    model, recipe = seeded(Kinds).eval(), replace(PTQ, rounding="adaptive")
+    made = [quantize(model, recipe, SHARED, images("train"), images("val"), seed=0) for _ in range(2)]
+    batches = list(images("val").batches(32))
+    first, second = (exported_program.logits(each.program.module(), batches) for each in made)
+    assert np.array_equal(first, second)
+    told = made[0].report["repairs_db"]
+    assert isinstance(told, dict) and told["adaptive"] >= told["bias"] >= told["calibrated"]
+    prepared = calibrated(model, recipe, SHARED, images("train"), seed=0)
+    assert snr_db(exported_program.logits(prepared, batches), first) > 100
+
+
+def test_a_residual_layer_makes_up_for_the_errors_of_what_it_is_added_to() -> None:
+    """The block's input is clipped where it is read and where it is added: the layer sees what was lost only there."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1)
+            self.head = nn.Linear(8, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            found: Tensor = self.head((x + self.last(x)).mean((2, 3)))
+            return found
+
+    seen: dict[str, int] = {}
+    prepared = ranged(seeded(Residual))
+
+    class Spy(_Reconstruction):
+        def beside(self, layer: Node) -> tuple[Tensor, ...]:
+            found = super().beside(layer)
+            seen[exported_program.module_path(layer)] = len(found)
+            return found
+
+    with torch.no_grad():
+        Spy(prepared).run(shown())
+    assert seen == {"first": 0, "last": 2, "head": 0}
+
+
+def test_a_layer_makes_up_for_a_linear_error_beside_it() -> None:
+    layer = _layer_of(nn.Conv2d(4, 3, 3, 2, 1, bias=False))
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(8, 4, 9, 9, generator=generator), torch.randn(3, 4, 3, 3, generator=generator)
+    lost = 0.1 * torch.randn(3, 4, 3, 3, generator=generator)
+    beside = nn.functional.conv2d(x, lost, None, 2, 1)  # what rounding takes from the sum
+    moments = [
+        _moments(layer, weight, *(each[half::2] for each in (x, x, beside, torch.zeros_like(beside))))
+        for half in (0, 1)
+    ]
+    found = fit(weight.reshape(1, 3, 36), moments).reshape(weight.shape)
+    assert float((found - weight - lost).norm()) < 0.1 * float(lost.norm())
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(4, 6, 3, 2, 1),
+        nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=4),
+        nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2),
+        nn.Conv2d(4, 6, 1, stride=(1, 2)),
+    ],
+)
+def test_the_columns_of_a_convolution_times_its_weight_are_its_outputs(convolution: nn.Conv2d) -> None:
+    x = torch.randn(3, 4, 9, 7, generator=torch.Generator().manual_seed(0))
+    layer, weight = _layer_of(convolution), convolution.weight.detach()
+    columns = _columns(layer, x, weight)
+    rows = weight.reshape(convolution.groups, -1, columns.shape[1])
+    expected = nn.functional.conv2d(
+        x, weight, None, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+    )
+    found = _outputs(layer, expected, x.shape, weight)
+    assert found is not None and torch.allclose((rows @ columns).flatten(0, 1), found, atol=1e-5)
+
+
+def _layer_of(convolution: nn.Conv2d) -> Node:
+    """The node of a convolution in a traced graph."""
+    graph = torch.export.export(convolution, (torch.zeros(2, 4, 9, 9),)).graph
+    found: list[Node] = graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+    return found[0]

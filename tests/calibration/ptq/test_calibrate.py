@@ -1,0 +1,130 @@
+"""Calibrating: the best calibrator is chosen on images that the ranges did not see, and too few images are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from calibration.data.batches import Images
+from calibration.fake_quant import calibrators
+from calibration.graph import exported_program
+from calibration.ptq import calibrate
+from calibration.quantize import prepare
+from calibration.recipe import Ptq
+from calibration.scheme import SHARED
+from models.errors import BadRequest
+from tests.support.toys import LAYERS, Hybrid, images, seeded
+
+PTQ = Ptq(name="int8_ptq")
+
+
+def calibrated(recipe: Ptq, train: Images | None = None, seed: int = 0) -> tuple[GraphModule, dict[str, Any]]:
+    model = seeded(Hybrid).eval()
+    prepared = prepare(model, SHARED, 16, recipe.placement)
+    return prepared, calibrate.calibrate(prepared, model, recipe, train or images("train"), seed=seed)
+
+
+@pytest.fixture(scope="module")
+def chosen() -> dict[str, Any]:
+    return calibrated(PTQ)[1]
+
+
+def test_auto_takes_the_calibrator_with_the_least_output_error(chosen: dict[str, Any]) -> None:
+    errors = chosen["calibrators_db"]
+    assert tuple(errors) == tuple(calibrators.ALL)
+    assert errors[chosen["calibrator"]] == max(errors.values())
+    assert len(set(errors.values())) > 1
+
+
+def test_the_ranges_do_not_see_the_held_out_images(chosen: dict[str, Any]) -> None:
+    train = images("train")
+    order = train.stratified(PTQ.samples, 0)
+    held_out = chosen["held_out_images"]
+    assert held_out == len(order) // 8 and chosen["calibration_images"] == len(order)
+    prepared = prepare(seeded(Hybrid).eval(), SHARED, 16)
+    exported_program.logits(prepared, train.batches(32, order[held_out:]))
+    calibrate.choose(prepared, chosen["calibrator"])
+    rest = calibrate.ranges(prepared, chosen["calibrator"])
+    assert [each.peak for each in rest] == [each["peak"] for each in chosen["ranges"]]
+
+
+def test_each_activation_has_a_range_named_by_the_layer_that_reads_it(chosen: dict[str, Any]) -> None:
+    assert tuple(each["name"] for each in chosen["ranges"]) == LAYERS
+    for each in chosen["ranges"]:
+        assert each["calibrator"] == chosen["calibrator"] and len(each["counts"]) == 64
+        assert 0 < each["limit"] <= each["peak"] * 1.001 and 0 <= each["clipped"] < 0.2
+
+
+def test_a_named_calibrator_sees_all_images_and_is_the_one_that_is_used() -> None:
+    prepared, report = calibrated(replace(PTQ, calibrator="minmax"))
+    assert report["calibrator"] == "minmax" and report["held_out_images"] == 0 and report["calibrators_db"] == {}
+    for each in report["ranges"]:
+        assert each["limit"] == pytest.approx(each["peak"], rel=1e-3) and each["clipped"] == 0
+    assert all(not quantizer.statistics.batches for _, quantizer in calibrate.named_quantizers(prepared))
+
+
+def test_fewer_than_128_images_are_refused_unless_forced() -> None:
+    sentence = (
+        r"^calibration read 127 images, expected at least 128: ranges of fewer images may not fit other images; give "
+        r"DATA more training images, or FORCE=1 to calibrate on these$"
+    )
+    few = replace(PTQ, samples=127)
+    with pytest.raises(BadRequest, match=sentence):
+        calibrated(few)
+    assert calibrated(replace(few, force=True))[1]["calibration_images"] == 127
+
+
+def test_images_that_cannot_be_read_do_not_count() -> None:
+    class Torn(type(images("train").data)):  # type: ignore[misc]
+        def image(self, part: Any, index: int) -> Any:
+            return None if index == 5 else super().image(part, index)
+
+    train = replace(images("train"), data=Torn())
+    assert len(train) == 128
+    with pytest.raises(BadRequest, match="calibration read 127 images"):
+        calibrated(PTQ, train)
+
+
+def test_two_forced_images_are_calibrated_without_a_choice() -> None:
+    report = calibrated(replace(PTQ, samples=2, force=True))[1]
+    assert report["calibrator"] == "mse" and report["held_out_images"] == 0
+
+
+def test_products_and_additions_have_names_of_their_own() -> None:
+    from calibration.qdq_placement import parse
+
+    names = [each["name"] for each in calibrated(replace(PTQ, placement=parse("all")))[1]["ranges"]]
+    assert len(set(names)) == len(names) > len(LAYERS)
+    assert set(LAYERS) - set(names) == set()
+
+
+def test_a_seed_draws_one_order_and_another_seed_another(chosen: dict[str, Any]) -> None:
+    again, other = calibrated(PTQ)[1], calibrated(PTQ, seed=1)[1]
+    assert again == chosen
+    assert other["identity"]["order"] != chosen["identity"]["order"] and other["identity"]["seed"] == 1
+
+
+def test_other_weights_are_another_identity() -> None:
+    one, other = seeded(Hybrid).eval(), seeded(Hybrid).eval()
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.0001)
+    found = [calibrate.identity(model, PTQ, images("train"), [0], seed=0) for model in (one, other)]
+    assert found[0]["weights"] != found[1]["weights"]
+
+
+def test_a_split_is_what_calibration_draws_with_the_float_logits_of_the_held_out_images(
+    chosen: dict[str, Any],
+) -> None:
+    model, train = seeded(Hybrid).eval(), images("train")
+    drawn = calibrate.split(model, PTQ, train, seed=0)
+    order = train.stratified(PTQ.samples, 0)
+    assert (*drawn.held_out, *drawn.observed) == tuple(order) and len(drawn.held_out) == chosen["held_out_images"]
+    assert np.array_equal(drawn.reference, exported_program.logits(model, train.batches(32, list(drawn.held_out))))
+    assert len(drawn.images(10)) == 10
+    prepared = prepare(model, SHARED, 16, PTQ.placement)
+    assert calibrate.calibrate(prepared, model, PTQ, train, seed=0, drawn_split=drawn) == chosen

@@ -1,0 +1,105 @@
+"""Of two computations of one model, the first tensor that differs is named: that of the layer that was damaged."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import ModelProto, numpy_helper
+
+import targets
+from pipeline.stages.divergence import engine_divergence, export_divergence, onnx_tensors, torch_tensors
+from targets.base import Export
+
+
+@pytest.fixture
+def images(float_export: Export) -> npt.NDArray[np.float32]:
+    with np.load(float_export.path / "sample.npz") as found:
+        return np.ascontiguousarray(found["images"][:1])
+
+
+def layer_outputs(model: ModelProto) -> dict[str, str]:
+    """The weight that each layer multiplies by -> the tensor that it computes, in order of execution."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            weight = node.input[1]
+            while weight in makers and makers[weight].op_type in ("Transpose", "DequantizeLinear"):
+                weight = makers[weight].input[0]
+            if weight in stored:
+                found[weight] = node.output[0]
+    return found
+
+
+def damaged(export: Export, path: Path, weight: str) -> Export:
+    """A copy of `export` with the signs of one weight changed."""
+    shutil.copytree(export.path, path)
+    model = onnx.load(export.onnx)
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == weight]
+    tensor.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(tensor), weight))
+    onnx.save(model, path / "model.onnx")
+    return Export(path=path, precision=export.precision, batch=export.batch)
+
+
+@pytest.fixture(params=["float", "int8"])
+def export(request: pytest.FixtureRequest) -> Export:
+    found: Export = request.getfixturevalue(f"{request.param}_export")
+    return found
+
+
+def test_an_export_parts_from_the_program_nowhere(export: Export, images: npt.NDArray[np.float32]) -> None:
+    assert export_divergence(export, images) == "no tensor that ONNX Runtime and torch share is below 30 dB"
+
+
+@pytest.mark.parametrize("layer", [0, 4, 9])
+def test_the_output_of_a_damaged_layer_is_named(
+    export: Export, images: npt.NDArray[np.float32], tmp_path: Path, layer: int
+) -> None:
+    outputs = layer_outputs(onnx.load(export.onnx))
+    assert len(outputs) == 10
+    weight = list(outputs)[layer]
+    found = export_divergence(damaged(export, tmp_path / "damaged", weight), images)
+    named = re.fullmatch(r"ONNX Runtime first differs from torch at tensor `(.+)` \((-?[\d.]+) dB\)", found)
+    assert named is not None
+    makers = {name: node for node in onnx.load(export.onnx).graph.node for name in node.output}
+    node = makers[named[1]]  # a linear layer on tokens is a product, which torch has no name for, and a sum
+    assert outputs[weight] in (named[1], *node.input) and node.op_type in ("Conv", "Gemm", "Add", "MatMul")
+    assert float(named[2]) < 20
+
+
+@pytest.mark.parametrize("layer", [0, 4, 9])
+def test_an_engine_of_a_damaged_graph_is_seen_through(
+    float_export: Export, images: npt.NDArray[np.float32], tmp_path: Path, layer: int
+) -> None:
+    outputs = layer_outputs(onnx.load(float_export.onnx))
+    weight = list(outputs)[layer]
+    cpu, engine = targets.ALL["cpu"], tmp_path / "engine"
+    engine.mkdir()
+    cpu.build(damaged(float_export, tmp_path / "damaged", weight), engine)
+    found = engine_divergence(cpu, float_export, engine, images)
+    assert re.fullmatch(rf"cpu first differs from ONNX Runtime at tensor `{outputs[weight]}` \(-?[\d.]+ dB\)", found)
+
+
+def test_a_good_engine_parts_from_the_export_nowhere(
+    export: Export, images: npt.NDArray[np.float32], tmp_path: Path
+) -> None:
+    cpu = targets.ALL["cpu"]
+    cpu.build(export, tmp_path)
+    found = engine_divergence(cpu, export, tmp_path, images)
+    assert found == "no tensor that cpu and ONNX Runtime share is below 30 dB"
+
+
+def test_both_sides_show_the_logits_and_most_tensors_by_one_name(
+    export: Export, images: npt.NDArray[np.float32]
+) -> None:
+    program, graph = torch_tensors(export.program, images), onnx_tensors(export.onnx, images)
+    assert "logits" in program and "logits" in graph
+    assert len(program.keys() & graph.keys()) > 0.6 * len(graph)
+    assert list(graph)[-1] == "logits"

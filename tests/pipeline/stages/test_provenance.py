@@ -1,0 +1,43 @@
+"""What is said of an engine to those who use it: nothing that is not known."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import models
+from pipeline.stages.provenance import facts, paper, version
+from tests.support.tiny import SPEC, tiny_run
+
+FAMILIES = {spec.family: spec for spec in models.ALL.values()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_cites_its_paper(family: str) -> None:
+    found = paper(FAMILIES[family])
+    assert found is not None
+    assert re.fullmatch(r'[A-Z].+, ".+",.* arXiv \d{4}\.\d{5}', found)
+
+
+def test_a_network_that_cites_nothing_has_no_paper() -> None:
+    assert paper(SPEC) is None
+
+
+def test_weights_are_said_to_be_what_they_are(tmp_path: Path) -> None:
+    def weights(**changes: object) -> str:
+        return facts(tiny_run(**changes), "k", {}).weights  # type: ignore[arg-type]
+
+    assert weights() == "trained on colours"
+    assert weights(weights=tmp_path / "mine.pt") == "read from mine.pt"
+    assert weights(trained=False) == "random: to be timed, not to be used"
+
+
+def test_facts_are_those_of_the_run() -> None:
+    found = facts(tiny_run("fp16"), "key", {"top1": 1.0})
+    assert (found.key, found.recipe, found.model, found.data) == ("key", "fp16", "tiny", "colours")
+    assert found.published is None and found.report == {"top1": 1.0}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found.version) and found.version == version()
+    published = facts(tiny_run(model=models.ALL["mobilevit_xs"]), "key", {}).published
+    assert published == "74.62 % top-1 on ImageNet-1k (timm results-imagenet.csv, cvnets_in1k weights)"

@@ -1,0 +1,118 @@
+"""Write down what the classes of NVIDIA's real TensorRT bindings offer, without a GPU and without TensorRT's libraries.
+
+PyPI carries the bindings of each version as a small wheel; only the libraries behind it are missing. Shared objects
+that merely define the symbols which the bindings look up at import are enough to import and introspect them.
+To add a version, or to read all of them again after `CLASSES` grew (Linux, gcc; 8.6.1 is named `tensorrt-bindings`,
+10.x `tensorrt-cu12-bindings`, 11.x `tensorrt-cu13-bindings`):
+
+    pip download --no-deps -d /tmp/trt tensorrt-cu12-bindings==10.3.0
+    python tests/targets/tensorrt/trt_surface/read_surface.py /tmp/trt/*.whl
+
+Each wheel becomes one <version>.json beside this file: class -> its members, in alphabetical order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+# What targets/tensorrt/build_engine.py and targets/tensorrt/target.py touch.
+CLASSES = (
+    "Builder",
+    "BuilderFlag",
+    "DataType",
+    "EngineInspector",
+    "IBuilderConfig",
+    "ICudaEngine",
+    "IExecutionContext",
+    "IHostMemory",
+    "ILogger",
+    "INetworkDefinition",
+    "IOptimizationProfile",
+    "ITensor",
+    "ITimingCache",
+    "LayerInformationFormat",
+    "MemoryPoolType",
+    "NetworkDefinitionCreationFlag",
+    "OnnxParser",
+    "ParserError",
+    "ProfilingVerbosity",
+    "Runtime",
+    "TensorIOMode",
+)
+
+_SYMBOLS = (
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getInferLibVersion",
+    "getLogger",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
+    "initLibNvInferPlugins",
+    # 8.6: the UFF and Caffe parsers
+    "_ZN11nvuffparser15createUffParserEv",
+    "_ZN11nvuffparser8FieldMapC1EPKcPKvNS_9FieldTypeEi",
+    "_ZN14nvcaffeparser117createCaffeParserEv",
+    "_ZN14nvcaffeparser123shutdownProtobufLibraryEv",
+)
+_LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser", "nvparsers")
+
+# Runs in a process of its own, one for each version: two bindings do not fit into one.
+_INTROSPECT = """
+import inspect, json, sys
+sys.path.insert(0, sys.argv[1])
+import tensorrt_bindings as trt
+surface = {"version": trt.__version__}
+for name in sys.argv[2:]:
+    found = getattr(trt, name, None)
+    if inspect.isclass(found):
+        members = getattr(found, "__members__", None)
+        surface[name] = sorted(members or (member for member in vars(found) if not member.startswith("__")))
+print(json.dumps(surface))
+"""
+
+
+def read(wheel: Path) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as scratch:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(scratch)
+        major = wheel.name.split("-")[1].split(".")[0]
+        for library in _LIBRARIES:
+            _stub(Path(scratch) / f"lib{library}.so.{major}")
+        answer = subprocess.run(
+            [sys.executable, "-c", _INTROSPECT, scratch, *CLASSES],
+            env={**os.environ, "LD_LIBRARY_PATH": scratch},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    found: dict[str, object] = json.loads(answer.stdout)
+    return found
+
+
+def _stub(library: Path) -> None:
+    source = "\n".join(f"void* {symbol}(void) {{ return 0; }}" for symbol in _SYMBOLS)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-x", "c", "-o", str(library), "-"], input=source, text=True, check=True)
+
+
+def _main() -> None:
+    for wheel in map(Path, sys.argv[1:]):
+        surface = read(wheel)
+        version = str(surface["version"])
+        target = Path(__file__).with_name(f"{version}.json")
+        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in surface.items())
+        target.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"{target.name}: {len(surface) - 1} classes, {target.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    _main()
