@@ -23,7 +23,7 @@ from pipeline.cli.parser import Shown, parse
 from pipeline.cli.request import Request
 from pipeline.cli.verbs import VERBS, runs_in
 from pipeline.commands.artifacts import Answer
-from pipeline.stages.stages import Run
+from pipeline.run import Run
 from pipeline.store import storage_errors
 
 # What the system says of files that cannot be written, or read; any other OSError shows its traceback.

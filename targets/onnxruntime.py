@@ -1,27 +1,23 @@
-"""ONNX Runtime on the CPU: a target, and the reference executor that every artifact is compared with."""
+"""ONNX Runtime on the CPU as a target. The executor that artifacts are compared with is `targets.onnx.reference`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
 
 from calibration.family_placements import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import AFFINE, Scheme
 from targets.base import INPUT_NAME, Export
-from targets.host import HostSession, in_queries, threads
+from targets.host import HostSession, threads
+from targets.onnx.reference import new_session
 
-if TYPE_CHECKING:
-    from targets.base import Images, Logits
-
-_REFERENCE_BATCH = 32
 _INTEGER = re.compile("QLinear|QGemm|.*Integer")  # such as QLinearConv and MatMulIntegerToFloat
 
 
@@ -82,7 +78,7 @@ class OnnxRuntimeTarget:
 
         with TemporaryDirectory() as scratch:
             optimized = Path(scratch) / "optimized.onnx"
-            _session(engine / "model.onnx", fuse_integers=True, optimized=optimized)
+            new_session(engine / "model.onnx", fuse_integers=True, optimized=optimized)
             executed = onnx.load(optimized).graph.node
         # Where ONNX Runtime changes the data layout of a convolution, it appends `_token_` and a number to its name.
         integers = {node.name.partition("_token_")[0] for node in executed if _INTEGER.match(node.op_type)}
@@ -97,50 +93,9 @@ class OnnxRuntimeTarget:
 
     @contextmanager
     def open(self, engine: Path) -> Iterator[HostSession]:
-        session = _session(engine / "model.onnx", fuse_integers=True)
+        session = new_session(engine / "model.onnx", fuse_integers=True)
         batch = session.get_inputs()[0].shape[0]
         yield HostSession(batch=batch, run=lambda images: session.run(None, {INPUT_NAME: images})[0])
-
-
-def reference(model: Path | bytes) -> Callable[[Images], Logits]:
-    """Return the reference executor of an ONNX graph, given as a file or as its bytes.
-
-    It computes operators as ONNX defines them: every Q/DQ pair rounds, all other operators compute in float. Input: any
-    number of images (N, 3, S, S), whether the graph has a dynamic or a fixed batch. Output: logits (N, classes).
-    """
-    session = _session(model, fuse_integers=False)
-    fixed = session.get_inputs()[0].shape[0]
-    batch = fixed if isinstance(fixed, int) else _REFERENCE_BATCH
-    return lambda images: in_queries(lambda query: session.run(None, {INPUT_NAME: query})[0], batch, images)
-
-
-def reference_logits(model: Path | bytes, images: Images) -> Logits:
-    """Return the logits (N, classes) of the reference executor for images (N, 3, S, S)."""
-    return reference(model)(images)
-
-
-def plain_session(model: Path | bytes) -> Any:
-    """Return an onnxruntime.InferenceSession that computes operators as `reference` does."""
-    return _session(model, fuse_integers=False)
-
-
-def _session(model: Path | bytes, *, fuse_integers: bool, optimized: Path | None = None) -> Any:
-    """Create a CPU session. `fuse_integers` fuses Q/DQ into INT8 operators.
-
-    `optimized`: file to write the graph to that is executed, after optimization.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    if optimized:
-        options.optimized_model_filepath = str(optimized)
-    options.intra_op_num_threads = threads()
-    options.log_severity_level = 3  # errors
-    if not fuse_integers:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # reference sessions are never timed
-    source = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 TARGET = OnnxRuntimeTarget()

@@ -1,10 +1,12 @@
-"""The arrows of the architecture: each folder imports only from those to its right, and names nobody else claims."""
+"""The architecture: layers import in one direction and nothing private, modules in no circle, folders stay small."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ("pipeline", "targets", "calibration", "models")
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+EVERY = [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]
+MOST_FILES = 16  # Python files in a folder
+MORE_FILES = {"models": 17}  # a file for each family
 HEAVY = {
     "coremltools",
     "onnx",
@@ -37,8 +42,11 @@ LEAN = {
         for name in ("accuracy_budget", "family_placements", "metrics", "progress", "qdq_placement", "recipe")
     ),
     *(f"calibration/{name}.py" for name in ("rounding_noise", "sanity_checks", "scheme")),
-    *(f"calibration/data/{name}.py" for name in ("classes", "dataset", "folder_layout", "image_decoding")),
-    *(f"calibration/data/{name}.py" for name in ("image_folder", "preprocess", "sample_photos", "training_history")),
+    *(f"calibration/data/{name}.py" for name in ("classes", "dataset", "digits", "folder_layout", "image_decoding")),
+    *(
+        f"calibration/data/{name}.py"
+        for name in ("image_folder", "load", "preprocess", "sample_photos", "training_history")
+    ),
     *(f"calibration/graph/{name}.py" for name in ("qparams", "source_lines")),
     *(f"models/{name}.py" for name in ("catalog", "checkpoint", "errors", "hub", "spec")),
     *(f"models/external/{name}.py" for name in ("guard", "loader")),
@@ -89,6 +97,101 @@ def test_imports_point_one_way(path: Path) -> None:
     allowed = set(LAYERS[LAYERS.index(layer) :])
     found = imported(ast.walk(ast.parse(path.read_bytes()))) & {*LAYERS, "tests"}
     assert found <= allowed, f"{layer} may import only {', '.join(sorted(allowed))}"
+
+
+def test_no_folder_holds_more_files_than_one_can_survey() -> None:
+    counted = [path for path in EVERY if path.name != "__init__.py"]
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in counted)
+    assert {folder: count for folder, count in counts.items() if count > MORE_FILES.get(folder, MOST_FILES)} == {}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in EVERY}
+
+
+def bindings(tree: ast.AST) -> dict[str, str]:
+    """The names that imports bind anywhere in a module to one of ours, or to something in one: the dotted names."""
+    found: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return {name: dotted for name, dotted in found.items() if dotted.partition(".")[0] in {*LAYERS, "tests"}}
+
+
+def imports_of(source: str) -> set[str]:
+    """The modules that `source` imports: at its top, in functions, and for type checkers."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= parts & MODULES.keys() or {node.module}
+            found |= {node.module} if parts - MODULES.keys() else set()
+    return found & MODULES.keys()
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one import circle in their order; none where there is no circle."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return [str(name) for name in error.args[1]]
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circle({name: imports_of(path.read_text()) - {name} for name, path in MODULES.items()}) == []
+
+
+def test_a_circle_is_found_wherever_its_imports_stand() -> None:
+    sources = {
+        "pipeline.run": "def f():\n    from pipeline.store import integrity",
+        "pipeline.store.integrity": "if TYPE_CHECKING:\n    from pipeline.store.store import Store",
+        "pipeline.store.store": "import pipeline.run",
+        "pipeline.store.in_use": "from pipeline.store.store import Store",
+    }
+    found = circle({name: imports_of(source) for name, source in sources.items()})
+    assert set(found) == {"pipeline.run", "pipeline.store.integrity", "pipeline.store.store"}
+    assert circle({name: imports_of(source) for name, source in sources.items() if name != "pipeline.run"}) == []
+
+
+def private_of_others(source: str, layer: str) -> set[str]:
+    """The private modules and names of other layers that a module of `layer` uses."""
+    tree = ast.parse(source)
+    bound = bindings(tree)
+    used = set(bound.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+            used.add(f"{bound[node.value.id]}.{node.attr}")
+    return {
+        name
+        for name in used
+        if name.partition(".")[0] != layer
+        and any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_no_layer_uses_what_is_private_to_another(path: Path) -> None:
+    assert private_of_others(path.read_text(), path.relative_to(ROOT).parts[0]) == set()
+
+
+def test_private_uses_are_found() -> None:
+    source = """
+from calibration import recipe
+from targets import _host, host
+from targets.host import _quota, threads
+host._cores()
+recipe.ALL
+"""
+    assert private_of_others(source, "pipeline") == {"targets._host", "targets.host._quota", "targets.host._cores"}
+    assert private_of_others(source, "targets") == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)

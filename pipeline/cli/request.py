@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import calibration.data.dataset
+import calibration.data.load
 import models
 from calibration import accuracy_budget, family_placements
 from calibration.recipe import Ptq, Qat, Recipe, Schedule, WeightOnly, budgeted, scheduled, with_ptq
@@ -18,7 +18,7 @@ from models.spec import Form, ModelSpec, Preprocess
 from pipeline.cli import options, preprocess_options
 from pipeline.cli.options import Option
 from pipeline.cli.values import digits, pick
-from pipeline.stages.stages import Run
+from pipeline.run import Run
 from pipeline.store import integrity
 from targets.base import NO_OPTIONS, Customizes, Options, Target
 
@@ -52,7 +52,7 @@ def read(request: Request) -> Run:
     """The run that `request` stands for. Raises BadRequest where a name or a value cannot be used."""
     model, recipe, target = request[options.MODEL], request[options.RECIPE], request[options.TARGET]
     seed = request[options.SEED]
-    data = calibration.data.dataset.load(request[options.DATA], seed, request[options.LABELS])
+    data = calibration.data.load.load(request[options.DATA], seed, request[options.LABELS])
     preprocess = preprocess_of(request, model, data.preprocess(model))
     request[options.DEVICE]
     batch = request[options.BATCH]

@@ -14,7 +14,7 @@ from pipeline.cli import options
 from pipeline.cli.options import PROGRAM, RUN, Options, without
 from pipeline.cli.request import Request, form_of, read, read_several, size_for
 from pipeline.commands.artifacts import Answer
-from pipeline.stages.stages import Run
+from pipeline.run import Run
 
 Group: TypeAlias = Literal["Build", "Quantize", "Measure", "Inspect", "List", "Maintain"]
 

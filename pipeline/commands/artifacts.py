@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 from calibration import sanity_checks
 from models.errors import CannotRunHere
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Artifact, Step, Store
 
 Answer: TypeAlias = dict[str, object]

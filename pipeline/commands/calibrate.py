@@ -10,8 +10,8 @@ from pathlib import Path
 import calibration.recipe
 from pipeline.commands.artifacts import Answer, built, identity
 from pipeline.commands.sensitivity import calibrating
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 
 log = logging.getLogger("edgeline")

@@ -8,8 +8,8 @@ from pathlib import Path
 from models.errors import CannotRunHere
 from pipeline.commands.artifacts import Answer, built
 from pipeline.commands.verify import reported
+from pipeline.run import Run
 from pipeline.stages import stages, validate_model
-from pipeline.stages.stages import Run
 from pipeline.store.store import Artifact, Store
 from targets.base import Bundles
 

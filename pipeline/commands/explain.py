@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 
 

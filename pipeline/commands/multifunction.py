@@ -12,9 +12,9 @@ from typing import Any
 from models.errors import BadRequest
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
+from pipeline.run import Run
 from pipeline.stages import stages
 from pipeline.stages.provenance import facts
-from pipeline.stages.stages import Run
 from pipeline.store.store import MANIFEST, Step
 from targets.base import Merges, Part
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import calibration.recipe
 from calibration.recipe import Qat
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 
 log = logging.getLogger("edgeline")

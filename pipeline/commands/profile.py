@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from models.errors import CannotRunHere
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
-from pipeline.stages.stages import Run
+from pipeline.run import Run
 from pipeline.store.store import Artifact
 from targets.base import HasUnits, Session
 from targets.host import padded, threads

@@ -15,8 +15,9 @@ import targets
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from pipeline.cli import table
 from pipeline.commands.artifacts import identity
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Inputs, Run
+from pipeline.stages.stages import Inputs
 from pipeline.store.store import Step, Store
 from targets.base import NO_OPTIONS
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from calibration.recipe import Qat
 from pipeline.commands.artifacts import Answer
 from pipeline.commands.calibrate import quantized, with_recipe
-from pipeline.stages.stages import Run
+from pipeline.run import Run
 
 log = logging.getLogger("edgeline")
 

@@ -16,7 +16,8 @@ from typing import Any
 import calibration.recipe
 from calibration.recipe import Ptq, Qat
 from pipeline.cli import table
-from pipeline.stages.stages import Run, versions, weights
+from pipeline.run import Run
+from pipeline.stages.stages import versions, weights
 from pipeline.store.store import Step, Store
 
 _FILE = "sensitivity.json"

@@ -25,8 +25,8 @@ import calibration.recipe
 from calibration.qdq_placement import KINDS, LAYERS, Kind, Placement, parse
 from calibration.recipe import Ptq, Qat
 from models.errors import BadRequest, CannotRunHere, CheckFailed
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store, plain
 from pipeline.timing.interleaved import Comparison, ComparisonPlan, Speedup, compare
 from targets.base import Accounts

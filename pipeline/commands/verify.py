@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Artifact, Store
 
 _REPORTED = ("executed", "why_not", "by", "top1", "float_top1", "lost", "agreement", "images", "snr_db")

@@ -28,8 +28,8 @@ from models.spec import ModelSpec
 from pipeline import process_setup
 from pipeline.cli import table as tables
 from pipeline.commands.artifacts import Answer
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import MANIFEST, Store
 
 LARGEST = 60_000_000  # parameters of the largest model that is built by default

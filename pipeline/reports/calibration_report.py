@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.commands.sensitivity import calibrating
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Step, Store, file_digest
 from targets.tensorrt.calibration_cache import CalibrationCache, text, version_number
 

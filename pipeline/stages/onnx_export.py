@@ -33,7 +33,7 @@ from pipeline.stages.attention_masks import with_open_rows
 from targets import forced_evaluation
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnx.fp16_ranges import measured
-from targets.onnxruntime import reference_logits
+from targets.onnx.reference import reference_logits
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -14,7 +14,7 @@ from models.spec import ModelSpec
 from targets.base import Facts
 
 if TYPE_CHECKING:
-    from pipeline.stages.stages import Run
+    from pipeline.run import Run
 
 _ROOT = Path(__file__).parents[2]
 

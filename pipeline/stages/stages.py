@@ -10,88 +10,30 @@ import importlib.metadata
 import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.accuracy_budget import DEFAULT, Budget
-from calibration.data.dataset import Data, Described, Part
-from calibration.recipe import DEFAULT_SCHEDULE, Float, Recipe, Schedule, WeightOnly
+from calibration.data.dataset import Described
+from calibration.recipe import Float, WeightOnly
 from models.errors import CannotRunHere
-from models.spec import Form, ModelSpec, Preprocess
+from pipeline.run import Run
 from pipeline.store.store import MANIFEST, Step, file_digest, resumable
-from targets.base import NO_OPTIONS, Bundles, Export, Half, Options, Publishes, Target
+from targets.base import Bundles, Export, Publishes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from calibration.data.batches import Images
 
 Inputs = Mapping[str, Path]
 
+# Code that stages share: how a run draws its images and names its artifacts, and how images are read.
+_RUN, _IMAGES = "pipeline.run:Run", "calibration.data.load"
 _SAMPLE_IMAGES = 16  # that travel with an export, from the validation part
 _MEASURED_AT_ONCE, _MEASURED_BATCHES = 8, 16  # validation images whose tensors are measured: 128 at most
-_DATA_LETTERS = 40  # of a dataset's name, in the names of folders: file systems end at 255 bytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """One cell of the matrix: this model, made small this way, for that target, on these images."""
-
-    model: ModelSpec
-    recipe: Recipe
-    target: Target
-    data: Data
-    preprocess: Preprocess
-    weights: Path | None = None  # None: train on `data`
-    weights_key: str = ""  # of the state dict in `weights`, where that file holds several
-    trained: bool = True  # False: random weights, to build and time a model but not to use it
-    batch: int = 1
-    seed: int = 0
-    form: Form = "tokens"  # that the network is laid out in, from the quantized stage on; weights are the same in all
-    options: Options = NO_OPTIONS  # of the target
-    half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
-    max_drop: Budget = DEFAULT  # what the artifact may lose against the float model
-    training: Schedule = DEFAULT_SCHEDULE  # of the float weights
-    tuning: Schedule = DEFAULT_SCHEDULE  # of a Qat recipe, which has it already
-    verdict: bool = False  # build float engines beside one of INT8, and say which is worth shipping
-
-    def images(self, part: Part) -> Images:
-        from calibration.data.batches import Images
-
-        return Images(data=self.data, part=part, preprocess=self.preprocess)
-
-    def label(self, *parts: str) -> str:
-        data = re.sub(r"[^\w.-]+", "_", self.data.name)[:_DATA_LETTERS]
-        return "-".join((self.model.name, data, str(self.preprocess.size), *parts))
-
-    @property
-    def _makes(self) -> str:
-        """What the quantized stage makes: all recipes that compute in float share one program."""
-        return "float" if isinstance(self.recipe, Float | WeightOnly) else self.recipe.name
-
-    @property
-    def _made_label(self) -> str:
-        return self.label(*[self.form] * (self.form != "tokens"), self._makes)
-
-    @property
-    def storage(self) -> WeightOnly | None:
-        """How the target stores weights, where the recipe asks for that."""
-        return self.recipe if isinstance(self.recipe, WeightOnly) else None
-
-    @property
-    def _choices(self) -> dict[str, object]:
-        """What the target alone is asked for, beyond precision and batch: part of the keys of what it builds."""
-        return {"storage": self.storage, "options": self.options.changed(), "half": self.half}
-
-    @property
-    def _built_label(self) -> str:
-        form = [self.form] * (self.form != "tokens")
-        return self.label(*form, self.recipe.name, self.target.name, *map(str, self.options.changed().values()))
 
 
 def weights(run: Run) -> Step:
@@ -168,6 +110,8 @@ def weights(run: Run) -> Step:
             "versions": versions("torch", "numpy", "pillow", "scikit-learn"),
         },
         code=(
+            _RUN,
+            _IMAGES,
             "calibration.training.float_weights",
             "calibration.data.training_history",
             "calibration.sanity_checks",
@@ -206,7 +150,7 @@ def quantized(run: Run) -> Step:
 
     step = Step(
         stage="quantized",
-        label=run._made_label,
+        label=run.made_label,
         inputs={"weights": weights(run)},
         params={
             "form": run.form,
@@ -215,7 +159,7 @@ def quantized(run: Run) -> Step:
             "seed": run.seed,
             "versions": versions("torch", "torchao"),
         },
-        code=("calibration.quantize", run.model.code),
+        code=(_RUN, _IMAGES, "calibration.quantize", run.model.code),
         build=build,
     )
     return step
@@ -233,7 +177,7 @@ def exported(run: Run) -> Step:
         description = {
             "model": run.model.name,
             "form": run.form,
-            "recipe": run._makes,
+            "recipe": run.makes,
             "size": run.preprocess.size,
             "classes": list(run.data.classes),
             "preprocess": asdict(run.preprocess),
@@ -253,10 +197,10 @@ def exported(run: Run) -> Step:
 
     return Step(
         stage="exported",
-        label=run._made_label,
+        label=run.made_label,
         inputs={"quantized": quantized(run)},
         params={"versions": versions("torch", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime")},
-        code=("pipeline.stages.onnx_export",),
+        code=(_RUN, _IMAGES, "pipeline.stages.onnx_export"),
         build=build,
     )
 
@@ -269,17 +213,17 @@ def compiled(run: Run) -> Step:
 
     return Step(
         stage="compiled",
-        label=run._built_label,
+        label=run.built_label,
         inputs={"exported": exported(run)},
         params={
             "target": run.target.name,
             "precision": run.recipe.precision,
             "batch": run.batch,
-            **run._choices,
+            **run.choices,
             "toolchain": run.target.toolchain(),
             "versions": versions("onnx", "onnx-ir", "onnxruntime"),  # they type and fix graphs on their way
         },
-        code=(type(run.target).__module__,),
+        code=(_RUN, type(run.target).__module__),
         build=build,
     )
 
@@ -355,20 +299,20 @@ def _verified(
     program = export.inputs["quantized"]
     return Step(
         stage=stage,
-        label=run._built_label,
+        label=run.built_label,
         inputs={**inputs, "exported": export, "quantized": program, "weights": program.inputs["weights"]},
         params={
             "target": run.target.name,
             "precision": run.recipe.precision,
             "batch": run.batch,
-            **run._choices,
+            **run.choices,
             **_told(run),
             "max_drop": run.max_drop,
             "executed": run.target.not_executed() is None,  # with a device at last, there is more to verify
             "toolchain": run.target.toolchain(),
             "versions": versions("onnx", "onnx-ir", "onnxruntime"),
         },
-        code=("pipeline.stages.verify", "pipeline.stages.provenance", type(run.target).__module__),
+        code=(_RUN, _IMAGES, "pipeline.stages.verify", "pipeline.stages.provenance", type(run.target).__module__),
         build=build,
     )
 

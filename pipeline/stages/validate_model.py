@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from calibration.data.batches import Images
     from models.spec import ModelSpec
-    from pipeline.stages.stages import Run
+    from pipeline.run import Run
 
 _FEW, _MORE = 2, 3  # batch sizes: a network with a hard-coded batch size fails with at least one of them
 _PICTURES = 8  # dataset images whose logits must be finite before training

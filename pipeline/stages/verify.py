@@ -40,13 +40,13 @@ from targets import forced_evaluation
 from targets.base import Evaluates, Forces, HasUnits
 from targets.host import in_queries, padded
 from targets.onnx.fp16_emulation import executor
-from targets.onnxruntime import reference
+from targets.onnx.reference import reference
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from calibration.rounding_noise import Yardstick
-    from pipeline.stages.stages import Run
+    from pipeline.run import Run
     from targets.base import Executor, Export, Images
 
 _ON_EXPORT = "onnxruntime, on the export"

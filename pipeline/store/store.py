@@ -60,8 +60,8 @@ log = logging.getLogger("edgeline")
 class Step:
     """Description of one artifact: `build` makes it from `inputs` and `params` with the code of the modules `code`.
 
-    `code` holds Edgeline's modules by dotted name and a user's modules by file. `build` is called with the folders of
-    the inputs by name and the empty folder to fill.
+    `code` holds Edgeline's modules by dotted name (`module:definition` for a single definition) and a user's modules by
+    file. `build` is called with the folders of the inputs by name and the empty folder to fill.
     """
 
     stage: str
@@ -320,6 +320,9 @@ def _code(root: str | Path) -> dict[str, str]:
     Imports at module level and inside functions count. Modules of Edgeline are tracked, and for a user's file also the
     modules in its folder. Packages that a user's file imports are tracked by version.
     """
+    if isinstance(root, str) and ":" in root:  # a definition in a module of ours
+        name, _, definition = root.partition(":")
+        return _own_code(_Module(name), definition)
     visited: set[_Module] = set()
     packages: set[str] = set()
     pending = [_Module(root) if isinstance(root, str) else _Module(root.stem, root.parent)]

@@ -23,7 +23,7 @@ from pipeline.store.store import plain
 from pipeline.timing.results_db import Identity
 
 if TYPE_CHECKING:
-    from pipeline.stages.stages import Run
+    from pipeline.run import Run
 
 # Fields of a run that have columns of their own, do not affect the measurement, or are compared field by field.
 _APART: Final = frozenset(

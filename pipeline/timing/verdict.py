@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 import calibration.recipe
 from models.errors import CheckFailed
 from pipeline.cli import table
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Artifact, Store
 from pipeline.timing.interleaved import LEAST_GAIN, Comparison, ComparisonPlan, Speedup, compare
 from targets.base import Accounts

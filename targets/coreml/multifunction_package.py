@@ -15,7 +15,8 @@ from models.errors import BadRequest, CheckFailed
 from targets.coreml.conversion.workarounds import import_coremltools, no_leftovers, no_progress_bars
 from targets.coreml.deployment import SYSTEMS
 from targets.coreml.interface import features
-from targets.coreml.package import Package, is_constant, read
+from targets.coreml.mil.operation import is_constant
+from targets.coreml.package import Package, read
 
 _FIRST = "iOS18"  # the first system that loads packages with several functions
 

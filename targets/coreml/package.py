@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from models.errors import BadRequest, CheckFailed
 from targets.coreml.conversion.workarounds import import_coremltools
 from targets.coreml.layer_pairs import PRODUCT, Layer, content, paired
+from targets.coreml.mil.operation import is_constant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,11 +145,6 @@ def read_facts(metadata: Any) -> dict[str, Any]:
             except ValueError:  # written as a plain string
                 facts[name.removeprefix(PREFIX)] = text
     return facts
-
-
-def is_constant(value: Any) -> bool:
-    """Return whether a value is stored in the package, and neither computed by an operator nor an input."""
-    return value.val is not None and (value.op is None or value.op.op_type == "const")
 
 
 def layers(package: Package, *, arithmetic: bool = True) -> list[Layer]:

@@ -35,7 +35,7 @@ def half_reference(model: ModelProto) -> Callable[[Images], Logits]:
     It takes any number of images (N, 3, S, S) and returns logits (N, classes), which are NaN or infinite where FP16
     overflows.
     """
-    from targets.onnxruntime import plain_session
+    from targets.onnx.reference import plain_session
 
     session = plain_session(rounded(model).SerializeToString())
     fixed = session.get_inputs()[0].shape[0]
@@ -54,7 +54,7 @@ def executor(file: Path) -> tuple[str, Callable[[Images], Logits]]:
     """Return the reference executor of the ONNX graph that an engine was compiled from, after its name for reports."""
     import onnx
 
-    from targets.onnxruntime import reference
+    from targets.onnx.reference import reference
 
     model = onnx.load(file)
     if is_half(model):

@@ -148,7 +148,7 @@ class _Probes:
     def __init__(self, model: ModelProto) -> None:
         import onnx
 
-        from targets.onnxruntime import plain_session
+        from targets.onnx.reference import plain_session
 
         self._graph = type(model)()
         self._graph.CopyFrom(model)
@@ -247,7 +247,7 @@ def sentinels(model: ModelProto, images: Images) -> list[str]:
     A constant is a sentinel where operators add or select it, and limiting it to 40000 leaves the logits for `images`
     unchanged (60 dB).
     """
-    from targets.onnxruntime import reference_logits
+    from targets.onnx.reference import reference_logits
 
     candidates = sorted(_beyond(model))
     if not candidates:

@@ -128,7 +128,7 @@ def _weak_graph(export: Export) -> tuple[ModelProto | None, str | None]:
     import numpy as np
 
     from calibration.metrics import snr_db
-    from targets.onnxruntime import reference_logits
+    from targets.onnx.reference import reference_logits
 
     try:
         weak = weak_onnx(export)

@@ -25,14 +25,14 @@ import numpy as np
 import calibration.recipe
 import models
 import targets
-from calibration.data import dataset
+from calibration.data.load import load
 from calibration.data.sample_photos import Photos
 from calibration.metrics import agreement, snr_db, top1
 from models.errors import EdgelineError
 from pipeline import process_setup
 from pipeline.cli.values import pick
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from targets.base import Evaluates
 
@@ -105,7 +105,7 @@ def _told(name: str, recipe: str, size: str, store: Path) -> dict[str, int] | No
 
 def _run(name: str, recipe: str, size: str) -> Run:
     model = models.ALL[name]
-    images = dataset.load("digits", 0) if size == "small" else Photos()
+    images = load("digits", 0) if size == "small" else Photos()
     return Run(
         model=model,
         recipe=calibration.recipe.ALL[recipe],

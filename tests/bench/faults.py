@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-import calibration.data.dataset
+import calibration.data.load
 import calibration.recipe
 import models
 import targets
@@ -40,8 +40,8 @@ from calibration.recipe import with_ptq
 from models.errors import CheckFailed, EdgelineError
 from pipeline import process_setup
 from pipeline.commands.engine import engine as make_engine
+from pipeline.run import Run
 from pipeline.stages import operator_parity, stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from targets import forced_evaluation
 from targets.base import Export
@@ -117,7 +117,7 @@ def planted_run(request: argparse.Namespace, model: str, recipe: str, target: st
             recipe=with_ptq(run.recipe, **quick),
         ), "random"
     if request.weights:
-        data = calibration.data.dataset.load(request.data, 0)
+        data = calibration.data.load.load(request.data, 0)
         preprocess = replace(data.preprocess(spec), size=request.side or spec.preprocess.size)
         run = run_of(model, recipe, target, seed=0)
         return replace(run, data=data, preprocess=preprocess, weights=request.weights.absolute()), "trained"
@@ -238,7 +238,7 @@ def _outcome(run: Run) -> dict[str, str]:
 def run_of(model: str, recipe: str, target: str, *, seed: int) -> Run:
     """The run of `make engine` for the digits."""
     spec, made = models.ALL[model], targets.ALL[target]
-    data = calibration.data.dataset.load("digits", seed)
+    data = calibration.data.load.load("digits", seed)
     runtime: family_placements.Runtime = "cpu" if target in ("cpu", "onnxruntime") else "accelerator"
     asked = with_ptq(calibration.recipe.ALL[recipe], placement=family_placements.default(spec.family, runtime))
     return Run(model=spec, recipe=asked, target=made, data=data, preprocess=data.preprocess(spec), seed=seed)

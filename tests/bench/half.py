@@ -22,15 +22,15 @@ import numpy as np
 import calibration.recipe
 import models
 import targets
-from calibration.data import dataset
+from calibration.data.load import load
 from calibration.metrics import agreement, snr_db
 from pipeline import process_setup
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from targets.onnx.fp16_emulation import half_reference
 from targets.onnx.graph import float32_operators
-from targets.onnxruntime import reference
+from targets.onnx.reference import reference
 from targets.tensorrt.target import typed_onnx
 
 MODELS = ("mobilevit_xs", "mobilenetv2_100", *(name for name in models.ALL if name.endswith("_mini")))
@@ -72,7 +72,7 @@ def _row(run: Run) -> float:
 
 def _run(name: str, *, trained: bool) -> Run:
     model = models.ALL[name]
-    images = dataset.load("digits", seed=0)
+    images = load("digits", seed=0)
     return Run(
         model=model,
         recipe=calibration.recipe.ALL["fp16"],

@@ -25,8 +25,8 @@ from calibration.data.sample_photos import Photos
 from models.errors import EdgelineError
 from models.spec import Form
 from pipeline import process_setup
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from targets.coreml.neural_engine.eligibility import eligibility
 from targets.coreml.package import read

@@ -18,12 +18,12 @@ from typing import Any
 import calibration.recipe
 import models
 import targets
-from calibration.data import dataset
+from calibration.data.load import load
 from models.errors import CheckFailed
 from pipeline import process_setup
 from pipeline.commands.prove import prove
+from pipeline.run import Run
 from pipeline.stages.qparams_parity import VERDICTS
-from pipeline.stages.stages import Run
 
 _SIZE = 64  # pixels
 _ROW = "{:18} {:9} {:12}" + " {:>9}" * (len(VERDICTS) + 2)
@@ -47,7 +47,7 @@ def _run(name: str, request: argparse.Namespace) -> Run:
         model=model,
         recipe=calibration.recipe.ALL[request.recipe],
         target=targets.ALL["coreml"],
-        data=dataset.load("digits", 0),
+        data=load("digits", 0),
         preprocess=replace(model.preprocess, size=_SIZE),
         weights=request.weights / f"{name}.safetensors" if request.weights else None,
     )

@@ -20,8 +20,8 @@ from calibration.data.sample_photos import Photos
 from calibration.qdq_placement import parse
 from calibration.recipe import Recipe
 from pipeline import process_setup
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from pipeline.timing.interleaved import Comparison, ComparisonPlan, compare
 

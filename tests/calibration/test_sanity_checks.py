@@ -14,7 +14,7 @@ from torch import nn
 
 from calibration import sanity_checks
 from calibration.data.batches import Images
-from calibration.data.dataset import Digits
+from calibration.data.digits import Digits
 from calibration.data.image_folder import Folder
 from calibration.metrics import Labels, Logits
 from models.errors import BadRequest

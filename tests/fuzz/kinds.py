@@ -143,7 +143,8 @@ class Folders:
 
     def run(self, folder: Path) -> None:
         from calibration.data.batches import Images
-        from calibration.data.dataset import PARTS, load
+        from calibration.data.dataset import PARTS
+        from calibration.data.load import load
         from models.spec import Preprocess
 
         data = load(str(folder / "data"), 0)

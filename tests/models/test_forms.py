@@ -18,7 +18,7 @@ from torch.nn import functional
 import calibration.recipe
 import models
 import targets
-from calibration.data.dataset import load
+from calibration.data.load import load
 from calibration.graph.exported_program import WEIGHTED, stored_tensor
 from calibration.ptq.calibrate import fake_quants
 from calibration.quantize import prepare, traced
@@ -31,9 +31,9 @@ from models.external import loader as external
 from models.spec import Form, ModelSpec
 from models.swin import Swin, channel_merge, channel_partition, partition
 from pipeline.cli.request import form_of
+from pipeline.run import Run
 from pipeline.stages import stages
 from pipeline.stages.lint import lint
-from pipeline.stages.stages import Run
 from targets.base import Export
 from targets.coreml.package import Package, read
 from targets.coreml.target import PACKAGE, TARGET

@@ -16,8 +16,8 @@ import calibration.recipe
 import models
 import targets
 from models.spec import Form
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from targets.base import Evaluates, Export
 from tests.support.tiny import Colours

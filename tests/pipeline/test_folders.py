@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from calibration.data.image_folder import Folder
 from models.errors import BadRequest
 from pipeline.commands.engine import engine as make_engine
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from targets.coreml.options import CoreMLOptions
 from tests.support.tiny import SIDE, tiny_run

@@ -17,7 +17,7 @@ from calibration.data.dataset import Part
 from models.spec import ModelSpec, Preprocess, Sizes
 from pipeline.cli import options
 from pipeline.cli.verbs import all_variables
-from pipeline.stages.stages import Run
+from pipeline.run import Run
 from pipeline.store import integrity
 
 if TYPE_CHECKING:

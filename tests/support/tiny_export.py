@@ -24,7 +24,7 @@ def tiny_export(
     import onnx
     from onnx import helper
 
-    from targets.onnxruntime import reference_logits
+    from targets.onnx.reference import reference_logits
 
     path.mkdir()
     draw = np.random.default_rng(0)

@@ -22,8 +22,8 @@ from torch import Tensor
 from models.errors import BadRequest, CheckFailed
 from targets.coreml.inputs import check, inputs
 from targets.coreml.mil import arithmetic, compressed, layers, recurrent, sampling, shapes  # noqa: F401 - register operators
+from targets.coreml.mil.operation import is_constant
 from targets.coreml.mil.registry import OPERATORS, Function
-from targets.coreml.package import is_constant
 
 # "fp16": values that the program declares as FP16 (inputs, and outputs of operators) are rounded to FP16, as Apple's
 # compute units store them. Inside an operator, float32 is used: the accumulation of these units is not documented.

@@ -20,12 +20,12 @@ import calibration.recipe
 import models
 import targets
 from calibration import family_placements
-from calibration.data import dataset
+from calibration.data.load import load
 from calibration.qdq_placement import KINDS, Placement
 from calibration.recipe import Ptq
 from pipeline import process_setup
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def trained(name: str, store: Store, folder: Path | None) -> tuple[Run, Ptq, nn.
     """
     from models import checkpoint
 
-    digits, spec, ptq = dataset.load("digits", 0), models.ALL[name], calibration.recipe.ALL["int8_ptq"]
+    digits, spec, ptq = load("digits", 0), models.ALL[name], calibration.recipe.ALL["int8_ptq"]
     assert isinstance(ptq, Ptq)
     run = Run(
         model=spec,

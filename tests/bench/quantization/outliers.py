@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 from calibration.metrics import snr_db, top1
 from calibration.recipe import Ptq
 from pipeline import process_setup
-from pipeline.stages.stages import Run
+from pipeline.run import Run
 from pipeline.store.store import Store
 from tests.bench.quantization.families import MODELS, trained
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, cast
 import calibration.recipe
 import models
 import targets
-from calibration.data import dataset
+from calibration.data.load import load
 from calibration.metrics import snr_db, top1
 from calibration.recipe import Qat
 from pipeline import process_setup
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _run(name: str, size: int, seed: int, recipe: Qat) -> Run:
-    digits, spec = dataset.load("digits", seed), models.ALL[name]
+    digits, spec = load("digits", seed), models.ALL[name]
     return Run(
         model=spec,
         recipe=recipe,

@@ -29,12 +29,12 @@ import calibration.recipe
 import models
 import targets
 from calibration import family_placements
-from calibration.data.dataset import Digits
+from calibration.data.digits import Digits
 from calibration.metrics import top1
 from calibration.recipe import with_ptq
 from pipeline import process_setup
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from pipeline.timing.interleaved import compare
 from targets.base import INPUT_NAME, Session

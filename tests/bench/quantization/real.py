@@ -25,12 +25,12 @@ import calibration.recipe
 import models
 import targets
 from calibration import family_placements
-from calibration.data import dataset
+from calibration.data.load import load
 from calibration.metrics import snr_db, top1
 from calibration.recipe import with_ptq
 from pipeline import process_setup
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import MANIFEST, Store
 
 GOALS: Final = {"int8_ptq": (94.0, 32.0), "int8_qat": (97.0, 0.0)}  # percent, decibels
@@ -69,7 +69,7 @@ def _measured(seed: int, target: str, recipe: str, weights: Path, crops: Path, s
     """Prints a row; returns top-1 in percent and decibels against float."""
     from tests.support.real_checkpoint import MODEL, SIZE
 
-    spec, folder = models.ALL[MODEL], dataset.load(str(crops), 0)
+    spec, folder = models.ALL[MODEL], load(str(crops), 0)
     run = Run(
         model=spec,
         recipe=with_ptq(calibration.recipe.ALL[recipe], placement=family_placements.default(spec.family, "cpu")),

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from calibration.data.dataset import PARTS, load
+from calibration.data.dataset import PARTS
 from calibration.data.image_folder import Folder
+from calibration.data.load import load
 from models.errors import BadRequest
 
 

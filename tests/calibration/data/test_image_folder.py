@@ -15,8 +15,9 @@ from PIL import Image
 
 import models
 from calibration.data.batches import Images
-from calibration.data.dataset import PARTS, Part, load
+from calibration.data.dataset import PARTS, Part
 from calibration.data.image_folder import Folder
+from calibration.data.load import load
 from calibration.data.preprocess import pixels
 from models.errors import BadRequest
 from models.spec import Preprocess

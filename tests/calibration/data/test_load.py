@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import models
-from calibration.data.dataset import PARTS, Digits, Part, load
+from calibration.data.dataset import PARTS, Part
+from calibration.data.digits import Digits
+from calibration.data.load import load
 from models.errors import BadRequest
 from models.spec import ModelSpec
 

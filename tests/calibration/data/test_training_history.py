@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.data import training_history
-from calibration.data.dataset import Digits
+from calibration.data.digits import Digits
 from calibration.data.image_folder import Folder
 from models import checkpoint
 from tests.calibration.data.test_folder_layout import pictures

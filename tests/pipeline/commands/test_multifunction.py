@@ -10,8 +10,8 @@ import pytest
 from models.errors import BadRequest
 from pipeline.__main__ import main
 from pipeline.commands import multifunction
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from targets.coreml.options import CoreMLOptions
 from targets.coreml.target import PACKAGE

@@ -25,7 +25,7 @@ from pipeline.store.store import Store
 from pipeline.timing.interleaved import ComparisonPlan
 from targets.base import Accounts
 from targets.null import NullTarget
-from targets.onnxruntime import reference
+from targets.onnx.reference import reference
 from tests.support import hybrid
 from tests.support.tiny import ROOT, surroundings, tiny_run
 

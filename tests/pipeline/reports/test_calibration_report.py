@@ -18,7 +18,7 @@ from pipeline.reports.calibration_report import CACHES, GRAPH, PAGE, TABLE, rend
 from pipeline.stages import stages
 from pipeline.store.store import Store
 from targets.onnx.graph import activation_scales, without_quantizers
-from targets.onnxruntime import reference_logits
+from targets.onnx.reference import reference_logits
 from targets.tensorrt.calibration_cache import read
 from tests.support.tiny import tiny_run
 

@@ -16,7 +16,7 @@ from calibration.graph import exported_program as programs
 from calibration.metrics import snr_db
 from pipeline.stages import onnx_export as exporting
 from pipeline.stages.attention_masks import with_open_rows
-from targets.onnxruntime import reference_logits
+from targets.onnx.reference import reference_logits
 
 SIDE, TOKENS = 16, 16
 

@@ -9,8 +9,8 @@ import pytest
 
 import calibration.recipe
 from calibration.recipe import Ptq, Schedule, scheduled
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from tests.support.tiny import SPEC, Colours, tiny_run
 
 PTQ = calibration.recipe.ALL["int8_ptq"]

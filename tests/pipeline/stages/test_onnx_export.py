@@ -21,7 +21,7 @@ from calibration.scheme import SHARED
 from models.errors import CheckFailed
 from pipeline.stages import onnx_export as exporting
 from targets.base import Export
-from targets.onnxruntime import reference_logits
+from targets.onnx.reference import reference_logits
 from tests.support.tiny import SIDE
 from tests.support.toys import CLASSES, LAYERS, Hybrid, seeded, toy_export
 

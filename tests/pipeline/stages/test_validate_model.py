@@ -22,8 +22,8 @@ from models.external import guard
 from models.external import loader as external
 from models.external.loader import External
 from models.spec import Preprocess
+from pipeline.run import Run
 from pipeline.stages import stages, validate_model
-from pipeline.stages.stages import Run
 from pipeline.store.store import Store
 from tests.models.external.test_loader import SWITCHES
 from tests.support.tiny import SPEC, Colours, tiny_run

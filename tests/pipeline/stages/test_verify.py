@@ -22,8 +22,8 @@ from models.errors import CannotRunHere, CheckFailed
 from pipeline.commands.engine import engine as make_engine
 from pipeline.commands.profile import profile as make_profile
 from pipeline.commands.verify import verify as make_verify
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.stages.verify import verify
 from pipeline.store.store import MANIFEST, Store
 from targets.base import Export

@@ -29,8 +29,8 @@ from calibration.recipe import Float, Ptq, budgeted
 from models.errors import CannotRunHere
 from pipeline.commands.engine import engine as make_engine
 from pipeline.commands.verify import verify as make_verify
+from pipeline.run import Run
 from pipeline.stages import stages
-from pipeline.stages.stages import Run
 from pipeline.store import integrity
 from pipeline.store.store import MANIFEST, Step, Store, plain, resumable
 from targets.onnxruntime import OnnxRuntimeTarget
@@ -189,11 +189,12 @@ def test_a_device_that_appears_has_the_engine_verified_again() -> None:
 PRINT_KEYS = """
 import json
 import calibration.recipe, models, targets
-from calibration.data.dataset import Digits
+from calibration.data.digits import Digits
 from models.errors import CannotRunHere
+from pipeline.run import Run
 from pipeline.stages import stages
-run = stages.Run(model=models.ALL["mobilevit_xs"], recipe=calibration.recipe.ALL["int8_qat"],
-                 target=targets.ALL["cpu"], data=Digits(), preprocess=models.ALL["mobilevit_xs"].preprocess)
+run = Run(model=models.ALL["mobilevit_xs"], recipe=calibration.recipe.ALL["int8_qat"],
+          target=targets.ALL["cpu"], data=Digits(), preprocess=models.ALL["mobilevit_xs"].preprocess)
 print(json.dumps({step.stage: step.key for step in stages.engine(run).chain()}))
 """
 
@@ -252,8 +253,11 @@ STATEMENT = put_behind("ANEW = 1")
         pytest.param("models/convmixer.py", STATEMENT, (), id="another network"),
         pytest.param("models/catalog.py", STATEMENT, (), id="the catalog"),
         pytest.param("calibration/quantizer/quantizer.py", STATEMENT, STAGES[1:], id="the quantizer"),
+        pytest.param("calibration/data/image_decoding.py", STATEMENT, STAGES, id="the decoding of images"),
+        pytest.param("pipeline/run.py", put_for("self.preprocess.size", "2"), STAGES, id="the run"),
+        pytest.param("pipeline/run.py", STATEMENT, STAGES[4:], id="what stands beside the run"),
         pytest.param("pipeline/stages/onnx_export.py", STATEMENT, STAGES[2:], id="the export"),
-        # The export imports targets/onnxruntime.py, and that one onnx/graph.py inside a function.
+        # The export imports targets/onnx/fp16_ranges.py, and that one onnx/graph.py inside a function.
         pytest.param("targets/onnx/graph.py", STATEMENT, STAGES[2:], id="a helper imported in a function"),
         pytest.param("targets/openvino/target.py", STATEMENT, STAGES[3:], id="the target"),
         pytest.param("targets/coreml/target.py", STATEMENT, (), id="another target"),

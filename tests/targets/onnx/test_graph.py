@@ -15,7 +15,7 @@ from calibration.metrics import snr_db
 from targets.base import Export
 from targets.host import HostSession, padded, threads
 from targets.onnx.graph import to_fp16, with_batch, with_biases_apart, with_own_quantizers, with_unsigned_activations
-from targets.onnxruntime import _session, reference_logits
+from targets.onnx.reference import new_session, reference_logits
 from tests.support.tiny import SIDE
 from tests.support.toys import CLASSES
 
@@ -216,7 +216,7 @@ def product_with_bias() -> onnx.ModelProto:
 
 def executed(model: onnx.ModelProto, folder: Path) -> set[str]:
     """The operators that ONNX Runtime makes of it."""
-    _session(model.SerializeToString(), fuse_integers=True, optimized=folder / "executed.onnx")
+    new_session(model.SerializeToString(), fuse_integers=True, optimized=folder / "executed.onnx")
     return {node.op_type for node in onnx.load(folder / "executed.onnx").graph.node}
 
 

@@ -17,7 +17,7 @@ from models.errors import CheckFailed
 from pipeline.stages.divergence import onnx_tensors
 from targets.base import Export, Probes
 from targets.onnx.graph import with_own_quantizers
-from targets.onnxruntime import reference_logits
+from targets.onnx.reference import reference_logits
 from targets.openvino import target as openvino_target
 from targets.openvino.target import TARGET, half_precision
 from tests.support.half_networks import GeneralizedMean, net

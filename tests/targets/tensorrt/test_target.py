@@ -25,7 +25,7 @@ from calibration.recipe import Precision
 from models.errors import CannotRunHere, CheckFailed
 from targets.base import Export
 from targets.onnx.graph import with_batch
-from targets.onnxruntime import reference_logits
+from targets.onnx.reference import reference_logits
 from targets.tensorrt import build_engine, rtx
 from targets.tensorrt import target as tensorrt_target
 from targets.tensorrt.target import build_plan, read_plan_header, typed_onnx, weak_onnx
