@@ -15,6 +15,7 @@ import pytest
 import calibration.recipe
 import models
 import targets
+from calibration.recipe import with_ptq
 from models.spec import Form
 from pipeline.run import Run
 from pipeline.stages import stages
@@ -42,6 +43,9 @@ UNWANTED = {
     "Col2Im",
 }
 
+# The graph is tested here, not its accuracy.
+QUICK = {"calibrator": "minmax", "equalize": False, "bias_correction": False, "rounding": "nearest"}
+
 every_small_model = pytest.mark.parametrize("name", SMALL)
 
 
@@ -50,7 +54,7 @@ def run_of(name: str, recipe: str, target: str, form: Form = "tokens") -> Run:
     return Run(
         model=spec,
         form=form,
-        recipe=calibration.recipe.ALL[recipe],
+        recipe=with_ptq(calibration.recipe.ALL[recipe], **QUICK),
         target=targets.ALL[target],
         data=Colours(),
         preprocess=replace(spec.preprocess, size=min(spec.sizes.nearest(64), key=lambda size: abs(size - 64))),
