@@ -68,7 +68,7 @@ VENV     := .venv
 PIPELINE := $(VENV)/bin/python -m pipeline
 # Resolved for this system, or for NVIDIA GPUs: `make setup LOCK=requirements-cuda.lock`, once.
 override LOCK := $(value LOCK)
-LOCKS := $(sort $(wildcard requirements*.lock))
+LOCKS := $(filter-out requirements-docs.lock,$(sort $(wildcard requirements*.lock)))
 ifneq ($(filter-out $(LOCKS),$(LOCK)),)
 $(error LOCK=$(LOCK): no such lock file; there are $(LOCKS))
 endif
@@ -78,11 +78,14 @@ WANTED := $(or $(LOCK),$(if $(filter Darwin,$(shell uname -s)),requirements-maco
 stamp = $(VENV)/.ready-$(shell cksum < $(1) | cut -d' ' -f1)
 READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call stamp,$(lock)))) $(call stamp,$(WANTED)))
 
+# The documentation has an environment of its own, since the pipeline needs none of its packages.
+DOCS := .cache/docs-$(shell cksum < requirements-docs.lock | cut -d' ' -f1)
+
 .DEFAULT_GOAL := help
 .PHONY: help engine multifunction calibrate qat sensitivity tune prove verify profile dashboard explain gc lint-model \
         placement models targets zoo bench bench-coreml bench-speed bench-quantizers \
         bench-calibration bench-families bench-outliers bench-seeds bench-real bench-prove bench-qat bench-qat-gain \
-        bench-store bench-half bench-dashboard bench-faults fuzz test lint setup lock licenses system-packages clean
+        bench-store bench-half bench-dashboard bench-faults fuzz test lint docs setup lock licenses system-packages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -216,6 +219,15 @@ lint: $(READY) ## ruff and mypy --strict
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+docs: $(READY) $(DOCS)/.ready ## the documentation as a web site: build/docs/index.html
+	@NO_MKDOCS_2_WARNING=1 PIPELINE_PYTHON=$(VENV)/bin/python $(DOCS)/bin/python -m mkdocs build --quiet --strict --site-dir build/docs
+	@echo build/docs/index.html
+
+$(DOCS)/.ready: requirements-docs.lock
+	@rm -rf .cache/docs-* && mkdir -p .cache && $(PYTHON) -m venv $(DOCS) && \
+	 $(DOCS)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --quiet --require-hashes --no-deps \
+	     --requirement requirements-docs.lock >&2 && touch $@
 
 setup: $(READY) ## create .venv from requirements.lock (the other rules do this when it is missing or stale)
 

@@ -8,6 +8,7 @@ all platforms. Versions that a lock file has already are kept; delete a line, or
 - `requirements.lock`: Linux with torch's CPU build. Each distributor of that build (torch's own index, a local folder)
   has files and hashes of its own, and the registry has none, so `torch` is the one line without hashes: a listed hash
   would refuse every other right file. Every other package is checked.
+- `requirements-docs.lock`, from `requirements-docs.in`: the documentation site, on any system
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Final
 
 SOURCE: Final = Path("requirements.in")
 CPU, CUDA, MACOS = (Path(f"requirements{name}.lock") for name in ("", "-cuda", "-macos"))
+DOCS_SOURCE: Final = Path("requirements-docs.in")
+DOCS: Final = Path("requirements-docs.lock")
 
 # Needed by the CUDA build of torch alone.
 _OF_CUDA: Final = re.compile(r"(?:nvidia-|cuda-|triton\b)")
@@ -29,11 +32,13 @@ _MARKER: Final = ' ; sys_platform == "linux" and platform_machine == "x86_64"'
 
 
 def main(uv: str) -> None:
-    cuda = _resolved(uv, CUDA, "x86_64-manylinux_2_28")
-    macos = _resolved(uv, MACOS, "aarch64-apple-darwin", MACOSX_DEPLOYMENT_TARGET="14.0")
+    cuda = _resolved(uv, SOURCE, CUDA, "--python-platform=x86_64-manylinux_2_28")
+    macos = _resolved(uv, SOURCE, MACOS, "--python-platform=aarch64-apple-darwin", MACOSX_DEPLOYMENT_TARGET="14.0")
+    docs = _resolved(uv, DOCS_SOURCE, DOCS, "--universal")
     _replace(CUDA, cuda)
     _replace(MACOS, macos)
     _replace(CPU, cpu(cuda))
+    _replace(DOCS, docs)
 
 
 def cpu(cuda: str) -> str:
@@ -52,9 +57,9 @@ def entries(lock: str) -> list[str]:
     return re.findall(r"^[^\s#].*\n(?:[ \t].*\n)*", lock, re.MULTILINE)
 
 
-def _resolved(uv: str, lock: Path, platform: str, **environment: str) -> str:
-    command = [uv, "pip", "compile", str(SOURCE), "--quiet", "--no-config", "--no-cache", "--generate-hashes"]
-    command += ["--no-annotate", "--no-header", "--python-version", "3.11", "--python-platform", platform]
+def _resolved(uv: str, source: Path, lock: Path, platform: str, **environment: str) -> str:
+    command = [uv, "pip", "compile", str(source), "--quiet", "--no-config", "--no-cache", "--generate-hashes"]
+    command += ["--no-annotate", "--no-header", "--python-version", "3.11", platform]
     known = lock if lock.exists() else CPU  # versions to keep
     scratch = lock.with_suffix(".resolving")
     try:
@@ -75,4 +80,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
     except subprocess.CalledProcessError as error:
-        sys.exit(f"{SOURCE} was not resolved, for the reason above (exit code {error.returncode}); locks are as before")
+        sys.exit(f"requirements were not resolved, for the reason above (exit code {error.returncode}); locks are as before")
