@@ -157,10 +157,10 @@ targets: $(READY) ## the targets, and what this machine lacks for each
 zoo: $(READY) ## build every published model up to 60 M parameters at full size (hours), or MODELS="swin_tiny swin_base"
 	@$(PIPELINE) zoo --models="$$MODELS"
 
-bench: $(READY) ## the table of the README: a small model of every family, four recipes, four targets (an hour)
+bench: $(READY) ## top-1 and agreement of a small model of every family: four recipes, four targets (an hour)
 	@$(VENV)/bin/python -m tests.bench
 
-bench-coreml: $(READY) ## the README's Core ML tables: what packages answer without a Mac, and what speaks against the Neural Engine
+bench-coreml: $(READY) ## Core ML packages without a Mac: operators compared, decibels, and eligibility for the Neural Engine
 	@$(VENV)/bin/python -m tests.bench_coreml $$MODELS
 	@$(VENV)/bin/python -m tests.bench_placement
 
@@ -221,7 +221,7 @@ lint: $(READY) ## ruff and mypy --strict
 	@$(VENV)/bin/mypy
 
 docs: $(READY) $(DOCS)/.ready ## the documentation as a web site: build/docs/index.html
-	@NO_MKDOCS_2_WARNING=1 PIPELINE_PYTHON=$(VENV)/bin/python $(DOCS)/bin/python -m mkdocs build --quiet --strict --site-dir build/docs
+	@NO_MKDOCS_2_WARNING=1 PIPELINE_PYTHON=$(VENV)/bin/python $(DOCS)/bin/python -m mkdocs build --strict --site-dir build/docs
 	@echo build/docs/index.html
 
 $(DOCS)/.ready: requirements-docs.lock

@@ -6,6 +6,7 @@ a drawing into it, and dark on white where an image viewer shows the file alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -30,7 +31,7 @@ Box = tuple[float, float, float, float]  # left, top, width, height
 def channel_scales() -> tuple[float, float, list[str]]:
     """The factors f and g pass through a chain of five operators and leave its output unchanged."""
     names = ("conv", "ReLU", "depthwise conv", "mean", "linear")
-    stored = ("rows × f", "", "÷ f, then × g", "", "columns ÷ g")
+    stored = ("rows · f", "", "÷ f, then · g", "", "columns ÷ g")
     edges = ("f·x", "f·x", "g·y", "g·y")
     drawn, left, boxes = [], 70.0, list[Box]()
     for name, note in zip(names, stored, strict=True):
@@ -42,7 +43,7 @@ def channel_scales() -> tuple[float, float, list[str]]:
         left += width + 70
     drawn += [*_arrow(14, 68, 66, 68), *_arrow(left - 66, 68, left - 14, 68)]
     drawn += [*_text(38, 60, "x", size=13), *_text(left - 40, 60, "logits", size=13)]
-    for (one, other), label in zip(zip(boxes, boxes[1:], strict=False), edges, strict=True):
+    for (one, other), label in zip(itertools.pairwise(boxes), edges, strict=True):
         drawn += _between(one, other, label)
     drawn += _text(left / 2, 24, "one positive factor per channel, f and g; the logits do not change")
     return left, 134, drawn
@@ -112,7 +113,7 @@ def qdq_placement() -> tuple[float, float, list[str]]:
         boxes = [(72.0 + 96 * place, top, 68.0, _ROW) for place in range(len(operators))]
         for box, (name, kind) in zip(boxes, operators, strict=True):
             drawn += _box(box, name, kind, size=13)
-        for one, other in zip(boxes, boxes[1:], strict=False):
+        for one, other in itertools.pairwise(boxes):
             drawn += _between(one, other)
         middle = top + _ROW / 2
         drawn += [*_arrow(20, middle, 68, middle), *_text(42, middle - 8, "x", size=13)]
@@ -153,7 +154,7 @@ def stages() -> tuple[float, float, list[str]]:
     for box, name, note in zip(boxes, names, notes, strict=True):
         drawn += _box(box, name, "store")
         drawn += _text(box[0] + 56, 28, note, size=12)
-    for one, other in zip(boxes, boxes[1:], strict=False):
+    for one, other in itertools.pairwise(boxes):
         drawn += _between(one, other)
     drawn += _box((364, 128, 112, _ROW), "bundle", "store")
     drawn += [*_arrow(420, 86, 420, 124), *_text(488, 155, "the device builds the engine", anchor="start", size=13)]

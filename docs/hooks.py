@@ -60,7 +60,10 @@ def models() -> str:
 
 def targets() -> str:
     """A table of the targets with their aliases."""
-    rows = [(f"`{row['name']}`", ", ".join(f"`{name}`" for name in row["aliases"]), row["summary"]) for row in _asked(_TARGETS)]
+    rows = [
+        (f"`{row['name']}`", ", ".join(f"`{name}`" for name in row["aliases"]), row["summary"])
+        for row in _asked(_TARGETS)
+    ]
     return _table(("TARGET", "other names", "runtime and devices"), rows)
 
 

@@ -80,4 +80,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
     except subprocess.CalledProcessError as error:
-        sys.exit(f"requirements were not resolved, for the reason above (exit code {error.returncode}); locks are as before")
+        sys.exit(
+            f"requirements were not resolved, for the reason above (exit code {error.returncode}); locks are as before"
+        )
