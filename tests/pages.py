@@ -14,7 +14,7 @@ TEXT: Final = "\n".join(path.read_text() for path in PAGES)
 
 _BLOCK: Final = re.compile(r"^(?:<!-- ([^\n]+) -->\n)?```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARK: Final = re.compile(r"run|run: exit ([234])|not run: (\S.{9,})")
-_NUMBER: Final = re.compile(r"\b[0-9a-f]{12}\b|[-+]?\d[\d.,]*")
+_NUMBER: Final = re.compile(r"\b[0-9a-f]{12}\b|(?<!\w)[-+]?\d[\d.,]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
