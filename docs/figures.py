@@ -33,7 +33,7 @@ def channel_scales() -> tuple[float, float, list[str]]:
     names = ("conv", "ReLU", "depthwise conv", "mean", "linear")
     stored = ("rows · f", "", "÷ f, then · g", "", "columns ÷ g")
     edges = ("f·x", "f·x", "g·y", "g·y")
-    drawn, left, boxes = [], 70.0, list[Box]()
+    drawn, left, boxes = list[str](), 70.0, list[Box]()
     for name, note in zip(names, stored, strict=True):
         width = 130.0 if len(name) > 8 else 96.0
         box = (left, 46, width, _ROW)
