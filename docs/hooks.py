@@ -70,10 +70,10 @@ def targets() -> str:
 def _models_table(specs: Iterable[Mapping[str, Any]]) -> str:
     rows = []
     for spec in specs:
-        top1 = f"{spec['top1']:.2f} %" if spec["top1"] else ""
-        parameters, macs = f"{spec['parameters'] / 1e6:.2f} M", f"{spec['macs'] / 1e6:,.0f} M"
-        rows.append((f"`{spec['name']}`", parameters, macs, f"{spec['size']} px", top1, spec["source"]))
-    return _table(("MODEL", "parameters", "MACs", "input", "top-1", "source of the top-1"), rows)
+        top1 = f"{spec['top1']:.2f}" if spec["top1"] else ""
+        parameters, macs = f"{spec['parameters'] / 1e6:.2f}", f"{spec['macs'] / 1e6:,.0f}"
+        rows.append((f"`{spec['name']}`", parameters, macs, str(spec["size"]), top1, spec["source"]))
+    return _table(("MODEL", "parameters, M", "MACs, M", "input, px", "top-1, %", "source of the top-1"), rows)
 
 
 _MODELS: Final = """
@@ -126,7 +126,7 @@ def _asked(script: str) -> list[Mapping[str, Any]]:
 
 def _output(command: list[str]) -> str:
     """The output of a command at the root of the project. Raises RuntimeError where it fails, which ends the build."""
-    plain = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    plain = {"COLUMNS": "88", "NO_COLOR": "1", "TERM": "dumb"}
     done = subprocess.run(
         command,
         cwd=ROOT,
