@@ -26,7 +26,7 @@ _TIMEOUT: Final = 120  # seconds for one command
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replace the markers and the SVG images of one page. Called by MkDocs."""
-    return _FIGURE.sub(_figure, _MARKER.sub(lambda found: GENERATORS[found[1]](), markdown))
+    return _FIGURE.sub(_figure, _MARKER.sub(lambda match: GENERATORS[match[1]](), markdown))
 
 
 def commands() -> str:
@@ -96,10 +96,10 @@ GENERATORS: Final[Mapping[str, Callable[[], str]]] = {
 }
 
 
-def _figure(found: re.Match[str]) -> str:
+def _figure(match: re.Match[str]) -> str:
     """The contents of an SVG file as part of the page, without blank lines, which end HTML in Markdown."""
-    text = (ROOT / "docs" / found[2]).read_text()
-    return f'<figure class="drawing" role="img" aria-label="{escape(found[1])}">\n{text.strip()}\n</figure>'
+    text = (ROOT / "docs" / match[2]).read_text()
+    return f'<figure class="drawing" role="img" aria-label="{escape(match[1])}">\n{text.strip()}\n</figure>'
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -120,8 +120,8 @@ def _pipeline(*arguments: str) -> str:
 
 
 def _asked(script: str) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = json.loads(_output([_python(), "-c", script]))
-    return found
+    rows: list[Mapping[str, Any]] = json.loads(_output([_python(), "-c", script]))
+    return rows
 
 
 def _output(command: list[str]) -> str:

@@ -82,7 +82,7 @@ def python_block() -> str:
 
 
 def masked(line: str) -> str:
-    """A line of output without what differs between two runs: numbers, keys, folders, reuse and width of columns."""
+    """A line of output with numbers, keys, folders, reuse and the width of columns masked: two runs differ in them."""
     line = re.sub(r"file://\S*/", "file://", line)
     line = re.sub(r"^(\w+ +)(?:built|hit) ", r"\1reached ", re.sub(r" in [\d.]+ s$", "", line))
     return " ".join(_NUMBER.sub("#", line).split())

@@ -36,7 +36,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def at_scale(command: Command) -> Command:
-    """The command and its output with a smaller network; what is only linted stays, for its warnings are shown."""
+    """The command and its output with a smaller network; `lint-model` keeps its model, whose warnings are shown."""
     found = command
     for name, smaller in SMALLER.items() if "lint-model" not in command.text else ():
         text = re.sub(rf"\b{name}\b", smaller, found.text)
@@ -46,7 +46,7 @@ def at_scale(command: Command) -> Command:
 
 
 def output(checkout: Path, command: Command, exit_code: int) -> str:
-    """What a make command prints, with stderr before the JSON line of stdout."""
+    """The output of a make command, stderr and stdout in the order of printing, without progress bars."""
     rules, variables = command.words()
     given = [f"{name}={value}" for name, value in variables.items()]
     ended = subprocess.run(
@@ -90,8 +90,8 @@ def test_marked_blocks_run_and_print_what_is_shown(checkout: Path) -> None:
             if command.text not in printed:
                 printed[command.text] = output(checkout, command, block.exit_code)
             if missing := list(not_printed(command.output, printed[command.text])):
-                told = (f"{block.page}: $ {command.text}", *missing, "printed:", printed[command.text])
-                differences.append("\n".join(told))
+                lines = (f"{block.page}: $ {command.text}", *missing, "printed:", printed[command.text])
+                differences.append("\n".join(lines))
     assert not differences, "\n\n".join(differences)
 
 
