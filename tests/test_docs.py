@@ -23,7 +23,7 @@ CODE_OF_MAKE = 2  # whatever the pipeline ends with
 # A smaller network, fewer pixels and fewer epochs than a reader's: numbers differ, lines do not.
 SMALLER = {"convmixer_mini": "smallnet.py:smallnet"}
 OF_SOME_MACHINES = ("  fp16 ",)  # starts of lines; only a processor with fast 16-bit floats has such an engine
-SCALE = {"OMP_NUM_THREADS": "1", "SIZE": "32", "EPOCHS": "4"}
+SCALE = {"OMP_NUM_THREADS": "1", "SIZE": "32", "EPOCHS": "3"}
 
 
 @pytest.fixture
