@@ -21,6 +21,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 _MARKER: Final = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
 _FIGURE: Final = re.compile(r"^!\[([^\]]*)\]\((images/[\w-]+\.svg)\)$", re.MULTILINE)
 _COMMAND: Final = re.compile(r"\$\(PIPELINE\) ([a-z][a-z-]*)")
+_VERBS: Final = re.compile(r"^VERBS *:= *(.+)$", re.MULTILINE)
 _TIMEOUT: Final = 120  # seconds for one command
 
 
@@ -41,13 +42,20 @@ def commands() -> str:
 
 
 def verbs() -> list[str]:
-    """The verbs that rules of the Makefile call, in its order."""
-    return list(dict.fromkeys(_COMMAND.findall((ROOT / "Makefile").read_text())))
+    """The verbs of the Makefile, in its order: the list `VERBS`, or those that its rules call."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    listed = _VERBS.search(text)
+    return listed[1].split() if listed else list(dict.fromkeys(_COMMAND.findall(text)))
 
 
 def variables() -> str:
-    """The output of `make help`: rules, variables and defaults."""
-    return _block("make help", _output(["make", "--no-print-directory", "help"]))
+    """The output of `make help`, and of `make help VERB=engine` where that lists the variables of a rule."""
+    make = ["make", "--no-print-directory", "READY=", f"PIPELINE={_python()} -m pipeline", "help"]
+    text = _output(make)
+    blocks = [_block("make help", text)]
+    if "VERB=" in text:
+        blocks.append(_block("make help VERB=engine", _output([*make, "VERB=engine"])))
+    return "\n\n".join(blocks)
 
 
 def models() -> str:
