@@ -34,7 +34,7 @@ VENV     := .venv
 PIPELINE := $(VENV)/bin/python -m pipeline
 # Resolved for this system, or for NVIDIA GPUs: `make setup LOCK=requirements-cuda.lock`, once.
 override LOCK := $(value LOCK)
-LOCKS := $(sort $(wildcard requirements*.lock))
+LOCKS := $(filter-out requirements-docs.lock,$(sort $(wildcard requirements*.lock)))
 ifneq ($(filter-out $(LOCKS),$(LOCK)),)
 $(error LOCK=$(LOCK): no such lock file; there are $(LOCKS))
 endif
@@ -44,11 +44,14 @@ WANTED := $(or $(LOCK),$(if $(filter Darwin,$(shell uname -s)),requirements-maco
 stamp = $(VENV)/.ready-$(shell cksum < $(1) | cut -d' ' -f1)
 READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call stamp,$(lock)))) $(call stamp,$(WANTED)))
 
+# The documentation has an environment of its own, since the pipeline needs none of its packages.
+DOCS := .cache/docs-$(shell cksum < requirements-docs.lock | cut -d' ' -f1)
+
 VERBS := engine multifunction zoo calibrate qat tune sensitivity profile verify prove dashboard explain lint-model \
          placement models targets gc
 BENCHES := bench bench-coreml bench-speed bench-quantizers bench-calibration bench-families bench-outliers bench-seeds \
            bench-real bench-prove bench-qat bench-qat-gain bench-store bench-half bench-dashboard bench-faults
-OTHERS := fuzz test lint licenses
+OTHERS := fuzz test lint docs licenses
 
 .DEFAULT_GOAL := help
 .PHONY: help help-bench $(VERBS) $(BENCHES) $(OTHERS) setup lock system-packages clean .variables
@@ -110,6 +113,7 @@ clean: ## remove .venv, caches and everything that was built
 
 ##@ Develop
 lint: ## ruff and mypy --strict
+docs: ## the documentation as a web site: build/docs/index.html
 test: ## all tests (a quarter of an hour on two cores)
 fuzz: ## hostile values and damaged files for every reader: CASES COUNT START
 
@@ -175,6 +179,15 @@ lint:
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+docs: $(DOCS)/.ready
+	@NO_MKDOCS_2_WARNING=1 PIPELINE_PYTHON=$(VENV)/bin/python $(DOCS)/bin/python -m mkdocs build --strict --site-dir build/docs
+	@echo build/docs/index.html
+
+$(DOCS)/.ready: requirements-docs.lock
+	@rm -rf .cache/docs-* && mkdir -p .cache && $(PYTHON) -m venv $(DOCS) && \
+	 $(DOCS)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --quiet --require-hashes --no-deps \
+	     --requirement requirements-docs.lock >&2 && touch $@
 
 $(READY):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH; on Debian and Ubuntu: apt install python3.11 python3.11-venv" >&2; exit 3; }

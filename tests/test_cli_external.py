@@ -14,7 +14,8 @@ from models.external import loader as external
 from models.spec import ModelSpec
 from pipeline.stages import stages
 from pipeline.store.store import Store
-from tests.support.tiny import ROOT, tiny_run
+from tests.support import pages
+from tests.support.tiny import tiny_run
 from tests.test_cli import call, refused
 
 NET = """
@@ -40,7 +41,7 @@ def found(folder: Path, files: dict[str, str], request: str) -> ModelSpec:
 
 @pytest.fixture
 def example(tmp_path: Path) -> ModelSpec:
-    (text,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    text = pages.python_block()
     return found(tmp_path / "user", {"smallnet.py": text}, "smallnet.py:smallnet")
 
 
@@ -58,7 +59,7 @@ def test_the_example_of_the_readme_fails_as_it_says(tmp_path: Path, example: Mod
     assert first in file.read_text()
     file.write_text(file.read_text().replace(first, f"        if x.mean() > 0:\n            x = -x\n{first}"))
     said = refused(tmp_path, 2, "engine", "--model", f"{file}:smallnet")
-    shown = re.findall(r"^MODEL=smallnet\.py:smallnet: .*$", (ROOT / "README.md").read_text(), re.M)
+    shown = re.findall(r"^MODEL=smallnet\.py:smallnet: .*$", pages.TEXT, re.M)
     assert [said.replace(f"{file.parent}/", "")] == shown
 
 

@@ -9,6 +9,7 @@ from the registry. Versions in an existing lock file are kept; delete a line, or
 - `requirements.lock`: Linux with torch's CPU build. Each distributor of this build (torch's own index, a local folder)
   has its own files and hashes, and the registry has none. `torch` is therefore the only line without hashes: a listed
   hash would reject correct files of other distributors. The hashes of all other packages are checked.
+- `requirements-docs.lock`, from `requirements-docs.in`: the documentation site, on any system
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Final
 
 SOURCE: Final = Path("requirements.in")
 CPU, CUDA, MACOS = (Path(f"requirements{name}.lock") for name in ("", "-cuda", "-macos"))
+DOCS_SOURCE: Final = Path("requirements-docs.in")
+DOCS: Final = Path("requirements-docs.lock")
 
 # Packages that only the CUDA build of torch needs.
 _OF_CUDA: Final = re.compile(r"(?:nvidia-|cuda-|triton\b)")
@@ -30,11 +33,13 @@ _MARKER: Final = ' ; sys_platform == "linux" and platform_machine == "x86_64"'
 
 
 def main(uv: str) -> None:
-    cuda = _resolved(uv, CUDA, "x86_64-manylinux_2_28")
-    macos = _resolved(uv, MACOS, "aarch64-apple-darwin", MACOSX_DEPLOYMENT_TARGET="14.0")
+    cuda = _resolved(uv, SOURCE, CUDA, "--python-platform=x86_64-manylinux_2_28")
+    macos = _resolved(uv, SOURCE, MACOS, "--python-platform=aarch64-apple-darwin", MACOSX_DEPLOYMENT_TARGET="14.0")
+    docs = _resolved(uv, DOCS_SOURCE, DOCS, "--universal")
     _replace(CUDA, cuda)
     _replace(MACOS, macos)
     _replace(CPU, cpu(cuda))
+    _replace(DOCS, docs)
 
 
 def cpu(cuda: str) -> str:
@@ -53,9 +58,9 @@ def entries(lock: str) -> list[str]:
     return re.findall(r"^[^\s#].*\n(?:[ \t].*\n)*", lock, re.MULTILINE)
 
 
-def _resolved(uv: str, lock: Path, platform: str, **environment: str) -> str:
-    command = [uv, "pip", "compile", str(SOURCE), "--quiet", "--no-config", "--no-cache", "--generate-hashes"]
-    command += ["--no-annotate", "--no-header", "--python-version", "3.11", "--python-platform", platform]
+def _resolved(uv: str, source: Path, lock: Path, platform: str, **environment: str) -> str:
+    command = [uv, "pip", "compile", str(source), "--quiet", "--no-config", "--no-cache", "--generate-hashes"]
+    command += ["--no-annotate", "--no-header", "--python-version", "3.11", platform]
     known = lock if lock.exists() else CPU  # versions to keep
     scratch = lock.with_suffix(".resolving")
     try:
@@ -77,5 +82,5 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except subprocess.CalledProcessError as error:
         sys.exit(
-            f"{SOURCE} was not resolved, for the reason above (exit code {error.returncode}); lock files are unchanged"
+            f"requirements were not resolved, for the reason above (exit code {error.returncode}); lock files are unchanged"
         )
