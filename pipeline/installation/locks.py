@@ -82,5 +82,5 @@ if __name__ == "__main__":
         main(sys.argv[1])
     except subprocess.CalledProcessError as error:
         sys.exit(
-            f"requirements were not resolved, for the reason above (exit code {error.returncode}); lock files are unchanged"
+            f"requirements were not resolved, for the reason above (exit code {error.returncode}); locks are unchanged"
         )
