@@ -20,7 +20,7 @@ from calibration.scheme import Scheme
 from calibration.training.fit import predictions
 
 COUNTS: Final = (32, 64, 128, 256, 512)
-# More images would hardly matter if the last doubling of their number changed no more than this:
+# More images would change little if the last increase of their number changed no more than this:
 SETTLED: Final = 0.02  # median relative change of the ranges
 SETTLED_DB: Final = 0.5  # change of the SQNR of the logits
 
@@ -77,14 +77,14 @@ def sufficiency(
 def sentence(points: list[Point]) -> str:
     """Return a sentence on whether more calibration images would change the result."""
     if len(points) < 2:
-        return f"{points[0].images} images alone: too few to see whether more would matter"
+        return f"{points[0].images} images: too few to determine whether more would change the result"
     before, last = points[-2], points[-1]
     gained = last.snr_db - before.snr_db
     settled = before.median_change <= SETTLED and abs(gained) <= SETTLED_DB
     return (
-        f"from {before.images} to {last.images} images, half of the ranges moved by {before.median_change:.1%} or "
-        f"more, one by {before.largest_change:.1%}, and the output by {gained:+.1f} dB: more images "
-        + ("would hardly matter" if settled else "could still matter")
+        f"from {before.images} to {last.images} images, the ranges changed by {before.median_change:.1%} (median) and "
+        f"{before.largest_change:.1%} (largest), and the SQNR of the output by {gained:+.1f} dB: more images "
+        + ("would change little" if settled else "may still change the result")
     )
 
 

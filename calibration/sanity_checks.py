@@ -56,17 +56,17 @@ def look(images: Images) -> list[str]:
     between = float(levels.std(0).mean())
     flat = int((within < _FLAT_LEVELS).sum())
     remedy = (
-        "what they show may lie in their alpha channel (BACKGROUND=<colour> goes under it; now "
-        f"{preprocess.background}), or in more bits than 8"
+        "their content may be in the alpha channel (set BACKGROUND=<colour> for transparent pixels; now "
+        f"{preprocess.background}), or need more than 8 bits"
     )
     if flat >= max(1.0, _FLAT_SHARE * len(levels)):
-        return [f"{flat} of {len(levels)} sampled {part} pictures are of a single colour: {remedy}"]
+        return [f"{flat} of {len(levels)} sampled {part} images have a single colour: {remedy}"]
     if len(levels) > 1 and between < _ALIKE_LEVELS:
-        return [f"{len(levels)} sampled {part} pictures are all alike: they differ by {between:.2f} of 255 levels"]
+        return [f"{len(levels)} sampled {part} images are nearly equal: they differ by {between:.2f} of 255 levels"]
     if float(np.median(within)) < _FAINT_LEVELS:
         return [
-            f"the pixels of the {part} pictures hardly vary, by {float(np.median(within)):.1f} of 255 levels within a "
-            f"picture: {remedy}"
+            f"the {part} images have little contrast: the median standard deviation within an image is "
+            f"{float(np.median(within)):.1f} of 255 levels; {remedy}"
         ]
     return []
 
@@ -92,8 +92,9 @@ def judge(classes: Sequence[str], logits: Logits, labels: Labels, part: Part, *,
             )
         )
         warnings.append(
-            f"the float model answers {moves}: its outputs seem to be in another order than the classes, with which "
-            f"{right:.1%} of {count} {part} pictures would be right; give the order of its outputs, LABELS=<file>"
+            f"the float model predicts {moves}: its outputs seem to have a different order than the classes; with the "
+            f"exchanged order, top-1 is {right:.1%} on {count} {part} images; give the order of the outputs with "
+            "LABELS=<file>"
         )
     per_class = np.bincount(labels, minlength=len(classes))
     frequent = int(per_class.argmax())
@@ -101,13 +102,13 @@ def judge(classes: Sequence[str], logits: Logits, labels: Labels, part: Part, *,
     share = float((predicted == labels).mean())
     if share <= min(baseline + _SIGMAS * _deviation(baseline, count), (1 + baseline) / 2) and not warnings:
         remedy = (
-            "check WEIGHTS, LABELS, MEAN and STD, and the pictures"
+            "check WEIGHTS, LABELS, MEAN, STD and the images"
             if given
-            else "it has learned nothing here; check the pictures and their classes, or bring trained WEIGHTS=<file>"
+            else "training did not converge; check the images and their classes, or give trained WEIGHTS=<file>"
         )
         warnings.append(
-            f"float top-1 is {share:.2%} on {count} {part} pictures, hardly better than the answer "
-            f"`{classes[frequent]}` for every picture ({baseline:.2%}): {remedy}, before time goes into INT8"
+            f"float top-1 is {share:.2%} on {count} {part} images, hardly better than predicting "
+            f"`{classes[frequent]}` for every image ({baseline:.2%}): {remedy} before INT8 quantization"
         )
     return warnings
 
@@ -135,12 +136,12 @@ def check_order(model: nn.Module, val: Images) -> str | None:
     taken = float((predicted == np.asarray(labels)).mean())
     other = float((predicted == np.asarray(places)[labels]).mean())
     scores = (
-        f"in text order ({listed(val.data.classes)}) WEIGHTS is right on {taken:.1%} of {len(labels)} validation "
-        f"pictures, in natural order ({listed(_by_place(val.data.classes, places))}) on {other:.1%}"
+        f"top-1 of WEIGHTS with the classes in text order ({listed(val.data.classes)}) is {taken:.1%} on {len(labels)} "
+        f"validation images, in natural order ({listed(_by_place(val.data.classes, places))}) {other:.1%}"
     )
     if other > taken + _SIGMAS * max(_deviation(taken, len(labels)), _deviation(other, len(labels))):
         raise BadRequest(f"{scores}: add LABELS=natural (or LABELS=text, to keep the text order)")
-    return f"{scores}: the text order is kept; LABELS=natural takes the other one"
+    return f"{scores}: the text order is used; LABELS=natural selects the natural order"
 
 
 def told(*sentences: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m pipeline VERB --model M --target T ...`: what every Makefile rule calls.
+"""Entry point of `python -m pipeline VERB --model M --target T ...`, which every rule of the Makefile calls.
 
 Names and values are checked before a verb runs. The log goes to stderr; the last line of stdout is one JSON object with
 the result. Exit codes: 0 done, 2 bad request, 3 not possible on this machine, 4 the artifact failed its check.
@@ -26,7 +26,7 @@ from pipeline.commands.artifacts import Answer
 from pipeline.run import Run
 from pipeline.store import storage_errors
 
-# What the system says of files that cannot be written, or read; any other OSError shows its traceback.
+# Error numbers of files that cannot be read or written; any other OSError shows its traceback.
 _DENIED = frozenset(
     {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EIO, errno.ESTALE}
     | {errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO, errno.ENODEV}
@@ -36,6 +36,7 @@ log = logging.getLogger("edgeline")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line, by default that of this process, and return the exit code."""
     started = time.monotonic()
     termination.open_streams()
     process_setup.settle()
@@ -64,14 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = ended.exit_code
     except KeyboardInterrupt as error:
         how = str(error) or "interrupted"
-        log.error("%s; what was finished is kept, the same command goes on from there", how)
+        log.error("%s; finished stages are kept: run the same command again to resume", how)
         answer |= {"error": how}
         code = error.exit_code if isinstance(error, termination.Ended) else 130
     return _finish(answer, started, code)
 
 
 def _carry_out(request: Request, answer: Answer) -> None:
-    """Carry out `request`, and add to `answer` what is known by then."""
+    """Run the verb of `request`. `answer` is filled step by step, so that it is useful after an error too."""
     verb = VERBS[request.verb]
     requested = {"model": options.MODEL, "target": options.TARGET, "recipe": options.RECIPE}
     answer |= {"verb": verb.name, **{name: request.given(option) for name, option in requested.items()}}
@@ -87,7 +88,7 @@ def _carry_out(request: Request, answer: Answer) -> None:
 
 
 def _log_data(run: Run) -> None:
-    """Log the classes and pictures of a folder, and the files of it that are not used."""
+    """Log the number of classes and images in a data folder, and warn of files that are not used."""
     if isinstance(run.data, Described):
         log.info("%s", run.data.summary())
         for note in run.data.notes:
@@ -95,7 +96,7 @@ def _log_data(run: Run) -> None:
 
 
 def _refusal(error: Exception, store: Path) -> EdgelineError | None:
-    """The sentence for `error`; None where it is a fault of the program, which shows its traceback."""
+    """Return the error to report for `error`; None for a programming error, which shows its traceback."""
     if isinstance(error, EdgelineError):
         return error
     if refusal := storage_errors.refusal(error, store):
@@ -104,7 +105,7 @@ def _refusal(error: Exception, store: Path) -> EdgelineError | None:
 
 
 def _denied(error: OSError, store: Path) -> EdgelineError:
-    """The sentence for a file that the system does not allow to write, if it is of the store, or to read."""
+    """Return the error for a file that the operating system does not allow to write (in the store) or to read."""
     file = error.filename or store
     if Path(file).absolute().is_relative_to(store.absolute()) or error.errno == errno.EROFS:
         return CannotRunHere(f"{file} cannot be written: {error.strerror}; make room in the folder of artifacts")
@@ -112,7 +113,7 @@ def _denied(error: OSError, store: Path) -> EdgelineError:
 
 
 def _check_store(store: Path) -> None:
-    """Raises CannotRunHere where the folder of artifacts is a link to nowhere: no folder can be made in its place."""
+    """Raise CannotRunHere if the artifact folder or a parent is a dangling link: no folder can be created there."""
     for folder in (store, *store.parents):
         if folder.is_symlink() and not os.path.exists(folder):  # noqa: PTH110 - the method raises on a loop
             there = os.readlink(folder)  # noqa: PTH115
@@ -120,7 +121,7 @@ def _check_store(store: Path) -> None:
 
 
 def _finish(answer: Answer, started: float, code: int) -> int:
-    """Print the answer, and return the exit code: another one where nobody reads the answer."""
+    """Print the answer and return the exit code. If stdout has no reader, success becomes `termination.UNREAD`."""
     line = json.dumps(answer | {"seconds": round(time.monotonic() - started, 3)})
     try:
         read = termination.answered(line)

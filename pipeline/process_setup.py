@@ -34,7 +34,7 @@ class _Escaping(logging.Formatter):
 
 
 def _is_colored() -> bool:
-    """Whether stderr is a terminal with colors, and the user has not turned them off (https://no-color.org)."""
+    """Whether stderr is a terminal with colors, and NO_COLOR is not set (https://no-color.org)."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -45,7 +45,7 @@ def settle() -> None:
 
 
 def _be_quiet() -> None:
-    """Log to stderr, and silence libraries below errors: they announce missing optional parts."""
+    """Log to stderr, and hide log records of libraries below errors, such as notes on missing optional packages."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Escaping(colored=_is_colored()))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

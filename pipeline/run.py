@@ -1,4 +1,4 @@
-"""A run: what one command line asks for, with every name and value checked."""
+"""A run: the model, recipe, target and data of one command line, with every name and value checked."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from calibration.data.batches import Images
 
 
-_DATA_LETTERS = 40  # of a dataset's name, in the names of folders: file systems end at 255 bytes
+_DATA_LETTERS = 40  # of a dataset's name in folder names, which file systems limit to 255 bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One cell of the matrix: this model, made small this way, for that target, on these images."""
+    """One model, quantized or compressed by one recipe, for one target, with one dataset."""
 
     model: ModelSpec
     recipe: Recipe
@@ -31,46 +31,50 @@ class Run:
     preprocess: Preprocess
     weights: Path | None = None  # None: train on `data`
     weights_key: str = ""  # of the state dict in `weights`, where that file holds several
-    trained: bool = True  # False: random weights, to build and time a model but not to use it
+    trained: bool = True  # False: random weights, with which engines can be built and timed but not used
     batch: int = 1
     seed: int = 0
-    form: Form = "tokens"  # that the network is laid out in, from the quantized stage on; weights are the same in all
+    form: Form = "tokens"  # layout of attention blocks, from the quantized stage on; it does not change the weights
     options: Options = NO_OPTIONS  # of the target
-    half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
-    max_drop: Budget = DEFAULT  # what the artifact may lose against the float model
-    training: Schedule = DEFAULT_SCHEDULE  # of the float weights
-    tuning: Schedule = DEFAULT_SCHEDULE  # of a Qat recipe, which has it already
-    verdict: bool = False  # build float engines beside one of INT8, and say which is worth shipping
+    half: Half = "auto"  # operators that exceed FP16: computed in float32, or refused ("strict")
+    max_drop: Budget = DEFAULT  # accuracy budget of the artifact, relative to the float model
+    training: Schedule = DEFAULT_SCHEDULE  # of float training
+    tuning: Schedule = DEFAULT_SCHEDULE  # of quantization-aware training; a Qat recipe has the same
+    verdict: bool = False  # time an INT8 engine against the float engines, and recommend one of them
 
     def images(self, part: Part) -> Images:
+        """Return the preprocessed images of a part."""
         from calibration.data.batches import Images
 
         return Images(data=self.data, part=part, preprocess=self.preprocess)
 
     def label(self, *parts: str) -> str:
+        """Return a folder name from model, dataset, input size and `parts`."""
         data = re.sub(r"[^\w.-]+", "_", self.data.name)[:_DATA_LETTERS]
         return "-".join((self.model.name, data, str(self.preprocess.size), *parts))
 
     @property
     def makes(self) -> str:
-        """What the quantized stage makes: all recipes that compute in float share one program."""
+        """Kind of program that the quantized stage produces; all recipes that compute in float share one."""
         return "float" if isinstance(self.recipe, Float | WeightOnly) else self.recipe.name
 
     @property
     def made_label(self) -> str:
+        """Label of the quantized program."""
         return self.label(*[self.form] * (self.form != "tokens"), self.makes)
 
     @property
     def storage(self) -> WeightOnly | None:
-        """How the target stores weights, where the recipe asks for that."""
+        """Weight compression of the recipe; None if it has none."""
         return self.recipe if isinstance(self.recipe, WeightOnly) else None
 
     @property
     def choices(self) -> dict[str, object]:
-        """What the target alone is asked for, beyond precision and batch: part of the keys of what it builds."""
+        """Choices that only the target reads, beyond precision and batch: part of the cache keys of its artifacts."""
         return {"storage": self.storage, "options": self.options.changed(), "half": self.half}
 
     @property
     def built_label(self) -> str:
+        """Label of the artifacts of the target."""
         form = [self.form] * (self.form != "tokens")
         return self.label(*form, self.recipe.name, self.target.name, *map(str, self.options.changed().values()))

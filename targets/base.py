@@ -1,4 +1,6 @@
-"""What a target is: a runtime, the arithmetic it executes, and the toolchain that makes its engines."""
+"""Protocols of targets: runtime, quantization scheme, and the toolchain that builds engines. Further protocols describe
+optional abilities, such as bundles, compute units and model cards.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)
     Executor: TypeAlias = Callable[[Images], Logits]  # takes any number of images
 
-# What happens to operators that FP16 cannot hold: they stay in float32, or the recipe is refused.
+# Treatment of operators whose values exceed FP16: computed in float32 (auto), or an error (strict).
 Half: TypeAlias = Literal["auto", "strict"]
 
 INPUT_NAME = "image"
@@ -30,12 +32,13 @@ OUTPUT_NAME = "logits"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Options of one target alone, beyond precision and batch: part of the keys of its engines. A target with options
-    derives a class from this one, with a default for each field.
+    """Target-specific options beyond precision and batch. They are part of the cache keys of its engines.
+
+    A target with options derives a class from this one, with a default for each field.
     """
 
     def changed(self) -> dict[str, object]:
-        """The options that differ from their defaults, by name."""
+        """Return the options that differ from their defaults, by name."""
         values = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
@@ -45,9 +48,9 @@ NO_OPTIONS: Final = Options()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """A finished export: what every target compiles. All files describe the same numbers.
+    """A finished export, the input of every target's compiler. All files contain the same weights and qparams.
 
-    - `model.pt2`: torch.export program, decomposed, quantize/dequantize operators explicit (Core ML reads this)
+    - `model.pt2`: torch.export program, decomposed, with explicit quantize/dequantize operators (read by Core ML)
     - `model.onnx`: the same graph, float32 around explicit Q/DQ, dynamic batch, input `image`, output `logits`
     - `scales.json`: the scale of every quantizer by module path; empty for float recipes
     - `model.json`: model, recipe, size, class names, preprocessing
@@ -59,9 +62,9 @@ class Export:
     path: Path
     precision: Precision
     batch: int  # images per query that the engine is built for
-    storage: WeightOnly | None = None  # weights in fewer bits than they are computed in
-    options: Options = NO_OPTIONS  # of the target that compiles it
-    half: Half = "auto"  # operators that FP16 cannot hold: computed in float32, or refused ("strict")
+    storage: WeightOnly | None = None  # weight compression: fewer bits in the file than in the computation
+    options: Options = NO_OPTIONS  # of the target that compiles the export
+    half: Half = "auto"  # operators that exceed FP16: computed in float32, or refused ("strict")
 
     @property
     def onnx(self) -> Path:
@@ -72,43 +75,43 @@ class Export:
         return self.path / "model.pt2"
 
     def size(self) -> int:
-        """Side of the input in pixels."""
+        """Return the side of the input in pixels."""
         return int(self.description()["size"])  # type: ignore[call-overload, no-any-return]
 
     def description(self) -> dict[str, object]:
-        """The contents of `model.json`."""
-        found: dict[str, object] = json.loads((self.path / "model.json").read_text())
-        return found
+        """Return the contents of `model.json`."""
+        contents: dict[str, object] = json.loads((self.path / "model.json").read_text())
+        return contents
 
     def tensors(self) -> list[str]:
-        """The contents of `tensors.json`."""
-        found: list[str] = json.loads((self.path / "tensors.json").read_text())
-        return found
+        """Return the contents of `tensors.json`."""
+        names: list[str] = json.loads((self.path / "tensors.json").read_text())
+        return names
 
     def scales(self) -> dict[str, object]:
-        """The contents of `scales.json`."""
-        found: dict[str, object] = json.loads((self.path / "scales.json").read_text())
-        return found
+        """Return the contents of `scales.json`."""
+        scales: dict[str, object] = json.loads((self.path / "scales.json").read_text())
+        return scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What is known of an engine once it is verified, beyond its export."""
+    """Facts of a verified engine for its model card, beyond its export."""
 
     key: str  # of the artifact
     version: str  # of Edgeline
     model: str
     recipe: str
-    paper: str | None  # that describes the network
-    published: str | None  # accuracy of the network, and who says so
-    weights: str  # where they come from
-    data: str  # name of the dataset that it was verified on
-    toolchain: Mapping[str, str]  # versions of what built it
-    report: Mapping[str, object]  # of the verification
+    paper: str | None  # the publication of the network
+    published: str | None  # published accuracy of the network, with its source
+    weights: str  # source of the weights
+    data: str  # name of the dataset of the verification
+    toolchain: Mapping[str, str]  # versions of the packages that built the engine
+    report: Mapping[str, object]  # report of the verification
 
 
 class Session(Protocol):
-    """An engine, loaded on its device and ready for `batch` images a query."""
+    """An engine that is loaded on its device; each query has `batch` images."""
 
     @property
     def batch(self) -> int: ...
@@ -118,17 +121,19 @@ class Session(Protocol):
         ...
 
     def latencies_ns(self, images: Images, count: int) -> list[int]:
-        """Run `count` queries one after the other and return how long each took, in nanoseconds."""
+        """Run `count` queries in sequence and return the latency of each in nanoseconds."""
         ...
 
 
 class Target(Protocol):
+    """A runtime with the toolchain that builds its engines."""
+
     @property
     def name(self) -> str: ...
 
     @property
     def summary(self) -> str:
-        """One line for `make targets`: runtime and devices."""
+        """Runtime and devices in one line, for `make targets`."""
         ...
 
     @property
@@ -136,224 +141,238 @@ class Target(Protocol):
 
     @property
     def processor(self) -> Runtime:
-        """The kind of processor, which decides the default placement of INT8 operators."""
+        """Kind of processor, which determines the default placement of INT8 operators."""
         ...
 
     def missing(self) -> str | None:
-        """Why this machine cannot build for the target, and what would help; None when it can."""
+        """Return why this machine cannot build engines, with a remedy; None if it can."""
         ...
 
     def not_executed(self) -> str | None:
-        """Why an engine built here cannot be executed here; None when it can."""
+        """Return why this machine cannot execute the engines that it builds; None if it can."""
         ...
 
     def toolchain(self) -> dict[str, str]:
-        """Versions that change what `build` produces: they become part of the engine's key."""
+        """Return the versions that `build` depends on, by package. They are part of the engine's cache key."""
         ...
 
     def float_type(self, precision: Precision) -> FloatType:
-        """The floating-point type that engines of `precision` compute in where they do not compute in INT8."""
+        """Return the floating-point type of all operators that do not run in INT8, in engines of `precision`."""
         ...
 
     def build(self, export: Export, out: Path) -> None:
         """Compile an export into the empty folder `out`.
 
-        Everything `open` needs must end up in `out`: it may be moved before it is opened.
+        `out` must be self-contained, since it may be moved before `open` is called.
         """
         ...
 
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
-        """Read a built engine back from disk, check what can be checked without executing it, and describe it.
+        """Read an engine from disk, check it without executing it, and return its description for the report.
 
-        Raises CheckFailed where the engine is not what the export says.
+        Raises CheckFailed if the engine does not match the export.
         """
         ...
 
     def graph(self, engine: Path) -> Path | None:
-        """The ONNX file that `engine` was compiled from where that is not the export's own; None where it is."""
+        """Return the ONNX file that `engine` was compiled from; None if it is `model.onnx` of the export."""
         ...
 
     def open(self, engine: Path) -> AbstractContextManager[Session]:
-        """Load an engine that `build` made. Raises CannotRunHere where `not_executed` gives a reason."""
+        """Load an engine made by `build`. Raises CannotRunHere if `not_executed` returns a reason."""
         ...
 
 
 @runtime_checkable
 class Checks(Protocol):
-    """A target with a converter of its own, which may refuse operators that ONNX has: it is tried before a training."""
+    """A target whose converter may reject operators that ONNX supports. It is therefore tried before the training."""
 
     def check(self, export: Export) -> None:
-        """Try `Target.build` and `inspect` on an export of an untrained network in float, without `model.onnx` and
-        `sample.npz`. Raises CheckFailed naming an operator that cannot be converted, and its line in the sources.
+        """Run `Target.build` and `inspect` on the float export of an untrained network. The export has no `model.onnx`
+        and no `sample.npz`.
+
+        Raises CheckFailed with the operator that cannot be converted and its line in the source code.
         """
         ...
 
 
 @runtime_checkable
 class Bundles(Protocol):
-    """A target whose engines are built on the device: the host leaves a bundle to carry there."""
+    """A target whose engines are built on the device. The host prepares a bundle that the user copies to the device."""
 
     def bundle(self, export: Export, out: Path) -> None:
-        """Do all host work for an export and leave what the device needs in the empty folder `out`."""
+        """Do all host work for an export, and write the files that the device needs to the empty folder `out`."""
         ...
 
     def next_command(self, bundle: Path) -> str:
-        """The command that a person types next, on the device, to turn the bundle into an engine."""
+        """Return the command that builds an engine from the bundle on the device."""
         ...
 
 
 @runtime_checkable
 class Customizes(Protocol):
-    """A target that can store weights in fewer bits, and has options of its own."""
+    """A target with weight compression and options of its own."""
 
     def options(
         self, variables: Mapping[str, str], *, precision: Precision, storage: WeightOnly | None, batch: int
     ) -> Options:
-        """The options in `variables` of the command line, an empty text being the default. Raises BadRequest where
-        they are invalid, or do not go together.
+        """Parse the options in `variables` of the command line; an empty text stands for the default.
+
+        Raises BadRequest if an option is invalid or excludes another option.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """What the runtime plans for one operator of an engine. None where it does not say."""
+    """The runtime's plan for one operator of an engine. None: not reported by the runtime."""
 
     name: str
     kind: str  # type of the operator
-    preferred: str | None  # unit that it will run on
-    supported: tuple[str, ...]  # units that could run it
-    cost: float | None  # the runtime's estimate of its share of the whole query, from 0 to 1
+    preferred: str | None  # unit that the operator is assigned to
+    supported: tuple[str, ...]  # units that support the operator
+    cost: float | None  # estimated share of the latency of a query, from 0 to 1
 
 
 class UnitSession(Session, Protocol):
-    """An engine on one set of units, which also says how it got there."""
+    """An engine that is loaded on one set of compute units, with its load time and compute plan."""
 
     @property
     def doubt(self) -> str | None:
-        """Why times are not those of the units by that name, such as a machine without one of them; else None."""
+        """Reason why latencies are not representative of these units, such as a machine without one of them; else
+        None.
+        """
         ...
 
     @property
     def load_ns(self) -> int | None:
-        """How long the runtime took to load the engine, in nanoseconds; None where it does not say."""
+        """Load time of the engine in nanoseconds; None if the runtime does not report it."""
         ...
 
     def plan(self) -> list[Placement]:
-        """Every operator, constants left out, in order of execution."""
+        """Return the plan of every operator except constants, in order of execution."""
         ...
 
 
 @runtime_checkable
 class HasUnits(Protocol):
-    """A target whose engines can be held to some of the device's units: each choice has a speed of its own, and may
-    have other numbers.
+    """A target whose engines can be restricted to a set of the device's compute units. Latency depends on the set, and
+    the logits may differ between sets.
     """
 
     @property
     def units(self) -> tuple[str, ...]:
-        """The names of the choices; `Target.open` takes the first."""
+        """Names of the sets of units; `Target.open` uses the first."""
         ...
 
     def open_on(self, engine: Path, unit: str) -> AbstractContextManager[UnitSession]:
-        """As `Target.open`, on the units of one choice."""
+        """Load an engine as `Target.open` does, on the set of units called `unit`."""
         ...
 
 
 @runtime_checkable
 class Accounts(Protocol):
-    """A target that tells what its engines really compute in, which may be less than what they were asked for."""
+    """A target that reports the precision in which its engines compute, which may be less INT8 than requested."""
 
     def half(self) -> bool:
-        """Whether this machine has 16-bit floats that are faster than those of 32."""
+        """Return whether 16-bit floats are faster than 32-bit floats on this machine."""
         ...
 
     def macs(self, engine: Path) -> dict[str, int]:
-        """Multiply-accumulates of a query by the precision that the runtime does them in, as OpenVINO calls it:
-        `i8`, `u8`, `f32`, `f16`, `bf16`.
+        """Return the multiply-accumulates of a query by their precision at run time, in OpenVINO's names: `i8`, `u8`,
+        `f32`, `f16`, `bf16`.
         """
         ...
 
 
 @runtime_checkable
 class Publishes(Protocol):
-    """A target whose engines say themselves what they are, to those who get nothing else."""
+    """A target whose engines contain their own model card, for users who receive only the engine."""
 
     def publish(self, export: Export, engine: Path, facts: Facts) -> None:
-        """Add `facts` to the verified files in `engine`. Some are shared with the artifact that they come from: what
-        changes is written anew, never into a file that is there.
+        """Add `facts` to the verified files in `engine`.
+
+        Files may be hard links to the source artifact: replace a changed file, never write into an existing one.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A verified engine that becomes one function of several in a file."""
+    """A verified engine that becomes one function of a multifunction file."""
 
-    engine: Path  # with the export's model.json beside it
+    engine: Path  # folder of the engine, with model.json of the export
     precision: Precision
     facts: Facts
 
 
 @runtime_checkable
 class Merges(Protocol):
-    """A target that can put several engines into one file, behind names."""
+    """A target that can merge several engines into one file with a named function for each."""
 
     def options_of_part(self, storage: WeightOnly | None, options: Options) -> Options:
-        """The options that an engine must be built with to go into such a file, where `options` were requested. Raises
-        BadRequest where they exclude such a file.
+        """Return `options` with the changes that an engine needs to become part of a multifunction file.
+
+        Raises BadRequest if `options` exclude such a file.
         """
         ...
 
     def toolchain(self) -> dict[str, str]:
-        """As `Target.toolchain`."""
+        """Return the same as `Target.toolchain`."""
         ...
 
     def merge(self, parts: Mapping[str, Part], out: Path) -> None:
-        """Write the parts by these names into the empty folder `out`; the first is what is used where none is named.
+        """Write one file with the functions `parts` by name to the empty folder `out`; the first is the default.
 
-        Raises CheckFailed where what was written is not what it was made from.
+        Raises CheckFailed if a written function differs from its source engine.
         """
         ...
 
 
 @runtime_checkable
 class Evaluates(Protocol):
-    """A target whose engines can be computed without its runtime: slowly, but on every system."""
+    """A target whose engines can be evaluated without its runtime: slowly, but on every system."""
 
     @property
     def evaluator(self) -> str:
-        """What computes them, as reports call it."""
+        """Name of the evaluator in reports."""
         ...
 
     def evaluate(self, export: Export, engine: Path) -> Executor:
-        """What the engine that was built of `export` answers. Raises CheckFailed where it cannot be computed."""
+        """Return a function from images to the logits of the engine that was built from `export`.
+
+        Raises CheckFailed if the engine cannot be evaluated.
+        """
         ...
 
     def replay(self, export: Export, engine: Path, images: Images) -> dict[str, object]:
-        """Compute each operator of an engine from what the torch program computed before it, for one query, and
-        describe what was compared. Raises CheckFailed naming the first operator that differs.
+        """Evaluate each operator of an engine on the inputs that the torch program computed (teacher forcing), for one
+        query, and return a summary of the comparison.
+
+        Raises CheckFailed with the first operator whose output differs.
         """
         ...
 
 
 @runtime_checkable
 class Forces(Protocol):
-    """A target whose compiled graph is no ONNX file, and can be evaluated with chosen tensors replaced."""
+    """A target whose compiled graph is not an ONNX file, and can be evaluated with chosen tensors replaced."""
 
     def forced(
         self, engine: Path, given: Mapping[str, npt.NDArray[Any]], wanted: Collection[str]
     ) -> dict[str, npt.NDArray[Any]]:
-        """Evaluate the graph in float32 for one query, every tensor of `given` replaced, for its readers, by the given
-        value. Returns the tensors `wanted` that the graph still names.
+        """Evaluate the graph in float32 for one query, with each tensor in `given` replaced by its value for its
+        readers.
+
+        Returns the tensors in `wanted` whose names the graph still has.
         """
         ...
 
 
 @runtime_checkable
 class Probes(Protocol):
-    """A target that can show the tensors inside an engine, to find where it goes wrong."""
+    """A target that can return intermediate tensors of an engine, to locate an error."""
 
     def probe(self, engine: Path, names: list[str], images: Images) -> dict[str, npt.NDArray[Any]]:
-        """Run one query and return those of the tensors `names` (of the export's ONNX file) that still exist."""
+        """Run one query and return the tensors in `names` (of the export's `model.onnx`) that the engine still has."""
         ...

@@ -501,7 +501,7 @@ def test_a_signal_leaves_an_answer(tmp_path: Path, number: signal.Signals, code:
     assert process.returncode == code
     answer = json.loads(out.splitlines()[-1])
     assert answer.keys() >= CONTRACT and answer["error"] == said
-    assert story.splitlines()[-1] == f"{said}; what was finished is kept, the same command goes on from there"
+    assert story.splitlines()[-1] == f"{said}; finished stages are kept: run the same command again to resume"
     assert "Traceback" not in story
 
 

@@ -89,7 +89,7 @@ def warnings(history: History | None, data: Data, file: Path) -> Iterable[str]:
     known = sum(picture in history.pictures for picture in test)
     if known:
         yield (
-            f"WEIGHTS={printable(file)} was trained on {known} of the {len(test)} test pictures, so that accuracy on "
-            f"them is worth little: its training had DATA={printable(history.data)} with SEED={history.seed}; take "
-            "that seed, or give the data a test/ folder"
+            f"WEIGHTS={printable(file)} was trained on {known} of the {len(test)} test images, so the test accuracy is "
+            f"not representative: it was trained with DATA={printable(history.data)} SEED={history.seed}; use "
+            f"SEED={history.seed}, or add a test/ folder to the data"
         )

@@ -51,7 +51,7 @@ def make(
         plan = NEW_HEAD if fresh else None
         if fresh:
             log.warning(
-                "%s was trained for another number of classes: %s start anew and are trained on %s",
+                "%s has a different number of classes: %s are initialized randomly and trained on %s",
                 file,
                 " and ".join(fresh),
                 train.data.name,

@@ -179,7 +179,7 @@ def train(
     for network in (prepared, teacher):
         network.cpu()
     if at.stopped:
-        kept = f"epoch {at.best_epoch}" if at.best_epoch else "the start, post-training quantization"
+        kept = f"epoch {at.best_epoch}" if at.best_epoch else "the start (post-training quantization)"
         log.warning("QAT stopped: %s; kept: %s", at.stopped, kept)
     return _report(at, start, device, len(train))
 
@@ -396,7 +396,7 @@ def _begun(
     for value, kept in zip(average.values, saved["average"], strict=True):
         value.copy_(kept)
     epochs = [QatEpoch(**epoch) for epoch in saved["epochs"]]
-    log.info("QAT goes on after epoch %d, from %s", len(epochs), checkpoint.path if checkpoint else "")
+    log.info("QAT resumes after epoch %d from %s", len(epochs), checkpoint.path if checkpoint else "")
     peak = {**saved["peak"], **{name: tuple(saved["peak"][name]) for name in ("right", "errors")}}
     return _Progress(
         best=saved["best"],

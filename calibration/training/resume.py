@@ -54,11 +54,11 @@ class Checkpoint:
         except FileNotFoundError:
             return None
         if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
-            log.warning("%s is damaged: the training begins afresh", self.path)
+            log.warning("%s is damaged; training restarts from the beginning", self.path)
             return None
         saved: dict[str, Any] = torch.load(io.BytesIO(content[_DIGEST:]), weights_only=True)
         if saved["identity"] != self.identity:
-            log.warning("%s is of another training: this one begins afresh", self.path)
+            log.warning("%s belongs to a different training; training restarts from the beginning", self.path)
             return None
         state: dict[str, Any] = saved["state"]
         return state

@@ -73,7 +73,7 @@ def kept(who: str, doing: str) -> Iterator[None]:
         yield
     finally:
         if changed := restored(before):
-            log.warning("%s: %s switched %s; set back", who, doing, ", ".join(changed))
+            log.warning("%s: %s changed %s; restored", who, doing, ", ".join(changed))
 
 
 def _settings() -> dict[str, tuple[Callable[[], object], Callable[[Any], object]]]:

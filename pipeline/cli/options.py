@@ -38,17 +38,17 @@ _INTERFACES: Final = ("tensor", "image", "classifier")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Option(Generic[T]):
-    """One option of verbs, or a variable of a rule of the Makefile."""
+    """Declaration of an option of verbs, or of a variable of a Makefile rule."""
 
     name: str  # of the variable
     help: str  # one sentence
     parse: Parse[T]
     group: str  # heading in `--help`
     default: str = ""
-    choices: Iterable[str] = ()  # few enough to print
-    metavar: str = "TEXT"  # where there are no choices
-    complete: Callable[[], Iterable[str]] = tuple  # values for shells, beyond `choices`
-    kind: Kind = "plain"  # shells complete paths
+    choices: Iterable[str] = ()  # listed in the help
+    metavar: str = "TEXT"  # placeholder in the help, for options without choices
+    complete: Callable[[], Iterable[str]] = tuple  # values for shell completion, in addition to `choices`
+    kind: Kind = "plain"  # shells complete paths for "file" and "dir"
 
     @property
     def flag(self) -> str:
@@ -76,7 +76,7 @@ def recipe(name: str, value: str) -> Recipe:
 
 
 def recipes(name: str, value: str) -> list[str]:
-    """Names of recipes, each of which exists."""
+    """Parse a list of recipe names. Raises BadRequest if a recipe does not exist."""
     return [recipe(name, word).name for word in words(name, value)]
 
 
@@ -341,9 +341,9 @@ APPLY: Final[Option[bool]] = Option(
     help="Delete what is listed.",
 )
 
-OF_TARGETS: Final = (INTERFACE, DEPLOYMENT)  # that the target parses
+OF_TARGETS: Final = (INTERFACE, DEPLOYMENT)  # parsed by the target
 PREPROCESSING: Final = (MEAN, STD, CROP, INTERPOLATION, BACKGROUND)
-# Everything up to the quantized program, and up to the engine.
+# PROGRAM: options up to the quantized program; RUN: options up to the engine.
 PROGRAM: Final[Options] = (
     *(MODEL, WEIGHTS, DATA, LABELS, SIZE, *PREPROCESSING, SEED),
     *(RECIPE, TARGET, FORM, MAX_DROP, DEVICE),

@@ -1,6 +1,6 @@
-"""The parser: click commands made from the tables of verbs and options, and completion for shells.
+"""Command line parser: click commands built from the tables of verbs and options, and shell completion.
 
-A value is given by an option, else by the environment variable of that name; an empty one counts as not given.
+A value comes from the option, otherwise from the environment variable of the same name; empty counts as absent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.cli.values import nearest, pick
 from pipeline.cli.verbs import VERBS, Verb
 
 PROGRAM: Final = "python -m pipeline"
-_COMMAND, _INSTRUCTION = "edgeline", "_EDGELINE_COMPLETE"  # as shells know it, once completion is set up
+_COMMAND, _INSTRUCTION = "edgeline", "_EDGELINE_COMPLETE"  # names in shells with completion
 _ROOT: Final = Path(__file__).parent.parent.parent
 _SHELLS: Final = ("bash", "zsh", "fish")
 _WIDTH = 100  # columns of help, at most
@@ -35,31 +35,32 @@ _SETTINGS: Final = {
 
 
 class Shown(Exception):
-    """Text to print in place of an answer: help, or a script for a shell."""
+    """Text to print instead of a result: help, or a completion script."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> Request:
-    """The request of a command line, by default that of this process, whose variables of make are judged.
+    """Parse a command line, by default that of this process, whose make variables are checked too.
 
-    Raises BadRequest where it cannot be read, and Shown where it asks for text.
+    Raises BadRequest if the command line is invalid, Shown if it requests help or a completion script.
     """
     if arguments is None and (instruction := os.environ.get(_INSTRUCTION)):
         shell_complete(group(), {}, _COMMAND, _INSTRUCTION, instruction)
         raise Shown
     try:
-        found = group().main(
+        request = group().main(
             sys.argv[1:] if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False
         )
     except click.UsageError as error:
         raise BadRequest(_sentence(error)) from error
-    if not isinstance(found, Request):
+    if not isinstance(request, Request):
         raise Shown
     if arguments is None:
-        typed.judge([found.verb])
-    return found
+        typed.judge([request.verb])
+    return request
 
 
 def group() -> click.Group:
+    """Return the command with all verbs as subcommands."""
     commands = [_command(verb) for verb in VERBS.values()]
     return _Verbs(
         name=PROGRAM,
@@ -75,8 +76,8 @@ def group() -> click.Group:
 
 
 class _Helped(click.Command):
-    """A command whose help is a result, so that the program can print it to a stdout that is closed, and whose errors
-    have its context.
+    """A command that raises Shown with its help, so that the program can print it even if stdout is closed. Its errors
+    have the context of the command.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -93,16 +94,18 @@ class _Helped(click.Command):
             is_eager=True,
             expose_value=False,
             help="Show this text.",
-            callback=lambda context, _option, asked: _show_help(context, asked),
+            callback=lambda context, _option, requested: _show_help(context, requested),
         )
 
 
-def _show_help(context: click.Context, asked: bool) -> None:
-    if asked and not context.resilient_parsing:
+def _show_help(context: click.Context, requested: bool) -> None:
+    if requested and not context.resilient_parsing:
         raise Shown(context.get_help())
 
 
 class _Verbs(_Helped, click.Group):
+    """The group of verbs; its help has a section for each group of verbs."""
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -121,7 +124,7 @@ class _Verbs(_Helped, click.Group):
 
 
 class _VerbCommand(_Helped):
-    """A verb; its help has a section for each group of options."""
+    """The command of a verb; its help has a section for each group of options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -135,7 +138,7 @@ class _VerbCommand(_Helped):
 
 
 class _Declared(click.Option):
-    """An option of the table."""
+    """The click option of a declared `Option`."""
 
     def __init__(self, option: Option[Any]) -> None:
         super().__init__(
@@ -200,13 +203,16 @@ def _completion() -> click.Command:
 
 
 def _script(shell: str) -> str:
-    """The function `edgeline`, and click's completion of it with the interpreter in place of an executable."""
-    made = get_completion_class(shell)
-    assert made is not None
+    """Return the script that defines the shell function `edgeline` with click's completion.
+
+    click expects an executable; the script calls the Python interpreter instead.
+    """
+    completion = get_completion_class(shell)
+    assert completion is not None
     python, root = shlex.quote(sys.executable), shlex.quote(str(_ROOT))
     program = f"env PYTHONPATH={root} {python} -m pipeline"
     body = f"function {_COMMAND}; {program} $argv; end" if shell == "fish" else f'{_COMMAND}() {{ {program} "$@"; }}'
-    source = made(group(), {}, _COMMAND, _INSTRUCTION).source()
+    source = completion(group(), {}, _COMMAND, _INSTRUCTION).source()
     source = source.replace(f"$+commands[{_COMMAND}]", f"$+functions[{_COMMAND}]")
     for called in (f"{shell}_complete $1", f"{shell}_complete {_COMMAND}", f"(commandline -t) {_COMMAND}"):
         source = source.replace(called, f"{called.rpartition(' ')[0]} {program}")
@@ -214,7 +220,7 @@ def _script(shell: str) -> str:
 
 
 def _check_variables() -> click.Command:
-    """Judge the variables that were typed for rules of the Makefile that are no verbs."""
+    """Return the command that checks the variables of Makefile rules that are not verbs."""
 
     def callback(rules: tuple[str, ...]) -> NoReturn:
         typed.judge(rules)
@@ -224,7 +230,7 @@ def _check_variables() -> click.Command:
 
 
 def _sentence(error: click.UsageError) -> str:
-    """One sentence for an error of click, with the nearest option and the command that lists them."""
+    """Return one sentence for a click error, with the most similar option and the command that lists the options."""
     command = error.ctx.command_path if error.ctx else PROGRAM
     listing = f"`{command} --help` lists"
     if error.ctx is None or isinstance(error.ctx.command, click.Group):

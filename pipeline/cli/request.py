@@ -1,4 +1,4 @@
-"""A request of the command line, and the `Run` that it stands for."""
+"""Command line request, and its conversion to a `Run`."""
 
 from __future__ import annotations
 
@@ -27,29 +27,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A verb with the text of each of its options, by variable; other options have their defaults."""
+    """A verb with the texts of its options by variable name; missing options have their defaults."""
 
     verb: str
     texts: Mapping[str, str]
     store: Path = Path("build")
 
     def __getitem__(self, option: Option[T]) -> T:
-        """The value of `option`. Raises BadRequest where its text is invalid."""
+        """Parse the value of `option`. Raises BadRequest if its text is invalid."""
         return option.parse(option.name, self.text(option))
 
     def text(self, option: Option[Any]) -> str:
+        """Return the text of `option`, or its default."""
         return self.texts.get(option.name, option.default)
 
     def given(self, option: Option[Any]) -> str | None:
-        """The text of `option`; None where the verb has no such option."""
+        """Return the text of `option`; None if the verb does not have it."""
         return self.texts.get(option.name)
 
     def changed(self, option: Option[Any], text: str) -> Request:
+        """Return a copy of the request with another text for `option`."""
         return replace(self, texts={**self.texts, option.name: text})
 
 
 def read(request: Request) -> Run:
-    """The run that `request` stands for. Raises BadRequest where a name or a value cannot be used."""
+    """Convert `request` to a run. Raises BadRequest if a name or value is invalid."""
     model, recipe, target = request[options.MODEL], request[options.RECIPE], request[options.TARGET]
     seed = request[options.SEED]
     data = calibration.data.load.load(request[options.DATA], seed, request[options.LABELS])
@@ -82,7 +84,7 @@ def read(request: Request) -> Run:
 
 
 def read_several(request: Request) -> list[Run]:
-    """A run for each of RECIPES at each of SIZES. Raises BadRequest as `read` does."""
+    """Return a run for each combination of RECIPES and SIZES. Raises BadRequest as `read` does."""
     model, recipes, sizes = request[options.MODEL], request[options.RECIPES], request[options.SIZES]
     for size in sizes:
         size_for(model, size, variable="SIZES")
@@ -94,16 +96,16 @@ def read_several(request: Request) -> list[Run]:
 
 
 def preprocess_of(request: Request, model: ModelSpec, preprocess: Preprocess) -> Preprocess:
-    """`preprocess` with SIZE, MEAN, STD, CROP, INTERPOLATION and BACKGROUND of `request`."""
+    """Return `preprocess` with SIZE, MEAN, STD, CROP, INTERPOLATION and BACKGROUND of `request`."""
     if size := request[options.SIZE]:
         preprocess = replace(preprocess, size=size_for(model, size))
-    asked = {option.name.lower(): request[option] for option in options.PREPROCESSING}
-    return preprocess_options.asked(preprocess, asked)
+    texts = {option.name.lower(): request[option] for option in options.PREPROCESSING}
+    return preprocess_options.asked(preprocess, texts)
 
 
 def options_for(request: Request, target: Target, recipe: Recipe, batch: int) -> Options:
-    """The options of `target` in `request`. Raises BadRequest where it does not support one, or the compression of
-    weights.
+    """Return the target-specific options of `request`. Raises BadRequest if `target` does not support one of them, or
+    the weight compression of the recipe.
     """
     storage = recipe if isinstance(recipe, WeightOnly) else None
     variables = {option.name: request[option] for option in options.OF_TARGETS}
@@ -120,8 +122,8 @@ def options_for(request: Request, target: Target, recipe: Recipe, batch: int) ->
 
 
 def adjusted(recipe: Recipe, request: Request) -> Recipe:
-    """The recipe with CALIBRATOR, ROUNDING, PLACEMENT, FORCE and MAX_DROP of `request`. Raises BadRequest where a float
-    recipe is given an option of INT8.
+    """Return `recipe` with CALIBRATOR, ROUNDING, PLACEMENT, FORCE and MAX_DROP of `request`. Raises BadRequest if an
+    INT8 option is combined with a float recipe.
     """
     changes: dict[Option[Any], object] = {}
     for option in (options.CALIBRATOR, options.ROUNDING, options.PLACEMENT, options.FORCE):
@@ -139,21 +141,24 @@ def adjusted(recipe: Recipe, request: Request) -> Recipe:
 
 
 def schedules(request: Request) -> tuple[Schedule, Schedule]:
-    """EPOCHS and RATE of float training and of quantization-aware training."""
+    """Return EPOCHS and RATE of float training and of quantization-aware training."""
     pairs = zip(request[options.EPOCHS], request[options.RATE], strict=True)
     training, tuning = (Schedule(epochs=count, rate=rate) for count, rate in pairs)
     return training, tuning
 
 
 def weights_of(model: ModelSpec, text: str) -> Path:
-    """The checkpoint file of `text`; `timm` is downloaded from the Hugging Face Hub unless it is cached, a file of that
-    name is `./timm`. Raises BadRequest where there is none, or it is a damaged artifact.
+    """Return the path of the checkpoint `text`. The checkpoint `timm` is downloaded from the Hugging Face Hub unless it
+    is cached; a local file of this name is given as `./timm`.
+
+    Raises BadRequest if the file does not exist, or if it is part of a damaged artifact.
     """
     if text == "timm":
         return hub.download(model)
-    # Not Path.expanduser, which raises where `~name` is nobody, nor Path.resolve: the suffix is that of the link.
+    # Not Path.expanduser, which raises if the user in `~name` does not exist, nor Path.resolve, which would replace the
+    # suffix of a link by that of its target.
     file = Path(os.path.expanduser(text)).absolute()  # noqa: PTH111
-    if not os.path.isfile(file):  # noqa: PTH113 - the method raises where the name is too long
+    if not os.path.isfile(file):  # noqa: PTH113 - the method raises if the name is too long
         raise BadRequest(
             f"WEIGHTS={text}: there is no such file; give a .safetensors, .pt or .pth checkpoint, or `timm`"
         )
@@ -163,7 +168,7 @@ def weights_of(model: ModelSpec, text: str) -> Path:
 
 
 def form_of(model: ModelSpec, text: str) -> Form:
-    """The form called `text`. Raises BadRequest where there is none of that name, or not for `model`."""
+    """Return the form called `text`. Raises BadRequest if it does not exist or `model` does not support it."""
     form = pick("form", text, options.FORMS)
     if form not in model.forms:
         having = dict.fromkeys(spec.family for spec in models.ALL.values() if form in spec.forms)
@@ -175,7 +180,7 @@ def form_of(model: ModelSpec, text: str) -> Form:
 
 
 def size_for(model: ModelSpec, text: str, *, variable: str = "SIZE") -> int:
-    """The input side in `text`, pixels. Raises BadRequest with the nearest sides that the model supports."""
+    """Return the input side in `text`, in pixels. Raises BadRequest with the nearest sides that the model supports."""
     sizes = model.sizes
     size = digits(text) or 0
     if size not in sizes:

@@ -1,4 +1,4 @@
-"""Tables for the log: columns as wide as their widest cell, numbers flush right."""
+"""Tables in the log: each column is as wide as its widest cell, and numbers are aligned right."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from typing import Final
 
 _GAP: Final = "  "
-NOTHING: Final = "-"  # the cell of None
+NOTHING: Final = "-"  # cell for None
 
 _log = logging.getLogger("edgeline")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """The title of a column and the format of its cells."""
+    """Title of a column and format of its cells."""
 
     title: str
     format: str = "{}"
-    width: int = 0  # at least
+    width: int = 0  # minimum, characters
     right: bool = True
 
     def cell(self, value: object) -> str:
@@ -30,17 +30,17 @@ class Column:
 
 
 def text(title: str, *, width: int = 0) -> Column:
-    """A column of words."""
+    """Return a column of text, aligned left."""
     return Column(title=title, width=width, right=False)
 
 
 def number(title: str, pattern: str = "{}", *, width: int = 0) -> Column:
-    """A column of numbers in the format `pattern`."""
+    """Return a column of numbers in the format `pattern`, aligned right."""
     return Column(title=title, format=pattern, width=width)
 
 
 def lines(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, indent: str = "") -> list[str]:
-    """The title line and a line for each of `rows`."""
+    """Return the title line and a line for each row in `rows`."""
     cells = [[column.title for column in columns]]
     cells += [[column.cell(value) for column, value in zip(columns, row, strict=True)] for row in rows]
     widths = [max(column.width, *(len(line[at]) for line in cells)) for at, column in enumerate(columns)]
@@ -48,6 +48,6 @@ def lines(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, indent
 
 
 def log(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, indent: str = "") -> None:
-    """Log the title line and a line for each of `rows`."""
+    """Log the title line and a line for each row in `rows`."""
     for line in lines(columns, rows, indent=indent):
         _log.info("%s", line)

@@ -1,6 +1,7 @@
-"""Variables typed on make's command line: a misspelt one is an error, one that the rule does not read is a warning.
+"""Check of the variables on make's command line: a misspelt variable is an error, a variable that the rule does not
+read is a warning.
 
-The Makefile lists their names in `EDGELINE_TYPED`. Variables of the environment are not judged.
+The Makefile lists their names in `EDGELINE_TYPED`. Environment variables are not checked.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ log = logging.getLogger("edgeline")
 
 
 def judge(rules: Sequence[str]) -> None:
-    """Raises BadRequest for the first variable that no rule reads; warns of each that `rules` do not read."""
+    """Raise BadRequest for the first variable that no rule reads; warn of each variable that `rules` do not read."""
     known = all_variables()
     typed = os.environ.get(TYPED, "").split()
     for name in typed:

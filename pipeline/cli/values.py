@@ -1,5 +1,5 @@
-"""Parsers of option values: text to value, or BadRequest in one sentence with the variable, the text and the accepted
-values.
+"""Parsers of option values. For an invalid text they raise BadRequest with the variable, the text and the accepted
+values in one sentence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LONGEST_NUMBER = 12  # digits
 
 
 def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] = (), variable: str | None = None) -> T:
-    """The option called `name`. Raises BadRequest with the nearest name among `options` and `also`."""
+    """Return the option called `name`. Raises BadRequest with the most similar name in `options` and `also`."""
     if name in options:
         return options[name]
     known = [*also, *options]
@@ -29,39 +29,39 @@ def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] 
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
-    """The word of `known` that is most like `word`, without regard to case; None if none is similar."""
+    """Return the word in `known` that is most similar to `word`, ignoring case; None if none is similar."""
     by_lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
     return by_lower[close[0]] if close else None
 
 
 def text(_name: str, value: str) -> str:
-    """The text as it is; its meaning depends on other options."""
+    """Return the text unchanged; it is parsed later, together with other options."""
     return value
 
 
 def words(_name: str, value: str) -> list[str]:
-    """Words separated by spaces or commas."""
+    """Split a text into words at spaces and commas."""
     return value.replace(",", " ").split()
 
 
 def choice(options: Mapping[str, T], kind: str = "choice") -> Parse[T]:
-    """One of `options`."""
+    """Return a parser for the names in `options`."""
     return lambda name, value: pick(kind, value, options, variable=name)
 
 
 def optional(parse: Parse[T]) -> Parse[T | None]:
-    """None for an empty text."""
+    """Return a parser that returns None for an empty text."""
     return lambda name, value: parse(name, value) if value else None
 
 
 def unnamed(parse: Callable[[str], T]) -> Parse[T]:
-    """A parser whose errors name the variable already."""
+    """Return a parser that calls `parse` with the text only; errors of `parse` already contain the variable."""
     return lambda _name, value: parse(value)
 
 
 def whole(lowest: int, highest: int) -> Parse[int]:
-    """A whole number in ASCII digits."""
+    """Return a parser for whole numbers in ASCII digits, from `lowest` to `highest`."""
 
     def parse(name: str, value: str) -> int:
         number = digits(value)
@@ -73,12 +73,12 @@ def whole(lowest: int, highest: int) -> Parse[int]:
 
 
 def digits(value: str) -> int | None:
-    """The whole number in `value`; None if there is none, or if it exceeds every limit of an option."""
+    """Return the whole number in `value`; None if it is not a number or has more than 12 digits."""
     return int(value) if value.isascii() and value.isdigit() and len(value) <= _LONGEST_NUMBER else None
 
 
 def positive(name: str, value: str) -> float:
-    """A positive, finite number."""
+    """Parse a positive, finite number."""
     try:
         number = float(value) if value.isascii() else math.nan
     except ValueError:
@@ -89,7 +89,9 @@ def positive(name: str, value: str) -> float:
 
 
 def pair(parse: Parse[T]) -> Parse[tuple[T | None, T | None]]:
-    """Values for float training and for quantization-aware training: one for both, or two separated by a comma."""
+    """Return a parser for the values of float training and of quantization-aware training: one value for both, or two
+    separated by a comma.
+    """
 
     def parse_pair(name: str, value: str) -> tuple[T | None, T | None]:
         parts = value.split(",")

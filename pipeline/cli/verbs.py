@@ -1,6 +1,6 @@
-"""Verbs: the options of each, the function that carries it out, and its arguments; and the variables of make's rules.
+"""Table of verbs with their options, functions and arguments, and the variables of the Makefile rules.
 
-A function is imported when its verb runs: `--help`, completion and a mistyped value import no framework.
+The function of a verb is imported when the verb runs, so that `--help`, completion and refusals import no framework.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ class Verb:
     help: str  # one sentence
     group: Group
     options: Options
-    arguments: Callable[[Request], tuple[Any, ...]]  # of the function; raises BadRequest
-    module: str  # that has the function
+    arguments: Callable[[Request], tuple[Any, ...]]  # arguments of the function; raises BadRequest
+    module: str  # module of the function
     function: str
-    store: bool = True  # it has `--store`
-    fixed: Mapping[str, str] = field(default_factory=dict)  # texts of options that the verb does not offer
+    store: bool = True  # whether the verb has the option `--store`
+    fixed: Mapping[str, str] = field(default_factory=dict)  # texts of options that the verb sets itself
 
     def load(self) -> Callable[..., Answer]:
+        """Import and return the function of the verb."""
         function: Callable[..., Answer] = getattr(importlib.import_module(self.module), self.function)
         return function
 
@@ -53,7 +54,7 @@ def _network(request: Request) -> tuple[Any, ...]:
 
 
 def runs_in(arguments: tuple[Any, ...]) -> list[Run]:
-    """The runs among the arguments of a verb."""
+    """Return the runs in the arguments of a verb."""
     first = arguments[0] if arguments else None
     return [run for run in (first if isinstance(first, list) else [first]) if isinstance(run, Run)]
 
@@ -219,7 +220,7 @@ _VERBS: Final = (
 )
 VERBS: Final[Mapping[str, Verb]] = {verb.name: verb for verb in _VERBS}
 
-# Variables of the Makefile's rules that are no verbs. Every rule may set up .venv first.
+# Variables of Makefile rules that are not verbs. LOCK and PYTHON apply to every rule, since each may set up .venv.
 OF_EVERY_RULE: Final[Options] = (options.LOCK, options.PYTHON)
 RULES: Final[Mapping[str, Options]] = {
     **{
@@ -236,11 +237,12 @@ RULES: Final[Mapping[str, Options]] = {
 
 
 def variables_of(rule: str) -> frozenset[str]:
-    """The variables that a verb or another rule of the Makefile reads."""
+    """Return the variables that a verb or another Makefile rule reads."""
     read_by = VERBS[rule].options if rule in VERBS else RULES.get(rule, ())
     return frozenset(option.name for option in (*read_by, *OF_EVERY_RULE))
 
 
 def all_variables() -> list[str]:
+    """Return the variables of all rules, sorted by name."""
     rules = (*VERBS, *RULES)
     return sorted(frozenset().union(*map(variables_of, rules)))

@@ -1,4 +1,4 @@
-"""Building and reporting of artifacts, shared by the verbs."""
+"""Functions that build and report artifacts, shared by the verbs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ log = logging.getLogger("edgeline")
 
 
 def engine_step(run: Run) -> Step:
-    """The engine of `run`, not a bundle. Raises CannotRunHere where this machine cannot build it."""
+    """Return the step that builds the engine of `run`, never a bundle. Raises CannotRunHere if this machine cannot
+    build engines for the target.
+    """
     if reason := run.target.missing():
         raise CannotRunHere(f"there is no engine for {run.target.name} on this machine: {reason}")
     return stages.engine(run)
 
 
 def built(step: Step, root: Path) -> Artifact:
-    """The artifact of `step`; logs the stages that are reused. Damaged ones are built again."""
+    """Return the artifact of `step`, and log the stages that are reused. Damaged artifacts are rebuilt."""
     store = Store(root)
     for needed in step.chain():
         if store.restored(needed):
@@ -38,4 +40,5 @@ def built(step: Step, root: Path) -> Artifact:
 
 
 def identity(artifact: Artifact) -> Answer:
+    """Return path and cache key of an artifact as the first entries of an answer."""
     return {"artifact": str(artifact.path), "key": artifact.key, "cached": artifact.cached}

@@ -18,7 +18,7 @@ log = logging.getLogger("edgeline")
 
 
 def calibrate(run: Run, root: Path) -> Answer:
-    """The calibrated program, its top-1 in torch beside that of the float model, and its ranges."""
+    """Build the calibrated program, and return its top-1 in torch, the top-1 of the float model, and the ranges."""
     from pipeline.reports import calibration_report
 
     calibrated = with_recipe(run, "int8_ptq")
@@ -26,7 +26,7 @@ def calibrate(run: Run, root: Path) -> Answer:
 
 
 def with_recipe(run: Run, name: str) -> Run:
-    """The run with the INT8 recipe called `name` and its own options of calibration."""
+    """Return the run with the INT8 recipe called `name` and the calibration options of the run's recipe."""
     ptq, recipe = calibrating(run), calibration.recipe.ALL[name]
     kept = {option: getattr(ptq, option) for option in ("calibrator", "rounding", "placement", "force")}
     recipe = calibration.recipe.scheduled(recipe, run.tuning)

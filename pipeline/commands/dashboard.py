@@ -15,8 +15,9 @@ log = logging.getLogger("edgeline")
 
 
 def dashboard(root: Path) -> Answer:
-    """Draw the page, and open it in a browser if stdout is a terminal. Reads the database and changes nothing; the page
-    is written beside it, or to the current folder where that one cannot be written.
+    """Draw the page, and open it in a browser if stdout is a terminal.
+
+    The database is opened read-only. The page is written to its folder, or to the current folder if that is read-only.
     """
     from pipeline.reports import dashboard as page
     from pipeline.timing.results_db import Results

@@ -15,9 +15,9 @@ from targets.base import Bundles
 
 
 def engine(run: Run, root: Path) -> Answer:
-    """Build and verify the engine of `run`; where it can only be built on the device, leave a bundle for that.
+    """Build and verify the engine of `run`. If the engine can only be built on the device, build a bundle for it.
 
-    Raises CannotRunHere with the bundle in its answer where the bundle is all that this machine can make.
+    Raises CannotRunHere, with the bundle in its answer, if this machine can build the bundle only.
     """
     step = stages.deliverable(run)
     if Store(root).has(stages.weights(run)) and not Store(root).has(stages.exported(run)):
@@ -36,8 +36,9 @@ def engine(run: Run, root: Path) -> Answer:
 
 
 def _verdict(run: Run, root: Path, artifact: Artifact) -> Answer:
-    """The comparison with the float engines, if it is requested and this machine can time it: of an engine that was
-    built just now, or whose last verdict was undecided.
+    """Return the comparison with the float engines, if it is requested and this machine can time the engines.
+
+    It is made for engines that were just built, and for cached engines whose last verdict was undecided.
     """
     if not run.verdict or run.recipe.precision != "int8":
         return {}

@@ -12,7 +12,10 @@ from pipeline.store.store import Store
 
 
 def explain(run: Run, root: Path) -> Answer:
-    """Every stage with its key, whether it is in the store, and if not, the changes since. Builds nothing."""
+    """Return every stage with its cache key and whether it is in the store; if not, with the changes that rebuild it.
+
+    Builds nothing.
+    """
     store = Store(root)
     rows: list[Answer] = []
     cells = []

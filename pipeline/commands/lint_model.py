@@ -15,9 +15,9 @@ log = getLogger("edgeline")
 
 
 def lint_model(model: ModelSpec, target: Target, form: Form, size: int) -> Answer:
-    """The findings for `model` with random weights at an input of `size` x `size` pixels.
+    """Return the lint findings for `model` with random weights and an input of `size` x `size` pixels.
 
-    Raises CheckFailed, with all findings in its answer, where the export would refuse the network.
+    Raises CheckFailed, with all findings in its answer, if the export would refuse the network.
     """
     from calibration.quantize import traced
     from pipeline.stages.lint import lint

@@ -1,4 +1,4 @@
-"""`make models` and `make targets`."""
+"""`make models` and `make targets`: list the models and the targets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.commands.artifacts import Answer
 
 
 def list_models() -> Answer:
-    """The models with parameters, multiply-accumulates, input size and published accuracy."""
+    """Return the models with parameters, multiply-accumulates, input size and published accuracy."""
     columns = (
         table.text("model"),
         table.text("family"),
@@ -37,7 +37,7 @@ def list_models() -> Answer:
 
 
 def list_targets() -> Answer:
-    """The targets, and the reason for each whose engines cannot be built or executed here."""
+    """Return the targets, each with the reason if its engines cannot be built or executed on this machine."""
     columns = (table.text("target"), table.text("state"), table.text("runtime and devices"))
     rows, cells = [], []
     for target in targets.ALL.values():

@@ -22,8 +22,8 @@ log = logging.getLogger("edgeline")
 
 
 def multifunction(runs: Sequence[Run], root: Path) -> Answer:
-    """Build the engines of `runs`, or reuse them, and merge them into one file. Raises BadRequest where they cannot be
-    merged, CannotRunHere where this machine cannot build them.
+    """Build the engines of `runs`, or reuse them, and merge them into one file. Raises BadRequest if they cannot be
+    merged, CannotRunHere if this machine cannot build them.
     """
     functions = named(runs)
     for run in functions.values():

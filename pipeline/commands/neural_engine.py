@@ -17,24 +17,25 @@ log = logging.getLogger("edgeline")
 
 
 def placement(run: Run, root: Path) -> Answer:
-    """Findings for the Core ML package of `run`: the one in the store, or one with random weights and without training,
-    since weights change no operator.
+    """Return the findings for the Core ML package of `run`.
+
+    If the package is not in the store, a package with random weights is built, since weights change no operator.
     """
     from targets.coreml.neural_engine.eligibility import eligibility
     from targets.coreml.package import read
     from targets.coreml.target import PACKAGE
 
-    engine_step(run)  # refuses where there is nothing to build it with
+    engine_step(run)  # raises CannotRunHere if coremltools is missing
     if run.weights is None and not Store(root).has(stages.compiled(run)):
         recipe = calibration.recipe.ALL["int8_ptq"] if isinstance(run.recipe, Qat) else run.recipe
         run = replace(run, recipe=recipe, trained=False)
-        log.info("no such engine yet: reading a package with random weights, RECIPE=%s", recipe.name)
+        log.info("the engine is not built yet: using a package with random weights, RECIPE=%s", recipe.name)
     artifact = built(stages.compiled(run), root)
     found = eligibility(read(artifact.path / PACKAGE).operations)
     for finding in found.findings:
         log.info("%s", finding)
     log.info("%s %s at %d pixels: %s", run.model.name, run.recipe.precision, run.preprocess.size, found)
-    log.info("eligible: no rule excludes it; Core ML decides on the device where an operator runs")
+    log.info("eligible: excluded by no rule; Core ML assigns operators to compute units on the device")
     return (
         identity(artifact)
         | {"size": run.preprocess.size, "trained": run.trained, **found.summary()}

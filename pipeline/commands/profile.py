@@ -28,9 +28,9 @@ log = logging.getLogger("edgeline")
 
 
 def profile(run: Run, root: Path) -> Answer:
-    """Latency percentiles of the engine, on each set of compute units if the target has several.
+    """Return the latency percentiles of the engine, for each set of compute units if the target has several.
 
-    Raises CannotRunHere where it cannot be executed.
+    Raises CannotRunHere if this machine cannot execute the engine.
     """
     from pipeline.timing.results_db import Results
 
@@ -48,7 +48,7 @@ def profile(run: Run, root: Path) -> Answer:
 
 
 def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:
-    """One row; or one per set of units, each loaded, run once, warmed up and timed by itself."""
+    """Yield one row, or one row per set of compute units. Each is loaded, run once, warmed up and timed separately."""
     from pipeline.timing.latency import ON_UNITS, STANDARD, Conditions
 
     images = padded(next(run.images("val").batches(run.batch))[0].numpy(), run.batch)
@@ -67,7 +67,7 @@ def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:
 
 
 def _doubted(row: Row, doubt: str | None) -> Row:
-    """The row, invalid if there is a doubt about the units that were timed."""
+    """Return the row, marked invalid if there is a doubt about the timed units."""
     causes = "; ".join(cause for cause in (doubt, row.summary.why_invalid) if cause)
     return replace(row, summary=replace(row.summary, why_invalid=causes or None))
 
@@ -98,7 +98,7 @@ def _measurement(
         precision=run.recipe.precision,
         size=run.preprocess.size,
         batch=run.batch,
-        threads=threads() if "threads" in report["inspected"] else None,  # now, whatever it was at verification
+        threads=threads() if "threads" in report["inspected"] else None,  # now, not at verification
         unit=unit,
         artifact_key=artifact.key,
         artifact_path=str(artifact.path),
@@ -127,7 +127,7 @@ def _latency(row: Row) -> Answer:
 
 
 def _start(row: Row) -> Answer:
-    """Load time and first query, milliseconds, of a row that has a unit, and where its operators run."""
+    """Return load time and first query, in milliseconds, and the placement of operators, for a row with a unit."""
     from pipeline.timing.compute_plan import shares
 
     placed = {name: asdict(share) for name, share in shares(row.plan or ()).items()}

@@ -1,5 +1,5 @@
-"""The `prove` command: read every scale and int8 weight back from the artifacts of a run, and compare them with the
-torch program that all artifacts were built from.
+"""`make prove`: read every scale and int8 weight from the artifacts of a run, and compare them with the torch program
+that all artifacts were built from.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ log = logging.getLogger("edgeline")
 
 
 def qat(run: Run, root: Path) -> Answer:
-    """The trained program, its accuracy, and the gain and cost of the training."""
+    """Train the program, and return its accuracy with the gain and cost of the training."""
     answer = quantized(with_recipe(run, run.recipe.name if isinstance(run.recipe, Qat) else "int8_qat"), root)
     report = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())
     training = {name: report[name] for name in ("qat_bought", "qat_cost", "qat_stopped")}
     gain, cost = training["qat_bought"], training["qat_cost"]
     log.info(
-        "training moved validation top-1 from %.2f to %.2f %%, and the SNR of the logits against float from %.1f to "
-        "%.1f dB (epoch %d kept, 0 is the start), in %.0f s at %s images/s",
+        "training changed validation top-1 from %.2f to %.2f %%, and the SNR of the logits against float from %.1f to "
+        "%.1f dB (kept: epoch %d, 0 is the start), in %.0f s at %s images/s",
         *(*gain["val_top1"], *gain["val_db"], gain["kept_epoch"], cost["seconds"], cost["images_per_second"]),
     )
     return answer | training

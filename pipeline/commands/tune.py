@@ -109,7 +109,7 @@ def tune(run: Run, root: Path, plan: ComparisonPlan = _PLAN) -> dict[str, object
         doubts.append(final["doubt"])
         best, final = None, None
     elif final and not final["gains"]:
-        log.info("timed again, %s is %.2f times as fast as %s: float it is", best, final["speedup"], final["over"])
+        log.info("timed again, %s is %.2f times as fast as %s: float is chosen", best, final["speedup"], final["over"])
         best, final = None, None
     undecided = _undecided(doubts, len(candidates)) if doubts else None
     if undecided:

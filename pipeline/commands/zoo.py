@@ -1,4 +1,4 @@
-"""The zoo: build every model at full size with the toolchains that run without a device, and tabulate the results.
+"""`make zoo`: build every model at full size with the toolchains that run without a device, and tabulate the results.
 
 Weights are random, with BatchNorm statistics and INT8 ranges from crops of two photographs, so that the artifacts have
 the real structure and activations of realistic magnitude. Their predictions are meaningless.
@@ -81,7 +81,7 @@ def default_models() -> tuple[ModelSpec, ...]:
 def zoo(chosen: Sequence[ModelSpec], root: Path) -> Answer:
     """Build `chosen`, or `default_models()`, at full size with random weights.
 
-    Raises CheckFailed, with all rows, where one could not be built.
+    Raises CheckFailed, with all rows, if a build failed.
     """
     rows = build(chosen or default_models(), root)
     answer: Answer = {"rows": [asdict(row) for row in rows]}
@@ -212,7 +212,7 @@ def _in_its_own_process(spec: ModelSpec, root: Path, log_path: Path) -> list[Row
 
 
 def _values(row: Row) -> tuple[object, ...]:
-    """The row in the units of `_COLUMNS`."""
+    """Return the values of `row` in the units of `_COLUMNS`."""
     return (
         row.model,
         row.recipe,

@@ -58,7 +58,7 @@ class Selection:
         refuse_if_strict(self._export, self.found)
         if self.found:
             log.warning(
-                "FP16 cannot hold %d operators, which stay in float32, off the Neural Engine: %s",
+                "%d operators exceed the range of FP16 and run in float32, not on the Neural Engine: %s",
                 len(self.found),
                 sentence(self.found),
             )

@@ -1,4 +1,6 @@
-"""Core ML: ML Programs for Apple's Neural Engine, GPU and CPU, built and read back on any system, run on a Mac."""
+"""Core ML target: ML Programs for Apple's Neural Engine, GPU and CPU. They are built and checked on any system, and
+executed on a Mac.
+"""
 
 from __future__ import annotations
 
@@ -56,19 +58,21 @@ if TYPE_CHECKING:
 
 PACKAGE = "model.mlpackage"
 
-_MAX_RANK = 5  # of a tensor: the Neural Engine has no more, and Core ML refuses some operators beyond
-# Operators with attributes that are float32 in a program of any precision, and no numbers to compute with: scale
-# factors, slopes and limits of activation functions, and what keeps logarithms and roots away from zero.
+_MAX_RANK = 5  # of a tensor: the limit of the Neural Engine; Core ML rejects some operators above it
+# Operators with constant attributes that are float32 in programs of every precision: scale factors, slopes and limits
+# of activation functions, and the epsilon of logarithms and roots. They are no tensors of the computation.
 _WITH_FLOAT32 = (
     *("upsample_", "elu", "leaky_relu", "prelu", "thresholded_relu", "clamped_relu", "linear_activation"),
     *("scaled_tanh", "sigmoid_hard", "softplus_parametric", "inverse", "log", "rsqrt"),
 )
-_FLOAT32_OPERATORS = "float32_operators"  # the entry of the metadata: operators that FP16 cannot hold
-_STORAGE = "constexpr_"  # operators that make a weight of what is stored for it: palettes have two axes more than it
+_FLOAT32_OPERATORS = "float32_operators"  # metadata entry: operators that exceed FP16
+_STORAGE = "constexpr_"  # operators that decompress a weight; a palette has two axes more than its weight
 
 
 @dataclass(frozen=True, slots=True)
 class CoreMLTarget:
+    """The Core ML target. `machine` executes its packages."""
+
     name: str = "coreml"
     summary: str = "Core ML on iPhones, iPads and Macs (iOS 17 and macOS 14; INT8: iOS 18 and macOS 15)"
     scheme: Scheme = SHARED
@@ -112,7 +116,7 @@ class CoreMLTarget:
                 model = weight_compression.compressed(model, read(Path(scratch) / PACKAGE), export.storage)
             spec = model.get_spec()
             _describe(spec.description.metadata, export, self.toolchain(), selection.reasons())
-            # Not `model.save`: it leaves a file of ExecuTorch's in the package that no manifest lists.
+            # Not `model.save`, which leaves an ExecuTorch file in the package that the manifest does not list.
             coremltools.utils.save_spec(spec, str(out / PACKAGE), weights_dir=model.weights_dir)
 
     def check(self, export: Export) -> None:
@@ -128,12 +132,14 @@ class CoreMLTarget:
         return replace(ours, deployment=multifunction_package.deployment_of_part(storage, ours.deployment))
 
     def merge(self, parts: Mapping[str, Part], out: Path) -> None:
-        """Checks that each function has the operators and weights of the package that it came from."""
+        """Merge as `Merges.merge` requires, and compare operators and weights of each function with its package."""
         multifunction_package.merge({name: part.engine / PACKAGE for name, part in parts.items()}, out / PACKAGE)
         model_card.publish(out / PACKAGE, parts)
 
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
-        """Checks the interface, each layer's geometry, scales and int8 weights, and the types and ranks of the rest."""
+        """Check the interface, the geometry, scales and int8 weights of each layer, and the types and ranks of all
+        tensors, and return the description of the package.
+        """
         from calibration.graph import exported_program as programs
         from targets.fp16 import described
 
@@ -209,7 +215,7 @@ class CoreMLTarget:
 
 
 def _with_batch(program: ExportedProgram, export: Export) -> ExportedProgram:
-    """`program` and its interface traced again with the batch fixed: the Neural Engine executes static shapes only."""
+    """Trace `program` with its interface again for a fixed batch: the Neural Engine executes static shapes only."""
     import torch
 
     example = torch.zeros(export.batch, 3, export.size(), export.size())
@@ -218,12 +224,12 @@ def _with_batch(program: ExportedProgram, export: Export) -> ExportedProgram:
 
 
 def _converted(program: ExportedProgram, export: Export, selection: Selection, package: Path) -> Any:
-    """The MLModel of `program`, written to `package` and not loaded into Core ML. In FP16, `selection` chooses the
-    operators.
+    """Convert `program` to an MLModel, write it to `package`, and return it without loading it into Core ML. In FP16,
+    `selection` chooses the operators that are converted to FP16.
 
-    Its input and output have the type it computes in. For FP16 the numbers are the same as with a float32 input, whose
-    first operator would be a cast to FP16; but that cast cannot run on the Neural Engine, which has no float32. An
-    image input has that cast: Core ML turns pictures into float32.
+    Input and output have the type of the computation. With a float32 input, an FP16 program would compute the same
+    numbers after a cast to FP16 as its first operator; but this cast cannot run on the Neural Engine, which has no
+    float32. An image input needs the cast, since Core ML converts images to float32.
     """
     import numpy as np
 
@@ -246,7 +252,7 @@ def _converted(program: ExportedProgram, export: Export, selection: Selection, p
 
 
 def _describe(metadata: Any, export: Export, toolchain: dict[str, str], float32_operators: Mapping[str, str]) -> None:
-    """Write into the package what Xcode shows and an app needs."""
+    """Write the metadata that Xcode shows and apps read into the package."""
     facts = {**export.description(), "precision": export.precision, "toolchain": toolchain}
     if float32_operators:
         facts[_FLOAT32_OPERATORS] = dict(float32_operators)
@@ -255,7 +261,9 @@ def _describe(metadata: Any, export: Export, toolchain: dict[str, str], float32_
 
 
 def _check_interface(spec: Any, export: Export) -> None:
-    """Hold a package to the version it is deployed to, and to what the interface takes and returns."""
+    """Check the specification version of a package against its deployment target, and its inputs and outputs against
+    the interface. Raises CheckFailed if they differ.
+    """
     system = coreml_deployment.system_of(export)
     expected = {
         "specification": (system.specification, system.opset),
@@ -267,23 +275,26 @@ def _check_interface(spec: Any, export: Export) -> None:
         "inputs": coreml_interface.features(spec.description.input),
         "outputs": coreml_interface.features(spec.description.output),
     }
-    for what, wanted in expected.items():
-        if found[what] != wanted:
-            raise CheckFailed(f"{what} of the Core ML package: {found[what]}, expected {wanted}")
+    for name, value in expected.items():
+        if found[name] != value:
+            raise CheckFailed(f"{name} of the Core ML package: {found[name]}, expected {value}")
 
 
 def _check_types(package: Package, export: Export) -> None:
-    """Hold every constant to the type that the precision computes in, and every tensor to the rank Core ML takes."""
+    """Check that every tensor has the type of the precision and at most the rank that Core ML supports.
+
+    Raises CheckFailed otherwise.
+    """
     from coremltools.converters.mil.mil import types
 
-    wanted, other = (types.fp32, types.fp16) if export.precision == "fp32" else (types.fp16, types.fp32)
+    expected, other = (types.fp32, types.fp16) if export.precision == "fp32" else (types.fp16, types.fp32)
     kept = _float32_operators(package)
     for operation in coreml_interface.inside(package.operations):
         for value in operation.outputs:
             if value.dtype == other and not _is_constant_of(operation, _WITH_FLOAT32) and not _is_kept(operation, kept):
                 raise CheckFailed(
                     f"{operation.name} of the Core ML package ({operation.op_type}) is "
-                    f"{types.builtin_to_string(other)}, expected {types.builtin_to_string(wanted)}: Core ML would "
+                    f"{types.builtin_to_string(other)}, expected {types.builtin_to_string(expected)}: Core ML would "
                     "compute it in that type, off the Neural Engine"
                 )
             if value.rank > _MAX_RANK and not _is_constant_of(operation, _STORAGE):
@@ -294,13 +305,13 @@ def _check_types(package: Package, export: Export) -> None:
 
 
 def _float32_operators(package: Package) -> dict[str, str]:
-    """The operators of an FP16 program that compute in float32, by name, and why FP16 cannot hold their numbers."""
-    found: dict[str, str] = read_facts(package.spec.description.metadata).get(_FLOAT32_OPERATORS, {})
-    return found
+    """Return the operators of an FP16 program that compute in float32, by name, with the reason for each."""
+    reasons: dict[str, str] = read_facts(package.spec.description.metadata).get(_FLOAT32_OPERATORS, {})
+    return reasons
 
 
 def _is_kept(operation: Any, kept: Mapping[str, str]) -> bool:
-    """Whether an operator is one of `kept`, or a cast or constant for these alone."""
+    """Return whether an operator is in `kept`, or is a cast or constant that only operators in `kept` read."""
     if operation.op_type not in ("cast", "const"):
         return operation.name in kept
     readers = [reader for value in operation.outputs for reader in value.child_ops]
@@ -308,7 +319,7 @@ def _is_kept(operation: Any, kept: Mapping[str, str]) -> bool:
 
 
 def _is_constant_of(operation: Any, prefix: str | tuple[str, ...]) -> bool:
-    """Whether only operators whose names begin with `prefix`, or one of several, read the operation, a constant."""
+    """Return whether `operation` is a constant that only operators with types of this prefix (or prefixes) read."""
     if operation.op_type != "const":
         return False
     readers = [reader for value in operation.outputs for reader in value.child_ops]

@@ -66,7 +66,7 @@ def kept_in_float32(model: ModelProto, export: Export) -> dict[str, Unsafe]:
     kept = unsafe(operators(model), ranges_of(export))
     refuse_if_strict(export, kept)
     if kept:
-        log.warning("FP16 cannot hold %d operators, which stay in float32: %s", len(kept), sentence(kept))
+        log.warning("%d operators exceed the range of FP16 and run in float32: %s", len(kept), sentence(kept))
     return kept
 
 

@@ -43,14 +43,14 @@ def test_a_damaged_file_is_told_of_and_begins_afresh(
     checkpoint.path.write_bytes({"cut": whole[: len(whole) // 2], "flipped": whole, "empty": b""}[damage])
     with caplog.at_level(logging.WARNING, "edgeline"):
         assert checkpoint.load() is None
-    assert caplog.messages == [f"{checkpoint.path} is damaged: the training begins afresh"]
+    assert caplog.messages == [f"{checkpoint.path} is damaged; training restarts from the beginning"]
 
 
 def test_another_training_does_not_go_on_from_it(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint.save(STATE)
     with caplog.at_level(logging.WARNING, "edgeline"):
         assert Checkpoint(path=checkpoint.path, identity="another").load() is None
-    assert caplog.messages == [f"{checkpoint.path} is of another training: this one begins afresh"]
+    assert caplog.messages == [f"{checkpoint.path} belongs to a different training; training restarts from the beginning"]
 
 
 def test_a_save_that_does_not_end_leaves_what_was_there(

@@ -23,13 +23,13 @@ def test_placement_needs_no_training_and_reads_the_engine_once_it_is_there(
     run = tiny_run("fp16", "coreml")
     first = make_placement(run, tmp_path)
     assert (first["trained"], first["cached"], first["size"]) == (False, False, run.preprocess.size)
-    assert "no such engine yet: reading a package with random weights, RECIPE=fp16" in caplog.messages
+    assert "the engine is not built yet: using a package with random weights, RECIPE=fp16" in caplog.messages
     # conv and ReLU twice, mean, flatten, linear; the flattening moves the last axis.
     assert (first["operators"], first["eligible"], first["in_layout"]) == (7, 7, 6)
     worst, *_ = json.loads(json.dumps(first["findings"]))
     assert (worst["rule"], [hit["operator"] for hit in worst["hits"]]) == ("last-axis", ["reshape"])
     story = [record.getMessage() for record in caplog.records if record.name == "edgeline"]
-    assert story[-1].startswith("eligible: no rule excludes it;")
+    assert story[-1].startswith("eligible: excluded by no rule;")
 
     Store(tmp_path).get(stages.compiled(run))
     again = make_placement(run, tmp_path)
