@@ -90,6 +90,6 @@ def warnings(history: History | None, data: Data, file: Path) -> Iterable[str]:
     if known:
         yield (
             f"WEIGHTS={printable(file)} was trained on {known} of the {len(test)} test images, so the test accuracy is "
-            f"not representative: it was trained with DATA={printable(history.data)} SEED={history.seed}; use "
-            f"SEED={history.seed}, or add a test/ folder to the data"
+            f"not representative: it was trained with DATA={printable(history.data)} and SEED={history.seed}; use this "
+            "seed, or add a test/ folder to the data"
         )

@@ -67,7 +67,7 @@ class CpuTarget:
         if hint == "f16":  # bfloat16 has the range of float32
             source = limited(source, ranges_of(export).sentinels)
             if kept_in_float32(source, export):
-                log.warning("OpenVINO has one float type for all operators: all operators that do not run in INT8 run in float32")
+                log.warning("OpenVINO has a single float type: all operators that are not INT8 run in float32")
                 hint = "f32"
         graph = with_padding_before_rounding(with_own_quantizers(source))
         graph = with_unsigned_activations(graph)

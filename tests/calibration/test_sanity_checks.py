@@ -52,8 +52,8 @@ def test_white_icons_on_nothing_are_found(tmp_path: Path) -> None:
     icon[:, :4, 3] = 0
     found = folder(tmp_path, {"a": icon, "b": icon[:, ::-1]})
     assert sanity_checks.look(found) == [
-        "14 of 14 sampled train pictures are of a single colour: what they show may lie in their alpha channel "
-        "(BACKGROUND=<colour> goes under it; now (255, 255, 255)), or in more bits than 8"
+        "14 of 14 sampled train images have a single colour: their content may be in the alpha channel (set "
+        "BACKGROUND=<colour> for transparent pixels; now (255, 255, 255)), or need more than 8 bits"
     ]
     seen = Preprocess(size=8, crop=1.0, background=(0, 0, 0))
     assert sanity_checks.look(Images(data=found.data, part="train", preprocess=seen)) == []
@@ -62,18 +62,20 @@ def test_white_icons_on_nothing_are_found(tmp_path: Path) -> None:
 def test_faint_pictures_are_found(tmp_path: Path) -> None:
     (warning,) = sanity_checks.look(folder(tmp_path, {"a": noise(2), "b": noise(2, 1)}))
     assert re.match(
-        r"the pixels of the train pictures hardly vary, by [12]\.\d of 255 levels within a picture: ", warning
+        r"the train images have little contrast: the median standard deviation within an image is [12]\.\d of 255 "
+        r"levels; ",
+        warning,
     )
 
 
 def test_pictures_that_are_all_alike_are_found(tmp_path: Path) -> None:
     (warning,) = sanity_checks.look(folder(tmp_path, {"a": noise(40), "b": noise(40)}))
-    assert warning == "14 sampled train pictures are all alike: they differ by 0.00 of 255 levels"
+    assert warning == "14 sampled train images are nearly equal: they differ by 0.00 of 255 levels"
 
 
 def test_a_part_of_the_pictures_is_enough(tmp_path: Path) -> None:
     (warning,) = sanity_checks.look(folder(tmp_path, {"a": noise(40), "b": noise(0), "c": noise(40, 1)}))
-    assert warning.startswith("7 of 21 sampled train pictures are of a single colour")
+    assert warning.startswith("7 of 21 sampled train images have a single colour")
 
 
 # --- The float model ------------------------------------------------------------------------------------------------
@@ -100,8 +102,8 @@ def test_chance_is_said() -> None:
     found = rng.integers(0, 3, 60).tolist()
     (warning,) = judged(found, [0, 1, 2] * 20)
     assert re.fullmatch(
-        r"float top-1 is [34]\d\.\d\d% on 60 test pictures, hardly better than the answer `disc` for every picture "
-        r"\(33\.33%\): check WEIGHTS, LABELS, MEAN and STD, and the pictures, before time goes into INT8",
+        r"float top-1 is [34]\d\.\d\d% on 60 test images, hardly better than predicting `disc` for every image "
+        r"\(33\.33%\): check WEIGHTS, LABELS, MEAN, STD and the images before INT8 quantization",
         warning,
     )
 
@@ -109,8 +111,8 @@ def test_chance_is_said() -> None:
 def test_the_most_frequent_class_alone_is_said() -> None:
     (warning,) = judged([1] * 60, [1] * 48 + [0, 2] * 6, given=False)
     assert warning.startswith(
-        "float top-1 is 80.00% on 60 test pictures, hardly better than the answer `square` for every picture (80.00%): "
-        "it has learned nothing here; "
+        "float top-1 is 80.00% on 60 test images, hardly better than predicting `square` for every image (80.00%): "
+        "training did not converge; "
     )
 
 
@@ -118,9 +120,9 @@ def test_outputs_in_another_order_are_said() -> None:
     labels = [0, 1, 2] * 10
     (warning,) = judged([(label + 1) % 3 for label in labels], labels)
     assert warning == (
-        "the float model answers `square` for `disc`, `stripe` for `square`, `disc` for `stripe`: its outputs seem to "
-        "be in another order than the classes, with which 100.0% of 30 test pictures would be right; give the order of "
-        "its outputs, LABELS=<file>"
+        "the float model predicts `square` for `disc`, `stripe` for `square`, `disc` for `stripe`: its outputs seem to "
+        "have a different order than the classes; with the exchanged order, top-1 is 100.0% on 30 test images; give "
+        "the order of the outputs with LABELS=<file>"
     )
 
 
@@ -169,8 +171,8 @@ TEXT = [0, 4, 5, 6, 7, 8, 9, 10, 11, 1, 2, 3]
 
 def test_a_checkpoint_in_natural_order_is_not_scored_in_text_order(tmp_path: Path) -> None:
     sentence = (
-        "^in text order (1, 10, 11, 12, 2 and 7 more) WEIGHTS is right on 8.3% of 12 validation pictures, in natural "
-        "order (1, 2, 3, 4, 5 and 7 more) on 100.0%: add LABELS=natural (or LABELS=text, to keep the text order)"
+        "^top-1 of WEIGHTS with the classes in text order (1, 10, 11, 12, 2 and 7 more) is 8.3% on 12 validation "
+        "images, in natural order (1, 2, 3, 4, 5 and 7 more) 100.0%: add LABELS=natural (or LABELS=text, to keep the text order)"
     )
     with pytest.raises(BadRequest, match="^" + re.escape(sentence[1:]) + "$"):
         sanity_checks.check_order(Reads(NATURAL), twelve(tmp_path))
@@ -179,8 +181,8 @@ def test_a_checkpoint_in_natural_order_is_not_scored_in_text_order(tmp_path: Pat
 def test_a_checkpoint_in_text_order_is_taken_and_both_scores_are_said(tmp_path: Path) -> None:
     said = sanity_checks.check_order(Reads(TEXT), twelve(tmp_path))
     assert said is not None
-    assert said.startswith("in text order (1, 10, 11, 12, 2 and 7 more) WEIGHTS is right on 100.0% of 12 validation ")
-    assert said.endswith("on 8.3%: the text order is kept; LABELS=natural takes the other one")
+    assert said.startswith("top-1 of WEIGHTS with the classes in text order (1, 10, 11, 12, 2 and 7 more) is 100.0% on ")
+    assert said.endswith(" 8.3%: the text order is used; LABELS=natural selects the natural order")
 
 
 @pytest.mark.parametrize("labels", ["text", "natural"])

@@ -109,16 +109,16 @@ def test_labels_in_a_wrong_order_are_said(twelve: tuple[Path, Path], tmp_path: P
     report = made(tiny_run(data=Folder.scan(twelve[0], 0, "text"), weights=twelve[1]), tmp_path)
     assert report["test_top1"] == pytest.approx(100 / 12)
     (warning,) = report["warnings"]
-    assert "its outputs seem to be in another order than the classes, with which 100.0% of 60 test pictures" in warning
+    assert "its outputs seem to have a different order than the classes; with the exchanged order, top-1 is 100.0% on 60" in warning
 
 
 def test_another_seed_than_that_of_the_weights_is_said(twelve: tuple[Path, Path], tmp_path: Path) -> None:
     data = Folder.scan(twelve[0], 1, "natural")
     (warning,) = made(tiny_run(data=data, weights=twelve[1], seed=1), tmp_path)["warnings"]
-    assert "of the 60 test pictures, so that accuracy on them is worth little" in warning
+    assert "of the 60 test images, so the test accuracy is not representative" in warning
     again = Store(tmp_path).get(stages.weights(tiny_run(data=data, weights=twelve[1], seed=1))).path
     (warning,) = made(tiny_run(data=data, weights=again / "weights.safetensors", seed=1), tmp_path)["warnings"]
-    assert "with SEED=0" in warning  # weights that were only passed on keep their history
+    assert "and SEED=0" in warning  # weights that were only passed on keep their history
 
 
 def test_shapes_in_the_alpha_channel_are_learned(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_what_cannot_be_seen_is_said_each_time(tmp_path: Path, caplog: pytest.Lo
         with caplog.at_level(logging.INFO, "edgeline"):
             make_engine(run, tmp_path / "store")
         said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert [line for line in said if "64 of 64 sampled train pictures are of a single colour" in line]
-        assert [line for line in said if "float top-1 is 33.33% on 24 test pictures, hardly better than the an" in line]
+        assert [line for line in said if "64 of 64 sampled train images have a single colour" in line]
+        assert [line for line in said if "float top-1 is 33.33% on 24 test images, hardly better than predict" in line]
     seen = tiny_run(data=run.data, preprocess=replace(run.preprocess, background=(0, 0, 0)))
     assert made(seen, tmp_path / "store")["test_top1"] > 90
 

@@ -43,8 +43,8 @@ def test_another_seed_is_said_with_the_number_of_pictures(tmp_path: Path) -> Non
     count = sum(x.file in known for x in other.parts["test"])
     assert 10 <= count <= 20
     assert said(path, other) == [
-        f"WEIGHTS={path} was trained on {count} of the 20 test pictures, so that accuracy on them is worth little: its "
-        "training had DATA=data with SEED=3; take that seed, or give the data a test/ folder"
+        f"WEIGHTS={path} was trained on {count} of the 20 test images, so the test accuracy is not representative: it "
+        "was trained with DATA=data and SEED=3; use this seed, or add a test/ folder to the data"
     ]
 
 

@@ -50,7 +50,8 @@ def test_another_training_does_not_go_on_from_it(checkpoint: Checkpoint, caplog:
     checkpoint.save(STATE)
     with caplog.at_level(logging.WARNING, "edgeline"):
         assert Checkpoint(path=checkpoint.path, identity="another").load() is None
-    assert caplog.messages == [f"{checkpoint.path} belongs to a different training; training restarts from the beginning"]
+    expected = f"{checkpoint.path} belongs to a different training; training restarts from the beginning"
+    assert caplog.messages == [expected]
 
 
 def test_a_save_that_does_not_end_leaves_what_was_there(

@@ -363,7 +363,7 @@ def test_what_a_file_switches_is_set_back_and_told(
     (tmp_path / "net.py").write_text(f"import torch\n{above}{(tmp_path / 'net.py').read_text()}")
     found(request).build(10)
     assert guard.settings() == before
-    assert f"MODEL={request}: {place} switched {name}; set back" in caplog.messages
+    assert f"MODEL={request}: {place} changed {name}; restored" in caplog.messages
 
 
 def test_a_file_that_switches_nothing_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
