@@ -130,7 +130,7 @@ def test_two_outputs_that_are_exchanged_are_said_though_top1_is_high() -> None:
     names = tuple("abcdefghij")
     labels = list(range(10)) * 5
     (warning,) = judged([{3: 4, 4: 3}.get(label, label) for label in labels], labels, names=names)
-    assert warning.startswith("the float model answers `e` for `d`, `d` for `e`: its outputs seem to be in another")
+    assert warning.startswith("the float model predicts `e` for `d`, `d` for `e`: its outputs seem to have a")
 
 
 def test_a_class_that_is_taken_for_another_one_is_no_order() -> None:
@@ -172,7 +172,8 @@ TEXT = [0, 4, 5, 6, 7, 8, 9, 10, 11, 1, 2, 3]
 def test_a_checkpoint_in_natural_order_is_not_scored_in_text_order(tmp_path: Path) -> None:
     sentence = (
         "^top-1 of WEIGHTS with the classes in text order (1, 10, 11, 12, 2 and 7 more) is 8.3% on 12 validation "
-        "images, in natural order (1, 2, 3, 4, 5 and 7 more) 100.0%: add LABELS=natural (or LABELS=text, to keep the text order)"
+        "images, in natural order (1, 2, 3, 4, 5 and 7 more) 100.0%: add LABELS=natural (or LABELS=text, to keep the "
+        "text order)"
     )
     with pytest.raises(BadRequest, match="^" + re.escape(sentence[1:]) + "$"):
         sanity_checks.check_order(Reads(NATURAL), twelve(tmp_path))
@@ -181,7 +182,7 @@ def test_a_checkpoint_in_natural_order_is_not_scored_in_text_order(tmp_path: Pat
 def test_a_checkpoint_in_text_order_is_taken_and_both_scores_are_said(tmp_path: Path) -> None:
     said = sanity_checks.check_order(Reads(TEXT), twelve(tmp_path))
     assert said is not None
-    assert said.startswith("top-1 of WEIGHTS with the classes in text order (1, 10, 11, 12, 2 and 7 more) is 100.0% on ")
+    assert said.startswith("top-1 of WEIGHTS with the classes in text order (1, 10, 11, 12, 2 and 7 more) is 100.0% ")
     assert said.endswith(" 8.3%: the text order is used; LABELS=natural selects the natural order")
 
 
