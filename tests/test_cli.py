@@ -172,7 +172,7 @@ def test_a_wrong_request_gets_one_sentence(tmp_path: Path, arguments: list[str],
 
 
 @pytest.mark.parametrize("verb", ["engine", "verify", "profile", "explain"])
-def test_what_this_machine_cannot_do_says_what_would(tmp_path: Path, verb: str) -> None:
+def test_a_missing_capability_is_refused_with_an_alternative(tmp_path: Path, verb: str) -> None:
     assert "use TARGET=nvidia or TARGET=rtx" in refused(tmp_path, 3, verb, "--target", "torch_tensorrt")
 
 
@@ -206,7 +206,7 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path, make: Callable[[
     assert sentence in refused(tmp_path, 2, "engine", "--data", str(tmp_path / "my 'pictures'"))
 
 
-def test_the_classes_and_what_is_left_out_are_told_in_letters_that_are_safe_to_print(tmp_path: Path) -> None:
+def test_classes_and_omitted_files_are_logged_in_printable_characters(tmp_path: Path) -> None:
     from PIL import Image
 
     root = tmp_path / "my\x1b[2J data"
@@ -257,7 +257,7 @@ def test_labels_are_read_from_a_file(tmp_path: Path) -> None:
         ["--background", "black"],
     ],
 )
-def test_every_choice_of_preprocessing_is_another_key(tmp_path: Path, changes: list[str]) -> None:
+def test_each_preprocessing_has_a_different_key(tmp_path: Path, changes: list[str]) -> None:
     keys = [call(tmp_path, "explain", *more)[1]["stages"][0]["key"] for more in ([], changes)]
     assert keys[0] != keys[1]
 
@@ -337,7 +337,7 @@ def test_a_damaged_artifact_of_ours_is_no_checkpoint(tmp_path: Path) -> None:
     assert said.startswith(f"WEIGHTS={file}: its artifact is damaged: weights.safetensors: expected ")
 
 
-def test_a_link_to_a_checkpoint_is_read_as_what_it_is_called(tmp_path: Path) -> None:
+def test_the_format_of_a_linked_checkpoint_is_that_of_the_link_name(tmp_path: Path) -> None:
     """The cache of the Hugging Face Hub is full of links to files whose names are digests."""
     (tmp_path / "0123abcd").write_bytes(b"\0" * 7)
     (tmp_path / "model.safetensors").symlink_to("0123abcd")
@@ -480,7 +480,7 @@ def shell(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
         (signal.SIGINT, 130, "interrupted"),
     ],
 )
-def test_a_signal_leaves_an_answer(tmp_path: Path, number: signal.Signals, code: int, said: str) -> None:
+def test_a_signal_still_prints_the_result(tmp_path: Path, number: signal.Signals, code: int, said: str) -> None:
     (tmp_path / "model.py").write_text(SLEEPS)
     request = ["engine", "--model", f"{tmp_path / 'model.py'}:net", "--target", "null", "--store", str(tmp_path)]
     process = subprocess.Popen(
@@ -531,14 +531,14 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         ("$PIPELINE --help | true; exit ${PIPESTATUS[0]}", 0),
     ],
 )
-def test_a_stdout_that_nobody_reads_is_no_fault_of_the_program(tmp_path: Path, script: str, code: int) -> None:
+def test_a_stdout_without_a_reader_shows_no_traceback(tmp_path: Path, script: str, code: int) -> None:
     result = shell(tmp_path, script)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
 
 
 @pytest.mark.parametrize("stderr", ["2>&-", "2> >(true)", "2>/dev/full"])
-def test_a_stderr_that_nobody_reads_leaves_the_answer(tmp_path: Path, stderr: str) -> None:
+def test_a_stderr_without_a_reader_does_not_affect_the_result(tmp_path: Path, stderr: str) -> None:
     request = "$PIPELINE engine --model convmixer_mini --target onnxruntime --recipe fp32 --batch 0 --store $STORE"
     result = shell(tmp_path, f"{request} {stderr}")
     assert result.returncode == 2

@@ -53,7 +53,7 @@ def test_the_example_of_the_readme_becomes_an_engine(tmp_path: Path, example: Mo
     assert {item.name for item in (tmp_path / "user").iterdir()} == {"smallnet.py"}
 
 
-def test_the_example_of_the_readme_fails_as_it_says(tmp_path: Path, example: ModelSpec) -> None:
+def test_the_documented_error_example_fails_as_documented(tmp_path: Path, example: ModelSpec) -> None:
     file = tmp_path / "user" / "smallnet.py"
     first = "        x = self.stem(x)"
     assert first in file.read_text()
@@ -71,7 +71,7 @@ def keys(spec: ModelSpec) -> tuple[str, str]:
     return stages.weights(run).key, stages.quantized(run).key
 
 
-def test_what_a_file_does_is_part_of_the_keys_and_where_it_lies_is_not(tmp_path: Path) -> None:
+def test_the_code_of_a_model_file_is_part_of_the_keys_and_its_path_is_not(tmp_path: Path) -> None:
     files = {"net.py": NET, "my_widths.py": "WIDTH = 8\n"}
     same = {
         "elsewhere": files,
@@ -109,7 +109,7 @@ def test_the_code_of_packages_beside_a_file_and_of_ours_counts_and_versions_of_o
     assert "os" not in code
 
 
-def test_explaining_says_which_file_has_changed(tmp_path: Path) -> None:
+def test_explain_names_the_changed_file(tmp_path: Path) -> None:
     spec = found(tmp_path, {"net.py": NET, "my_widths.py": "WIDTH = 8\n"}, "net.py:net")
     run = tiny_run("fp32", "null", model=spec)
     store = Store(tmp_path / "store")

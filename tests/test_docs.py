@@ -80,7 +80,7 @@ def not_printed(shown: tuple[str, ...], printed: str) -> Iterator[str]:
             lines = iter(printable)
 
 
-def test_marked_blocks_run_and_print_what_is_shown(checkout: Path) -> None:
+def test_marked_blocks_run_and_print_the_shown_output(checkout: Path) -> None:
     running = [block for block in pages.blocks() if block.runs]
     assert {block.page for block in running} >= {"README.md", "docs/tutorial.md", "docs/commands.md"}
     differences = []
@@ -118,23 +118,23 @@ def generated(name: str) -> str:
     return hooks.on_page_markdown(f"before\n\n<!-- generated: {name} -->\n\nafter")
 
 
-def test_the_models_are_those_of_the_catalogue() -> None:
+def test_the_listed_models_match_the_catalog() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", generated("models"), re.M)
     assert rows == list(models.ALL)
 
 
-def test_the_targets_are_those_of_the_list() -> None:
+def test_the_listed_targets_match_make_targets() -> None:
     text = generated("targets")
     assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(targets.ALL)
     assert all(f"`{alias}`" in text for alias in targets.ALIASES)
 
 
-def test_the_commands_are_those_of_the_makefile() -> None:
+def test_the_listed_commands_match_the_makefile() -> None:
     assert {"engine", "profile", "dashboard", "gc"} <= set(hooks.verbs())
     assert "python -m pipeline --help" in generated("commands")
 
 
-def test_the_variables_are_those_of_make_help() -> None:
+def test_the_listed_variables_match_make_help() -> None:
     text = generated("variables")
     assert all(name in text for name in ("MODEL", "TARGET", "RECIPE", "make engine"))
 

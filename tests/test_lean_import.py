@@ -66,7 +66,7 @@ def imported_by(*arguments: str, code: int = 0) -> set[str]:
     ],
     ids=str,
 )
-def test_naming_things_imports_no_framework_and_answers_at_once(arguments: list[str], code: int) -> None:
+def test_listings_and_errors_import_no_framework_and_are_fast(arguments: list[str], code: int) -> None:
     assert imported_by(*arguments, code=code) & {*HEAVY, "numpy", "scipy"} == set()
     assert quickest("-m", "pipeline", *arguments, below=BE_SECONDS) < BE_SECONDS
 

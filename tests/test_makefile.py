@@ -114,7 +114,7 @@ def test_every_rule_is_declared_to_be_no_file() -> None:
     assert named == RULES | {".variables"}
 
 
-def test_help_answers_at_once_without_an_environment(checkout: Path) -> None:
+def test_help_is_fast_and_needs_no_environment(checkout: Path) -> None:
     taken = []
     for _ in range(5):  # the shortest of several, since others use the machine too
         started = time.perf_counter()
@@ -337,7 +337,7 @@ def test_every_rule_that_needs_the_environment_makes_it_first(checkout: Path, ru
     assert planned(checkout, rule)
 
 
-def test_without_its_python_it_says_what_to_install(checkout: Path) -> None:
+def test_without_python_setup_names_the_package_to_install(checkout: Path) -> None:
     result = make(checkout, "engine", "PYTHON=python-that-is-not-there")
     assert result.returncode == 2
     assert "python-that-is-not-there is not on PATH; on Debian and Ubuntu: apt install" in result.stderr
@@ -483,7 +483,7 @@ def normalized(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-def test_the_lock_files_agree_on_what_they_share() -> None:
+def test_the_lock_files_agree_on_shared_packages() -> None:
     pins = [
         dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / f"requirements{name}.lock").read_text(), re.M))
         for name in ("", "-cuda", "-macos")
@@ -515,7 +515,7 @@ def test_a_lock_of_the_cpu_build_is_that_of_the_cuda_build_without_cuda() -> Non
     assert [len(lines) for lines in found] == [3, 3, 1, 3, 3]
 
 
-def test_what_has_hashes_is_installed_by_them_and_the_rest_after_it() -> None:
+def test_packages_with_hashes_are_installed_first_and_verified() -> None:
     lock = f"b==2 \\\n    --hash=sha256:{'0' * 64}\ntorch==1 ; python_version > '3'\n# a comment\n"
     hashed, plain = environment.steps(lock)
     assert hashed == (("--require-hashes", "--no-deps"), f"b==2 \\\n    --hash=sha256:{'0' * 64}\n")
@@ -549,7 +549,7 @@ def test_every_package_is_listed_with_its_licence() -> None:
         ("", "not stated"),
     ],
 )
-def test_a_licence_is_what_the_metadata_state_first(metadata: str, expected: str, tmp_path: Path) -> None:
+def test_a_licence_is_the_first_one_in_the_metadata(metadata: str, expected: str, tmp_path: Path) -> None:
     folder = tmp_path / "x-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.4\nName: x\nVersion: 1.0\n{metadata}")
@@ -557,7 +557,7 @@ def test_a_licence_is_what_the_metadata_state_first(metadata: str, expected: str
     assert (found.package, found.version, found.license) == ("x", "1.0", expected)
 
 
-def test_from_another_folder_nothing_of_it_is_touched(tmp_path: Path) -> None:
+def test_running_from_a_different_folder_does_not_touch_it(tmp_path: Path) -> None:
     for rule in ("setup", "clean"):
         found = subprocess.run(
             ["make", "-n", "-f", str(ROOT / "Makefile"), rule],

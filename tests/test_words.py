@@ -37,7 +37,7 @@ def named(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=named)
-def test_no_file_speaks_of_the_machine_it_was_written_on(path: Path) -> None:
+def test_no_file_contains_paths_of_the_development_machine(path: Path) -> None:
     text = path.read_text(errors="replace")
     found = {what: match[0] for what, pattern in UNWANTED.items() if (match := pattern.search(text))}
     assert found == {}
@@ -52,7 +52,7 @@ def test_every_module_opens_with_a_sentence(path: Path) -> None:
     assert first[-1] in ".:!", f"{first!r} does not end like a sentence"
 
 
-def test_the_patterns_find_what_they_are_for() -> None:
+def test_the_patterns_match_their_examples() -> None:
     said = {
         "a folder of somebody's machine": ["see /" + "work/main/x", "cd /" + "root"],
         "a mark for later": ["# TO" + "DO later"],

@@ -18,7 +18,7 @@ def test_a_number_is_points_and_a_percentage_is_the_share_that_must_be_kept() ->
     assert 76.46 - parse("99%").allowed_points(76.46) == pytest.approx(75.6954)
 
 
-def test_nothing_finer_than_one_image_is_asked_for() -> None:
+def test_the_tolerance_is_at_least_one_image() -> None:
     budget = parse("0.1")
     assert budget.holds(99.0, 99.0 - 100 / 180, images=180)
     assert not budget.holds(99.0, 99.0 - 200 / 180, images=180)

@@ -19,7 +19,7 @@ def test_every_family_of_the_catalog_has_a_recipe() -> None:
 
 
 @RECIPES
-def test_additions_and_attention_stay_float_unless_they_are_asked_for(family: str, recipe: FamilyRecipe) -> None:
+def test_additions_and_attention_stay_float_unless_requested(family: str, recipe: FamilyRecipe) -> None:
     assert not {"attention", "elementwise"} & {*recipe.accelerator.kinds}
     assert {"attention", "elementwise"} & {*recipe.cpu.kinds} == ({"elementwise"} if family == "mobilenetv2" else set())
     for placement in (recipe.accelerator, recipe.cpu):
@@ -28,7 +28,7 @@ def test_additions_and_attention_stay_float_unless_they_are_asked_for(family: st
 
 
 @RECIPES
-def test_small_convolutions_are_integers_where_the_rule_says_so(family: str, recipe: FamilyRecipe) -> None:
+def test_small_convolutions_run_in_int8_where_their_error_is_small(family: str, recipe: FamilyRecipe) -> None:
     if family != "mobilenetv2":
         assert ("small" in recipe.accelerator.kinds) == (recipe.errors_db["small"] >= SMALL_DB)
 
@@ -38,7 +38,7 @@ def test_most_of_the_work_is_in_integers(family: str, recipe: FamilyRecipe) -> N
     assert sum(share for kind, share in recipe.shares.items() if kind not in recipe.accelerator.kinds) < 10
 
 
-def test_additions_err_most_where_the_rule_says_so() -> None:
+def test_additions_have_the_largest_error_in_three_families() -> None:
     worst = {
         family
         for family, recipe in FAMILIES.items()
@@ -47,7 +47,7 @@ def test_additions_err_most_where_the_rule_says_so() -> None:
     assert worst == {"acmix", "convmixer", "conformer"}
 
 
-def test_shares_are_those_of_the_network() -> None:
+def test_shares_of_work_match_the_network() -> None:
     """mobilevit_xs at its own size: whatever its weights are."""
     spec = models.ALL["mobilevit_xs"]
     operators = operators_of(prepare(spec.build(1000).eval(), SHARED, 256), 256)
@@ -56,6 +56,6 @@ def test_shares_are_those_of_the_network() -> None:
         assert 100 * found / spec.macs == pytest.approx(share, abs=0.06)
 
 
-def test_a_family_of_somebody_else_has_all_layers_and_a_cpu_always() -> None:
+def test_user_families_have_all_layers_in_int8_and_so_does_every_family_on_cpus() -> None:
     assert default("theirs") == default("theirs", "cpu") == default("mobilevit", "cpu") == LAYERS
     assert str(default("mobilevit")) == "conv+linear"

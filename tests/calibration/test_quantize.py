@@ -123,7 +123,7 @@ def test_every_scale_is_a_positive_fp16_number(program: ExportedProgram) -> None
         assert torch.equal(scales, scales.half().double()) and (scales > 0).all()
 
 
-def test_scales_are_told_by_the_path_of_the_module(program: ExportedProgram, trained: nn.Module) -> None:
+def test_scales_are_listed_by_module_path(program: ExportedProgram, trained: nn.Module) -> None:
     scales = programs.scales(program.module())
     assert tuple(scales) == LAYERS
     for path, layer in scales.items():
@@ -167,7 +167,7 @@ def test_a_scalar_tensor_is_left_alone_too() -> None:
     "scheme",
     [Scheme(activation_bits=6), Scheme(weight_bits=1), Scheme(weight_bits=16), Scheme(per_channel_weights=False)],
 )
-def test_another_scheme_than_the_implemented_one_is_not_silently_this_one(scheme: Scheme) -> None:
+def test_an_unsupported_scheme_raises_an_error(scheme: Scheme) -> None:
     with pytest.raises(NotImplementedError, match="only activations of 8 bits and per-channel weights of 2 to 8"):
         prepare(seeded(Hybrid).eval(), scheme, SIDE)
 

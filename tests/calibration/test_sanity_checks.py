@@ -47,7 +47,7 @@ def test_ordinary_pictures_raise_no_warning(tmp_path: Path) -> None:
     assert sanity_checks.look(Images(data=Digits(), part="train", preprocess=Preprocess(size=64, crop=1.0))) == []
 
 
-def test_white_icons_on_nothing_are_found(tmp_path: Path) -> None:
+def test_white_icons_on_a_transparent_background_raise_a_warning(tmp_path: Path) -> None:
     icon = np.full((8, 8, 4), 255, np.uint8)
     icon[:, :4, 3] = 0
     found = folder(tmp_path, {"a": icon, "b": icon[:, ::-1]})
@@ -59,7 +59,7 @@ def test_white_icons_on_nothing_are_found(tmp_path: Path) -> None:
     assert sanity_checks.look(Images(data=found.data, part="train", preprocess=seen)) == []
 
 
-def test_faint_pictures_are_found(tmp_path: Path) -> None:
+def test_images_with_little_contrast_raise_a_warning(tmp_path: Path) -> None:
     (warning,) = sanity_checks.look(folder(tmp_path, {"a": noise(2), "b": noise(2, 1)}))
     assert re.match(
         r"the train images have little contrast: the median standard deviation within an image is [12]\.\d of 255 "
@@ -68,7 +68,7 @@ def test_faint_pictures_are_found(tmp_path: Path) -> None:
     )
 
 
-def test_pictures_that_are_all_alike_are_found(tmp_path: Path) -> None:
+def test_equal_images_raise_a_warning(tmp_path: Path) -> None:
     (warning,) = sanity_checks.look(folder(tmp_path, {"a": noise(40), "b": noise(40)}))
     assert warning == "14 sampled train images are nearly equal: they differ by 0.00 of 255 levels"
 
@@ -97,7 +97,7 @@ def test_a_model_that_is_right_is_left_alone() -> None:
     assert judged([0, 1, 2], [0, 1, 2]) == []  # three pictures
 
 
-def test_chance_is_said() -> None:
+def test_accuracy_at_chance_level_raises_a_warning() -> None:
     rng = np.random.default_rng(0)
     found = rng.integers(0, 3, 60).tolist()
     (warning,) = judged(found, [0, 1, 2] * 20)
@@ -108,7 +108,7 @@ def test_chance_is_said() -> None:
     )
 
 
-def test_the_most_frequent_class_alone_is_said() -> None:
+def test_predicting_only_the_most_frequent_class_raises_a_warning() -> None:
     (warning,) = judged([1] * 60, [1] * 48 + [0, 2] * 6, given=False)
     assert warning.startswith(
         "float top-1 is 80.00% on 60 test images, hardly better than predicting `square` for every image (80.00%): "
@@ -116,7 +116,7 @@ def test_the_most_frequent_class_alone_is_said() -> None:
     )
 
 
-def test_outputs_in_another_order_are_said() -> None:
+def test_permuted_outputs_raise_a_warning() -> None:
     labels = [0, 1, 2] * 10
     (warning,) = judged([(label + 1) % 3 for label in labels], labels)
     assert warning == (
@@ -126,14 +126,14 @@ def test_outputs_in_another_order_are_said() -> None:
     )
 
 
-def test_two_outputs_that_are_exchanged_are_said_though_top1_is_high() -> None:
+def test_two_exchanged_outputs_raise_a_warning_even_if_top1_is_high() -> None:
     names = tuple("abcdefghij")
     labels = list(range(10)) * 5
     (warning,) = judged([{3: 4, 4: 3}.get(label, label) for label in labels], labels, names=names)
     assert warning.startswith("the float model predicts `e` for `d`, `d` for `e`: its outputs seem to have a")
 
 
-def test_a_class_that_is_taken_for_another_one_is_no_order() -> None:
+def test_a_single_confused_class_is_not_reported_as_a_permutation() -> None:
     labels = list(range(3)) * 20
     assert judged([0 if label == 1 else label for label in labels], labels) == []
 
@@ -179,7 +179,7 @@ def test_a_checkpoint_in_natural_order_is_not_scored_in_text_order(tmp_path: Pat
         sanity_checks.check_order(Reads(NATURAL), twelve(tmp_path))
 
 
-def test_a_checkpoint_in_text_order_is_taken_and_both_scores_are_said(tmp_path: Path) -> None:
+def test_a_checkpoint_in_text_order_is_accepted_with_both_accuracies(tmp_path: Path) -> None:
     said = sanity_checks.check_order(Reads(TEXT), twelve(tmp_path))
     assert said is not None
     assert said.startswith("top-1 of WEIGHTS with the classes in text order (1, 10, 11, 12, 2 and 7 more) is 100.0% ")
@@ -187,7 +187,7 @@ def test_a_checkpoint_in_text_order_is_taken_and_both_scores_are_said(tmp_path: 
 
 
 @pytest.mark.parametrize("labels", ["text", "natural"])
-def test_an_order_that_was_asked_for_is_kept(tmp_path: Path, labels: str) -> None:
+def test_an_order_set_by_labels_is_kept(tmp_path: Path, labels: str) -> None:
     assert sanity_checks.check_order(Reads(NATURAL), twelve(tmp_path, labels)) is None
 
 

@@ -173,7 +173,7 @@ def test_a_map_too_small_to_be_reflected_is_an_error(spec: ModelSpec) -> None:
             network(torch.zeros(1, 3, spec.sizes.minimum - spec.sizes.multiple_of, spec.sizes.minimum))
 
 
-def test_both_branches_of_the_mini_say_something_before_it_is_trained() -> None:
+def test_both_branches_of_the_mini_change_the_output_before_training() -> None:
     images = torch.randn(8, 3, 64, 64)
     network = SPEC.build(10)
     network(images)  # as a first step of training does: norms see their inputs

@@ -70,7 +70,7 @@ def test_torch_files_of_both_formats_come_back(tmp_path: Path, state: State, zip
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "state_dict_ema", "model_ema"])
-def test_what_training_scripts_wrap_around_weights_is_taken_off(tmp_path: Path, state: State, wrapper: str) -> None:
+def test_wrappers_of_training_scripts_are_removed(tmp_path: Path, state: State, wrapper: str) -> None:
     torch.save({"epoch": 7, wrapper: state, "optimizer": {"lr": 0.1}}, tmp_path / "w.pt")
     assert_same(checkpoint.read(tmp_path / "w.pt"), state)
 
@@ -78,7 +78,7 @@ def test_what_training_scripts_wrap_around_weights_is_taken_off(tmp_path: Path, 
 @pytest.mark.parametrize(
     "wrapper", ["state_dict", "model", "model_state_dict", "net", "network", "weights", "my_own", "ema", "model_ema"]
 )
-def test_the_key_of_the_weights_is_told(tmp_path: Path, state: State, wrapper: str) -> None:
+def test_the_key_of_the_weights_is_reported(tmp_path: Path, state: State, wrapper: str) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.zeros(4)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({"epoch": 7, wrapper: state, "optimizer": optimizer}, tmp_path / "w.pt")
     found = checkpoint.stored(tmp_path / "w.pt")
@@ -118,7 +118,7 @@ def test_averaged_weights_alone_are_taken(tmp_path: Path, state: State) -> None:
     assert checkpoint.stored(tmp_path / "w.pt").key == "state_dict_ema"
 
 
-def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, state: State) -> None:
+def test_a_missing_key_is_refused_with_the_existing_keys(tmp_path: Path, state: State) -> None:
     path = tmp_path / "w.pt"
     torch.save({"state_dict": state, "model_ema": state}, path)
     sentence = "WEIGHTS={path}#ema: the file has no weights under `ema`; it holds `state_dict`, `model_ema`"
@@ -194,9 +194,7 @@ def test_the_counters_of_a_profiler_are_no_weights(state: State) -> None:
     assert_same(model.state_dict(), state)
 
 
-def test_what_lies_beside_the_network_of_a_lightning_module_is_passed_over_and_named(
-    tmp_path: Path, state: State
-) -> None:
+def test_other_tensors_of_a_lightning_module_are_skipped_and_named(tmp_path: Path, state: State) -> None:
     content = {f"model.{name}": tensor for name, tensor in state.items()} | {"criterion.weight": torch.ones(5)}
     torch.save({"state_dict": content, "pytorch-lightning_version": "2.5.0"}, tmp_path / "w.ckpt")
     model = network()
@@ -205,7 +203,7 @@ def test_what_lies_beside_the_network_of_a_lightning_module_is_passed_over_and_n
     assert str(loaded).endswith("; 1 tensors outside `model.` were passed over: `criterion.weight`")
 
 
-def test_what_compilation_inserts_is_taken_out_wherever_it_stands(state: State) -> None:
+def test_prefixes_of_torch_compile_are_removed_at_any_position(state: State) -> None:
     inserted = {re.sub(r"^([03])\.", r"\1._orig_mod.", name): tensor for name, tensor in state.items()}
     model = network()
     checkpoint.load_into(model, {f"model.{name}": tensor for name, tensor in inserted.items()}, FILE)
@@ -255,7 +253,7 @@ def test_half_precision_weights_are_loaded_as_float32(tmp_path: Path, state: Sta
 
 
 @pytest.mark.parametrize("name", ["none.pt", "folder"])
-def test_what_is_no_file_is_said_to_be_missing(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     path = tmp_path / name
     sentence = "WEIGHTS={path}: there is no such file; give a .safetensors, .pt or .pth checkpoint"
@@ -296,7 +294,7 @@ def test_safetensors_that_end_early_are_damaged_wherever_they_end(tmp_path: Path
 @pytest.mark.parametrize(
     "content", [b"", b"hello\n", b"import os\n", b'{"weights": [1, 2]}', b"\x89PNG\r\n\x1a\n" + bytes(99), bytes(999)]
 )
-def test_a_file_of_another_kind_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+def test_a_file_of_a_different_format_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "w.pt"
     path.write_bytes(content)
     with pytest.raises(BadRequest, match=exactly(DAMAGED, path)):
@@ -448,7 +446,7 @@ def test_two_keys_that_become_one_name_are_refused(state: State) -> None:
         checkpoint.load_into(network(), {**foreign, "front.bias": torch.zeros(4)}, FILE, formats=[FOREIGN])
 
 
-def test_a_key_that_a_foreign_file_lacks_is_said_to_be_named_as_here(state: State) -> None:
+def test_a_missing_tensor_of_a_foreign_file_is_reported_by_our_name(state: State) -> None:
     foreign = {re.sub(r"^0\.", "first.", name): tensor for name, tensor in state.items()}
     del foreign["first.bias"]
     with pytest.raises(
@@ -473,7 +471,7 @@ def test_a_head_that_does_not_fit_together_is_no_head_for_other_classes(
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
-def test_numbers_of_another_kind_are_refused(tmp_path: Path, state: State, dtype: torch.dtype) -> None:
+def test_tensors_of_other_types_are_refused(tmp_path: Path, state: State, dtype: torch.dtype) -> None:
     path = tmp_path / "w.pt"
     torch.save({**state, "0.bias": torch.ones(4).to(dtype)}, path)
     with pytest.raises(BadRequest, match=rf"`0.bias` is a {dtype}, expected plain numbers"):
@@ -533,7 +531,7 @@ def test_the_options_of_a_training_script_beside_the_weights_are_passed_over(tmp
     ids=["expanded", "one side", "overlapping", "both"],
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_tensor_that_repeats_what_is_stored_is_refused(
+def test_a_tensor_with_overlapping_memory_is_refused(
     tmp_path: Path, state: State, tensor: Tensor, zipped: bool
 ) -> None:
     path = tmp_path / "w.pt"

@@ -85,7 +85,7 @@ def test_on_other_maps_a_table_is_stretched_over_all_offsets(height: int, width:
         torch.testing.assert_close(lines, expected.clamp(-3, 3), rtol=1e-5, atol=1e-5, msg=f"axis {axis}")
 
 
-def test_biases_from_an_mlp_depend_on_the_offset_alone_whatever_the_map() -> None:
+def test_biases_from_an_mlp_depend_only_on_the_offset_for_every_map_size() -> None:
     biases = RelativeMlp(8, 2)
     for layer in (biases.mlp[0], biases.mlp[2]):
         nn.init.normal_(layer.get_parameter("weight"))

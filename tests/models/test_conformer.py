@@ -45,7 +45,7 @@ def inputs(module: nn.Module) -> list[Tensor]:
     return seen
 
 
-def test_the_answer_is_the_sum_of_both_heads() -> None:
+def test_the_logits_are_the_sum_of_both_heads() -> None:
     network = mini(5).eval()
     assert isinstance(network, SeveralHeads)  # so that training asks each head
     x = torch.randn(2, 3, 32, 32)
@@ -80,7 +80,7 @@ def test_the_class_token_comes_before_the_patches_of_every_image() -> None:
     assert 0.01 < network.cls_token.std() < 0.03
 
 
-def test_a_block_adds_what_the_convolutions_found_to_the_tokens_and_doubles_the_class_token() -> None:
+def test_a_block_adds_convolution_features_to_the_tokens_and_doubles_the_class_token() -> None:
     block = cast(ConvTransBlock, settled(ConvTransBlock(16, 32, 8, 2, token=2, last=False)))
     x, tokens = torch.randn(2, 16, 8, 8), torch.randn(2, 5, 8)
     seen = inputs(block.trans_block)
@@ -127,7 +127,7 @@ def test_expanding_repeats_a_token_in_each_of_its_pixels(token: int) -> None:
         torch.testing.assert_close(found[:, :, row : row + token, column : column + token], alone)
 
 
-def test_what_the_transformer_found_is_added_before_the_3x3_convolution() -> None:
+def test_transformer_features_are_added_before_the_3x3_convolution() -> None:
     block = cast(ConvBlock, settled(ConvBlock(16, 16)))
     x, found = torch.randn(2, 16, 4, 4), torch.randn(2, 4, 4, 4)
     seen = inputs(block.conv2)

@@ -208,6 +208,6 @@ def test_every_published_variant_is_there() -> None:
 
 
 @every_model
-def test_a_name_says_family_and_variant(spec: ModelSpec) -> None:
+def test_a_name_consists_of_family_and_variant(spec: ModelSpec) -> None:
     assert spec.name.startswith(f"{spec.family}_")
     assert spec.module == f"models.{spec.family}"

@@ -38,7 +38,7 @@ def test_letters_of_every_script_stay_as_they_are(text: str) -> None:
         ("\U000e0041", "\\U000e0041"),  # a tag character, which shows nothing
     ],
 )
-def test_what_moves_the_cursor_or_hides_text_is_escaped(text: str, expected: str) -> None:
+def test_characters_that_move_the_cursor_or_hide_text_are_escaped(text: str, expected: str) -> None:
     assert printable(text) == expected
     assert "".join(letter for letter in printable(text) if not letter.isascii()) == ""
 
@@ -47,7 +47,7 @@ def test_the_lines_of_a_log_stay_lines() -> None:
     assert escaped("a\n\tb\x1bc", keep="\n\t") == "a\n\tb\\x1bc"
 
 
-def test_a_refusal_is_one_line_whatever_is_named_in_it() -> None:
+def test_a_refusal_is_one_line_for_every_name_in_it() -> None:
     assert str(BadRequest("WEIGHTS=a\x1b[31m\nb: there is no such file")) == (
         "WEIGHTS=a\\x1b[31m\\nb: there is no such file"
     )

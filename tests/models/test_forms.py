@@ -156,7 +156,7 @@ def test_a_checkpoint_fits_both_forms(spec: ModelSpec) -> None:
     ]
 
 
-def test_the_families_with_a_channels_form_are_those_that_define_one() -> None:
+def test_exactly_the_families_that_define_a_channels_form_have_one() -> None:
     assert {spec.family for spec in BOTH} == FAMILIES
     for spec in models.ALL.values():
         assert hasattr(spec._imported(), "CHANNELS") == (spec.forms == FORMS)
@@ -176,7 +176,7 @@ def test_attention_by_head_equals_that_of_torch_in_every_row(rows: int, heads: i
         torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_norm_over_channels_equals_that_of_torch_whatever_its_gammas() -> None:
+def test_a_norm_over_channels_equals_torch_for_all_gammas() -> None:
     norm = ChannelNorm(5)
     norm.weight.data = torch.tensor([0.0, 1e-6, 1.0, -2.0, 0.01])
     norm.bias.data = torch.tensor([0.5, 1.0, -1.0, 0.0, 2.0])
@@ -186,7 +186,9 @@ def test_a_norm_over_channels_equals_that_of_torch_whatever_its_gammas() -> None
 
 
 @pytest.mark.parametrize(("height", "width", "window"), [(4, 4, 2), (6, 9, 3), (14, 7, 7), (7, 7, 7)])
-def test_windows_of_channels_are_those_of_tokens_and_merging_undoes_them(height: int, width: int, window: int) -> None:
+def test_windows_of_channels_equal_windows_of_tokens_and_merging_undoes_them(
+    height: int, width: int, window: int
+) -> None:
     x = torch.randn(2, 5, height, width)
     windows = channel_partition(x, window)
     expected = partition(x.permute(0, 2, 3, 1), window).reshape(2, -1, window**2, 5)
@@ -323,7 +325,7 @@ def test_a_form_that_a_model_lacks_is_refused_with_the_families_that_have_it(tmp
         form_of(models.ALL["swin_mini"], "chanels")
 
 
-def test_a_network_of_somebody_elses_has_tokens_alone_whatever_its_spec_says(tmp_path: Path) -> None:
+def test_user_networks_have_only_the_tokens_form(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "from dataclasses import replace\n"
         "import models\n"

@@ -82,7 +82,7 @@ def test_an_extra_key_is_an_error_that_names_it(reference: Reference) -> None:
 
 
 @every_reference
-def test_a_key_of_another_shape_is_an_error_that_names_it(reference: Reference) -> None:
+def test_a_key_with_a_different_shape_is_an_error_that_names_it(reference: Reference) -> None:
     spec = models.ALL[reference.model]
     with torch.device("meta"):
         model = spec.build(CLASSES)

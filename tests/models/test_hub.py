@@ -161,7 +161,7 @@ def test_weights_are_downloaded_into_the_cache_and_nowhere_else(tmp_path: Path, 
     assert [path for path, _ in served.requests] == [PATH] * len(served.requests)
 
 
-def test_the_hub_learns_neither_a_token_nor_what_runs_here(tmp_path: Path, served: Hub) -> None:
+def test_requests_contain_neither_a_token_nor_system_information(tmp_path: Path, served: Hub) -> None:
     fetched(tmp_path, served.url, AI_AGENT="somebody")
     assert served.requests
     for _, headers in served.requests:
@@ -175,7 +175,7 @@ def test_a_folder_for_the_library_is_respected(tmp_path: Path, served: Hub) -> N
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_was_downloaded_is_found_again_without_asking(tmp_path: Path, served: Hub) -> None:
+def test_a_cached_download_is_used_without_a_request(tmp_path: Path, served: Hub) -> None:
     first = fetched(tmp_path, served.url)
     asked = len(served.requests)
     served.content += b" a newer one"
@@ -226,7 +226,7 @@ OUTWARDS = ("../../../../elsewhere/x", "/elsewhere/x", "..", "a/b", "x" * 64, "0
 
 @pytest.mark.parametrize("redirects", [False, True])
 @pytest.mark.parametrize("name", OUTWARDS)
-def test_no_name_is_taken_from_an_answer(tmp_path: Path, served: Hub, name: str, redirects: bool) -> None:
+def test_file_names_are_never_taken_from_a_response(tmp_path: Path, served: Hub, name: str, redirects: bool) -> None:
     before = {path for path in tmp_path.rglob("*")}
     served.redirects = redirects
     served.etag = name
@@ -236,7 +236,7 @@ def test_no_name_is_taken_from_an_answer(tmp_path: Path, served: Hub, name: str,
     assert {path for path in tmp_path.rglob("*")} - before <= {tmp_path / "home", tmp_path / "cache"}
 
 
-def test_content_of_the_right_size_that_is_not_what_the_hub_states_is_not_kept(tmp_path: Path, served: Hub) -> None:
+def test_content_with_a_wrong_digest_is_not_kept(tmp_path: Path, served: Hub) -> None:
     right = served.content
     served.etag = hashlib.sha256(right).hexdigest()
     served.content = right[:-1] + bytes([right[-1] ^ 1])
@@ -270,7 +270,7 @@ def test_a_damaged_file_is_not_used_where_the_hub_is_away(tmp_path: Path, served
     assert fetched(tmp_path, served.url).read_bytes() == served.content
 
 
-def test_what_is_no_checkpoint_is_not_kept(tmp_path: Path, served: Hub) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_not_kept(tmp_path: Path, served: Hub) -> None:
     right = served.content
     served.content = b"<html>Please log in</html>"
     assert "it is not a complete safetensors file (" in refused(tmp_path, served.url)
@@ -289,7 +289,7 @@ def test_what_is_no_checkpoint_is_not_kept(tmp_path: Path, served: Hub) -> None:
 @pytest.mark.parametrize(
     ("status", "answer"), [(404, "404 Not Found"), (401, "401 Unauthorized"), (503, "503 Service Unavailable")]
 )
-def test_a_hub_that_answers_otherwise_is_quoted(tmp_path: Path, served: Hub, status: int, answer: str) -> None:
+def test_an_error_response_is_quoted(tmp_path: Path, served: Hub, status: int, answer: str) -> None:
     served.status = status
     assert refused(tmp_path, served.url) == (
         f"3 WEIGHTS=timm: {served.url}{PATH} could not be downloaded: the response was {answer}; download it on "
@@ -297,7 +297,7 @@ def test_a_hub_that_answers_otherwise_is_quoted(tmp_path: Path, served: Hub, sta
     )
 
 
-def test_a_hub_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported(tmp_path: Path) -> None:
     url = nowhere()
     sentence = (
         r"could not be downloaded: .*Connection refused; download it on another machine and give it as WEIGHTS=<file>$"
@@ -305,7 +305,7 @@ def test_a_hub_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
     assert re.search(sentence, refused(tmp_path, url))
 
 
-def test_a_hub_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_hub_that_does_not_respond_times_out(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # listens, and that is all
         url = f"http://127.0.0.1:{server.server_address[1]}"
         said = refused(tmp_path, url, HF_HUB_ETAG_TIMEOUT="1")
@@ -320,11 +320,11 @@ def test_offline_is_offline(tmp_path: Path, served: Hub) -> None:
     assert served.requests == []
 
 
-def test_an_address_that_is_none_is_said_to_be_so(tmp_path: Path) -> None:
+def test_an_invalid_address_is_reported(tmp_path: Path) -> None:
     assert refused(tmp_path, "nonsense").startswith(f"3 WEIGHTS=timm: nonsense{PATH} could not be downloaded: ")
 
 
-def test_a_page_of_somebody_between_is_not_taken_for_weights(tmp_path: Path, served: Hub) -> None:
+def test_a_login_page_of_a_proxy_is_not_taken_for_weights(tmp_path: Path, served: Hub) -> None:
     """Hotels and companies answer 200 with a page to log in."""
     served.content, served.is_one = b"<html>Please log in</html>", False
     assert "does not seem to be a Hugging Face Hub endpoint" in refused(tmp_path, served.url)
@@ -344,7 +344,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, served: Hub) ->
     assert str(tmp_path / "cache") in said
 
 
-def test_the_command_line_says_it_in_one_sentence(tmp_path: Path, served: Hub) -> None:
+def test_the_command_line_reports_it_in_one_sentence(tmp_path: Path, served: Hub) -> None:
     served.status = 404
     store = tmp_path / "store"
     request = ["engine", "--model", MODEL, "--weights", "timm", "--store", str(store)]
@@ -354,7 +354,7 @@ def test_the_command_line_says_it_in_one_sentence(tmp_path: Path, served: Hub) -
     assert not store.exists()
 
 
-def test_a_model_that_timm_never_trained_is_refused_before_anybody_is_asked() -> None:
+def test_a_model_without_timm_weights_is_refused_without_a_request() -> None:
     with pytest.raises(BadRequest, match=f"timm publishes no weights of {WITHOUT}; give a checkpoint with WEIGHTS="):
         hub.download(models.ALL[WITHOUT])
 

@@ -170,7 +170,7 @@ def test_a_merging_ends_a_stage_of_the_authors_and_begins_one_of_ours() -> None:
     assert theirs.renamed("head.bias") == "head.fc.bias"
 
 
-def test_every_branch_of_the_mini_says_something_before_it_is_trained() -> None:
+def test_every_branch_of_the_mini_changes_the_output_before_training() -> None:
     network = SPEC.build(10).eval()
     shares: list[float] = []
     for block in network.modules():

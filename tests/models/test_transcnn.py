@@ -125,7 +125,7 @@ def test_every_level_has_an_mlp_of_its_own() -> None:
     torch.testing.assert_close(attention(x), before + 1)  # the last level is enlarged and added, nothing else sees it
 
 
-def test_one_image_gets_the_answer_that_it_gets_among_others() -> None:
+def test_the_logits_of_an_image_do_not_depend_on_its_batch() -> None:
     attention = randomised(MultiLevelAttention(8, head_dim=8, grids=(2, 2), side=4))
     x = torch.randn(3, 8, 4, 4).double()
     torch.testing.assert_close(attention(x)[:1], attention(x[:1]))

@@ -74,7 +74,7 @@ def test_every_family_has_a_small_variant() -> None:
 @pytest.mark.parametrize("target", ["cpu", "rtx", "coreml"])
 @pytest.mark.parametrize("recipe", ["fp16", "int8_ptq"])
 @every_small_model
-def test_it_is_built_and_is_what_the_export_says(name: str, recipe: str, target: str, shared: Path) -> None:
+def test_every_family_is_built_and_matches_its_export(name: str, recipe: str, target: str, shared: Path) -> None:
     run = run_of(name, recipe, target)
     if reason := run.target.missing():
         pytest.skip(f"{target}: {reason}")

@@ -105,14 +105,14 @@ def test_labels_of_a_file_do_the_same_as_the_order_and_name_the_classes(
     assert data.classes[1] == "colour 2"
 
 
-def test_labels_in_a_wrong_order_are_said(twelve: tuple[Path, Path], tmp_path: Path) -> None:
+def test_labels_in_a_wrong_order_raise_a_warning(twelve: tuple[Path, Path], tmp_path: Path) -> None:
     report = made(tiny_run(data=Folder.scan(twelve[0], 0, "text"), weights=twelve[1]), tmp_path)
     assert report["test_top1"] == pytest.approx(100 / 12)
     (warning,) = report["warnings"]
     assert "a different order than the classes; with the exchanged order, top-1 is 100.0% on 60 test images" in warning
 
 
-def test_another_seed_than_that_of_the_weights_is_said(twelve: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_seed_that_differs_from_the_weights_raises_a_warning(twelve: tuple[Path, Path], tmp_path: Path) -> None:
     data = Folder.scan(twelve[0], 1, "natural")
     (warning,) = made(tiny_run(data=data, weights=twelve[1], seed=1), tmp_path)["warnings"]
     assert "of the 60 test images, so the test accuracy is not representative" in warning
@@ -126,7 +126,7 @@ def test_shapes_in_the_alpha_channel_are_learned(tmp_path: Path) -> None:
     assert report["test_top1"] > 90 and report["warnings"] == []
 
 
-def test_what_cannot_be_seen_is_said_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_invisible_shapes_raise_a_warning_in_every_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """White shapes on a white background."""
     run = tiny_run("fp32", "null", data=Folder.scan(icons(tmp_path / "icons", 255), 0))
     for _ in range(2):

@@ -27,7 +27,7 @@ def trained(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_float_answers_stay(name: str) -> None:
+def test_float_logits_are_unchanged(name: str) -> None:
     network = trained(name)
     images = torch.randn(2, 3, 64, 64)
     before = {key: value.clone() for key, value in network.state_dict().items()}

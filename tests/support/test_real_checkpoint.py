@@ -50,7 +50,7 @@ def normed(tensors: dict[str, npt.NDArray[np.float32]], name: str, x: Tensor) ->
     return (x - mean) / (variance + 1e-3).sqrt() * gamma + beta
 
 
-def test_every_tensor_finds_its_place_and_computes_what_keras_does() -> None:
+def test_every_tensor_is_converted_and_the_network_matches_keras() -> None:
     tensors, spec = keras(), models.ALL[MODEL]
     network = real_checkpoint._loaded(spec, converted(tensors))
     assert isinstance(network, MobileNetV2)

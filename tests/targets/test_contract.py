@@ -60,7 +60,7 @@ def test_a_target_describes_itself_in_one_line(target: Target) -> None:
 
 
 @every_target
-def test_what_is_missing_is_one_sentence_that_a_message_can_end_with(target: Target) -> None:
+def test_the_reason_of_missing_is_one_sentence_for_the_end_of_a_message(target: Target) -> None:
     for reason in (target.missing(), target.not_executed()):
         if reason is not None:
             assert reason.strip() == reason and len(reason) > 10 and "\n" not in reason
@@ -69,7 +69,7 @@ def test_what_is_missing_is_one_sentence_that_a_message_can_end_with(target: Tar
 
 
 @every_target
-def test_what_cannot_be_built_here_cannot_be_executed_here_either(target: Target) -> None:
+def test_targets_that_cannot_build_here_cannot_execute_here_either(target: Target) -> None:
     if target.missing() is not None:
         assert target.not_executed() is not None
 
@@ -83,7 +83,7 @@ def test_the_toolchain_is_versions_by_name_and_the_same_each_time(target: Target
 
 
 @every_target
-def test_a_target_that_is_ready_builds_what_can_be_moved_opened_and_timed(
+def test_engines_of_a_ready_target_can_be_moved_opened_and_timed(
     target: Target, export: Export, tmp_path: Path
 ) -> None:
     ready(target)

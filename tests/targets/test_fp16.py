@@ -43,7 +43,7 @@ def evaluated(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> npt.ND
 
 
 @pytest.mark.parametrize("part", (*OVERFLOWING, *FLUSHED), ids=lambda part: str(part.__name__))
-def test_what_fp16_cannot_hold_stays_in_float32(tmp_path: Path, part: type[nn.Module]) -> None:
+def test_operators_that_exceed_fp16_stay_in_float32(tmp_path: Path, part: type[nn.Module]) -> None:
     export = toy_export(tmp_path, "fp16", network=net(part))
     images, logits = sample(export)
     assert np.isfinite(logits).all()
@@ -92,7 +92,7 @@ def test_strict_refuses_with_operator_and_line(tmp_path: Path) -> None:
         typed_onnx(export)
 
 
-def test_strict_takes_what_fp16_holds(float_export: Export) -> None:
+def test_strict_accepts_networks_within_fp16(float_export: Export) -> None:
     assert float32_operators(typed_onnx(replace(float_export, precision="fp16", half="strict"))) == {}
 
 
@@ -128,7 +128,7 @@ def test_the_executor_overflows_and_flushes() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_report_counts_them_and_says_why(tmp_path: Path) -> None:
+def test_a_report_has_their_number_and_reasons(tmp_path: Path) -> None:
     export = toy_export(tmp_path, "int8", network=net(GeneralizedMean))
     onnx.save(typed_onnx(export), tmp_path / "typed.onnx")
     found = check_graph(export, tmp_path / "typed.onnx")
@@ -165,7 +165,7 @@ def test_the_executor_of_a_graph_is_that_of_its_types(tmp_path: Path) -> None:
     assert name == "onnxruntime, on the compiled graph" and snr_db(logits, execute(images)) > 100
 
 
-def test_the_ranges_of_a_network_are_those_of_its_tensors(tmp_path: Path) -> None:
+def test_the_ranges_of_a_network_match_its_tensors(tmp_path: Path) -> None:
     export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
     ranges = ranges_of(export)
     images, _ = sample(export)

@@ -114,7 +114,7 @@ def test_folders_that_are_numbers_can_be_given_indices_and_names(tmp_path: Path)
     assert found.outputs == {"1": 0, "10": 2, "2": 1} and found.names == ("1", "2", "10")
 
 
-def test_names_that_come_twice_are_told_apart(tmp_path: Path) -> None:
+def test_duplicate_class_names_are_made_unique(tmp_path: Path) -> None:
     found = read(labels(tmp_path, "n1 crane\nn2 crane\nn3 newt\n"), ("n1", "n2", "n3"))
     assert found.names == ("crane (0)", "crane (1)", "newt")
 
@@ -155,7 +155,7 @@ def test_a_file_that_leaves_the_order_open_is_refused(tmp_path: Path, text: str,
     assert str(refused.value).startswith(f"LABELS={tmp_path}/labels.txt")
 
 
-def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"cat\n\xff\xfe\n")
     os.mkfifo(tmp_path / "fifo")
     with (tmp_path / "large").open("wb") as file:

@@ -114,7 +114,7 @@ def test_classes_may_lie_deeper(tmp_path: Path) -> None:
     assert folder.classes == ("disc", "square", "stripe") and counts(folder) == [21, 3, 6]
 
 
-def test_a_test_part_without_labels_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_test_part_without_labels_is_omitted_with_a_note(tmp_path: Path) -> None:
     root = pictures(tmp_path, split({"train": 10, "val": 4}) | {"test": 9})
     folder = Folder.scan(root, seed=0)
     assert origins(folder)["test"] == {"val"}
@@ -161,7 +161,9 @@ def test_folders_beside_the_parts_are_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_would_make_wrong_classes_is_refused(tmp_path: Path, layout: dict[str, int], sentence: str) -> None:
+def test_folders_that_would_become_wrong_classes_are_refused(
+    tmp_path: Path, layout: dict[str, int], sentence: str
+) -> None:
     with pytest.raises(BadRequest, match=sentence):
         Folder.scan(pictures(tmp_path, layout), seed=0)
 
@@ -180,7 +182,7 @@ def test_one_folder_of_images_in_each_class_is_no_part(tmp_path: Path) -> None:
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_picture_is_counted_by_class_and_ending(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_counted_by_class_and_suffix(tmp_path: Path) -> None:
     root = pictures(tmp_path, {"disc": 4, "square": 4})
     for index in range(3):
         (root / "disc" / f"{index}.heic").touch()
@@ -224,7 +226,7 @@ def to_a_device(path: Path) -> None:
     ("make", "kind"),
     [(fifo, "FIFO"), (unix_socket, "socket"), (to_a_folder, "link to a folder"), (to_a_device, "device")],
 )
-def test_what_is_no_file_is_never_opened(make: Callable[[Path], None], kind: str) -> None:
+def test_only_regular_files_are_opened(make: Callable[[Path], None], kind: str) -> None:
     with tempfile.TemporaryDirectory() as short:  # the path of a socket has at most 107 letters
         root = pictures(Path(short), {"a": 4, "b": 4})
         make(root / "a" / "x.png")

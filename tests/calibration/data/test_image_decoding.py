@@ -83,7 +83,7 @@ def test_half_transparent_pixels_are_mixed(tmp_path: Path) -> None:
     assert np.abs(seen(tmp_path / "x.png").astype(int) - 127).max() <= 1
 
 
-def test_hidden_colours_do_not_bleed_into_what_is_seen(tmp_path: Path) -> None:
+def test_hidden_colours_do_not_bleed_into_visible_pixels(tmp_path: Path) -> None:
     """Resizing colours and alpha apart would mix the red of transparent pixels into the edge."""
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     image.paste((255, 255, 255, 255), (0, 0, 32, 64))
@@ -91,7 +91,7 @@ def test_hidden_colours_do_not_bleed_into_what_is_seen(tmp_path: Path) -> None:
     assert (seen(tmp_path / "x.png") == 255).all()
 
 
-def test_every_background_is_another_key() -> None:
+def test_each_background_has_a_different_key() -> None:
     from pipeline.store.store import plain
 
     assert plain(Preprocess(size=8)) != plain(Preprocess(size=8, background=(0, 0, 0)))
@@ -195,7 +195,7 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
         assert (seen(tmp_path / name) == RED).all(), name
 
 
-def test_a_picture_is_what_it_holds_and_not_what_it_is_called(tmp_path: Path) -> None:
+def test_the_format_is_read_from_the_content_and_not_from_the_name(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), RED).save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(tmp_path / "x.jpg")
     assert (seen(tmp_path / "x.jpg") == RED).all()
@@ -283,7 +283,9 @@ def bomb(path: Path, width: int, height: int, bits: int = 1) -> Path:
         ((60000, 60000), "DecompressionBombError"),
     ],
 )
-def test_what_is_too_large_or_thin_is_known_by_its_header(tmp_path: Path, size: tuple[int, int], sentence: str) -> None:
+def test_too_large_or_thin_images_are_rejected_by_their_header(
+    tmp_path: Path, size: tuple[int, int], sentence: str
+) -> None:
     path = bomb(tmp_path / "x.png", *size) if max(size) < 60000 else bomb(tmp_path / "x.png", 8, 8)
     if max(size) >= 60000:
         data = bytearray(path.read_bytes())
@@ -338,7 +340,7 @@ def memory(root: Path) -> tuple[str, float]:
         ((7900, 7900), 1, 700, "read 8"),
     ],
 )
-def test_no_shape_of_a_picture_takes_the_memory(
+def test_memory_is_bounded_for_every_image_shape(
     tmp_path: Path, size: tuple[int, int], bits: int, most_mb: float, said: str
 ) -> None:
     first = bomb(tmp_path / "x.png", *size, bits=bits)
@@ -351,7 +353,7 @@ def test_no_shape_of_a_picture_takes_the_memory(
     assert taken < most_mb
 
 
-def test_a_large_photograph_is_reduced_on_its_way(tmp_path: Path) -> None:
+def test_a_large_photograph_is_reduced_while_it_is_decoded(tmp_path: Path) -> None:
     """What is seen of it is what is seen of the same picture at a tenth of its side."""
     small = Image.effect_noise((600, 400), 60).convert("RGB").resize((600, 400))
     small.putpixel((0, 0), RED)

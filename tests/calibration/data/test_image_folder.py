@@ -93,7 +93,7 @@ def test_a_declared_val_folder_is_the_test_part_whole_and_alone(tmp_path: Path) 
     assert all(name.startswith("train/") for part in PARTS[:2] for name in files(folder, part))
 
 
-def test_names_are_any_names(tmp_path: Path) -> None:
+def test_folders_and_files_may_have_any_name(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "my photos", {"Größe 3": 3, "猫": 3})
     folder = load(str(root), 0)
     assert folder.name == "my photos" and folder.classes == ("Größe 3", "猫")
@@ -132,7 +132,7 @@ def test_links_to_files_and_to_class_folders_are_followed(tmp_path: Path) -> Non
     assert all(folder.image(part, 0) is not None for part in PARTS)
 
 
-def test_a_changed_file_is_another_dataset(tmp_path: Path) -> None:
+def test_a_changed_file_changes_the_identity_of_the_dataset(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 3, "b": 3})
     before = Folder.scan(tmp_path, seed=0).identity()
     assert Folder.scan(tmp_path, seed=0).identity() == before
@@ -140,7 +140,7 @@ def test_a_changed_file_is_another_dataset(tmp_path: Path) -> None:
     assert Folder.scan(tmp_path, seed=0).identity() != before
 
 
-def test_what_a_label_file_holds_is_part_of_the_dataset_and_its_name_is_not(tmp_path: Path) -> None:
+def test_the_content_of_a_label_file_is_part_of_the_identity_and_its_name_is_not(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "data", {"a": 3, "b": 3})
 
     def identity(text: str, name: str = "labels.txt") -> dict[str, object]:
@@ -187,7 +187,7 @@ def test_classes_without_a_folder_are_counted(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_folder_that_cannot_serve_is_refused(tmp_path: Path, layout: dict[str, int], expected: str) -> None:
+def test_an_unusable_folder_is_refused(tmp_path: Path, layout: dict[str, int], expected: str) -> None:
     for name in layout:
         (tmp_path / name).mkdir(parents=True)
     class_folders(tmp_path, layout)

@@ -46,7 +46,7 @@ def test_the_short_side_is_resized_and_the_long_one_keeps_its_proportion(
     assert np.array_equal(pixels(image, preprocess), channels_first(resized)[:, top : top + 16, left : left + 16])
 
 
-def test_published_sizes_resize_as_their_authors_say() -> None:
+def test_published_sizes_are_resized_as_published() -> None:
     """ImageNet at 224: short side 256; MobileViT at 256: short side 284 (timm's crop of 0.9)."""
     for size, crop, short in ((224, 0.875, 256), (256, 0.9, 284), (224, 0.96, 233)):
         image = noise(short, short + 10)

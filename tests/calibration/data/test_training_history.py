@@ -35,7 +35,7 @@ def test_the_seed_that_trained_them_raises_no_warning(tmp_path: Path) -> None:
     assert torch.equal(load_file(path)["x"], checkpoint.read(path)["x"])
 
 
-def test_another_seed_is_said_with_the_number_of_pictures(tmp_path: Path) -> None:
+def test_a_different_seed_raises_a_warning_with_the_number_of_images(tmp_path: Path) -> None:
     root = pictures(tmp_path / "data", LAYOUT)
     trained, other = Folder.scan(root, seed=3), Folder.scan(root, seed=4)
     path = saved(tmp_path, training_history.of_training(trained, 3))
@@ -48,13 +48,13 @@ def test_another_seed_is_said_with_the_number_of_pictures(tmp_path: Path) -> Non
     ]
 
 
-def test_more_files_in_the_folder_are_said_with_the_same_seed(tmp_path: Path) -> None:
+def test_added_files_raise_a_warning_for_the_same_seed(tmp_path: Path) -> None:
     root = pictures(tmp_path / "data", LAYOUT)
     path = saved(tmp_path, training_history.of_training(Folder.scan(root, seed=3), 3))
     assert said(path, Folder.scan(pictures(root, {"a": 60}), seed=3))
 
 
-def test_a_folder_that_moved_is_known_again_and_a_declared_test_part_is_never_trained_on(tmp_path: Path) -> None:
+def test_a_moved_folder_is_recognized_and_a_declared_test_part_is_never_trained_on(tmp_path: Path) -> None:
     root = pictures(tmp_path / "data", LAYOUT)
     path = saved(tmp_path, training_history.of_training(Folder.scan(root, seed=3), 3))
     root.rename(tmp_path / "moved")
@@ -64,7 +64,7 @@ def test_a_folder_that_moved_is_known_again_and_a_declared_test_part_is_never_tr
     assert said(path, Folder.scan(tmp_path / "parts", seed=1)) == []
 
 
-def test_what_was_trained_twice_knows_both(tmp_path: Path) -> None:
+def test_weights_that_were_trained_twice_have_both_histories(tmp_path: Path) -> None:
     root = pictures(tmp_path / "data", LAYOUT)
     first, second = (training_history.of_training(Folder.scan(root, seed), seed) for seed in (3, 4))
     both = training_history.merged(first, second)
@@ -82,7 +82,7 @@ def test_the_digits_have_one_split_and_need_no_history() -> None:
     "found",
     ["", "null", "[]", "{", '{"pictures": 3}', '{"pictures": "!!", "data": "x", "seed": 0}', '{"pictures": ""}'],
 )
-def test_the_history_of_anybody_is_read_with_care(tmp_path: Path, found: str) -> None:
+def test_an_invalid_history_is_ignored(tmp_path: Path, found: str) -> None:
     save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors", {"edgeline": found})
     assert training_history.read(tmp_path / "x.safetensors") is None
 

@@ -19,7 +19,7 @@ def fitted(*seen: Tensor) -> PerTensorAffineFakeQuant:
     return made
 
 
-def test_what_is_never_negative_gets_all_levels() -> None:
+def test_non_negative_values_get_all_levels() -> None:
     made = fitted(torch.linspace(0, 6, 4096))
     assert made.zero_point.item() == 0
     assert 5.9 < made.scale.item() * 255 <= 6  # so that ONNX Runtime can leave a ReLU6 to the rounding
@@ -38,7 +38,7 @@ def test_a_lone_outlier_is_clipped() -> None:
     assert made.scale.item() * 255 < 60
 
 
-def test_growing_values_keep_what_was_counted_before() -> None:
+def test_a_growing_histogram_keeps_its_counts() -> None:
     made = fitted(torch.linspace(-1, 1, 4096), torch.linspace(-8, 2, 4096))
     assert -made.zero_point.item() * made.scale.item() == pytest.approx(-8, rel=0.2)
 

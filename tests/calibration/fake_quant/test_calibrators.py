@@ -33,7 +33,7 @@ def test_minmax_is_the_peak_of_all_and_moving_average_the_mean_of_the_peaks() ->
 
 
 @pytest.mark.parametrize("percent", ["99.9", "99.99", "99.999"])
-def test_a_percentile_is_numpys(percent: str) -> None:
+def test_percentiles_match_numpy(percent: str) -> None:
     x = normal()
     expected = np.percentile(x.abs().numpy(), float(percent))
     assert ALL[f"percentile_{percent}"](statistics(x)) == pytest.approx(expected, rel=0.02)
@@ -108,7 +108,7 @@ def test_counting_goes_on_beyond_what_float32_can_count() -> None:
     assert histogram.counts[-1] == 2**24 + 1
 
 
-def test_the_clipped_share_and_the_shown_counts_are_those_of_the_values() -> None:
+def test_the_clipped_share_and_the_shown_counts_match_the_values() -> None:
     x = normal()
     seen = statistics(x)
     assert seen.clipped(2.0) == pytest.approx(float((x.abs() > 2).double().mean()), rel=0.01)
@@ -119,5 +119,5 @@ def test_the_clipped_share_and_the_shown_counts_are_those_of_the_values() -> Non
     assert np.abs(np.array(shown) - expected).sum() < 0.02 * len(x)
 
 
-def test_a_person_may_name_every_calibrator() -> None:
+def test_every_calibrator_can_be_selected_by_name() -> None:
     assert set(CALIBRATORS.values()) == {"auto", *ALL}

@@ -36,7 +36,7 @@ def observed(fake_quant: FakeQuant, *tensors: Tensor, mode: Mode = "frozen") -> 
 
 
 @given(st.floats(0, 1e9))
-def test_a_scale_is_a_normal_fp16_number_close_to_what_was_asked(limit: float) -> None:
+def test_a_scale_is_a_normal_fp16_number_close_to_the_requested_one(limit: float) -> None:
     scale = snap(torch.tensor([limit]))
     assert scale.dtype == torch.float32 and torch.equal(scale, scale.half().float())
     assert 2.0**-14 <= scale.item() <= 65504
@@ -101,7 +101,7 @@ def test_a_histogram_that_must_grow_keeps_every_count() -> None:
     assert (histogram.counts - at_once).abs().sum() <= 4  # values on an edge fall on either side
 
 
-def test_a_histogram_counts_a_large_tensor_in_part_but_knows_its_peak() -> None:
+def test_a_histogram_samples_a_large_tensor_but_has_its_exact_peak() -> None:
     histogram = Histogram()
     x = torch.rand(2**19)
     x[12345] = 7.0
@@ -110,7 +110,7 @@ def test_a_histogram_counts_a_large_tensor_in_part_but_knows_its_peak() -> None:
     assert 2**16 < histogram.counts.sum() <= 2**18
 
 
-def test_nothing_but_zeros_is_a_range_too() -> None:
+def test_a_tensor_of_zeros_has_a_valid_range() -> None:
     fake_quant = observed(per_tensor(), torch.zeros(9))
     assert fake_quant.scale.item() == 2.0**-14 and not fake_quant(torch.zeros(3)).any()
 
@@ -150,7 +150,7 @@ def test_following_keeps_the_share_of_the_peak_that_was_chosen() -> None:
     assert fake_quant.scale.item() == pytest.approx(2 * start, rel=0.01)
 
 
-def test_gradients_pass_inside_the_range_alone() -> None:
+def test_gradients_pass_only_inside_the_range() -> None:
     fake_quant = observed(per_tensor(), torch.full((100,), 1.0))
     x = torch.tensor([0.3, -0.7, 5.0, -5.0], requires_grad=True)
     fake_quant(x).sum().backward()

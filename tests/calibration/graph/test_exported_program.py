@@ -39,7 +39,7 @@ def test_the_same_program_has_the_same_bytes_in_every_process(tmp_path: Path) ->
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_what_is_saved_is_read_back_by_torch_alone(tmp_path: Path) -> None:
+def test_a_saved_program_is_loaded_by_torch_export_load(tmp_path: Path) -> None:
     made = exported_program.export(seeded(Hybrid).eval(), 16).run_decompositions({})
     ours, plain = tmp_path / "ours.pt2", tmp_path / "plain.pt2"
     exported_program.save(made, ours)

@@ -110,7 +110,7 @@ def test_a_norm_that_two_convolutions_read_becomes_part_of_both() -> None:
         lambda m, x: m.a(nn.functional.max_pool2d(m.norm(x), 2)),  # a negative gamma turns the order around
     ],
 )
-def test_a_norm_that_something_else_reads_stays(call: Callable[[Any, Tensor], Tensor]) -> None:
+def test_a_norm_with_another_reader_stays(call: Callable[[Any, Tensor], Tensor]) -> None:
     assert norms(folded(Net(call, norm=nn.BatchNorm2d(3), a=nn.Conv2d(3, 3, 1)))) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_mean_over_channels_lets_no_norm_through(axes: int | tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_norm_without_statistics_of_its_own_stays(affine: bool) -> None:
+def test_a_norm_without_running_statistics_stays(affine: bool) -> None:
     norm = nn.BatchNorm2d(4, affine=affine, track_running_stats=False)
     assert norms(folded(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 5, 1)))) == 1
 
@@ -167,7 +167,7 @@ class Biased(nn.Module):
         return x + first[index].sum(2) + mask  # type: ignore[no-any-return]
 
 
-def test_what_no_activation_enters_becomes_one_constant_that_still_trains() -> None:
+def test_subgraphs_without_activations_become_one_trainable_constant() -> None:
     graph = folded(Biased())
     operators = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert operators == [aten.add.Tensor, aten.add.Tensor]
@@ -247,7 +247,7 @@ class Conditional(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_what_is_computed_from_the_image_is_folded_into_nothing(norm: bool) -> None:
+def test_values_computed_from_the_image_are_not_folded(norm: bool) -> None:
     net = randomized(Conditional(norm=norm))
     graph = exported_program.export(net, SIDE).module()
     fold(graph)
@@ -271,7 +271,7 @@ def test_a_constant_that_changes_in_place_keeps_each_of_its_values() -> None:
     folded(Written())
 
 
-def test_what_did_not_train_does_not_train_when_folded() -> None:
+def test_frozen_parameters_stay_frozen_when_folded() -> None:
     conv = nn.Conv2d(3, 4, 1).requires_grad_(False)
     graph = folded(nn.Sequential(conv, nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1)))
     assert sorted(tuple(parameter.shape) for parameter in graph.parameters()) == [(5,), (5, 4, 1, 1)]
@@ -288,7 +288,7 @@ def test_a_module_called_twice_on_one_tensor_is_computed_once(inplace: bool) -> 
     assert [name.rstrip("_") for name in operators(graph)] == ["conv2d", "relu", "dropout", "add"]
 
 
-def test_weights_that_are_computed_twice_are_one() -> None:
+def test_weights_that_are_computed_twice_are_merged() -> None:
     conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3))
     assert operators(folded(Net(lambda m, x: m.conv(x).sin() * m.conv(x).cos(), conv=conv))) == [
         "conv2d",
@@ -306,7 +306,7 @@ def test_weights_that_are_computed_twice_are_one() -> None:
         lambda m, x: m.a(x) + m.a(x).relu_().mul_(3),
     ],
 )
-def test_what_was_computed_for_two_operators_in_place_serves_both(call: Callable[[Any, Tensor], Tensor]) -> None:
+def test_a_value_used_by_two_in_place_operators_is_computed_once(call: Callable[[Any, Tensor], Tensor]) -> None:
     assert count(folded(Net(call, a=nn.Conv2d(3, 3, 1))), aten.conv2d.default) == 1
 
 

@@ -116,7 +116,7 @@ def test_the_fit_undoes_a_linear_error_of_the_inputs() -> None:
     assert float((found - expected).norm()) < 0.05 * float((rows[0] - expected).norm())
 
 
-def test_the_fit_of_what_the_other_half_does_not_confirm_is_dropped() -> None:
+def test_a_fit_that_the_other_half_of_the_images_does_not_confirm_is_dropped() -> None:
     rows, second = torch.ones(1, 2, 3), torch.eye(3)[None]
     errors = 0.3 * torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(fit(rows, [(second, errors), (second, -errors)]), rows)
@@ -164,7 +164,7 @@ def test_other_images_gain_over_corrected_biases_alone() -> None:
     assert snr_db(reference, exported_program.logits(prepared, batches)) > corrected + 1
 
 
-def test_all_of_it_comes_back() -> None:
+def test_restoring_undoes_every_change() -> None:
     prepared = ranged(seeded(Kinds))
     first = copy.deepcopy(prepared.state_dict())
     restore(prepared, reconstruct(prepared, shown()))
@@ -186,7 +186,7 @@ def test_a_graph_that_rounds_less_has_weights_and_biases_from_before() -> None:
     assert np.array_equal(exported_program.logits(prepared, batches), fitted)
 
 
-def test_what_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adaptive_rounding_that_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = seeded(Kinds)
     prepared = ranged(model)
     drawn = split(model, PTQ, images("train"), seed=0)
@@ -203,7 +203,7 @@ def test_what_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
 
 
-def test_auto_leaves_a_network_alone_that_hardly_errs_and_one_whose_biases_shall_stay() -> None:
+def test_auto_does_not_change_a_network_with_a_small_error_or_with_fixed_biases() -> None:
     model = seeded(Kinds)
     prepared, drawn = ranged(model), split(model, PTQ, images("train"), seed=0)
     first = copy.deepcopy(prepared.state_dict())
@@ -217,7 +217,7 @@ def test_auto_leaves_a_network_alone_that_hardly_errs_and_one_whose_biases_shall
     assert "adaptive" in corrections.reconstruct(prepared, PTQ, drawn, {}, 10.0)
 
 
-def test_the_artifact_computes_what_was_fitted_and_twice_the_same() -> None:
+def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:
     model, recipe = seeded(Kinds).eval(), replace(PTQ, rounding="adaptive")
     made = [quantize(model, recipe, SHARED, images("train"), images("val"), seed=0) for _ in range(2)]
     batches = list(images("val").batches(32))
@@ -229,7 +229,7 @@ def test_the_artifact_computes_what_was_fitted_and_twice_the_same() -> None:
     assert snr_db(exported_program.logits(prepared, batches), first) > 100
 
 
-def test_a_residual_layer_makes_up_for_the_errors_of_what_it_is_added_to() -> None:
+def test_a_residual_layer_compensates_errors_of_its_skip_connection() -> None:
     """The block's input is clipped where it is read and where it is added: the layer sees what was lost only there."""
 
     class Residual(nn.Module):
@@ -257,7 +257,7 @@ def test_a_residual_layer_makes_up_for_the_errors_of_what_it_is_added_to() -> No
     assert seen == {"first": 0, "last": 2, "head": 0}
 
 
-def test_a_layer_makes_up_for_a_linear_error_beside_it() -> None:
+def test_a_layer_compensates_a_linear_error_of_a_parallel_branch() -> None:
     layer = _layer_of(nn.Conv2d(4, 3, 3, 2, 1, bias=False))
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(8, 4, 9, 9, generator=generator), torch.randn(3, 4, 3, 3, generator=generator)

@@ -64,7 +64,7 @@ def shown() -> Tensor:
 
 
 @pytest.mark.parametrize("network", [Pair, Hybrid])
-def test_the_mean_of_the_logits_is_that_in_float(network: type[nn.Module]) -> None:
+def test_the_mean_of_the_logits_matches_float(network: type[nn.Module]) -> None:
     model = seeded(network)
     prepared = clipped(model)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_other_images_gain_too(scheme: Scheme) -> None:
     assert after > before + (0.5 if scheme is SHARED else 0)
 
 
-def test_biases_change_and_nothing_else_and_all_of_it_comes_back() -> None:
+def test_only_biases_change_and_they_can_be_restored() -> None:
     prepared = clipped(seeded(Pair))
     first = copy.deepcopy(prepared.state_dict())
     kept = correct(prepared, shown())
@@ -102,7 +102,7 @@ def test_a_shared_bias_stays() -> None:
     assert set(correct(clipped(seeded(Shared)), shown())) == {"head.bias"}
 
 
-def test_what_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bias_correction_that_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = seeded(Pair)
     prepared = clipped(model)
     first = copy.deepcopy(prepared.state_dict())

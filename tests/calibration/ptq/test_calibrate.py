@@ -103,13 +103,13 @@ def test_products_and_additions_have_names_of_their_own() -> None:
     assert set(LAYERS) - set(names) == set()
 
 
-def test_a_seed_draws_one_order_and_another_seed_another(chosen: dict[str, Any]) -> None:
+def test_each_seed_draws_its_own_order(chosen: dict[str, Any]) -> None:
     again, other = calibrated(PTQ)[1], calibrated(PTQ, seed=1)[1]
     assert again == chosen
     assert other["identity"]["order"] != chosen["identity"]["order"] and other["identity"]["seed"] == 1
 
 
-def test_other_weights_are_another_identity() -> None:
+def test_different_weights_have_a_different_identity() -> None:
     one, other = seeded(Hybrid).eval(), seeded(Hybrid).eval()
     with torch.no_grad():
         next(other.parameters()).mul_(1.0001)
@@ -117,7 +117,7 @@ def test_other_weights_are_another_identity() -> None:
     assert found[0]["weights"] != found[1]["weights"]
 
 
-def test_a_split_is_what_calibration_draws_with_the_float_logits_of_the_held_out_images(
+def test_a_split_has_the_calibration_images_and_the_float_logits_of_the_held_out_images(
     chosen: dict[str, Any],
 ) -> None:
     model, train = seeded(Hybrid).eval(), images("train")

@@ -71,7 +71,7 @@ def test_shares_of_the_work_sum_to_one(prepared: GraphModule) -> None:
     assert found == {path: pytest.approx(count / sum(macs.values()), abs=1e-4) for path, count in macs.items()}
 
 
-def test_accuracy_is_counted_for_as_many_as_were_asked_for(prepared: GraphModule) -> None:
+def test_accuracy_is_measured_for_the_requested_number_of_modules(prepared: GraphModule) -> None:
     effects = sensitivity(prepared, images("val"), worst=1)
     assert [effect.top1 is None for effect in effects] == [False, True, True]
 
@@ -86,7 +86,7 @@ def test_a_module_counts_with_all_that_it_contains() -> None:
     assert attention.macs > qkv.macs and attention.snr_db <= qkv.snr_db + 3
 
 
-def test_kinds_are_compared_as_wholes(prepared: GraphModule) -> None:
+def test_all_operators_of_a_kind_are_measured_together(prepared: GraphModule) -> None:
     found = by_kind(prepared, images("val"))
     assert [effect.kinds for effect in found] == [("conv",), ("small",), ("linear",)]
     assert min(found, key=lambda effect: effect.snr_db).path == "conv"
@@ -151,7 +151,7 @@ def test_a_budget_is_met_after_training_too(fragile: nn.Module) -> None:
     assert {"val_top1_before_qat", "qat", "budget"} <= made.report.keys()
 
 
-def test_a_budget_beyond_reach_is_told_with_what_came_nearest(prepared: GraphModule) -> None:
+def test_an_unreachable_budget_is_refused_with_the_nearest_result(prepared: GraphModule) -> None:
     tight = Budget(value=100.0, unit="percent")
     with pytest.raises(CheckFailed, match=r"MAX_DROP=100%: .* at best .* of its 3 modules in float; .*; try that") as e:
         within_budget(prepared, images("val"), tight, float_top1=140.0, otherwise="try that")

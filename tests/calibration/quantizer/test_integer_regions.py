@@ -68,14 +68,14 @@ def test_residual_sums_with_linear_layers_stay_float() -> None:
     assert rounded == [True, False]
 
 
-def test_what_was_only_moved_is_not_rounded_by_another_scale() -> None:
+def test_moved_values_are_not_requantized_with_a_different_scale() -> None:
     graph = prepared(Mixed())
     linear = next(node for node in graph.graph.nodes if str(node.target) == "aten.linear.default")
     reader = quantizer(graph, linear.args[0])
     assert reader is not None and reader is quantizer_after(graph, "aten.add.Tensor")
 
 
-def test_what_is_spelled_out_computes_the_same() -> None:
+def test_decomposed_operators_compute_the_same() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.SiLU())
     norm = net[2]
@@ -104,7 +104,7 @@ class Joined(nn.Module):
         return self.head((self.one(x) + self.other(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def test_every_rounded_value_gets_a_range_whoever_reads_it() -> None:
+def test_every_quantized_value_gets_a_range() -> None:
     torch.manual_seed(0)
     model = Joined().eval()
     train = dataset("train")

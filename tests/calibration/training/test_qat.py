@@ -126,7 +126,7 @@ def test_training_brings_the_logits_nearer_to_the_teachers(
     assert report["val_top1_before_qat"] == report["qat_bought"]["val_top1"][0]
 
 
-def test_the_report_tells_what_it_cost(whole: tuple[GraphModule, dict[str, Any]]) -> None:
+def test_the_report_has_the_cost_of_the_training(whole: tuple[GraphModule, dict[str, Any]]) -> None:
     epochs, cost = whole[1]["qat"], whole[1]["qat_cost"]
     assert [set(epoch) for epoch in epochs] == [
         {"loss", "val_top1", "val_db", "val_chance", "rate", "seconds"}
@@ -221,7 +221,7 @@ def test_the_same_network_at_other_scales_is_trained_to_the_same_integers() -> N
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*integers, strict=True))
 
 
-def test_logits_that_are_not_kept_are_asked_for_again_to_the_same_end(
+def test_teacher_logits_that_are_not_kept_are_recomputed_with_the_same_result(
     teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, _ = run(teacher, replace(QAT, epochs=1))

@@ -19,7 +19,7 @@ def moved(scales: torch.Tensor, gradients: torch.Tensor, rate: float = 0.01) -> 
     return before - weight.detach()
 
 
-def test_a_step_is_the_same_share_of_every_channel_whatever_its_scale_and_its_gradient() -> None:
+def test_a_step_is_the_same_share_of_every_channel_for_all_scales_and_gradients() -> None:
     scales, gradients = torch.tensor([1e-4, 1.0, 1e4]), torch.tensor([1e3, 1e-6, -1.0])
     share = moved(scales, gradients) / (scales[:, None] / 127)
     expected = torch.tensor([0.01, 0.01, -0.01])[:, None].expand(3, 5)

@@ -33,7 +33,7 @@ def test_the_last_state_comes_back_to_the_bit(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_file_is_told_of_and_begins_afresh(
+def test_a_damaged_file_raises_a_warning_and_training_restarts(
     checkpoint: Checkpoint, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint.save(STATE)
@@ -54,7 +54,7 @@ def test_another_training_does_not_go_on_from_it(checkpoint: Checkpoint, caplog:
     assert caplog.messages == [expected]
 
 
-def test_a_save_that_does_not_end_leaves_what_was_there(
+def test_an_interrupted_save_keeps_the_previous_checkpoint(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(STATE)

@@ -112,7 +112,9 @@ SPECS = tuple(
         ("class net(nn.Linear):\n    def __init__(self, n_classes): super().__init__(4, n_classes)", 10),
     ],
 )
-def test_the_number_of_classes_is_given_where_it_is_wanted(tmp_path: Path, function: str, outputs: int) -> None:
+def test_the_number_of_classes_is_passed_to_functions_that_accept_it(
+    tmp_path: Path, function: str, outputs: int
+) -> None:
     network = found(f"{written(tmp_path, f'from torch import nn{chr(10)}{function}')}:net").build(10)
     assert isinstance(network, nn.Linear)
     assert network.out_features == outputs
@@ -138,7 +140,7 @@ def test_a_file_may_be_called_like_a_package(tmp_path: Path) -> None:
     assert hasattr(models, "ALL")
 
 
-def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_begin_with_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     written(tmp_path, NET)
     assert found("~/net.py:net").folder == tmp_path
@@ -219,12 +221,12 @@ def test_the_folder_of_somebody_may_be_given_from_home(tmp_path: Path, monkeypat
     ],
     ids=lambda value: value[:40] if isinstance(value, str) and "\n" in value else "",
 )
-def test_what_is_wrong_with_a_file_is_one_sentence_with_its_line(tmp_path: Path, text: str, sentence: str) -> None:
+def test_an_error_in_a_file_is_one_sentence_with_its_line(tmp_path: Path, text: str, sentence: str) -> None:
     assert re.search(sentence, refused(f"{written(tmp_path, text)}:net"))
 
 
 @pytest.mark.parametrize("formats", ["None", "3", "('first',)", "{'a': 1}", "Format"])
-def test_formats_of_another_kind_are_refused(tmp_path: Path, formats: str) -> None:
+def test_invalid_formats_are_refused(tmp_path: Path, formats: str) -> None:
     text = NET + SPEC.replace('(Format(name="somebody", signature="fc.weight"),)', formats)
     with pytest.raises(BadRequest, match=r"its FORMATS is not a tuple of models\.checkpoint\.Format$"):
         found(f"{written(tmp_path, text)}:net").formats  # noqa: B018
@@ -282,7 +284,7 @@ class net(nn.Module):
         ("self.train = lambda mode=True: 1 / 0", r"^\S*net\.py, line 11: ZeroDivisionError: division by zero$"),
     ],
 )
-def test_whatever_building_a_network_does_is_one_sentence(
+def test_every_failure_while_building_a_network_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, sentence: str
 ) -> None:
     monkeypatch.setattr(guard, "LIMIT_S", 0.5)
@@ -347,7 +349,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("place", ["importing it", "building it"])
-def test_what_a_file_switches_is_set_back_and_told(
+def test_settings_that_a_file_changes_are_restored_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, place: str
 ) -> None:
     before = guard.settings()
@@ -377,7 +379,7 @@ def test_the_line_is_that_of_the_file_that_fails(tmp_path: Path) -> None:
     assert re.search(r"part_that_fails\.py, line 3: RuntimeError: no luck$", said)
 
 
-def test_what_is_no_file_of_functions_is_said_to_be_none(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_python_file_is_refused(tmp_path: Path) -> None:
     assert "there is no file `net`; give <file>.py:<function>, timm:<name>, or" in refused("net:net")
     assert "there is no file `~nobody-of-this-name/n.py`" in refused("~nobody-of-this-name/n.py:net")
     assert "there is no file ``" in refused(":net")
@@ -398,7 +400,7 @@ def test_a_long_name_is_cut_for_the_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_where_timm_is_missing_the_sentence_says_how_to_get_it() -> None:
+def test_without_timm_the_error_has_the_install_command() -> None:
     with pytest.raises(CannotRunHere) as raised:
         external.find("timm:resnet18")
     assert re.fullmatch(
@@ -409,7 +411,7 @@ def test_where_timm_is_missing_the_sentence_says_how_to_get_it() -> None:
     )
 
 
-def test_a_timm_that_fails_is_a_timm_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timm_that_fails_to_import_counts_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does where its torchvision was built with another torch."""
     written(tmp_path / "timm", "raise RuntimeError('operator torchvision::nms does not exist')", "__init__.py")
     monkeypatch.syspath_prepend(tmp_path)
@@ -419,7 +421,7 @@ def test_a_timm_that_fails_is_a_timm_that_is_missing(tmp_path: Path, monkeypatch
 
 
 @needs_timm
-def test_timm_says_how_its_models_are_prepared_for() -> None:
+def test_preprocessing_of_timm_models_is_read_from_timm() -> None:
     spec = found("timm:resnet18")
     assert (spec.name, spec.family, spec.hub) == ("timm_resnet18", "timm", "timm/resnet18.a1_in1k")
     assert spec.preprocess == Preprocess(size=224, crop=0.95)
@@ -438,7 +440,7 @@ def test_timm_says_how_its_models_are_prepared_for() -> None:
         ("efficientnet_b1", Sizes(multiple_of=16, minimum=32)),
     ],
 )
-def test_timm_says_which_sizes_its_models_take(name: str, sizes: Sizes) -> None:
+def test_input_sizes_of_timm_models_are_read_from_timm(name: str, sizes: Sizes) -> None:
     spec = found(f"timm:{name}")
     assert spec.sizes == sizes
     assert spec.preprocess.size in sizes
@@ -454,7 +456,7 @@ def test_timm_says_which_sizes_its_models_take(name: str, sizes: Sizes) -> None:
         ("hf-hub:timm/resnet18.a1_in1k", ""),
     ],
 )
-def test_a_name_that_timm_does_not_know_is_refused(name: str, hint: str) -> None:
+def test_an_unknown_timm_name_is_refused(name: str, hint: str) -> None:
     said = refused(f"timm:{name}")
     assert re.match(r"timm [\d.]+ has no such model", said)
     assert hint in said

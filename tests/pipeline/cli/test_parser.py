@@ -64,7 +64,7 @@ def test_help_fits_100_columns_on_a_wide_terminal(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["engine", "--help"], ["engine", "-h"]], ids=str)
-def test_help_answers_at_once(arguments: list[str]) -> None:
+def test_help_is_fast(arguments: list[str]) -> None:
     result = python("-m", "pipeline", *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Usage: python -m pipeline ")
@@ -95,7 +95,7 @@ def test_every_verb_has_its_function(verb: str) -> None:
     assert callable(VERBS[verb].load())
 
 
-def test_no_command_is_reached_by_another_way_than_the_table() -> None:
+def test_verb_modules_are_imported_only_through_the_table() -> None:
     """`pipeline.__main__` and `pipeline.cli` import no module of a verb: `--help` would import what it needs."""
     modules = {verb.module for verb in VERBS.values()}
     for path in (ROOT / "pipeline" / "__main__.py", *(ROOT / "pipeline" / "cli").glob("*.py")):

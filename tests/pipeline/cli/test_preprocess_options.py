@@ -18,7 +18,7 @@ def asked(**values: str) -> Preprocess:
     return preprocess_options.asked(PREPROCESS, dict.fromkeys(preprocess_options.VARIABLES, "") | values)
 
 
-def test_nothing_asked_changes_nothing() -> None:
+def test_empty_options_change_nothing() -> None:
     assert asked() == PREPROCESS
 
 
@@ -38,7 +38,7 @@ def test_nothing_asked_changes_nothing() -> None:
         ({"background": "rgb(1,2,3)"}, "background", (1, 2, 3)),
     ],
 )
-def test_what_is_asked_is_taken(values: dict[str, str], field: str, expected: Any) -> None:
+def test_valid_values_are_applied(values: dict[str, str], field: str, expected: Any) -> None:
     found = asked(**values)
     assert getattr(found, field) == expected
     assert found != PREPROCESS
@@ -73,6 +73,6 @@ def test_what_is_asked_is_taken(values: dict[str, str], field: str, expected: An
         ({"background": "\x1b[31m"}, "BACKGROUND=\\x1b[31m: expected a colour"),
     ],
 )
-def test_what_cannot_be_is_refused(values: dict[str, str], sentence: str) -> None:
+def test_invalid_values_are_refused(values: dict[str, str], sentence: str) -> None:
     with pytest.raises(BadRequest, match=re.escape(sentence)):
         asked(**values)

@@ -27,7 +27,7 @@ def test_functions_are_called_by_recipe_and_size_in_the_order_of_the_request() -
     assert list(found) == [f"int8_ptq_{SIDE}", f"fp16_{SIDE}"]
 
 
-def test_one_function_alone_is_refused_however_often_it_is_asked_for() -> None:
+def test_a_single_function_is_refused_even_if_it_is_requested_twice() -> None:
     with pytest.raises(BadRequest, match=f"fp16_{SIDE} is a single function: give several resolutions in SIZES"):
         multifunction.named(runs("fp16", "fp16"))
 
@@ -42,7 +42,7 @@ def test_a_system_that_is_too_old_is_refused_before_anything_is_built() -> None:
         multifunction.named(runs("fp32", "fp16", options=CoreMLOptions(deployment="iOS17")))
 
 
-def test_another_order_is_another_artifact() -> None:
+def test_a_different_order_is_a_different_artifact() -> None:
     one, other = (
         multifunction.merged(multifunction.named(runs(*order))) for order in (("fp32", "fp16"), ("fp16", "fp32"))
     )
@@ -67,7 +67,7 @@ def test_the_engines_go_into_one_artifact_with_a_report(shared: Path) -> None:
         assert report["functions"][list(engines).index(name)]["top1"] is not None
 
 
-def test_an_engine_carries_its_facts_and_its_inputs_stay_as_they_were(shared: Path) -> None:
+def test_an_engine_contains_its_facts_and_its_inputs_are_unchanged(shared: Path) -> None:
     store = Store(shared)
     run = tiny_run("fp16", "coreml")
     compiled = store.get(stages.compiled(run))

@@ -39,7 +39,7 @@ def test_placement_needs_no_training_and_reads_the_engine_once_it_is_there(
     }
 
 
-def test_placement_says_what_this_machine_lacks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placement_reports_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run("fp16", "coreml")
     monkeypatch.setattr(type(run.target), "missing", lambda _: "the coremltools package is missing")
     with pytest.raises(CannotRunHere, match="no engine for coreml on this machine: the coremltools package is missing"):

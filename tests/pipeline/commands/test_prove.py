@@ -95,7 +95,7 @@ def files(copies: Folders, artifact: str) -> Path:
     }[artifact]
 
 
-def test_all_artifacts_of_one_checkpoint_carry_its_numbers(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_artifacts_of_one_checkpoint_have_its_qparams(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "edgeline"):
         answer: dict[str, Any] = prove(RUN, shared)
     assert [answer[verdict] for verdict in proofs.VERDICTS] == [3, 0, 0, 0]
@@ -110,7 +110,7 @@ def test_all_artifacts_of_one_checkpoint_carry_its_numbers(shared: Path, caplog:
     assert listed["modules"] == answer["modules"]
 
 
-def test_weights_that_were_rounded_adaptively_are_carried_as_they_are(
+def test_adaptively_rounded_weights_are_identical_in_all_artifacts(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rising = itertools.count(100.0)  # decibels: every correction is kept
@@ -344,7 +344,7 @@ def test_a_damaged_weight_file_is_explained(copies: Folders) -> None:
 
 
 @pytest.mark.parametrize("artifact", ["exported", "coreml", "cpu"])
-def test_a_file_that_nobody_can_read_is_explained(copies: Folders, artifact: str) -> None:
+def test_an_unreadable_file_is_reported(copies: Folders, artifact: str) -> None:
     names = {"coreml": f"model.mlpackage/{SPECIFICATION}", "exported": "model.onnx", "cpu": "model.xml"}
     file = copies[artifact] / names[artifact]
     file.write_bytes(b"\xff" + file.read_bytes()[:100])

@@ -18,7 +18,7 @@ def answer(shared: Path) -> dict[str, object]:
     return sensitivity(tiny_run(), shared)
 
 
-def test_the_answer_has_a_row_for_each_module_the_most_sensitive_first(answer: dict[str, object]) -> None:
+def test_the_result_has_a_row_for_each_module_most_sensitive_first(answer: dict[str, object]) -> None:
     rows = answer["modules"]
     assert isinstance(rows, list)
     assert sorted(row["path"] for row in rows) == ["0", "3", "8"]
@@ -28,7 +28,7 @@ def test_the_answer_has_a_row_for_each_module_the_most_sensitive_first(answer: d
     json.dumps(answer)
 
 
-def test_the_table_is_told_and_measured_once(
+def test_the_table_is_logged_and_measured_once(
     answer: dict[str, object], shared: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="edgeline"):

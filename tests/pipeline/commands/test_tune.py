@@ -117,7 +117,7 @@ def test_for_training_the_search_is_that_of_its_start(found: dict[str, Any], roo
     assert "RECIPE=int8_qat" in answer["next"]
 
 
-def test_float_is_the_answer_where_no_placement_is_faster(root: Path) -> None:
+def test_float_is_chosen_if_no_placement_is_faster(root: Path) -> None:
     answer: dict[str, Any] = tune(tiny_run("int8_ptq", PacedTarget(name="slow", costs=SLOW_INTEGERS)), root)
     assert (answer["placement"], answer["answer"], answer["speedup"]) == (None, "float", None)
     assert answer["next"] == "make engine MODEL=tiny TARGET=slow SIZE=16 RECIPE=fp32"
@@ -156,7 +156,7 @@ def test_a_winner_whose_confirmation_is_doubtful_is_not_kept(root: Path) -> None
     assert tune(run, root)["placement"] == "conv+small"
 
 
-def test_what_loses_too_much_is_not_kept_and_is_made_gentler(root: Path) -> None:
+def test_a_candidate_beyond_the_budget_is_not_kept_but_its_neighbours_are_tried(root: Path) -> None:
     search = Search(run=tiny_run("int8_ptq", PacedTarget(name="strict")), root=root)
     search._answered[search._floats["fp32"]] = 200.0  # percent, so that everybody loses
     assert search.search() is None
@@ -165,7 +165,7 @@ def test_what_loses_too_much_is_not_kept_and_is_made_gentler(root: Path) -> None
     assert "conv+small" in {line["placement"] for line in tried}
 
 
-def test_on_a_real_target_what_is_kept_is_faster_than_float(root: Path) -> None:
+def test_on_a_real_target_the_chosen_placement_is_faster_than_float(root: Path) -> None:
     answer: dict[str, Any] = tune(tiny_run("int8_ptq", "cpu"), root, ComparisonPlan(max_seconds=0.5))
     assert len(answer["candidates"]) >= 3
     if answer["placement"] is None:
@@ -248,7 +248,7 @@ def test_a_target_that_is_not_here_cannot_be_tuned_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_are_the_numbered_stages_and_what_stands_beside_them() -> None:
+def test_parts_are_the_numbered_stages_and_the_modules_beside_them() -> None:
     assert _parts(["stem.conv", "stages.0.1.conv", "stages.0.2.conv", "stages.1.0", "head"]) == [
         "stem",
         "stages.0",

@@ -47,7 +47,7 @@ def test_a_model_is_built_for_every_target_and_recipe(rows: list[zoo.Row]) -> No
 
 
 @ready
-def test_what_was_built_is_told_again_without_building(
+def test_built_models_are_reported_again_without_building(
     rows: list[zoo.Row], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zoo, "_row", None)  # would be called
@@ -82,7 +82,7 @@ def vast(classes: int) -> object:
     return Vast()
 
 
-def test_the_zoo_is_what_was_published_and_fits_an_edge_device() -> None:
+def test_the_zoo_has_the_published_models_that_fit_an_edge_device() -> None:
     names = [spec.name for spec in zoo.default_models()]
     assert "mobilevit_xs" in names and "convmixer_1536_20" in names
     assert not any(name.endswith("_mini") for name in names)

@@ -57,7 +57,9 @@ def test_the_curve_ends_with_all_images_and_no_change(table: dict[str, Any]) -> 
         (0.001, 3.0, "may still change the result"),
     ],
 )
-def test_a_sentence_says_whether_more_would_matter(change: float, gained: float, ending: str) -> None:
+def test_the_sentence_states_whether_more_images_would_change_the_result(
+    change: float, gained: float, ending: str
+) -> None:
     before = Point(images=64, median_change=change, largest_change=0.2, snr_db=30.0, top1=99.0)
     points = [before, Point(images=128, median_change=0.0, largest_change=0.0, snr_db=30.0 + gained, top1=99.0)]
     assert sentence(points).endswith(ending)
@@ -77,7 +79,7 @@ def test_the_caches_hold_the_scales_of_the_export_by_its_names(
     assert set(scales.values()) == recorded
 
 
-def test_the_float_graph_has_the_tensors_of_the_caches_and_answers_as_the_export_without_rounding(
+def test_the_float_graph_has_the_tensors_of_the_caches_and_matches_the_export_without_rounding(
     made: tuple[Path, Path],
 ) -> None:
     report, export = made

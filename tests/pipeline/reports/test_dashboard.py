@@ -142,20 +142,20 @@ def page(*rows: Row) -> Page:
     return Page(html(*rows))
 
 
-def test_the_header_says_when_and_how_much() -> None:
+def test_the_header_has_time_and_number_of_measurements() -> None:
     shown = page(FP32, INT8, replace(FP32, target="jetson", device="orin", id=3))
     assert "Made 2026-03-14 15:09 UTC" in shown.text
     assert "measurements 3 model 1 devices 2 INVALID 0" in shown.text
 
 
-def test_an_empty_database_says_how_to_get_the_first_row() -> None:
+def test_the_page_of_an_empty_database_has_the_command_for_the_first_row() -> None:
     shown = page()
     assert "Nothing is measured yet" in shown.text
     assert "make profile MODEL=mobilevit_xs TARGET=cpu" in shown.text
     assert shown.tags["table"] == 0
 
 
-def test_a_line_shows_what_was_measured() -> None:
+def test_a_line_shows_the_measurement() -> None:
     line = page(FP32).line("fp32", "valid")
     assert line.startswith(f"mobilevit_xs mobilevit {UNKNOWN} fp32 256 1 2 8.00 – 8.80 12.0 1000 74.2 74.6 −0.4")
 
@@ -224,7 +224,7 @@ def test_the_best_device_is_named_where_there_is_a_choice() -> None:
     assert page(FP32, INT8, jetson).text.count("best device for fp32") == 1
 
 
-def test_the_gain_over_fp32_is_told() -> None:
+def test_the_speedup_over_fp32_is_shown() -> None:
     assert "4.00 2.00×" in page(FP32, INT8).line("int8_qat", "valid")
 
 
@@ -290,7 +290,7 @@ def test_the_scatter_keeps_choices_of_units_apart() -> None:
     assert "mobilevit_xs fp16 CPU_ONLY: 9.00 ms, 74.2 %" in shown.text
 
 
-def test_details_tell_the_start_and_where_operators_run() -> None:
+def test_details_show_load_time_and_compute_units() -> None:
     text = page(on_unit("CPU_AND_NE", 2.0)).text
     assert "Start and placement loading, ms 812.5 first query, ms 40.2" in text
     assert "operators, Neural Engine 1 (75.0% of the cost): conv 1" in text
@@ -386,7 +386,7 @@ def test_a_failure_leaves_the_old_page_and_no_scraps(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Debian package `chromium`")
-def test_chromium_shows_what_the_database_holds(tmp_path: Path) -> None:
+def test_chromium_shows_the_rows_of_the_database(tmp_path: Path) -> None:
     """From the database to the pixels: the browser's own tree has every row, and the picture is not blank."""
     results = Results(tmp_path / "results.db")
     for row in (FP32, INT8, _invalid(_with_hostile_names(FP32))):
@@ -483,7 +483,7 @@ def test_choices_are_lines_of_their_own_and_compared_with_the_float_engine_of_th
     assert "4.00 2.00×" in shown.line("int8_ptq placement=conv", "4.00")
 
 
-def test_the_latest_is_the_one_recorded_last_whatever_the_clock_said() -> None:
+def test_the_latest_measurement_is_the_last_recorded_one_for_every_clock() -> None:
     ahead = replace(measured(9.0, number=1), created="2035-01-01T00:00:00.000+00:00")
     shown = page(ahead, measured(4.0, number=2))
     assert " 4.00 " in shown.line("mobilevit_xs", "fp32")
@@ -501,7 +501,7 @@ def test_rows_from_before_identities_were_recorded_are_shown_as_unknown_and_apar
 # --- Many rows --------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_history_is_thinned_and_says_so() -> None:
+def test_a_long_history_is_thinned_with_a_note() -> None:
     rows = [measured(4.0 + 0.01 * number, number=number) for number in range(1, 501)]
     found = overview(*rows)
     (cell,) = found.cells

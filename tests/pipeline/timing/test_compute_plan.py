@@ -28,7 +28,7 @@ def test_each_unit_has_its_operators_and_their_cost() -> None:
     }
 
 
-def test_the_unit_with_the_largest_cost_comes_first_whatever_its_operators_are() -> None:
+def test_units_are_sorted_by_cost_and_not_by_number_of_operators() -> None:
     assert list(shares(reversed(PLAN))) == ["Neural Engine", "CPU", "not placed"]
     assert list(shares([*[placed("cast", "CPU", 0.01)] * 5, placed("conv", "GPU", 0.9)])) == ["GPU", "CPU"]
 

@@ -208,7 +208,7 @@ def test_a_real_busy_process_is_seen_and_this_process_is_not() -> None:
     assert "of the processor, more than 25%" in str(found.doubt)
 
 
-def test_what_this_process_computes_itself_is_not_taken_by_others() -> None:
+def test_own_processor_time_does_not_count_as_other_processes() -> None:
     started = (1000.0, 500.0, 10.0)
     assert _taken_by_others(started, (1200.0, 500.0, 160.0)) == 0.25  # of 200 ticks none was idle, 150 were its own
     assert _taken_by_others(started, (1010.0, 500.0, 10.0)) is None

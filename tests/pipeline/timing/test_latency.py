@@ -134,7 +134,7 @@ def test_plans_that_cannot_end_are_refused(wrong: dict[str, Any]) -> None:
         replace(TimingPlan(), **wrong)
 
 
-def test_the_method_tells_every_field_of_the_plan() -> None:
+def test_the_method_contains_every_field_of_the_plan() -> None:
     told = TimingPlan(warmup=3, min_queries=100, min_seconds=1.5, chunk=7).method()
     assert told == {
         "warmup": 3,
@@ -195,7 +195,7 @@ def test_a_steady_run_on_a_quiet_machine_is_valid() -> None:
     assert found.why_invalid is None
 
 
-def test_what_time_session_returns_meets_the_floors_it_was_given() -> None:
+def test_samples_meet_the_minimum_number_and_duration_of_the_plan() -> None:
     plan = TimingPlan(min_queries=70, min_seconds=0.123, chunk=1)
     assert summarize(time_session(NullSession(), IMAGES, plan), plan).valid
 
@@ -269,7 +269,7 @@ def test_nothing_cannot_be_summarized() -> None:
         summarize([])
 
 
-def test_conditions_are_those_of_this_machine() -> None:
+def test_conditions_are_read_from_this_machine() -> None:
     now = Conditions.now()
     assert now.python == platform.python_version()
     assert (now.system, now.kernel) == (platform.system(), platform.release())

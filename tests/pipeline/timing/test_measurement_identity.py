@@ -44,7 +44,7 @@ def test_a_network_of_ours_is_named_by_its_module() -> None:
     assert identity(tiny_run()).network == "tests.support.tiny:net"
 
 
-def test_data_of_one_name_and_another_content_has_another_digest() -> None:
+def test_data_with_equal_names_and_different_content_has_different_digests() -> None:
     one, other = (identity(tiny_run(data=Colours(version=version))) for version in (1, 2))
     assert one.data == other.data == "colours"
     assert one.data_digest != other.data_digest
@@ -92,12 +92,12 @@ def test_choices_are_the_variables_that_are_not_at_their_defaults(asked: list[st
     assert identity(run).choices == choices
 
 
-def test_other_pixels_are_another_choice() -> None:
+def test_different_preprocessing_is_a_different_choice() -> None:
     run = tiny_run()
     assert identity(replace(run, preprocess=replace(run.preprocess, crop=0.5))).choices == "crop=0.5"
 
 
-def test_profile_records_the_identity_of_what_it_measures(tmp_path: Path, shared: Path) -> None:
+def test_profile_records_the_identity_of_the_run(tmp_path: Path, shared: Path) -> None:
     for name in ("weights", "quantized", "exported"):
         (shared / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(shared / name)

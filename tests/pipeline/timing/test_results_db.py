@@ -118,7 +118,7 @@ def test_a_row_comes_back_as_it_was_given(results: Results) -> None:
     assert abs((created - before).total_seconds()) < 60
 
 
-def test_what_is_unknown_comes_back_as_none(results: Results) -> None:
+def test_unknown_values_are_read_as_none(results: Results) -> None:
     unknown = replace(ROW, threads=None, unit=None, top1=None, float_top1=None, agreement=None)
     unknown = replace(unknown, load_ms=None, first_ms=None, plan=None)
     number = results.append(unknown)
@@ -126,7 +126,7 @@ def test_what_is_unknown_comes_back_as_none(results: Results) -> None:
     assert found == replace(unknown, id=number, created=found.created)
 
 
-def test_what_is_unknown_is_null_in_the_file(results: Results, database: Path) -> None:
+def test_unknown_values_are_null_in_the_file(results: Results, database: Path) -> None:
     results.append(replace(ROW, unit=None, plan=None))
     connection = sqlite3.connect(database)
     assert connection.execute("SELECT count(*) FROM measurements WHERE unit IS NULL AND plan IS NULL").fetchone() == (
@@ -292,7 +292,7 @@ def test_other_databases_get_the_columns_by_the_same_statement(dialect: Any) -> 
     ]
 
 
-def test_a_column_that_another_process_has_just_added_is_as_good(
+def test_a_column_that_another_process_has_just_added_is_used(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a database server, where nobody waits for the other."""
@@ -313,7 +313,7 @@ def test_columns_that_a_database_server_lacks_are_added(results: Results, databa
     assert [row.plan for row in results.rows()] == [PLAN]
 
 
-def test_a_column_that_cannot_be_added_is_told(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_that_cannot_be_added_is_reported(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results_module, "_missing", lambda _: ["unit"])  # there it is, and so it cannot be added
     with pytest.raises(DatabaseError, match="duplicate column name: unit"):
         results._add_columns()
@@ -357,7 +357,7 @@ def test_a_database_damaged_in_the_middle_is_refused(database: Path) -> None:
         Results(database).rows()
 
 
-def test_a_table_of_another_program_is_refused(tmp_path: Path) -> None:
+def test_a_table_of_a_different_program_is_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.db"
     connection = sqlite3.connect(foreign)
     connection.execute("CREATE TABLE measurements (id INTEGER PRIMARY KEY, celsius REAL)")

@@ -45,7 +45,7 @@ def test_engines_are_compared_side_by_side(shared: Path, target: str, caplog: py
     assert str(answer["sentence"]) in caplog.text
 
 
-def test_what_cannot_be_timed_is_not_judged() -> None:
+def test_engines_that_cannot_be_timed_are_not_compared() -> None:
     assert can_judge(tiny_run("int8_ptq", "cpu"))
     assert not can_judge(tiny_run("fp32", "cpu"))
     assert not can_judge(tiny_run("int8_ptq", "null"))
@@ -91,7 +91,7 @@ def test_nothing_is_recommended_while_others_take_the_processor() -> None:
     assert judged([FP32, FP16, INT8], found) == (None, f"undecided: {BUSY}; {AGAIN}")
 
 
-def test_not_even_float_is_recommended_then_and_the_loss_is_still_told() -> None:
+def test_under_doubtful_conditions_nothing_is_recommended_and_the_loss_is_reported() -> None:
     found = replace(comparison(fp32=2.0, int8_ptq=1.0), busy=0.84)
     assert judged([FP32, replace(INT8, drop=1.5)], found) == (
         None,
@@ -109,7 +109,7 @@ def test_nothing_is_recommended_of_a_throttled_processor_or_drifting_latencies()
     assert sentence.startswith("undecided: latencies drifted: the second half of the rounds of ")
 
 
-def test_nothing_is_recommended_on_an_interval_that_holds_both_answers() -> None:
+def test_nothing_is_recommended_on_an_interval_that_allows_both_decisions() -> None:
     scattered = np.tile([0.6, 1.6], 16)
     found = Comparison(names=("fp32", "int8_ptq"), medians_ns=np.column_stack([np.full(32, 2e6), scattered * 2e6]))
     ship, sentence = judged([FP32, INT8], found)

@@ -80,7 +80,7 @@ def test_a_system_may_be_as_old_as_the_recipe_allows(name: str) -> None:
         ),
     ],
 )
-def test_too_old_a_system_says_what_the_recipe_needs(recipe: str, message: str) -> None:
+def test_too_old_a_system_is_refused_with_the_required_one(recipe: str, message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         accept(ALL[recipe], "iOS17")
 

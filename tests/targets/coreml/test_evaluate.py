@@ -53,7 +53,7 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "picture.png"
 
 
-def test_the_answer_is_the_targets_for_the_picture_as_the_package_says_to_prepare_it(
+def test_the_result_matches_the_target_with_the_preprocessing_in_the_package(
     export: Export, package: Path, picture: Path
 ) -> None:
     found = evaluate.evaluate(package, picture)
@@ -66,7 +66,7 @@ def test_the_answer_is_the_targets_for_the_picture_as_the_package_says_to_prepar
     assert exact != found["outputs"]  # without the rounding to FP16
 
 
-def test_the_command_tells_the_classes_and_answers_with_one_json_line(package: Path, picture: Path) -> None:
+def test_the_command_logs_the_classes_and_prints_one_json_line(package: Path, picture: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "targets.coreml.evaluate", str(package), str(picture)],
         cwd=ROOT,
@@ -120,7 +120,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], str]] = {
         ("no weights", "cannot be read", 4),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(
+def test_unusable_inputs_are_refused_in_one_sentence(
     package: Path,
     picture: Path,
     tmp_path: Path,
@@ -247,7 +247,7 @@ def test_enumerated_shapes_are_the_only_ones(tmp_path: Path, picture: Path) -> N
     assert refused.error == "input x has shape (1, 3, 40, 40); the package accepts 1x3x32x32 or 1x3x48x48"
 
 
-def test_a_range_of_shapes_ends_where_it_says(tmp_path: Path, picture: Path) -> None:
+def test_a_range_of_shapes_includes_its_limits(tmp_path: Path, picture: Path) -> None:
     coremltools = import_coremltools()
     side = coremltools.RangeDim(16, 64, default=24)
     from coremltools.converters.mil.mil import get_new_symbol
@@ -343,7 +343,7 @@ def test_metadata_that_cannot_be_followed_is_refused(
 
 
 @pytest.mark.parametrize("text", ["[]", "7", "null", '"x"', "[[1, 2]]", '{"a": 1}'])
-def test_classes_and_preparation_of_another_form_are_no_classes(
+def test_invalid_classes_and_preprocessing_fail_the_check(
     text: str, package: Path, picture: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(package, tmp_path / PACKAGE)
@@ -364,7 +364,7 @@ def test_a_program_that_would_fill_the_memory_is_refused(tmp_path: Path, picture
     assert refused.code == 4 and "supports at most 268435456" in refused.error
 
 
-def test_a_neural_network_is_told_to_be_converted(tmp_path: Path, picture: Path) -> None:
+def test_an_old_neural_network_is_refused_with_a_hint_to_convert_it(tmp_path: Path, picture: Path) -> None:
     coremltools = import_coremltools()
     network = coremltools.proto.Model_pb2.Model()
     network.specificationVersion = 4

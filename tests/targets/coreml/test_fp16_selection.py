@@ -52,7 +52,7 @@ def folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: str(part.__name__))
-def test_what_fp16_cannot_hold_stays_in_float32(tmp_path: Path, part: type[nn.Module]) -> None:
+def test_operators_that_exceed_fp16_stay_in_float32(tmp_path: Path, part: type[nn.Module]) -> None:
     export, engine = built(tmp_path, "fp16", part)
     count = TARGET.inspect(export, engine)["float32_operators"]
     assert isinstance(count, int) and 0 < count < 6

@@ -181,7 +181,7 @@ def test_no_form_with_two_operators_is_nearer_in_fp16(constants: Any) -> None:
 # What inspection finds
 
 
-def test_an_image_of_another_size_or_colour_layout_is_refused(classifier: tuple[Export, Path]) -> None:
+def test_an_image_with_a_wrong_size_or_colour_layout_is_refused(classifier: tuple[Export, Path]) -> None:
     export, engine = classifier
     spec = coreml_package.read(engine / PACKAGE).spec
     picture = spec.description.input[0].type.imageType
@@ -195,7 +195,7 @@ def test_an_image_of_another_size_or_colour_layout_is_refused(classifier: tuple[
         TARGET.inspect(export, engine)
 
 
-def test_classes_in_another_order_are_refused(classifier: tuple[Export, Path]) -> None:
+def test_classes_in_a_different_order_are_refused(classifier: tuple[Export, Path]) -> None:
     export, engine = classifier
     described = export.description() | {"classes": CLASSES[::-1]}
     (export.path / "model.json").write_text(json.dumps(described))
@@ -203,7 +203,7 @@ def test_classes_in_another_order_are_refused(classifier: tuple[Export, Path]) -
         TARGET.inspect(export, engine)
 
 
-def test_a_classifier_that_does_not_say_which_output_is_its_label_is_refused(classifier: tuple[Export, Path]) -> None:
+def test_a_classifier_without_a_declared_label_output_is_refused(classifier: tuple[Export, Path]) -> None:
     export, engine = classifier
     spec = coreml_package.read(engine / PACKAGE).spec
     spec.description.predictedFeatureName = ""
@@ -251,7 +251,7 @@ def test_pixels_come_back_exactly(constants: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [0.3 / 255, -1 / 255, 256 / 255])
-def test_what_is_no_picture_has_no_pixels(value: float) -> None:
+def test_inputs_that_are_not_pixel_values_are_refused(value: float) -> None:
     images = np.full((1, 3, 2, 2), value, np.float32)
     with pytest.raises(CheckFailed, match=r"away from the integers 0 to 255; .* accepts only 8-bit images"):
         coreml_interface.pixels(images, {"mean": [0.0] * 3, "std": [1.0] * 3})

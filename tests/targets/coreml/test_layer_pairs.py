@@ -217,7 +217,7 @@ def test_every_layer_has_its_counterpart(name: str, precision: Precision, tmp_pa
 
 
 @pytest.mark.parametrize("recipe", ["w8a16", "palette4"])
-def test_stored_weights_are_held_against_those_of_the_same_layer(recipe: str, tmp_path: Path) -> None:
+def test_stored_weights_are_compared_with_the_same_layer(recipe: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     wide = nn.Sequential(*(nn.Conv1d(64, 64, 1) for _ in range(2)), nn.Conv1d(64, 64, 1, bias=False))
 
@@ -280,7 +280,7 @@ def test_weights_decide_before_order_and_order_where_they_are_alike() -> None:
     ]
 
 
-def test_a_factor_a_channel_and_rounding_leave_a_weight_what_it_is() -> None:
+def test_a_weight_is_recognized_after_rounding_and_channel_factors() -> None:
     weight = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0))
     other = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(1))
     scaled = (weight * torch.linspace(-3, 3, 8).reshape(-1, 1, 1, 1)).half().float()

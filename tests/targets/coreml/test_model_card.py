@@ -90,7 +90,7 @@ def published(made: Made, interface: Interface, facts: Facts = FACTS) -> tuple[P
 # The metadata
 
 
-def test_a_published_package_says_how_good_it_is_and_where_it_comes_from(made: Made) -> None:
+def test_a_published_package_has_accuracy_and_provenance(made: Made) -> None:
     metadata = coreml_package.read(published(made, "image")[0] / PACKAGE).spec.description.metadata
     assert metadata.author == "Edgeline 1.2.3"
     assert metadata.license == "not stated"
@@ -124,7 +124,7 @@ def test_a_published_package_still_passes_its_inspection(made: Made, interface: 
 # The card
 
 
-def test_the_card_says_what_was_measured_on_what_and_by_whom(made: Made) -> None:
+def test_the_card_states_measurement_data_and_evaluator(made: Made) -> None:
     card = published(made, "tensor")[1]
     assert card.startswith("# toy for Core ML\n")
     row = next(line for line in card.splitlines() if "0123456789ab" in line)
@@ -146,19 +146,19 @@ def test_the_card_says_what_was_measured_on_what_and_by_whom(made: Made) -> None
     assert 'A \\& B, "Toys", arXiv 1234.56789' in card
 
 
-def test_what_was_not_executed_is_said(made: Made) -> None:
+def test_the_card_states_that_the_package_was_not_executed(made: Made) -> None:
     report = REPORT | {"executed": False, "by": "onnxruntime, on the export", "why_not": "no evaluator"}
     card = published(made, "tensor", dataclasses.replace(FACTS, report=report))[1]
     assert "onnxruntime, on the export, instead of the package" in card
     assert "Not measured on a device: no evaluator." in card
 
 
-def test_a_card_of_what_was_measured_on_a_device_gives_no_excuse(made: Made) -> None:
+def test_a_card_of_a_device_measurement_has_no_reservation(made: Made) -> None:
     card = published(made, "tensor", dataclasses.replace(FACTS, report=REPORT | {"by": "coreml", "why_not": None}))[1]
     assert "Not measured on a device" not in card
 
 
-def test_what_is_not_known_is_not_made_up(made: Made) -> None:
+def test_unknown_facts_are_omitted(made: Made) -> None:
     card = published(made, "tensor", dataclasses.replace(FACTS, paper=None, published=None))[1]
     assert "| Paper | none known |" in card and "| Published accuracy | none known |" in card
 
@@ -193,7 +193,7 @@ def test_escaped_text_is_plain_text(text: str) -> None:
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
-def test_the_swift_names_what_the_package_has(made: Made, interface: Interface) -> None:
+def test_the_swift_code_uses_the_names_of_the_package(made: Made, interface: Interface) -> None:
     swift = code(published(made, interface)[1], "swift")
     assert "configuration.computeUnits = .cpuAndNeuralEngine" in swift
     assert "functionName" not in swift
@@ -269,7 +269,7 @@ def photo(folder: Path) -> Image.Image:
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
-def test_the_python_in_the_card_answers_as_the_pipeline_does(
+def test_the_python_code_in_the_card_matches_the_pipeline(
     made: Made,
     interface: Interface,
     capsys: pytest.CaptureFixture[str],
@@ -295,7 +295,7 @@ def test_the_python_fills_a_batch(tmp_path: Path) -> None:
     assert answered(engine)["logits"].shape == (3, 4)
 
 
-def test_what_the_python_calls_exists_in_the_installed_coremltools() -> None:
+def test_the_python_code_uses_functions_of_the_installed_coremltools() -> None:
     import inspect
 
     model = import_coremltools().models.MLModel

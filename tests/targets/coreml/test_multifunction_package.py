@@ -86,7 +86,7 @@ def test_equal_weights_are_stored_once(merged: Path, parts: dict[str, Part], tmp
 
 
 @pytest.mark.parametrize("name", ["fp16_16", "int8_16"])
-def test_a_function_computes_what_its_package_did(merged: Path, parts: dict[str, Part], name: str) -> None:
+def test_a_function_matches_its_source_package(merged: Path, parts: dict[str, Part], name: str) -> None:
     image = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     answers = []
     for package in (coreml_package.read(merged / PACKAGE, name), coreml_package.read(parts[name].engine / PACKAGE)):
@@ -130,7 +130,7 @@ def test_coremltools_still_draws_bars_and_leaves_a_copy_behind(
 # What it says
 
 
-def test_the_metadata_tells_the_functions_apart(merged: Path, parts: dict[str, Part]) -> None:
+def test_the_metadata_describes_each_function(merged: Path, parts: dict[str, Part]) -> None:
     told = coreml_package.read(merged / PACKAGE).spec.description.metadata.userDefined
     functions = json.loads(told["edgeline.functions"])
     assert {name: facts["key"] for name, facts in functions.items()} == {
@@ -159,7 +159,7 @@ def damaged(merged: Path, tmp_path: Path) -> Path:
     return shutil.copytree(merged, tmp_path / "damaged")
 
 
-def test_a_function_of_another_package_is_named(merged: Path, parts: dict[str, Part]) -> None:
+def test_a_function_of_a_different_package_is_named(merged: Path, parts: dict[str, Part]) -> None:
     found = coreml_package.read(merged / PACKAGE, "fp16_16")
     with pytest.raises(CheckFailed, match=r"operator 1 of function fp16_16 differs from .*: .*\(conv\).*, expected .*"):
         multifunction_package.check("fp16_16", found, coreml_package.read(parts["int8_16"].engine / PACKAGE))

@@ -45,7 +45,7 @@ def replayed(export: Export, engine: Path, image: Tensor) -> Replay:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_operator_of_a_package_computes_what_torch_does(
+def test_every_operator_of_a_package_matches_torch(
     made: dict[Precision, tuple[Export, Path]], image: Tensor, precision: Precision
 ) -> None:
     found = replayed(*made[precision], image)
@@ -163,7 +163,7 @@ def test_a_float32_package_that_is_far_from_torch_as_a_whole_is_refused(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_target_answers_as_torch_does(made: dict[Precision, tuple[Export, Path]], precision: Precision) -> None:
+def test_the_target_matches_torch(made: dict[Precision, tuple[Export, Path]], precision: Precision) -> None:
     export, engine = made[precision]
     images = np.random.default_rng(3).normal(size=(5, 3, SIZE, SIZE)).astype(np.float32)
     with torch.no_grad():

@@ -199,7 +199,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Proxy]]:
 
 
 @pytest.mark.usefixtures("mac")
-def test_a_session_answers_with_logits_and_core_mls_own_times(packages: dict[Interface, Path]) -> None:
+def test_a_session_returns_logits_and_latencies_of_core_ml(packages: dict[Interface, Path]) -> None:
     with TARGET.open(packages["tensor"].parent) as session:
         assert session.batch == 1
         logits = session.infer(IMAGES)
@@ -222,7 +222,7 @@ def test_predicting_leaves_the_images_as_they_are(packages: dict[Interface, Path
 
 @pytest.mark.usefixtures("mac")
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_package_is_loaded_for_the_units_that_were_asked_for(packages: dict[Interface, Path], unit: str) -> None:
+def test_a_package_is_loaded_for_the_requested_units(packages: dict[Interface, Path], unit: str) -> None:
     loaded = ThisMac().load(packages["tensor"], unit)
     proxy = loaded.model.__proxy__
     hints = {"reshapeFrequency": "Infrequent", "specializationStrategy": "FastPrediction"}
@@ -318,7 +318,9 @@ def test_the_plan_has_the_operators_inside_an_operator(packages: dict[Interface,
         assert "inner" in [found.name for found in session.plan()]
 
 
-def test_a_package_that_core_ml_refuses_says_why(mac: type[Proxy], packages: dict[Interface, Path]) -> None:
+def test_a_package_that_core_ml_refuses_raises_an_error_with_its_reason(
+    mac: type[Proxy], packages: dict[Interface, Path]
+) -> None:
     mac.refusal = "no such operator"
     with (
         pytest.raises(CannotRunHere, match=r"^Core ML on this Mac cannot load .* for ALL: .*no such operator$"),
@@ -327,7 +329,7 @@ def test_a_package_that_core_ml_refuses_says_why(mac: type[Proxy], packages: dic
         pass
 
 
-def test_a_package_newer_than_core_ml_is_told_apart(mac: type[Proxy], packages: dict[Interface, Path]) -> None:
+def test_a_package_newer_than_core_ml_has_its_own_error(mac: type[Proxy], packages: dict[Interface, Path]) -> None:
     """coremltools says nothing of it until it is asked to predict."""
     mac.newest = 6
     message = r"did not load .*mlpackage, which has specification version \d: update macOS, or build it for an older"
@@ -336,7 +338,7 @@ def test_a_package_newer_than_core_ml_is_told_apart(mac: type[Proxy], packages: 
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError, OSError, KeyError, Exception])
-def test_a_prediction_that_fails_says_why(
+def test_a_failed_prediction_raises_an_error_with_its_reason(
     mac: type[Proxy], packages: dict[Interface, Path], monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def failing(*_: object) -> None:
@@ -373,7 +375,7 @@ def test_other_warnings_are_still_warnings(packages: dict[Interface, Path], monk
 
 
 @pytest.mark.usefixtures("mac")
-def test_an_old_mac_is_told_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_macos_is_refused_with_the_required_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TARGET.not_executed() is None
     monkeypatch.setattr("platform.mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
     assert TARGET.not_executed() == "needs macOS 15 or later: this Mac has 14.5"
@@ -416,7 +418,9 @@ def test_elsewhere_nothing_is_timed_and_nothing_built(tmp_path: Path) -> None:
         ("utils.load_spec", ["a.mlpackage"], {}),
     ],
 )
-def test_coremltools_takes_what_it_is_given(function: str, arguments: list[Any], named: dict[str, Any]) -> None:
+def test_coremltools_accepts_the_arguments_of_the_runtime(
+    function: str, arguments: list[Any], named: dict[str, Any]
+) -> None:
     inspect.signature(attrgetter(function)(COREML)).bind(*arguments, **named)
 
 
@@ -543,7 +547,7 @@ def test_every_choice_of_units_gets_a_row(profiled: Any) -> None:
     assert profiled.rows["CPU_AND_GPU"].summary.why_invalid.startswith("it is scripted")
 
 
-def test_the_answer_itself_is_that_of_all_units(profiled: Any) -> None:
+def test_the_result_is_from_all_units(profiled: Any) -> None:
     contract = ("p50_ms", "p90_ms", "p99_ms", "n", "valid", "why_invalid")
     assert {name: profiled.answer[name] for name in contract} == {
         name: profiled.answer["units"]["ALL"][name] for name in contract
@@ -552,7 +556,7 @@ def test_the_answer_itself_is_that_of_all_units(profiled: Any) -> None:
     json.dumps(profiled.answer)
 
 
-def test_loading_first_prediction_and_warm_up_are_apart_from_what_is_timed(profiled: Any) -> None:
+def test_loading_first_prediction_and_warm_up_are_not_part_of_the_timing(profiled: Any) -> None:
     for unit, row in profiled.rows.items():
         loading = LOADING[unit]
         assert (row.load_ms, row.first_ms) == (None if loading is None else loading / MS, 50)
@@ -572,7 +576,7 @@ def test_a_unit_is_timed_for_a_thousand_predictions_or_ten_seconds(profiled: Any
     assert profiled.rows["ALL"].method["either"] is True
 
 
-def test_the_plan_is_stored_with_each_row_and_summed_up_in_the_answer(profiled: Any) -> None:
+def test_the_plan_is_stored_with_each_row_and_summarized_in_the_result(profiled: Any) -> None:
     row = profiled.rows["CPU_AND_NE"]
     assert list(row.plan) == Scripted(unit="CPU_AND_NE", compute=dict, asked=[]).plan()
     assert profiled.answer["units"]["CPU_AND_NE"]["placement"] == {
@@ -594,7 +598,7 @@ def test_the_dashboard_shows_every_choice_of_units(profiled: Any) -> None:
 
 @pytest.mark.skipif(TARGET.not_executed() is not None, reason=f"{TARGET.not_executed()}")
 @pytest.mark.parametrize("unit", UNITS)
-def test_core_ml_computes_what_the_reference_evaluator_does(packages: dict[Interface, Path], unit: str) -> None:
+def test_core_ml_matches_the_reference_evaluator(packages: dict[Interface, Path], unit: str) -> None:
     with opened(ThisMac(), packages["tensor"], unit) as session:
         assert isinstance(session.loaded, LoadedHere)
         assert session.load_ns is None or session.load_ns > 0

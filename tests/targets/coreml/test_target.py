@@ -145,7 +145,7 @@ def test_input_and_output_have_the_type_that_is_computed_in(
         assert array.ArrayDataType.Name(array.dataType) == number
 
 
-def test_a_package_says_what_it_is(made: dict[Precision, tuple[Export, Path]]) -> None:
+def test_a_package_has_a_description(made: dict[Precision, tuple[Export, Path]]) -> None:
     metadata = coreml_package.read(made["int8"][1] / PACKAGE).spec.description.metadata
     assert metadata.shortDescription == "toy, int8, 16 pixels"
     assert metadata.userDefined["edgeline.recipe"] == "int8"
@@ -199,7 +199,7 @@ def test_toolchain_is_known_without_importing_it() -> None:
         ({"hidden": True}, r"has 4 layers, expected 3: \w*linear\w* is not in the export"),
     ],
 )
-def test_a_package_of_another_network_is_refused(
+def test_a_package_of_a_different_network_is_refused(
     made: dict[Precision, tuple[Export, Path]], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     other = built(tmp_path / "engine", exported(tmp_path / "export", "fp32", Toy(**change)))
@@ -367,7 +367,7 @@ class Pair(nn.Module):
         return nn.functional.conv2d(nn.functional.conv2d(x, self.first), self.second, padding=1)
 
 
-def test_two_layers_of_one_module_are_told_apart(tmp_path: Path) -> None:
+def test_two_layers_of_one_module_are_distinguished(tmp_path: Path) -> None:
     model = Toy()
     model.mix = Pair()  # type: ignore[assignment]
     export = exported(tmp_path / "export", "int8", model)

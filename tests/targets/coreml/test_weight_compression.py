@@ -108,7 +108,7 @@ def parts(engine: Path) -> list[Any]:
         ("palette4", {"fp16": 2, "palette4": 1, "palette6": 2}, "output channels that are no multiple of 16: palette6"),
     ],
 )
-def test_what_is_stored_in_another_form_is_told(
+def test_weights_in_a_different_format_are_reported(
     made: Made, name: str, layers: dict[str, int], exception: str | None
 ) -> None:
     found = weights_of(made, name)
@@ -118,7 +118,7 @@ def test_what_is_stored_in_another_form_is_told(
     assert found["exceptions"] == small | ({exception: ["wide", "head"]} if exception else {})
 
 
-def test_a_float_package_says_nothing_of_stored_weights(made: Made) -> None:
+def test_a_float_package_has_no_report_of_compressed_weights(made: Made) -> None:
     assert "weights" not in TARGET.inspect(*made["fp16"])
 
 
@@ -159,7 +159,7 @@ def test_fewer_bits_take_fewer_bytes(made: Made) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_bits_that_are_told_are_those_of_the_file(made: Made, name: str) -> None:
+def test_the_reported_bits_match_the_file(made: Made, name: str) -> None:
     (_, plain), (_, engine) = made["fp16"], made[name]
     saved = (plain / PACKAGE / WEIGHTS).stat().st_size - (engine / PACKAGE / WEIGHTS).stat().st_size
     weights = 1728 + 432 + 3072 + 3456 + 2880
@@ -185,14 +185,14 @@ def test_the_same_export_makes_the_same_bytes(made: Made, name: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("name", "least"), [("w8a16", 40), ("palette6", 25), ("w4a16", 15), ("palette4", 15)])
-def test_the_package_computes_nearly_what_the_float_one_does(made: Made, name: str, least: float) -> None:
+def test_the_package_is_close_to_the_float_package(made: Made, name: str, least: float) -> None:
     images = np.random.default_rng(0).standard_normal((4, 3, SIZE, SIZE)).astype(np.float32)
     reference, found = (TARGET.evaluate(*made[key])(images) for key in ("fp16", name))
     assert least < snr_db(reference, found) < 80
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_has_no_weights_is_held_against_torch(made: Made, name: str) -> None:
+def test_operators_without_weights_are_compared_with_torch(made: Made, name: str) -> None:
     image = np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE)).astype(np.float32)
     every, found = (TARGET.replay(*made[key], image) for key in ("fp16", name))
     assert (every["compared"], found["compared"]) == (8, 3)  # two ReLUs and a mean, without the five layers
@@ -321,7 +321,7 @@ def test_a_palette_of_mostly_zeros_keeps_the_others() -> None:
         ("palette6", "w8a16", r"^narrow: .* as uint6 .*, expected int8 "),
     ],
 )
-def test_another_form_than_the_one_asked_for_is_named(made: Made, built_as: str, asked: str, message: str) -> None:
+def test_a_format_other_than_the_requested_one_is_named(made: Made, built_as: str, asked: str, message: str) -> None:
     export, engine = made[asked][0], made[built_as][1]
     package = coreml_package.read(engine / PACKAGE)
     assert export.storage is not None
@@ -379,7 +379,7 @@ def test_a_changed_float_weight_is_named(damaged: Callable[[str], tuple[Export, 
         TARGET.inspect(export, engine)
 
 
-def test_weights_of_another_network_are_named(made: Made, tmp_path: Path) -> None:
+def test_weights_of_a_different_network_are_named(made: Made, tmp_path: Path) -> None:
     export = dataclasses.replace(plain_export(tmp_path / "export", seed=1), storage=RECIPES["palette6"])
     with pytest.raises(CheckFailed, match=r"^stem: .* has weight "):
         TARGET.inspect(export, made["palette6"][1])

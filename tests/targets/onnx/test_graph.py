@@ -47,7 +47,7 @@ def test_a_fixed_batch_reaches_every_tensor_and_leaves_the_original_alone(export
     assert len(shapes) >= len(fixed.graph.node)
 
 
-def test_a_fixed_batch_changes_no_answer(export: Export, images: npt.NDArray[np.float32]) -> None:
+def test_a_fixed_batch_does_not_change_the_logits(export: Export, images: npt.NDArray[np.float32]) -> None:
     fixed = with_batch(onnx.load(export.onnx), 3).SerializeToString()
     expected = reference_logits(export.onnx, images)
     assert len(images) % 3  # the last query is filled up
@@ -104,7 +104,7 @@ def test_no_weight_shares_its_quantizer(int8_export: Export, images: npt.NDArray
     ],
     ids=["relu", "a clip beyond the range", "a clip within it"],
 )
-def test_what_is_never_negative_is_unsigned_and_the_same_to_the_bit(
+def test_non_negative_activations_become_unsigned_with_bit_identical_results(
     before: tuple[str, list[str]], highest: float
 ) -> None:
     model = rounded_after(*before)
@@ -120,13 +120,13 @@ def test_what_is_never_negative_is_unsigned_and_the_same_to_the_bit(
 
 
 @pytest.mark.parametrize("before", [("Neg", []), ("Clip", ["minus", "half"])], ids=["negative", "a clip below zero"])
-def test_what_may_be_negative_stays_signed(before: tuple[str, list[str]]) -> None:
+def test_activations_that_may_be_negative_stay_signed(before: tuple[str, list[str]]) -> None:
     model = rounded_after(*before)
     unsigned = with_unsigned_activations(model)
     assert list(unsigned.graph.node) == list(model.graph.node)
 
 
-def test_what_is_read_in_float_too_stays_signed() -> None:
+def test_activations_with_a_float_reader_stay_signed() -> None:
     model = rounded_after("Relu", [])
     model.graph.output.append(helper.make_tensor_value_info("value", onnx.TensorProto.FLOAT, [None, 3, SIDE, SIDE]))
     assert list(with_unsigned_activations(model).graph.node) == list(model.graph.node)

@@ -92,7 +92,7 @@ def test_the_batch_of_an_engine_is_fixed(float_export: Export, tmp_path: Path) -
         ("fp asimd", "f32"),
     ],
 )
-def test_half_precision_is_what_the_processor_computes_in(
+def test_half_precision_is_the_16_bit_type_of_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, expected: str
 ) -> None:
     file = tmp_path / "cpuinfo"
@@ -102,12 +102,12 @@ def test_half_precision_is_what_the_processor_computes_in(
     assert TARGET.toolchain()["half"] == expected
 
 
-def test_a_system_that_does_not_tell_computes_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_processor_information_uses_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_target, "_CPUINFO", tmp_path / "nothing")
     assert half_precision() == "f32"
 
 
-def test_what_fp16_cannot_hold_is_computed_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_that_exceed_fp16_are_computed_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_target, "half_precision", lambda: "f16")
     export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
     TARGET.build(export, tmp_path)

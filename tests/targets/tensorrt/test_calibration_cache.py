@@ -44,7 +44,7 @@ def test_a_hidden_layer_of_the_reference_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "scale"), [("two\nlines", 1.0), ("x", float("nan")), ("x", -1.0)])
-def test_what_could_not_be_read_back_is_not_written(name: str, scale: float) -> None:
+def test_entries_that_could_not_be_read_are_not_written(name: str, scale: float) -> None:
     with pytest.raises(ValueError, match="cannot be written as a line"):
         text(CalibrationCache(version=8601, algorithm="EntropyCalibration2", scales={name: scale}))
 
@@ -55,7 +55,9 @@ def test_what_could_not_be_read_back_is_not_written(name: str, scale: float) -> 
     ),
     st.sampled_from(ALGORITHMS),
 )
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, scales: dict[str, float], name: str) -> None:
+def test_written_entries_are_read_back(
+    tmp_path_factory: pytest.TempPathFactory, scales: dict[str, float], name: str
+) -> None:
     cache = CalibrationCache(version=8601, algorithm=name, scales=scales)
     assert read(written(tmp_path_factory.mktemp("cache"), text(cache))) == cache
     assert all(np.float32(scale) == scale for scale in scales.values())

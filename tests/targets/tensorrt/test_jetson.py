@@ -43,7 +43,7 @@ def run_script(bundle: Path, *, tensorrt: str | None = None) -> subprocess.Compl
 
 
 @needs_rtx
-def test_a_bundle_states_what_it_is_and_who_accepted_it(tmp_path: Path) -> None:
+def test_a_bundle_has_a_description_and_the_importer_that_accepted_it(tmp_path: Path) -> None:
     bundle = bundled(tmp_path)
     found = json.loads((bundle / "bundle.json").read_text())
     packed = {"build_engine.py", "model.json", "model.onnx", "model_weak.onnx", "sample.npz", "scales.json"}
@@ -71,7 +71,7 @@ def test_a_graph_that_nvidia_refuses_is_not_packed(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle.json").exists()
 
 
-def test_trtexec_is_told_what_to_measure_in_every_version() -> None:
+def test_the_trtexec_command_is_valid_for_every_version() -> None:
     commands = bundle.trtexec_commands("trtexec", Export(path=Path(), precision="int8", batch=1))
     assert "--onnx=model_weak.onnx --int8 --fp16" in commands["8.6"]
     assert "--onnx=model.onnx --stronglyTyped" in commands["10"] and "--int8" not in commands["10"]
@@ -132,7 +132,7 @@ def test_the_script_refuses_a_damaged_bundle(tmp_path: Path) -> None:
     assert "bundle.json cannot be read" in run_script(bundle).stderr
 
 
-def test_without_tensorrt_the_script_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_without_tensorrt_the_script_names_its_package(tmp_path: Path) -> None:
     answer = run_script(bundled(tmp_path))
     assert (answer.returncode, answer.stdout) == (3, "")
     (sentence,) = answer.stderr.splitlines()
@@ -158,7 +158,7 @@ def test_a_model_without_a_weak_graph_names_the_reason() -> None:
         build_engine._graph(bundle, False)
 
 
-def test_nearness_is_told_in_the_words_of_the_reports() -> None:
+def test_the_script_compares_logits_with_the_metrics_of_the_reports() -> None:
     import numpy as np
 
     from calibration.metrics import agreement, snr_db

@@ -69,7 +69,7 @@ def test_the_typed_graph_states_the_type_of_every_constant(
 
 
 @all_precisions
-def test_the_weak_graph_computes_what_the_export_does(tmp_path: Path, precision: Precision) -> None:
+def test_the_weakly_typed_graph_matches_the_export(tmp_path: Path, precision: Precision) -> None:
     export = tiny_export(tmp_path / "export", precision)
     weak = weak_onnx(export)
     assert [opset.version for opset in weak.opset_import] == [17]
@@ -80,7 +80,7 @@ def test_the_weak_graph_computes_what_the_export_does(tmp_path: Path, precision:
         )
 
 
-def test_the_weak_graph_has_what_the_importer_of_8_6_reads(tmp_path: Path) -> None:
+def test_the_weakly_typed_graph_has_only_operators_of_the_8_6_importer(tmp_path: Path) -> None:
     weak = weak_onnx(tiny_export(tmp_path / "export", "int8"))
     (mean,) = [node for node in weak.graph.node if node.op_type == "ReduceMean"]
     assert len(mean.input) == 1 and {a.name for a in mean.attribute} == {"axes", "keepdims"}
@@ -132,7 +132,7 @@ def test_layers_that_share_a_weight_are_counted_one_by_one() -> None:
 
 
 @needs_rtx
-def test_what_the_engine_lost_is_found(tmp_path: Path) -> None:
+def test_differences_of_an_engine_from_its_export_are_found(tmp_path: Path) -> None:
     export, engine = built(tmp_path, "int8")
     (export.path / "scales.json").write_text('{"conv": {}, "linear": {}, "gone": {}}')
     with pytest.raises(CheckFailed, match=r"2 quantized layers, scales.json has 3"):
@@ -189,7 +189,7 @@ def test_the_importers_objection_is_passed_on(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_what_is_no_onnx_file_is_refused() -> None:
+def test_a_file_that_is_not_onnx_is_refused() -> None:
     import tensorrt_rtx
 
     with pytest.raises(CheckFailed, match=r"refuses the file: .*Failed to parse the ONNX model"):
@@ -213,7 +213,7 @@ def test_a_dynamic_batch_gets_a_profile(tmp_path: Path) -> None:
     assert build_plan(tensorrt_rtx, export.onnx.read_bytes(), precision="fp32", batch=4)[:4] == b"vtrt"
 
 
-def test_the_timing_cache_of_another_board_is_replaced() -> None:
+def test_the_timing_cache_of_a_different_board_is_replaced() -> None:
     used: list[bytes] = []
 
     def set_timing_cache(timings: bytes, *, ignore_mismatch: bool) -> bool:
@@ -226,7 +226,7 @@ def test_the_timing_cache_of_another_board_is_replaced() -> None:
     assert used == [b"of another board", b""]
 
 
-def test_messages_that_differ_in_numbers_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_messages_that_differ_only_in_numbers_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     logger = build_engine.make_logger(SimpleNamespace(ILogger=Toy), tensorrt_target._say)
     with caplog.at_level(logging.DEBUG):
         for layer in range(40):
@@ -250,7 +250,9 @@ def no_driver(name: str) -> None:
 
 
 @needs_rtx
-def test_without_a_gpu_an_engine_says_that_it_was_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_report_states_that_the_engine_was_not_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ctypes, "CDLL", no_driver)
     why_not = rtx.TARGET.not_executed()
     assert why_not is not None and "NVIDIA GPU" in why_not
@@ -268,7 +270,7 @@ def test_the_gpu_must_be_one_that_the_engine_has_kernels_for(
     assert why_not is None if runs else why_not is not None and "some GPU has compute capability" in why_not
 
 
-def test_the_target_says_where_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_reports_where_engines_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert "x86-64 Linux and Windows; this machine is aarch64" in str(rtx.TARGET.missing())
 
@@ -417,7 +419,7 @@ def ignore(severity: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_session_carries_images_to_the_gpu_and_logits_back(dynamic: bool) -> None:
+def test_a_session_copies_images_to_the_gpu_and_logits_back(dynamic: bool) -> None:
     driver, engine = ToyDriver(), ToyEngine(dynamic=dynamic)
     images = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
     with closing(build_engine.Execution(toy_tensorrt(engine), b"", build_engine.Cuda(driver), ignore)) as session:
@@ -521,7 +523,7 @@ def uses(file: Path) -> dict[tuple[str, str], bool]:
 
 
 @pytest.mark.parametrize("version", SURFACES)
-def test_every_attribute_exists_in_every_tensorrt_or_is_asked_for(version: str) -> None:
+def test_every_attribute_exists_in_every_tensorrt_or_is_checked_first(version: str) -> None:
     surface = SURFACES[version]
     for (owner, member), guarded in uses(Path(build_engine.__file__)).items():
         assert owner in surface, f"TensorRT {version} has no {owner}; if it has, add it to read_surface.CLASSES"
@@ -535,7 +537,7 @@ def test_only_the_file_that_is_held_to_the_surfaces_touches_tensorrt(file: str) 
     assert {name for name in attributes if name.startswith("trt.")} <= {"trt.__version__"}
 
 
-def test_the_surfaces_cover_what_boards_run() -> None:
+def test_the_surfaces_cover_the_versions_on_boards() -> None:
     assert list(SURFACES) == ["10.16.1.11", "10.3.0", "11.4.0.106", "8.6.1"]
     found = uses(Path(build_engine.__file__))
     assert found["IExecutionContext", "execute_async_v3"] is False
@@ -552,7 +554,7 @@ def test_the_surfaces_cover_what_boards_run() -> None:
         ("11.4.0.106", {"STRONGLY_TYPED"}, []),
     ],
 )
-def test_flags_follow_what_the_version_offers(version: str, flags: set[str], allowed: list[str]) -> None:
+def test_flags_follow_the_tensorrt_version(version: str, flags: set[str], allowed: list[str]) -> None:
     names = ("NetworkDefinitionCreationFlag", "BuilderFlag")
     trt = SimpleNamespace(**{name: enum.IntEnum(name, SURFACES[version][name], start=0) for name in names})
     creation = trt.NetworkDefinitionCreationFlag

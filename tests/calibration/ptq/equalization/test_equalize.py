@@ -82,7 +82,7 @@ class Attending(nn.Module):
         return found
 
 
-def test_rounded_products_get_their_decibels_back_too() -> None:
+def test_equalization_restores_the_sqnr_of_quantized_matrix_products() -> None:
     """Queries with keys, and probabilities with values, which no layer reads."""
     network = seeded(Attending).eval()
     assert isinstance(network, Attending)
@@ -107,7 +107,7 @@ def rounded_db(network: nn.Module, recipe: Ptq, scheme: Scheme = SHARED) -> floa
 
 
 @pytest.mark.parametrize("scheme", [SHARED, AFFINE], ids=["symmetric", "affine"])
-def test_a_network_with_outliers_gets_its_decibels_back(scheme: Scheme) -> None:
+def test_equalization_restores_the_sqnr_of_a_network_with_outliers(scheme: Scheme) -> None:
     network = seeded(Chain).eval()
     even = rounded_db(network, PLAIN, scheme)
     batches = list(images("val").batches(32))
@@ -118,7 +118,7 @@ def test_a_network_with_outliers_gets_its_decibels_back(scheme: Scheme) -> None:
     assert rounded_db(network, PTQ, scheme) > even - 1
 
 
-def test_float_answers_stay_and_so_does_the_network() -> None:
+def test_float_logits_and_the_network_are_unchanged() -> None:
     network = seeded(Chain).eval()
     spread(network)
     before = copy.deepcopy(network.state_dict())
@@ -132,7 +132,7 @@ def test_float_answers_stay_and_so_does_the_network() -> None:
 
 
 @pytest.mark.parametrize("helps", [True, False])
-def test_only_what_helps_stays(helps: bool) -> None:
+def test_corrections_that_do_not_help_are_undone(helps: bool) -> None:
     graph = traced(seeded(Chain).eval(), SIDE)
     before = copy.deepcopy(graph.state_dict())
     told = iter((10.0, 11.0, 12.0, 11.5) if helps else (10.0, 9.0, 10.0, -200.0))
@@ -204,14 +204,14 @@ class Watched(Untested):
         return Untested.image(self, part, index)
 
 
-def test_repairs_look_at_calibration_images_alone() -> None:
+def test_corrections_use_only_calibration_images() -> None:
     data = Watched()
     train = Images(data=data, part="train", preprocess=PREPROCESS)
     calibrated(seeded(Chain).eval(), PTQ, SHARED, train, seed=0)
     assert data.seen == {("train", index) for index in train.stratified(PTQ.samples, 0)}
 
 
-def test_the_report_tells_what_was_repaired() -> None:
+def test_the_report_lists_the_corrections() -> None:
     network = seeded(Chain).eval()
     spread(network)
     made = quantize(network, PTQ, SHARED, images("train"), images("val"), seed=0)

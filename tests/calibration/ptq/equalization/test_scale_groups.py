@@ -40,7 +40,7 @@ def test_zeros_take_any_factor() -> None:
     assert ties.resolved(other).tolist() == [0, 0]
 
 
-def test_what_is_tied_along_an_axis_is_one_factor() -> None:
+def test_channels_tied_along_an_axis_share_one_factor() -> None:
     ties = Ties()
     labels = ties.new((2, 3))
     assert ties.tie_along(labels, (1,)).shape == (2, 1)

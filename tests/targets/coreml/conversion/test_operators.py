@@ -292,7 +292,7 @@ def network(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], Exported
 
 
 @pytest.mark.parametrize(("half", "enough"), [(True, 50), (False, 80)], ids=["fp16", "fp32"])
-def test_a_package_computes_what_torch_does(
+def test_a_package_matches_torch(
     network: tuple[dict[str, Tensor], ExportedProgram], half: bool, enough: float, tmp_path: Path
 ) -> None:
     expected, program = network
@@ -304,7 +304,7 @@ def test_a_package_computes_what_torch_does(
 
 
 @pytest.mark.parametrize(("half", "enough"), [(True, 50), (False, 80)], ids=["fp16", "fp32"])
-def test_a_vision_transformer_computes_what_torch_does(half: bool, enough: float, tmp_path: Path) -> None:
+def test_a_vision_transformer_matches_torch(half: bool, enough: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ViT().eval()
     package = converted(exported(model), tmp_path, half=half)

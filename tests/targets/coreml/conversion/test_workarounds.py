@@ -126,7 +126,7 @@ def test_coremltools_still_refuses(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_converts_once_mended(name: str, images: Tensor, tmp_path: Path) -> None:
+def test_rejected_operators_convert_with_the_workaround(name: str, images: Tensor, tmp_path: Path) -> None:
     model, _ = REFUSED[name]
     assert decibels(computed(converted(exported(model), tmp_path, half=False), images), model(images)) > 100
 
@@ -148,9 +148,7 @@ def test_log_softmax_of_a_class_that_is_most_unlikely_is_finite(half: bool, imag
 
 
 @pytest.mark.parametrize("clamp", [lambda x: x.clamp(min=0.5), lambda x: x.clamp(max=0.5), lambda x: x.clip(-0.5)])
-def test_coremltools_still_clips_at_infinity_what_has_one_limit(
-    clamp: Function, images: Tensor, tmp_path: Path
-) -> None:
+def test_coremltools_still_clips_one_sided_clamps_at_infinity(clamp: Function, images: Tensor, tmp_path: Path) -> None:
     program = exported(Of(clamp))
     assert any(np.isinf(value).any() for value in constants(untouched(program, tmp_path, half=True)))
     package = converted(program, tmp_path, half=True)
@@ -350,7 +348,7 @@ def test_an_equation_with_dots_is_that_of_torch(equation: str, shapes: list[tupl
 
 @pytest.mark.parametrize(("size", "step"), [(3, 2), (4, 4), (1, 5), (16, 1)])
 @pytest.mark.parametrize("axis", [2, -1])
-def test_windows_are_those_of_torch(size: int, step: int, axis: int, images: Tensor) -> None:
+def test_windows_match_torch(size: int, step: int, axis: int, images: Tensor) -> None:
     assert torch.equal(workarounds.unfold(images, axis, size, step), images.unfold(axis, size, step))
 
 
@@ -493,7 +491,7 @@ def of_variances(x: Tensor) -> Tensor:
     return ((first - second) / (1 + spread) - x - second).relu()
 
 
-def test_coremltools_still_gives_what_it_adds_the_names_of_torch_nodes(tmp_path: Path) -> None:
+def test_coremltools_still_gives_added_operators_the_names_of_torch_nodes(tmp_path: Path) -> None:
     program = exported(Of(of_variances))
     for package, kind in (
         (untouched(program, tmp_path), "reduce_mean"),

@@ -164,7 +164,7 @@ def test_an_activation_with_two_numbers_is_its_formula(name: str, x: Array, alph
 
 @few
 @given(x=floats(SHAPES), limits=st.tuples(st.integers(-9, 9), st.integers(1, 9)))
-def test_clip_keeps_what_lies_between(x: Array, limits: tuple[int, int]) -> None:
+def test_clip_keeps_values_between_its_limits(x: Array, limits: tuple[int, int]) -> None:
     low, high = np.float32(limits[0]), np.float32(limits[0] + limits[1])
     hold(lambda mb, x: mb.clip(x=x, alpha=low, beta=high), np.clip(x, low, high), x)
 
@@ -521,7 +521,7 @@ def test_the_program_of_every_operator_has_every_operator() -> None:
     assert names == here - {"classify"}
 
 
-def test_what_is_saved_computes_the_same(tmp_path: Path) -> None:
+def test_saved_operators_compute_the_same(tmp_path: Path) -> None:
     # Core ML gives out floats and int32: what is true or false goes through a cast.
     def body(mb: Any, x: Any, y: Any) -> Sequence[Any]:
         from coremltools.converters.mil.mil import types

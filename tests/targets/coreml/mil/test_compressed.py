@@ -83,7 +83,7 @@ def test_a_zero_point_is_added_after_rounding() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "lowest", "highest"), [("int8", -128, 127), ("uint8", 0, 255)])
-def test_what_does_not_fit_becomes_the_nearest_that_does(dtype: Type, lowest: int, highest: int) -> None:
+def test_values_out_of_range_saturate(dtype: Type, lowest: int, highest: int) -> None:
     x = torch.tensor([-1e4, -200.0, -128.4, 0.0, 1.0, 127.4, 300.0, 6e4])
     (found,) = quantizes(dtype, scale=np.float32(1))(x)
     assert found.dtype == getattr(torch, dtype)

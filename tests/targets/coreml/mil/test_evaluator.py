@@ -109,7 +109,7 @@ def test_a_program_runs_again_and_again() -> None:
     assert [run(torch.full((3,), value))[0].tolist() for value in (1.0, 2.0, 1.0)] == [[3] * 3, [5] * 3, [3] * 3]
 
 
-def test_what_depends_on_constants_alone_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constant_subexpressions_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
     original = OPERATORS["mul"]
 
@@ -236,7 +236,7 @@ def test_unknown_operators_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluator(chain, VECTOR)
 
 
-def test_a_missing_input_is_said_with_what_came() -> None:
+def test_a_missing_input_is_reported_with_the_given_inputs() -> None:
     made = evaluator(lambda mb, x, y: mb.add(x=x, y=y), {"x": (3,), "image": (3,)})
     with pytest.raises(BadRequest, match=r"^the package has the inputs image, x; got x, y$"):
         made.run({"y": torch.ones(3), "x": torch.ones(3)})
@@ -245,7 +245,7 @@ def test_a_missing_input_is_said_with_what_came() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 3), ()])
-def test_an_input_of_another_shape_is_said(shape: tuple[int, ...]) -> None:
+def test_an_input_with_a_wrong_shape_is_reported(shape: tuple[int, ...]) -> None:
     message = f"input x has shape {shape}; the package accepts (3)"
     with pytest.raises(BadRequest, match=f"^{re.escape(message)}$"):
         evaluator(chain, VECTOR).run({"x": torch.ones(shape)})
@@ -265,7 +265,7 @@ def test_a_size_that_the_package_leaves_open_may_be_any() -> None:
         made.run({"x": torch.ones(1, 3)})
 
 
-def test_an_operator_that_comes_out_in_another_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_whose_output_has_a_wrong_shape_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPERATORS, "relu", lambda x: x[:2])
     message = (
         "first (relu) was computed with shape (2,), but the package declares (3): a fault of targets/coreml/mil, or of "

@@ -195,7 +195,7 @@ def test_conv_takes_a_weight_that_is_computed() -> None:
 
 @given(geometries(), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.booleans())
 @few
-def test_conv_transpose_adds_every_element_to_what_its_window_saw(
+def test_conv_transpose_adds_every_element_to_all_positions_of_its_window(
     shape: Geometry, groups: int, per: int, out: int, biased: bool
 ) -> None:
     assume(shape.pad_type != "same_lower")
@@ -223,7 +223,7 @@ def test_conv_transpose_adds_every_element_to_what_its_window_saw(
 
 
 @pytest.mark.parametrize("extra", [(0, 0), (1, 0), (1, 2)])
-def test_conv_transpose_reaches_the_output_shape_that_is_asked_for(extra: tuple[int, int]) -> None:
+def test_conv_transpose_has_the_requested_output_shape(extra: tuple[int, int]) -> None:
     x, weight, bias = drawn(1, 2, 4, 5), drawn(2, 3, 3, 4, seed=1), drawn(3, seed=2)
     parameters = torch.from_numpy(weight), torch.from_numpy(bias)
     expected = F.conv_transpose2d(torch.from_numpy(x), *parameters, 3, padding=1, output_padding=extra).numpy()
@@ -409,7 +409,7 @@ def test_l2_pool_is_the_length_of_its_window(shape: Geometry) -> None:
     st.booleans(),
 )
 @few
-def test_ceil_mode_pools_what_torch_pools(axes: list[tuple[int, int, int]], pad: int, exclude: bool) -> None:
+def test_ceil_mode_pools_as_torch_does(axes: list[tuple[int, int, int]], pad: int, exclude: bool) -> None:
     sizes, kernel, strides = (list(each) for each in zip(*axes, strict=True))
     assume(all(pad <= k // 2 and k <= n + 2 * pad for n, k in zip(sizes, kernel, strict=True)))  # torch's limits
     assume(pad or all(s <= k for k, s in zip(kernel, strides, strict=True)))  # beyond, the two differ: see below
@@ -431,7 +431,7 @@ def test_ceil_mode_pools_what_torch_pools(axes: list[tuple[int, int, int]], pad:
     hold(found, mean.numpy())
 
 
-def test_what_ceil_mode_adds_beyond_the_padding_does_not_count() -> None:
+def test_elements_beyond_the_padding_in_ceil_mode_do_not_count() -> None:
     x = np.arange(1, 6, dtype=np.float32).reshape(1, 1, 5)
 
     def means(pad: int, exclude: bool) -> list[float]:
@@ -457,7 +457,7 @@ def test_a_window_of_ceil_mode_with_nothing_in_it_is_kept_where_there_is_no_padd
     assert evaluated(body, x).ravel().tolist() == [3, -np.inf]
 
 
-def test_pools_give_what_the_specification_expects() -> None:
+def test_pools_match_the_examples_of_the_specification() -> None:
     """coremltools/converters/mil/mil/ops/tests/iOS14/test_pool.py"""
     square = np.arange(1, 5, dtype=np.float32).reshape(1, 1, 2, 2)
     lower: dict[str, Any] = {"kernel_sizes": [2, 2], "pad_type": "same_lower"}
@@ -576,7 +576,7 @@ SIZES = st.integers(1, 9)
 
 @given(SIZES, SIZES, SIZES, SIZES)
 @few
-def test_resizing_takes_what_torch_takes(height: int, width: int, new_height: int, new_width: int) -> None:
+def test_resizing_matches_torch(height: int, width: int, new_height: int, new_width: int) -> None:
     x, target = drawn(2, 3, height, width), (new_height, new_width)
     sizes = {"target_size_height": new_height, "target_size_width": new_width}
 
@@ -632,7 +632,7 @@ def test_default_sampling_starts_at_the_first_element(height: int, width: int, n
 
 @given(SIZES, SIZES, st.integers(1, 4), st.integers(1, 4), st.booleans())
 @few
-def test_upsampling_by_whole_numbers_is_what_torch_does(
+def test_upsampling_by_integer_factors_matches_torch(
     height: int, width: int, down: int, right: int, corners: bool
 ) -> None:
     x = drawn(2, 3, height, width)
@@ -646,7 +646,7 @@ def test_upsampling_by_whole_numbers_is_what_torch_does(
 
 @given(SIZES, st.integers(1, 30))
 @few
-def test_upsampling_to_a_size_is_what_torch_does_with_that_size(size: int, wanted: int) -> None:
+def test_upsampling_to_a_size_matches_torch(size: int, wanted: int) -> None:
     """coremltools makes a scale of a size and enlarges it by 1e-4 of an element, lest rounding down loses one."""
     assume(wanted >= size)
     x = drawn(1, 2, size, size)
@@ -729,7 +729,7 @@ def test_resize_takes_the_nearest_neighbour_under_the_centre() -> None:
         ("int32", "LINEAR", "DEFAULT", "linear interpolation of integers is not defined; expected NEAREST_NEIGHBOR"),
     ],
 )
-def test_what_the_specification_leaves_open_is_refused(
+def test_attributes_that_the_specification_does_not_define_are_refused(
     dtype: Any, interpolation: str, sampling: str, message: str
 ) -> None:
     def body(mb: Any, x: Any) -> Any:

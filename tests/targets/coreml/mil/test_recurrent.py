@@ -156,7 +156,7 @@ class Recurrent(nn.Module):
         return found
 
 
-def test_what_coremltools_makes_of_torch_layers_is_computed_as_torch_does(tmp_path: Path) -> None:
+def test_converted_torch_layers_match_torch(tmp_path: Path) -> None:
     coremltools = import_coremltools()
     torch.manual_seed(0)
     model = Recurrent().eval()
@@ -186,7 +186,7 @@ class Counter(nn.Module):
         return self.total * 2
 
 
-def test_a_state_is_zero_at_first_and_keeps_what_is_written(tmp_path: Path) -> None:
+def test_a_state_is_initially_zero_and_keeps_written_values(tmp_path: Path) -> None:
     coremltools = import_coremltools()
     from coremltools import StateType, TensorType
 

@@ -24,9 +24,7 @@ SQUARE = np.arange(1, 17, dtype=np.float32).reshape(1, 1, 4, 4)
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-def test_resample_is_what_coremltools_makes_of_grid_sample(
-    mode: str, padding: str, aligned: bool, tmp_path: Path
-) -> None:
+def test_resample_matches_the_conversion_of_grid_sample(mode: str, padding: str, aligned: bool, tmp_path: Path) -> None:
     coremltools = import_coremltools()
 
     class Sampler(torch.nn.Module):
@@ -155,7 +153,7 @@ def test_boxes_name_their_image_their_axes_and_their_scale(tmp_path: Path) -> No
     np.testing.assert_allclose(found.reshape(2, 4), [[value + 100 for value in expected], expected])
 
 
-def test_what_lies_outside_of_the_image_has_the_value_that_is_asked_for() -> None:
+def test_points_outside_the_image_have_the_given_padding_value() -> None:
     def body(mb: Any, x: Any) -> Any:
         return mb.crop_resize(
             x=x,

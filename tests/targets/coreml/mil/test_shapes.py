@@ -104,7 +104,7 @@ def test_transpose_orders_the_axes(data: st.DataObject, shape: tuple[int, ...]) 
 
 @few
 @given(data=st.data(), shape=hnp.array_shapes(min_dims=2, max_dims=5, max_side=2))
-def test_squeeze_removes_the_axes_of_size_1_among_those_named(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_squeeze_removes_the_given_axes_of_size_1(data: st.DataObject, shape: tuple[int, ...]) -> None:
     named = data.draw(st.none() | some_axes(len(shape)))
     gone = {axis % len(shape) for axis in (range(len(shape)) if named is None else named)}
     expected = [size for axis, size in enumerate(shape) if size != 1 or axis not in gone]
@@ -382,7 +382,7 @@ def vectors(data: st.DataObject, shape: Sequence[int], count: int, leading: tupl
 
 @few
 @given(data=st.data(), shape=hnp.array_shapes(max_dims=4, max_side=3), more=hnp.array_shapes(max_dims=2, max_side=3))
-def test_gather_nd_takes_what_vectors_point_at(
+def test_gather_nd_takes_elements_by_index_vectors(
     data: st.DataObject, shape: tuple[int, ...], more: tuple[int, ...]
 ) -> None:
     batch = data.draw(st.integers(0, len(shape) - 1))
@@ -454,7 +454,7 @@ def test_scatter_along_axis_updates_one_value_at_each_place(
 @pytest.mark.parametrize("mode", UPDATES)
 @few
 @given(data=st.data(), shape=hnp.array_shapes(max_dims=3, max_side=3), more=hnp.array_shapes(max_dims=2, max_side=3))
-def test_scatter_nd_updates_what_vectors_point_at(
+def test_scatter_nd_updates_elements_by_index_vectors(
     mode: str, data: st.DataObject, shape: tuple[int, ...], more: tuple[int, ...]
 ) -> None:
     count = data.draw(st.integers(1, len(shape)))
@@ -628,7 +628,7 @@ def test_a_range_ends_before_its_end(start: int, step: int, count: int) -> None:
                 )
 
 
-def test_a_range_of_fractions_has_as_many_numbers_as_float32_says() -> None:
+def test_the_length_of_a_fractional_range_is_computed_in_float32() -> None:
     # In float64, 0.3 / 0.1 of these is a little more than 3.
     def body(mb: Any, zero: Any) -> Any:
         return mb.range_1d(start=mb.reduce_sum(x=zero), end=np.float32(0.3), step=np.float32(0.1))
@@ -773,7 +773,7 @@ INPUTS: tuple[Array, ...] = (
 )
 
 
-def test_what_is_saved_computes_the_same(tmp_path: Path) -> None:
+def test_saved_operators_compute_the_same(tmp_path: Path) -> None:
     names: list[str] = []
 
     def body(mb: Any, *inputs: Any) -> Sequence[Any]:
@@ -843,7 +843,7 @@ def test_slice_update_puts_values_where_numpy_does(index: Any, given: dict[str, 
         np.testing.assert_array_equal(found, formula)
 
 
-def test_slice_update_is_what_coremltools_makes_of_an_assignment(tmp_path: Path) -> None:
+def test_slice_update_matches_the_conversion_of_an_assignment(tmp_path: Path) -> None:
     run = saved(
         tmp_path,
         lambda mb, x: mb.slice_update(x=x, update=np.full((1, 2), 7.0, np.float32), begin=[0, 1], end=[1, 3]),

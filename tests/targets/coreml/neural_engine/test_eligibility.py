@@ -193,7 +193,7 @@ CASES: tuple[tuple[str, Body, Body, tuple[tuple[int, ...], ...]], ...] = (
 
 
 @pytest.mark.parametrize(("rule", "breaks", "keeps", "shapes"), CASES, ids=[case[0] for case in CASES])
-def test_a_rule_finds_what_breaks_it_and_nothing_else(
+def test_a_rule_finds_exactly_the_operators_that_break_it(
     rule: str, breaks: Body, keeps: Body, shapes: tuple[tuple[int, ...], ...]
 ) -> None:
     broken, kept = linted(breaks, *shapes), linted(keeps, *shapes)
@@ -223,13 +223,13 @@ def test_a_program_in_float32_has_nothing_for_the_engine() -> None:
 # Details
 
 
-def test_a_roll_is_told_from_other_gathers() -> None:
+def test_a_roll_is_distinguished_from_other_gathers() -> None:
     picked = linted(lambda mb, x: mb.gather(x=x, indices=np.array([3, 1, 2], np.int32), axis=2))
     assert finding(picked, "gather").hits[0].detail == "gather"
     assert finding(linted(rolled), "gather").hits[0].detail == "gather that rolls an axis"
 
 
-def test_what_torch_roll_becomes_is_off_the_engine() -> None:
+def test_the_conversion_of_torch_roll_is_not_eligible() -> None:
     class Roll(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.roll(x, (1, 2), (2, 3)).sum((2, 3))
@@ -269,11 +269,11 @@ def test_the_operators_that_left_rf_detr_leave_here_and_their_neighbours_stay() 
         (reshaped(1, 8, 64, 16), "lines", "(1x8x64x16) takes 2 times its bytes"),
     ],
 )
-def test_a_finding_says_what_it_saw(body: Body, rule: str, detail: str) -> None:
+def test_a_finding_contains_its_evidence(body: Body, rule: str, detail: str) -> None:
     assert finding(linted(body), rule).hits[0].detail == detail
 
 
-def test_a_finding_reads_as_what_where_why_and_who_says_so() -> None:
+def test_a_finding_has_operator_place_reason_and_source() -> None:
     def body(mb: Any, x: Any) -> Any:
         x = mb.conv(x=x, weight=mb.const(val=weight(8, 8, 1, 1), name="p_stem_conv_weight_to_fp16"), name="first")
         for place in range(6):
@@ -324,7 +324,7 @@ def test_a_warning_leaves_an_operator_eligible_and_a_note_leaves_it_in_layout() 
     assert summary["rules"] == {"no-path": 1, "stride": 1, "lines": 4}
 
 
-def test_constants_and_what_decompresses_them_are_no_operators() -> None:
+def test_constants_and_their_decompression_are_not_counted() -> None:
     found = linted(lambda mb, x: blocks(mb, x, 1))
     assert (found.operators, found.macs) == (1, 64 * 16 * 64)
 
@@ -374,14 +374,14 @@ def test_padding_to_lines_is_counted_as_by_hand() -> None:
     assert found.layout_operators == 2
 
 
-def test_a_program_says_in_a_sentence_what_the_engine_gets() -> None:
+def test_the_summary_is_one_sentence() -> None:
     assert str(linted(lambda mb, x: mb.softmax(x=conv(mb, x), axis=-1))) == (
         "2 of 2 operators are eligible for the Neural Engine, 100.0% of 0.1 M MACs; without a warning: 1, with "
         "100.0% of MACs; transposes and reshapes: 0; activations: 0.0 MB, 0% of it padding"
     )
 
 
-def test_findings_begin_with_what_leaves_the_engine() -> None:
+def test_findings_begin_with_operators_that_are_not_eligible() -> None:
     found = linted(lambda mb, x: mb.band_part(x=mb.softmax(x=x, axis=-1), lower=1, upper=1))
     assert [finding.level for finding in found.findings] == ["off-engine", "warning"]
     json.dumps([asdict(finding) for finding in found.findings])
@@ -419,7 +419,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, export, path / "engine"
 
 
-def test_a_package_multiplies_as_often_as_the_catalog_says(family: tuple[str, Export, Path]) -> None:
+def test_the_macs_of_a_package_match_the_catalog(family: tuple[str, Export, Path]) -> None:
     name, _, engine = family
     found = eligibility(read(engine / PACKAGE).operations)
     assert found.macs == pytest.approx(models.ALL[name].macs, rel=0.01)
