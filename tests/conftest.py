@@ -1,4 +1,4 @@
-"""What tests in several files build on, made once: the exports of a toy, and one store for the whole session."""
+"""Fixtures of several test files, made once: exports of a toy network, and one store for the whole session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The edge: every wrong request gets one sentence, the right exit code, and an answer that a script can read."""
+"""Command line: every invalid request gets one sentence, the right exit code, and a machine-readable result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of others from the command line to an engine: the README's example, what becomes part of a key, refusals."""
+"""User-supplied networks from the command line to an engine: the documented example, cache keys, and refusals."""
 
 from __future__ import annotations
 

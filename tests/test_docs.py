@@ -1,4 +1,4 @@
-"""Marked blocks of the README and the documentation run and print the output shown; generated parts are whole."""
+"""Documentation: marked blocks run and print the shown output, and generated parts are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architecture: layers import in one direction and nothing private, modules in no circle, folders stay small."""
+"""Architecture: layers import in one direction and no private names, there are no import circles, and folders stay small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Naming things, and finding that all is built, imports no framework and answers at once."""
+"""Start-up: listings, errors and cached results import no framework and are fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of commands: complete, quick, safe to hand any value to, and confined to the checkout."""
+"""Makefile: its rules are complete, fast, safe for any value, and write only inside the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files say: of this project alone, and of themselves first."""
+"""Texts of all files: no paths of the development machine, no marks for later, and a docstring for every module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Core ML packages hold and answer, computed on this machine by the reference evaluator: the README's table.
+"""Accuracy and size of Core ML packages, computed on this machine by the reference evaluator.
 
     python -m tests.bench.coreml [MODEL ...]
 

@@ -1,4 +1,4 @@
-"""The cost of the page of measurements: generate a database, write its page, and print seconds, memory and bytes.
+"""Cost of the dashboard: generate a database, write its page, and print seconds, memory and bytes.
 
     python -m tests.bench.dashboard [ROWS [SAMPLES [CELLS]]]
 

@@ -1,4 +1,4 @@
-"""Verification put to the test: planted wrong conversions must be found and named, right ones must pass.
+"""Test of the verification: planted conversion faults must be found and named, correct conversions must pass.
 
     python -m tests.bench.faults plants [MODEL ...] [--size published] [--weights FILE --data FOLDER --side 160]
     python -m tests.bench.faults alarms [MODEL ...] [--seeds 0 1 2] [--recipes ...] [--targets ...]

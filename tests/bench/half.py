@@ -1,5 +1,5 @@
-"""FP16 of the small model of every family: the typed graph that TensorRT compiles, each of its operators rounded to
-FP16, against the float32 graph.
+"""FP16 of the small model of every family: the typed graph that TensorRT compiles, with each operator rounded to FP16,
+compared with the float32 graph.
 
     python -m tests.bench.half [MODEL ...] [--trained]
 

@@ -1,4 +1,4 @@
-"""How much of a network the Neural Engine may run, before and after the channels form of attention: the README's table.
+"""Share of each network that the Neural Engine can run, before and after the channels form of attention.
 
     python -m tests.bench.placement [MODEL ...] [--small] [--recipe fp16] [--store build]
 

@@ -1,4 +1,4 @@
-"""Which numbers of a checkpoint its artifacts carry: the proof of several models, one line an artifact.
+"""Comparison of the scales and weights in all artifacts of several models, one line per artifact.
 
     python -m tests.bench.prove MODEL ... [--recipe int8_ptq] [--weights FOLDER] [--store build]
 

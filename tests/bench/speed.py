@@ -1,5 +1,5 @@
-"""How much faster INT8 is on this machine's CPU, at the models' published sizes: all engines timed in turns, one query
-in flight.
+"""Speedup of INT8 on this machine's CPU at the models' published input sizes: all engines are timed in alternation, one
+query at a time.
 
 Run it with `make bench-speed`. Weights are random, with ranges from crops of photographs: placement and shapes decide
 how fast an engine is, not what it answers. Prints the ratio to float32 and, where the processor has it, to half

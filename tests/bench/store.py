@@ -1,4 +1,4 @@
-"""The cost of checking digests: a cached `make engine` with the checks and without, and the full check after a start.
+"""Cost of digest checks: a cached `make engine` with and without the checks, and the full check after a start.
 
     python -m tests.bench.store [ROUNDS]
 

@@ -1,5 +1,5 @@
-"""The README's table: a small model of every family, four recipes, every target that this machine can build for, on the
-digits.
+"""Table of all targets and recipes: the small model of every family, four recipes, and every target that this machine
+can build for, on the digits.
 
 Run it with `make bench`. It goes through the command line as a user does, keeps what it builds in build/, and prints a
 row for each recipe; at the end, how many engines there are and which figures were missed.

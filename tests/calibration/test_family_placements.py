@@ -1,4 +1,4 @@
-"""Every family of the catalog has a placement, and the reasons that are given for it are those that were measured."""
+"""Default placements: every family of the catalog has one, and it follows from the measured errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decibels and percents of arrays whose answer is known."""
+"""Metrics: decibels and percentages of arrays with known results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a float model to an integer program: integers stand where the scheme wants them, the known traps are shut."""
+"""Quantization from float model to INT8 program: Q/DQ pairs follow the scheme, and converter traps are avoided."""
 
 from __future__ import annotations
 

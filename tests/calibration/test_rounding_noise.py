@@ -1,4 +1,4 @@
-"""The yardstick of two right executions: it passes what differs by float order, and refuses what differs by more."""
+"""Rounding noise of two correct executions: differences of this size pass, larger differences fail."""
 
 from __future__ import annotations
 

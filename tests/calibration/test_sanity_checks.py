@@ -1,4 +1,4 @@
-"""What cannot work is said before time goes into it, and what can is left alone."""
+"""Sanity checks: unusable images and models raise a warning before calibration, usable ones do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases that misbehave in every way that the harness is to see: for its own tests."""
+"""Cases that misbehave in every way that the harness must detect, for its own tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kinds of input that come from elsewhere, and the readers that they are handed to."""
+"""Kinds of untrusted input, and the readers that receive them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutations of valid inputs: of bytes, texts, JSON values and protobuf messages. All are functions of the generator."""
+"""Mutations of valid inputs: bytes, texts, JSON values and protobuf messages. All are functions of the generator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python files that define a network, most of them with a fault: what people write, and what nobody should."""
+"""Python files that define a network, most of them with a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ACmix: its fused convolutions and its attention in rank 4 equal the textbook's, which unfolds and shifts."""
+"""ACmix: its fused convolutions and its rank-4 attention equal the textbook forms, which unfold and shift."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from strangers: whole files are read, and each kind of bad one gets its own sentence and runs no code."""
+"""Untrusted checkpoints: valid files are read, each kind of invalid file has its own error, and no code is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to CoAtNet: relative attention at any size, the order inside its blocks, what it exports to."""
+"""CoAtNet: relative attention at any size, the order of layers in its blocks, and its export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conformer: the two branches and what they exchange, in forms that equal the textbook's and export without shapes."""
+"""Conformer: both branches and their exchange equal the textbook forms, and export without shape operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every model of the registry is what its spec says: parameters, multiplications, sizes, classes, published figures."""
+"""Model catalog: every model matches its spec in parameters, MACs, sizes, classes and published accuracy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of any origin is printed on one line, and changes no terminal."""
+"""Error messages: text of any origin is printed on one line without control characters."""
 
 from __future__ import annotations
 

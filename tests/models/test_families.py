@@ -1,4 +1,4 @@
-"""What is particular to each family: the shapes between layers, and rewritten forms that equal the textbook's."""
+"""Layers of each family: shapes between layers, and rewritten forms that equal the textbook forms."""
 
 from __future__ import annotations
 

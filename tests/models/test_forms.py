@@ -1,4 +1,4 @@
-"""The channels form of a network, for the Neural Engine: the same logits from the same weights, in another layout."""
+"""Channels form of a network, for the Neural Engine: equal logits from equal weights in a different layout."""
 
 from __future__ import annotations
 

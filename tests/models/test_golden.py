@@ -1,4 +1,4 @@
-"""Each model of ours, loaded from a checkpoint in the authors' format, answers as the authors' code does.
+"""Reference logits: each model, loaded from a checkpoint in the authors' format, has the logits of the authors' code.
 
 The checkpoint is filled by a fixed rule (`tests/models/golden/rule.py`); of the reference only its keys, their shapes
 and its logits are kept (`tests/models/golden/make.py` says how they were made).

@@ -1,4 +1,4 @@
-"""HAT-Net: its norms, and what its checkpoints hold beside the network."""
+"""HAT-Net: its norms, and checkpoints with additional tensors."""
 
 from __future__ import annotations
 

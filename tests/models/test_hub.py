@@ -1,5 +1,5 @@
-"""`WEIGHTS=timm` against a hub of our own on this machine: what is asked of it, what is kept, and what is said where it
-cannot be had. The library is the real one, in a process of its own, since it reads its settings when it is imported.
+"""`WEIGHTS=timm` with a local server as hub: requests, cached files, and errors. The library is the real one, in a
+separate process, since it reads its settings at import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Swin: its rank-4 forms equal the textbook's, and a block equals attention over the whole map with pairs barred."""
+"""Swin: its rank-4 forms equal the textbook forms, and a block equals masked attention over the whole map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TransCNN and the attention that it shares with HAT-Net: rewritten forms equal the textbook's."""
+"""TransCNN and the attention that it shares with HAT-Net: rewritten forms equal the textbook forms."""
 
 from __future__ import annotations
 

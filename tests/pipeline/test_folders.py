@@ -1,4 +1,4 @@
-"""Folders as users have them, from their files to an artifact: what was wrong and silent is right, or refused."""
+"""Image folders as users have them, from files to an artifact: former silent errors are correct now, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong conversions of every kind, planted in ONNX graphs and torch programs: what verification must find and name.
+"""Conversion faults of every kind, planted in ONNX graphs and torch programs: verification must find and name them.
 
 Each plant changes a graph in place and returns the tensor whose operator is then wrong; None where the graph has no
 place for it.

@@ -1,4 +1,4 @@
-"""Networks whose numbers FP16 cannot hold: one for every way in which that happens."""
+"""Networks whose values exceed FP16, one for each way in which this happens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small MIL programs for tests, most of one operator: built, and run by the reference evaluator.
+"""Small MIL programs for tests, most of them with one operator, built and run by the reference evaluator.
 
     run = in_memory(lambda mb, x: mb.softmax(x=x, axis=-1), {"x": (2, 3)})
     (y,) = run(torch.rand(2, 3))

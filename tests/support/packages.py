@@ -1,4 +1,4 @@
-"""Small torch networks on their way into a Core ML package and back, for tests of what coremltools makes of them.
+"""Small torch networks converted to Core ML packages and read back, for tests of coremltools' conversion.
 
 program = exported(model)                     as `pipeline.stages.onnx_export` stores it
 package = converted(program, half, folder)    mended first, as the target does; or `untouched`, without its help

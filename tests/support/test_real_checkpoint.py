@@ -1,4 +1,4 @@
-"""The converter of the trained network that `make bench-real` measures on, by Keras tensors of random values."""
+"""Converter of the trained network of `make bench-real`, tested with random Keras tensors."""
 
 from __future__ import annotations
 

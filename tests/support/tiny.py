@@ -1,4 +1,4 @@
-"""A network, a dataset and runs so small that the whole pipeline takes seconds: what its tests build."""
+"""A network, a dataset and runs that are so small that the whole pipeline takes seconds."""
 
 from __future__ import annotations
 

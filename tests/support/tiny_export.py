@@ -1,4 +1,4 @@
-"""An export of a network so small that an engine of it is built in a quarter of a second."""
+"""An export of a network that is so small that an engine is built in a quarter of a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network as torch.export traces it, and which of its operators see the image: what tests of families look at."""
+"""A network as torch.export traces it, and its operators that depend on the image, for tests of families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a target is, it says what it lacks in one line, and what it builds can be moved, opened and timed."""
+"""Contract of all targets: reasons are one line, and engines can be moved, opened and timed."""
 
 from __future__ import annotations
 

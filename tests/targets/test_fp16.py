@@ -1,4 +1,4 @@
-"""Operators that FP16 cannot hold stay in float32, and FP16 graphs are computed in FP16."""
+"""Operators that exceed FP16 stay in float32, and FP16 graphs are computed in FP16."""
 
 from __future__ import annotations
 

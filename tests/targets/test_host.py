@@ -1,4 +1,4 @@
-"""How many threads runtimes on this machine's CPU get: affinity, and the quotas of control groups of both versions."""
+"""Number of threads for runtimes on this machine's CPU: affinity, and quotas of control groups of both versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much work layers are, and how much of it runtimes really do in integers."""
+"""Multiply-accumulates of layers, and the share that runtimes execute in INT8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calibrating costs: memory over the number of images, and speed against plain forward passes.
+"""Cost of calibration: memory by number of images, and speed relative to plain forward passes.
 
     python -m tests.bench.quantization.calibration memory [--images 10000] [--model mobilevit_xs] [--size 256]
     python -m tests.bench.quantization.calibration throughput [--images 256]

@@ -1,5 +1,5 @@
-"""What channels of very different range cost in INT8: as trained, and with factors of up to 2**6 on the channels of the
-same network, whose float answers stay.
+"""INT8 accuracy of networks with very different channel ranges: as trained, and with factors of up to 2**6 on the
+channels of the same network, whose float logits are unchanged.
 
     python -m tests.bench.quantization.outliers [MODEL ...] [--store build] [--weights FOLDER] [--seed N]
 

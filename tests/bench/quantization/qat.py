@@ -1,5 +1,5 @@
-"""What a step of quantization-aware training costs: ratios to a step of float training on the same batch, all steps
-taken in turns.
+"""Cost of a step of quantization-aware training, as ratio to a step of float training on the same batch; all steps are
+timed in alternation.
 
 Run it with `make bench-qat`, or `python -m tests.bench.quantization.qat [MODEL] [SIZE] [ROUNDS]`. Only ratios are
 printed, the median of all rounds and the 10th and 90th percentile: on a shared machine, seconds say little. The float

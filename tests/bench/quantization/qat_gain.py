@@ -1,4 +1,4 @@
-"""The worth of quantization-aware training where post-training quantization is not enough: weights of 3 bits.
+"""Gain of quantization-aware training where post-training quantization is not sufficient: weights of 3 bits.
 
     python -m tests.bench.quantization.qat_gain [MODEL ...] [--seeds 0 1 2] [--bits 3] [--size 32] [--epochs N]
         [--rate R]

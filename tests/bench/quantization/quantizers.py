@@ -1,4 +1,4 @@
-"""Our INT8 against that of others, each in its own runtime: onnxruntime.quantization and NNCF.
+"""Comparison of our INT8 engines with onnxruntime.quantization and NNCF, each in its own runtime.
 
     [NNCF_PYTHON=python] python -m tests.bench.quantization.quantizers [MODEL=weights.safetensors ...] [--outliers]
         [--store build]

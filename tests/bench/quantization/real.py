@@ -1,4 +1,4 @@
-"""INT8 of a really trained network, on crops that the float network has labelled: top-1 is agreement with float.
+"""INT8 of a trained network on crops that the float network has labelled: top-1 is the agreement with float.
 
     python -m tests.bench.quantization.real [--seeds 100 200 300] [--recipes int8_ptq int8_qat]
         [--targets cpu onnxruntime]

@@ -1,4 +1,4 @@
-"""What INT8 costs in accuracy over several seeds: the small variant of every family on the digits, in engines for CPUs.
+"""Accuracy loss of INT8 over several seeds: the small variant of every family on the digits, in engines for CPUs.
 
     python -m tests.bench.quantization.seeds [MODEL ...] [--seeds 0 1 2] [--weights FOLDER]
 

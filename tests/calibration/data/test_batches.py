@@ -1,4 +1,4 @@
-"""Images come in the order asked for, drawn evenly, disturbed reproducibly."""
+"""Batches: order, draws balanced by class, and reproducible augmentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classes come in the order of the model's outputs, however a file says it; what it leaves open is refused."""
+"""Class order: classes have the order of the model's outputs for every file format, and ambiguous files are refused."""
 
 from __future__ import annotations
 

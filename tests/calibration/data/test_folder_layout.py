@@ -1,4 +1,4 @@
-"""Parts are found under any usual name; what is neither a part nor a class is left out and counted, never opened."""
+"""Folder layout: parts are found under all usual names; other files are omitted and counted, and never opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a file holds becomes 8 bits of RGB over one background, in bounded memory, or is skipped by its name."""
+"""Image decoding: every file becomes 8-bit RGB over one background in bounded memory, or is skipped by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of class folders becomes three parts; what cannot be read is counted, named, and limited."""
+"""Image folders: class folders become three parts; unreadable files are counted, named and limited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The digits are cut once and for all, and what is no dataset is said so."""
+"""Loading of datasets: the digits have a fixed split, and an invalid dataset is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a picture to numbers: every step equals a reference that is written another way."""
+"""Preprocessing: every step equals an independent reference implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The photographs give real crops, the same ones every time, and no two parts share one."""
+"""Sample photographs: crops are reproducible, and no two parts share a crop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights know the pictures that trained them, and say so where those would judge them."""
+"""Training history: weights record their training images, and a warning is raised if these are in the test part."""
 
 from __future__ import annotations
 

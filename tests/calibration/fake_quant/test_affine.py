@@ -1,4 +1,4 @@
-"""An affine range (uint8 with a zero point) holds zero, loses the least, and does not reach beyond a ReLU6."""
+"""Affine fake quantization (uint8 with zero point): ranges contain zero, have the least error and stay within ReLU6."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What statistics say of a tensor, and the range that each calibrator makes of them."""
+"""Calibrators: statistics of a tensor, and the range that each calibrator derives from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fake quantization computes what torch's own operators compute, gradients included, and learns a step size."""
+"""Fake quantization kernels: values and gradients equal torch's own operators, and step sizes are learned."""
 
 from __future__ import annotations
 

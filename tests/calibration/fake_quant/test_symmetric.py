@@ -1,4 +1,4 @@
-"""What stands on a quantized edge: scales that FP16 can hold, ranges that clip outliers and stand still when asked."""
+"""Symmetric fake quantization: scales are FP16 numbers, ranges clip outliers, and ranges are fixed in evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs on disk: the same bytes for the same program, and what torch reads back."""
+"""Exported programs on disk: equal programs have equal bytes, and torch reads them back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folding changes the graph and nothing that it computes; what cannot be folded exactly is left alone."""
+"""Folding: the graph changes and its outputs do not; operators that cannot be folded exactly are left unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights fitted to rounded inputs, and rounded so that a layer's outputs err least."""
+"""Adaptive rounding: weights are fitted to quantized inputs, and rounded for the least output error of their layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Biases take up the mean that rounding moves, layer by layer, and nothing else changes."""
+"""Bias correction: biases compensate the mean quantization error layer by layer, and nothing else changes."""
 
 from __future__ import annotations
 

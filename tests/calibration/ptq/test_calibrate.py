@@ -1,4 +1,4 @@
-"""Calibrating: the best calibrator is chosen on images that the ranges did not see, and too few images are refused."""
+"""Calibration: the best calibrator is chosen on held-out images, and too few images are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One layer of a trained network is made sensitive on purpose: it is found, and it alone stays float."""
+"""Sensitivity: a layer that was made sensitive on purpose is found, and only this layer stays float."""
 
 from __future__ import annotations
 

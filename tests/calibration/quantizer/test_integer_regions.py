@@ -1,4 +1,4 @@
-"""Regions of integers: where the outputs of operators are rounded, and where floats stay."""
+"""Integer regions: places where outputs of operators are quantized, and places that stay float."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop of float training: it learns, keeps its best epoch, and stops at NaN."""
+"""Float training loop: it learns, keeps its best epoch, and stops at NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Training through rounding: follows its teacher, keeps what is best, stops where it must, and survives `kill -9`."""
+"""Quantization-aware training: it learns from its teacher, keeps the best epoch, stops at divergence, and resumes after
+`kill -9`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are a share of each output channel's own scale, and the average of the weights."""
+"""Optimizer: steps are relative to the scale of each output channel, and weights are averaged."""
 
 from __future__ import annotations
 

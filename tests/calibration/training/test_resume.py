@@ -1,4 +1,4 @@
-"""A checkpoint is whole or is not there, and belongs to one training."""
+"""Training checkpoints: a checkpoint is complete or absent, and belongs to one training."""
 
 from __future__ import annotations
 

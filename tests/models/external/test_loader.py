@@ -1,4 +1,4 @@
-"""Networks of others: what a file and timm may say, what becomes of it, and the one sentence for everything else."""
+"""User-supplied networks: the declarations of a file and of timm are read, and every error is one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: help of every verb, defaults of the environment, completion, and colors."""
+"""Command line parser: help of every verb, defaults from the environment, completion, and colors."""
 
 from __future__ import annotations
 

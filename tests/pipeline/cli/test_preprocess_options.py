@@ -1,4 +1,6 @@
-"""Means, deviations, crops and colours are taken as they are typed, or refused with the value that was expected."""
+"""Preprocessing options: valid means, deviations, crops and colours are parsed, and invalid values are refused with the
+expected ones.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the log."""
+"""Tables in the log."""
 
 from __future__ import annotations
 

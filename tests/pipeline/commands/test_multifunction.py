@@ -1,4 +1,4 @@
-"""Several engines in one artifact: which runs go together, and what is built of them."""
+"""`make multifunction`: the runs that can be merged, and the merged artifact."""
 
 from __future__ import annotations
 

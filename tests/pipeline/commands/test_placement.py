@@ -1,4 +1,4 @@
-"""`make placement`: what it reads where the engine is there, and what it makes where it is not."""
+"""`make placement`: it reads an existing engine, and otherwise builds a package with random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A proof finds one wrong byte, in whichever artifact it is, and says where."""
+"""`make prove`: a single wrong byte in any artifact is found and located."""
 
 from __future__ import annotations
 

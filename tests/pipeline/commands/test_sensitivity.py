@@ -1,4 +1,4 @@
-"""The verb tells what was measured, once, and answers with it."""
+"""`make sensitivity`: the table is measured once, logged and returned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search for a placement: it finds the fastest one, never one slower than float, and survives being killed."""
+"""`make tune`: the search finds the fastest placement, never one slower than float, and resumes after being killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The zoo builds what it is given, tells how each fared, and does not build twice."""
+"""`make zoo`: it builds the given models, reports each result, and does not build twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `make calibrate` leaves beside the calibrated program."""
+"""Files that `make calibrate` writes beside the calibrated program."""
 
 from __future__ import annotations
 

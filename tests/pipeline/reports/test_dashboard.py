@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (the page sets real minus, dash and multiplication signs)
-"""The page of measurements: what it says, that it escapes what it is given, and how it looks in a browser."""
+"""Dashboard: content of the page, escaping of untrusted text, and rendering in a browser."""
 
 from __future__ import annotations
 

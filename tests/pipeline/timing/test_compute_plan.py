@@ -1,4 +1,4 @@
-"""Where operators run, in a few numbers."""
+"""Compute plans: shares of operators and cost by compute unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines timed in turns: the interval covers the truth, drift cancels, and the comparison ends."""
+"""Interleaved timing: the interval covers the true ratio, drift cancels, and the comparison ends."""
 
 from __future__ import annotations
 

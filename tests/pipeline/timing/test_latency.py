@@ -1,4 +1,4 @@
-"""The stopwatch: when a measurement is finished, what its numbers are, and when it calls itself invalid."""
+"""Latency measurement: its end, its percentiles, and the conditions that make it invalid."""
 
 from __future__ import annotations
 

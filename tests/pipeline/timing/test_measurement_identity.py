@@ -1,4 +1,4 @@
-"""The identity of a measurement: it differs where the network's file, data, weights or choices do, and only there."""
+"""Measurement identity: it changes with the network's code, data, weights and options, and with nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of measurements: what is appended stays, whoever appends at the same time."""
+"""Database of measurements: appended rows are kept, also with concurrent writers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict on an INT8 engine: what it compares, and when it says to ship which."""
+"""Verdict on an INT8 engine: the compared engines, and the recommendation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which system a Core ML package is for: the recipe's own, or the one asked for, where it can run the recipe."""
+"""Deployment target of a Core ML package: the oldest system of the recipe, or the requested one if it supports the recipe."""
 
 from __future__ import annotations
 

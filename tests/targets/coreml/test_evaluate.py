@@ -1,4 +1,4 @@
-"""A package and a picture are enough to see what it answers, on any system; what does not go together is refused."""
+"""Evaluation of a Core ML package on an image, on any system; inputs that do not match are refused."""
 
 from __future__ import annotations
 

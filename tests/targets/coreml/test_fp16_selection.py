@@ -1,4 +1,4 @@
-"""Operators of Core ML packages that FP16 cannot hold stay in float32, and are counted and named."""
+"""Operators of Core ML packages that exceed FP16: they stay in float32, and are counted and named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes into a Core ML package and what comes out: the picture or the tensor, logits or the name of a class."""
+"""Interface of a Core ML package: image or tensor input, logits or class label output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a package says of itself: the metadata in it, and the card beside it, whose Python runs as it stands."""
+"""Model card: the metadata in a package, and the card beside it, whose Python code runs unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several packages as one: each function is what the package was that it came from, and equal weights are kept once."""
+"""Multifunction packages: each function equals its source package, and equal weights are stored once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A package is held against its torch program operator by operator: what differs is found there, and nowhere else."""
+"""Replay: a package is compared with its torch program operator by operator; a difference is found at its operator only."""
 
 from __future__ import annotations
 

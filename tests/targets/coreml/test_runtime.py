@@ -1,4 +1,4 @@
-"""Core ML itself: what coremltools is asked on a Mac, and what becomes of the answers. Only the last test needs a Mac.
+"""Core ML runtime: calls of coremltools on a Mac, and the use of their results. Only the last test needs a Mac.
 
 Two things stand in for a Mac. `Proxy` takes the place of the compiled part of coremltools, so that all of its Python
 code is the real one; `ScriptedMachine` takes the place of coremltools itself, at the interface where another machine

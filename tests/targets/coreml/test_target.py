@@ -1,4 +1,4 @@
-"""The Core ML target on a network of three layers: what is built is what was exported, and any difference is named."""
+"""Core ML target on a network of three layers: the package matches the export, and every difference is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages whose weights are stored in fewer bits: in the form that was asked for, and worth what it makes of them."""
+"""Packages with compressed weights: weights have the requested format, and the values that this format represents."""
 
 from __future__ import annotations
 

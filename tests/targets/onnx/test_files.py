@@ -1,4 +1,4 @@
-"""ONNX files are checked before anything follows their edges: what is wrong is one sentence with the file's name."""
+"""ONNX files are checked before their graph is followed: every error is one sentence with the file's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX graphs with a fixed batch, typed FP16, and executed as they are written."""
+"""ONNX graphs with a fixed batch, in typed FP16, and executed as written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenVINO computes in the precision that was asked for, and in integers where the graph has them."""
+"""OpenVINO target: engines compute in the requested precision, and in INT8 where the graph has Q/DQ pairs."""
 
 from __future__ import annotations
 

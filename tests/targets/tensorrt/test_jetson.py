@@ -1,4 +1,4 @@
-"""Bundles: what a board gets, and the script that turns it into an engine there."""
+"""Jetson bundles: their content, and the script that builds an engine on the board."""
 
 from __future__ import annotations
 

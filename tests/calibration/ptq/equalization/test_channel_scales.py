@@ -1,4 +1,4 @@
-"""Channels whose factors are free: any factors leave the output as it is, and what cannot be crossed is not."""
+"""Free channel scales: every choice of factors leaves the output unchanged, and no other channels are scaled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels of very different range: found, evened out where that helps, and nowhere else."""
+"""Equalization: channels of very different range are found, and balanced only where this improves the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ties between labels, against the linear equations that they stand for."""
+"""Scale groups: ties between labels equal the linear equations that they represent."""
 
 from __future__ import annotations
 

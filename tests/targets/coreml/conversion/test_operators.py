@@ -1,4 +1,4 @@
-"""Networks as people write them come out of a Core ML package as torch computes them, in FP16 and in FP32.
+"""Networks in usual PyTorch style: their Core ML packages match torch in FP16 and in FP32.
 
 The reference evaluator runs the packages: what fails here is a fault of coremltools that nothing works around, or of
 an operator in targets/coreml/mil.

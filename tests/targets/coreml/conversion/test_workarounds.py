@@ -1,4 +1,4 @@
-"""Each fault of coremltools is still there, and what works around it gives torch's values.
+"""Workarounds: each fault of coremltools still exists, and its workaround gives torch's values.
 
 Where a test of the first half fails, coremltools has mended the fault: the workaround that it names may go.
 """

@@ -1,4 +1,4 @@
-"""Arithmetic as its definitions have it: against formulas in float64, and against what coremltools folds constants to.
+"""MIL arithmetic: compared with formulas in float64, and with coremltools' own constant folding.
 
 Every operator is held to numpy over shapes and attributes; once, all of them are saved as one package and read back.
 """

@@ -1,4 +1,4 @@
-"""Weights in fewer bits and quantized activations, against values made by hand and what coremltools makes of them."""
+"""Compressed weights and quantized activations in MIL: compared with values made by hand and with coremltools."""
 
 from __future__ import annotations
 

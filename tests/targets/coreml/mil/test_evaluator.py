@@ -1,4 +1,4 @@
-"""The evaluator follows a program: what it rounds, computes once and keeps, and what it says where it cannot."""
+"""Reference evaluator: types of a program, constant folding and caching, and errors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Layers as their definitions have them: against numpy, straight from MIL's documentation, and against torch where the
-evaluator takes another way; corner cases with the values that Apple's own tests of these operators expect.
+"""MIL layers: compared with numpy by MIL's documentation, and with torch where the evaluator has a different algorithm;
+corner cases have the values of Apple's own tests of these operators.
 
 Every operator is held to that over shapes and attributes, and once after it was saved in FP16 and read back.
 """

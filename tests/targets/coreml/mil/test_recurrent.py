@@ -1,4 +1,4 @@
-"""Recurrent layers and states: torch's own layers, with their weights in the order of MIL."""
+"""Recurrent layers and states in MIL: compared with torch's layers, with weights in MIL's order."""
 
 from __future__ import annotations
 

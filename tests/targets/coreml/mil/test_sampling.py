@@ -1,4 +1,4 @@
-"""Sampling at coordinates, as torch's samplers do it, and Apple's own figures of cropped boxes."""
+"""MIL sampling at coordinates: compared with torch's samplers, and with Apple's values for cropped boxes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where every value goes: against numpy, loops over the formulas of the definitions, and their examples.
+"""MIL shape operators: compared with numpy, loops over the formulas of the definitions, and their examples.
 
 Values are whole numbers, so everything is exact.
 """
