@@ -1,4 +1,4 @@
-"""Architecture: layers import in one direction and no private names, there are no import circles, and folders stay small."""
+"""Architecture: imports have one direction, no private names and no circles between layers; folders stay small."""
 
 from __future__ import annotations
 

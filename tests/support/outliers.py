@@ -1,5 +1,5 @@
-"""Channels of very different range in a trained network, as in published checkpoints, with unchanged outputs: a channel is
-multiplied by a factor where it is produced, and divided by it wherever it is read.
+"""Channels of very different range in a trained network, as in published checkpoints, with unchanged outputs: a channel
+is multiplied by a factor where it is produced, and divided by it wherever it is read.
 
 Written family by family on the modules themselves, and on purpose without
 `calibration.ptq.equalization.channel_scales`, which it tests.

@@ -1,4 +1,4 @@
-"""Outliers made for tests leave the output of every family unchanged; otherwise tests of corrections would prove nothing."""
+"""Outliers for tests: they leave the output of every family unchanged, so that tests of corrections are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deployment target of a Core ML package: the oldest system of the recipe, or the requested one if it supports the recipe."""
+"""Deployment target of a Core ML package: the oldest that the recipe allows, or the requested one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of a package are identified by their weights, independently of coremltools' changes to the graph around them."""
+"""Layers of a package are identified by their weights, whatever coremltools changes in the graph around them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay: a package is compared with its torch program operator by operator; a difference is found at its operator only."""
+"""Replay: a package is compared with its torch program operator by operator; only the differing operator is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neural Engine rules: each on an operator that breaks it and an operator that does not; figures are counted by hand."""
+"""Neural Engine rules: each on an operator that breaks it and one that does not; figures are counted by hand."""
 
 from __future__ import annotations
 
