@@ -51,7 +51,7 @@ VERBS := engine multifunction zoo calibrate qat tune sensitivity profile verify 
          placement models targets gc
 BENCHES := bench bench-coreml bench-speed bench-quantizers bench-calibration bench-families bench-outliers bench-seeds \
            bench-real bench-prove bench-qat bench-qat-gain bench-store bench-half bench-dashboard bench-faults
-OTHERS := fuzz test lint docs licenses
+OTHERS := fuzz check test lint docs licenses
 
 .DEFAULT_GOAL := help
 .PHONY: help help-bench $(VERBS) $(BENCHES) $(OTHERS) setup lock system-packages clean .variables
@@ -112,6 +112,7 @@ system-packages: ## install the Debian packages that some tests need
 clean: ## remove .venv, caches and everything that was built
 
 ##@ Develop
+check: ## lint, types and unit tests (under three minutes on two cores)
 lint: ## ruff and mypy --strict
 docs: ## the documentation as a web site: build/docs/index.html
 test: ## all tests (a quarter of an hour on two cores)
@@ -171,6 +172,9 @@ bench-dashboard: ## the dashboard of 100,000 measurements: seconds, memory, size
 
 fuzz:
 	@$(VENV)/bin/python -m tests.fuzz --kinds="$$CASES" --count="$$COUNT" --start="$$START"
+
+check: lint
+	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test:
 	@$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

@@ -22,6 +22,8 @@ from pipeline.cli.verbs import VERBS
 from pipeline.store import integrity
 from tests.support.tiny import ROOT, python
 
+pytestmark = pytest.mark.slow
+
 CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "seconds"}
 
 

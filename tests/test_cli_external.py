@@ -18,6 +18,8 @@ from tests.support import pages
 from tests.support.tiny import tiny_run
 from tests.test_cli import call, refused
 
+pytestmark = pytest.mark.slow
+
 NET = """
 from torch import nn
 from my_widths import WIDTH

@@ -18,6 +18,8 @@ from tests.support import pages
 from tests.support.pages import Block, Command, masked
 from tests.support.tiny import ROOT, surroundings
 
+pytestmark = pytest.mark.slow
+
 LINKED = ("Makefile", "pipeline", "targets", "calibration", "models", "tests", ".venv")
 CODE_OF_MAKE = 2  # whatever the pipeline ends with
 # A smaller network, fewer pixels and fewer epochs than a reader's: numbers differ, lines do not.

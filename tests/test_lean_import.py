@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.tiny import python, quickest
 
+pytestmark = pytest.mark.slow
+
 HEAVY = (
     "torch",
     "torchao",

@@ -22,6 +22,8 @@ from pipeline.cli.verbs import VERBS
 from pipeline.installation import environment, licenses, locks
 from tests.support.tiny import ROOT, VARIABLES, surroundings
 
+pytestmark = pytest.mark.slow
+
 TEXT = (ROOT / "Makefile").read_text()
 RULES = set(re.findall(r"^([a-z][a-z-]*):", TEXT, re.M))
 LISTS = {

@@ -27,6 +27,8 @@ from models.convmixer import ConvMixer
 from tests.support.tiny import SIDE
 from tests.support.toys import CLASSES, LAYERS, Hybrid, images, seeded
 
+pytestmark = pytest.mark.slow
+
 PTQ = Ptq(name="int8_ptq", samples=64, force=True)
 QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=3, learning_rate=0.03)
 

@@ -14,6 +14,8 @@ from tests.fuzz import harness, values
 from tests.fuzz.faulty import WAYS, Faulty
 from tests.fuzz.kinds import ALL
 
+pytestmark = pytest.mark.slow
+
 COUNTS: Final = {
     "values": 300,
     "folders": 100,

@@ -41,6 +41,8 @@ from tests.support.tiny import SIDE
 from tests.support.toys import CLASSES, Hybrid, seeded, toy_export
 from tests.support.tracing import kind
 
+pytestmark = pytest.mark.slow
+
 FORMS: tuple[Form, ...] = ("tokens", "channels")
 BOTH = [spec for spec in models.ALL.values() if "channels" in spec.forms]
 FAMILIES = {"mobilevit", "coatnet", "swin"}

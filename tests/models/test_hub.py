@@ -26,6 +26,8 @@ from models import checkpoint, hub
 from models.errors import BadRequest
 from tests.support.tiny import ROOT, surroundings
 
+pytestmark = pytest.mark.slow
+
 MODEL = "mobilevit_xxs"
 PATH = f"/{models.ALL[MODEL].hub}/resolve/main/model.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -23,6 +23,8 @@ from pipeline.store.store import Store
 from targets.base import Evaluates, Export
 from tests.support.tiny import Colours
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("mobilevit_xxs", "mobilenetv2_035", *(name for name in models.ALL if name.endswith("_mini")))
 # Computed shapes, gathers and control flow: engines of fixed shapes either refuse them or leave the accelerator.
 UNWANTED = {

@@ -21,6 +21,8 @@ from pipeline.store.store import Store
 from targets.coreml.options import CoreMLOptions
 from tests.support.tiny import SIDE, tiny_run
 
+pytestmark = pytest.mark.slow
+
 COLOURS = [(red, green, blue) for red in (30, 130, 230) for green in (30, 130, 230) for blue in (60, 200)]
 
 

@@ -16,6 +16,8 @@ from calibration.scheme import Scheme
 from models.errors import CannotRunHere
 from targets.base import Bundles, Export, Target
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 # Decibels against the torch program: bfloat16, the least precise half, keeps 8 bits of each number.
 LEAST_DB = {"fp32": 50.0, "fp16": 15.0, "int8": 12.0}

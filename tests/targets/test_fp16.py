@@ -26,6 +26,8 @@ from targets.tensorrt.target import check_graph, typed_onnx, weak_onnx
 from tests.support.half_networks import FLUSHED, MASKS, OVERFLOWING, GeneralizedMean, LogSum, net
 from tests.support.toys import toy_export
 
+pytestmark = pytest.mark.slow
+
 LEAST_DB = 35.0  # of FP16 against float32, on networks as small as these
 
 

@@ -17,6 +17,8 @@ from targets.coreml.options import CoreMLOptions
 from targets.coreml.target import PACKAGE
 from tests.support.tiny import SIDE, tiny_run
 
+pytestmark = pytest.mark.slow
+
 
 def runs(*recipes: str, **changes: object) -> list[Run]:
     return [tiny_run(recipe, "coreml", **changes) for recipe in recipes]

@@ -15,6 +15,8 @@ from pipeline.stages import stages
 from pipeline.store.store import Store
 from tests.support.tiny import tiny_run
 
+pytestmark = pytest.mark.slow
+
 
 def test_placement_needs_no_training_and_reads_the_engine_once_it_is_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture

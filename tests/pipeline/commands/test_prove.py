@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from calibration.graph.qparams import Integers
 
+pytestmark = pytest.mark.slow
+
 RUN = tiny_run("int8_ptq", "coreml")
 CONV, LINEAR = "3", "8"  # modules of the tiny network
 Folders = dict[str, Path]

@@ -32,6 +32,8 @@ from tests.support.tiny import ROOT, surroundings, tiny_run
 if TYPE_CHECKING:
     from targets.base import Images, Logits
 
+pytestmark = pytest.mark.slow
+
 MS = 1_000_000
 # Milliseconds of a layer of the tiny network: (float, integer). Its fastest placement is `conv+small`.
 COSTS = {"Conv": (4, 2), "Gemm": (1, 3)}

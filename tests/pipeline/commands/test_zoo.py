@@ -15,6 +15,8 @@ from pipeline.commands import zoo
 from pipeline.commands.zoo import zoo as make_zoo
 from tests.support.tiny import SPEC, python
 
+pytestmark = pytest.mark.slow
+
 ready = pytest.mark.skipif(
     any(targets.ALL[name].missing() for name in zoo.TARGETS),
     reason="; ".join(str(targets.ALL[name].missing()) for name in zoo.TARGETS),

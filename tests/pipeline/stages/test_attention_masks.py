@@ -18,6 +18,8 @@ from pipeline.stages import onnx_export as exporting
 from pipeline.stages.attention_masks import with_open_rows
 from targets.onnx.reference import reference_logits
 
+pytestmark = pytest.mark.slow
+
 SIDE, TOKENS = 16, 16
 
 

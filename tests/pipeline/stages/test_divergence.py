@@ -16,6 +16,8 @@ import targets
 from pipeline.stages.divergence import engine_divergence, export_divergence, onnx_tensors, torch_tensors
 from targets.base import Export
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def images(float_export: Export) -> npt.NDArray[np.float32]:

@@ -29,6 +29,8 @@ from pipeline.stages.lint import RULES, Finding, lint
 from pipeline.stages.onnx_export import export
 from tests.support.tiny import python
 
+pytestmark = pytest.mark.slow
+
 SIDE = 16
 CHANNELS = 32
 

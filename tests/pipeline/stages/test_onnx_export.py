@@ -25,6 +25,8 @@ from targets.onnx.reference import reference_logits
 from tests.support.tiny import SIDE
 from tests.support.toys import CLASSES, LAYERS, Hybrid, seeded, toy_export
 
+pytestmark = pytest.mark.slow
+
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 

@@ -30,6 +30,8 @@ from tests.support.faults import ALL as FAULTS
 from tests.support.half_networks import GeneralizedMean, LogOfZeros, NormalizedZeros, net
 from tests.support.toys import toy_export
 
+pytestmark = pytest.mark.slow
+
 INTEGER_FAULTS = {"two channels' scales swapped", "saturation off by one"}  # that a float graph has no place for
 
 

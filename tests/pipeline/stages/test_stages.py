@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from calibration.data.dataset import Part
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ("null", "cpu", "onnxruntime")
 EVERYWHERE = [name for name, recipe in calibration.recipe.ALL.items() if not isinstance(recipe, WeightOnly)]
 VERIFIED = {"executed", "why_not", "by", "top1", "float_top1", "lost", "agreement", "images", "snr_db"}

@@ -28,6 +28,8 @@ from pipeline.store.store import Store
 from tests.models.external.test_loader import SWITCHES
 from tests.support.tiny import SPEC, Colours, tiny_run
 
+pytestmark = pytest.mark.slow
+
 HEAD = """
 import torch
 from torch import nn

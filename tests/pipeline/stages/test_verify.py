@@ -37,6 +37,8 @@ from tests.support.tiny import tiny_run
 if TYPE_CHECKING:
     from targets.base import Executor
 
+pytestmark = pytest.mark.slow
+
 Floats = npt.NDArray[np.float32]
 Change = Callable[[Floats], Floats]
 

@@ -19,6 +19,8 @@ from pipeline.store import storage_errors
 from pipeline.store.store import Store
 from tests.support.tiny import python, tiny_run
 
+pytestmark = pytest.mark.slow
+
 BYTES = 4 << 20
 
 

@@ -36,6 +36,8 @@ from pipeline.store.store import MANIFEST, Step, Store, plain, resumable
 from targets.onnxruntime import OnnxRuntimeTarget
 from tests.support.tiny import ROOT, Colours, tiny_run
 
+pytestmark = pytest.mark.slow
+
 Build = Callable[[Mapping[str, Path], Path], None]
 STAGES = ("weights", "quantized", "exported", "compiled", "engine")
 

@@ -27,6 +27,8 @@ from pipeline.timing.latency import Summary, TimingPlan
 from pipeline.timing.results_db import SCHEMA, Identity, Results, Row
 from targets.base import Placement
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 SUMMARY = Summary(
     p50_ms=5.67, p90_ms=6.1, p99_ms=7.25, min_ms=5.5, max_ms=9.125, mean_ms=5.75, n=3, cv=0.0625, why_invalid=None

@@ -16,6 +16,8 @@ from pipeline.timing.verdict import Engine, can_judge, is_pending, judged, verdi
 from targets.base import Accounts
 from tests.support.tiny import tiny_run
 
+pytestmark = pytest.mark.slow
+
 FP32 = Engine(recipe="fp32", top1=99, drop=0, allowed=1, agreement=100, bytes=4, integer_share=0)
 FP16 = replace(FP32, recipe="fp16")
 INT8 = replace(FP32, recipe="int8_ptq", drop=0.5, integer_share=90)

@@ -20,6 +20,8 @@ from tests.support import half_networks
 from tests.support.half_networks import GeneralizedMean, NormalizedZeros, net
 from tests.support.toys import toy_export
 
+pytestmark = pytest.mark.slow
+
 PARTS = [
     half_networks.GeneralizedMean,
     half_networks.Norm,

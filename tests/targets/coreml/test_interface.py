@@ -28,6 +28,8 @@ from targets.coreml.options import CoreMLOptions, Interface
 from targets.coreml.target import PACKAGE, TARGET
 from tests.targets.coreml.test_target import PRECISIONS, SIZE, Toy, built, exported, rewrite
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ["a", 'b"', "c|d", "é"]
 INTERFACES: tuple[Interface, ...] = ("image", "classifier")
 PLAIN, IMAGENET = ((0.0,) * 3, (1.0,) * 3), (IMAGENET_MEAN, IMAGENET_STD)

@@ -24,6 +24,8 @@ from targets.coreml.target import PACKAGE, TARGET
 from targets.coreml.weighted_layers import exported_layers
 from tests.targets.coreml.test_target import PRECISIONS, SIZE, built, exported
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 16
 
 

@@ -27,6 +27,8 @@ from targets.coreml.target import PACKAGE, TARGET
 from tests.targets.coreml.test_model_card import FACTS, PREPROCESS, answered, code, photo, toy_export
 from tests.targets.coreml.test_target import SIZE, Toy, built, exported, rewrite
 
+pytestmark = pytest.mark.slow
+
 PALETTE = cast(WeightOnly, RECIPES["palette6"])
 
 

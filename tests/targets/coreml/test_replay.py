@@ -21,6 +21,8 @@ from targets.coreml.target import PACKAGE, TARGET
 from tests.support import packages
 from tests.targets.coreml.test_target import PRECISIONS, SIZE, Toy, built, exported
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, tuple[Export, Path]]:

@@ -43,6 +43,8 @@ from targets.coreml.target import PACKAGE, TARGET
 from tests.support.tiny import tiny_run
 from tests.targets.coreml.test_target import SIZE, Toy, built, exported
 
+pytestmark = pytest.mark.slow
+
 MS = 1_000_000
 COREML = import_coremltools()
 IMAGES = np.random.default_rng(0).random((1, 3, SIZE, SIZE), np.float32)

@@ -32,6 +32,8 @@ from targets.coreml.options import CoreMLOptions
 from targets.coreml.target import PACKAGE, TARGET
 from tests.targets.coreml.test_target import SIZE, built, exported
 
+pytestmark = pytest.mark.slow
+
 RECIPES = {name: recipe for name, recipe in ALL.items() if isinstance(recipe, WeightOnly)}
 WEIGHTS = Path("Data") / "com.apple.CoreML" / "weights" / "weight.bin"
 SILENT, FAINT = 5, 9  # channels of `narrow`: of zeros, and too small for an FP16 scale

@@ -21,6 +21,8 @@ from targets.coreml import target as coreml_target
 from tests.support.packages import SIZE, Of, computed, converted, decibels, exported
 from tests.support.tiny_export import tiny_export
 
+pytestmark = pytest.mark.slow
+
 CHANNELS = 8
 IMAGES = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 

@@ -26,6 +26,8 @@ from targets.coreml.conversion import workarounds
 from targets.coreml.conversion.workarounds import mended, names_kept, one_progress_bar, transposes_told_apart
 from tests.support.packages import SIZE, Of, computed, constants, converted, decibels, exported, untouched
 
+pytestmark = pytest.mark.slow
+
 Function: TypeAlias = Callable[[Tensor], Tensor]
 
 

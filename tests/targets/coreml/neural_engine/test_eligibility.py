@@ -21,6 +21,8 @@ from targets.coreml.neural_engine.eligibility import RULES, Eligibility, Finding
 from targets.coreml.package import read
 from targets.coreml.target import PACKAGE, TARGET
 
+pytestmark = pytest.mark.slow
+
 Body = Callable[..., Any]  # of a program: from MIL's builder and the inputs to the output
 
 HALF = np.float16
