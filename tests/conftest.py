@@ -23,7 +23,7 @@ for _name in ("EDGELINE_TYPED", *all_variables()):  # the user's must not become
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a store that all tests of the session fill, in every process of pytest-xdist."""
+    """Return the folder of a store that all tests of the session share, in every process of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-store"
 

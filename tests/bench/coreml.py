@@ -2,7 +2,7 @@
 
     python -m tests.bench.coreml [MODEL ...]
 
-Small models are trained on the digits and answer all 360 test images; the others have random weights, their published
+Small models are trained on the digits and run on all 360 test images; the others have random weights, their published
 size, and 8 crops of photographs. A row is one recipe: bytes of the package, how many operators it has, how many of them
 were held one by one against torch (and the least agreement of a float one; integers that tipped as ties), and what the
 whole package says: decibels and equal answers against the float model in torch, top-1 of both. Each row is a process
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def _told(name: str, recipe: str, size: str, store: Path) -> dict[str, int] | None:
-    """Print a row, and return the operators of its package; None where there is none."""
+    """Print a row and return the operators of its package; None if no package was built."""
     command = [sys.executable, "-m", "tests.bench.coreml", name, "--store", str(store), "--cell", recipe, size]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -117,7 +117,7 @@ def _run(name: str, recipe: str, size: str) -> Run:
 
 
 def _measured(run: Run, store: Store) -> tuple[tuple[object, ...], object]:
-    """The cells of a row, and the operators of its package by type."""
+    """Return the cells of a row, and the number of operators of its package by type."""
     assert isinstance(run.target, Evaluates)
     step = stages.compiled(run)
     engine = store.get(step)

@@ -33,7 +33,7 @@ _RECIPES: Final = ("fp32", "fp16", "int8_ptq", "int8_qat")
 
 
 def generate(database: Path, rows: int, samples: int, cells: int) -> None:
-    """A database of the present schema, written without going through `append`, which would take 10 minutes."""
+    """Write a database with the current schema directly; `append` would take 10 minutes."""
     Results(database).close()
     connection = sqlite3.connect(database)
     connection.execute("PRAGMA synchronous = OFF")
@@ -101,7 +101,7 @@ def _packed(rng: np.random.Generator, samples: int) -> bytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Of one `dashboard` command."""
+    """Cost of one `dashboard` command."""
 
     seconds: float  # from start to end
     processor_seconds: float  # which other processes do not lengthen
@@ -110,7 +110,7 @@ class Cost:
 
 
 def measured(store: Path) -> Cost:
-    """The cost of the command on the database in `store`."""
+    """Return the cost of the command for the database in `store`."""
     started = time.perf_counter()
     child = os.posix_spawn(
         sys.executable,
@@ -132,7 +132,7 @@ def measured(store: Path) -> Cost:
 
 
 def _peak(store: Path, largest: int) -> int:
-    """Bytes of memory at most. What the system counts for a child includes its parent's memory, on Linux."""
+    """Return the peak memory in bytes. On Linux, the system's count for a child includes the memory of its parent."""
     told = store / "status"
     if not told.exists():
         return largest
@@ -153,7 +153,7 @@ sys.exit(code)
 
 
 def bench(rows: int, samples: int, cells: int) -> bool:
-    """Print one line. Whether every limit is kept."""
+    """Print one line, and return whether every limit is kept."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
         generate(store / "measurements.sqlite", rows, samples, cells)

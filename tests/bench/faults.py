@@ -125,7 +125,7 @@ def planted_run(request: argparse.Namespace, model: str, recipe: str, target: st
 
 
 def planted(export: Export, target: str) -> Iterator[tuple[str, str, str]]:
-    """Plant each fault alone: its name, the result, and the operator that was named first."""
+    """Plant each fault separately; yield its name, the result, and the operator that was named first."""
     for fault in faults.ALL:
         with tempfile.TemporaryDirectory() as scratch:
             copy = replace(export, path=Path(shutil.copytree(export.path, Path(scratch) / "export")))
@@ -236,7 +236,7 @@ def _outcome(run: Run) -> dict[str, str]:
 
 
 def run_of(model: str, recipe: str, target: str, *, seed: int) -> Run:
-    """The run of `make engine` for the digits."""
+    """Return the run of `make engine` for the digits."""
     spec, made = models.ALL[model], targets.ALL[target]
     data = calibration.data.load.load("digits", seed)
     runtime: family_placements.Runtime = "cpu" if target in ("cpu", "onnxruntime") else "accelerator"

@@ -3,10 +3,10 @@ compared with the float32 graph.
 
     python -m tests.bench.half [MODEL ...] [--trained]
 
-The images are the digits' 360 test images at 64 pixels; weights are random, or trained on the digits (an hour; all is
-kept in build/, where the bench goes on). Random networks amplify every rounding: that of their weights alone leaves
-some 30 dB. A row: operators of the graph, how many stay in float32, decibels between the logits and
-the share of equal classes, and seconds for all images.
+The images are the digits' 360 test images at 64 pixels; weights are random, or trained on the digits (an hour; results
+are kept in build/, and the benchmark resumes from them). Random networks amplify every rounding: rounding of their
+weights alone leaves about 30 dB. A row: operators of the graph, the number that stays in float32, decibels between the
+logits and the share of equal classes, and seconds for all images.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Random weights, the published size (`--small`: 64 pixels, or the smallest that the network takes); nothing is executed.
 A row is one package: its operators, those that are eligible and their share of the multiply-accumulates, the same for
 those without a warning, transposes and reshapes, and the bytes of all activations in lines of 64, with the share that
-is padding. Each row is a process of its own: what one network took does not weigh on the next.
+is padding. Each row is built in a separate process, so that rows do not affect each other.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def _told(name: str, form: str, request: argparse.Namespace) -> int:
-    """Print the row of one package, made in a process of its own; whether that failed."""
+    """Print the row of one package, built in a separate process, and return whether it failed."""
     command = [sys.executable, "-m", "tests.bench.placement", name, "--form", form, "--recipe", request.recipe]
     command += ["--store", str(request.store), *["--small"] * request.small]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

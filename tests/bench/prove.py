@@ -54,7 +54,7 @@ def _run(name: str, request: argparse.Namespace) -> Run:
 
 
 def _told(run: Run, store: Path) -> int:
-    """Print the proof of one run; its exit code."""
+    """Print the comparison of one run, and return its exit code."""
     started, code = time.monotonic(), 0
     try:
         report: dict[str, Any] = prove(run, store)

@@ -2,8 +2,8 @@
 query at a time.
 
 Run it with `make bench-speed`. Weights are random, with ranges from crops of photographs: placement and shapes decide
-how fast an engine is, not what it answers. Prints the ratio to float32 and, where the processor has it, to half
-precision, each with its 95 % confidence interval, and which of the figures asked for were missed.
+the speed of an engine, and weights do not. Prints the ratio to float32 and, where the processor has it, to half
+precision, each with its 95 % confidence interval, and the missed goals.
 """
 
 from __future__ import annotations

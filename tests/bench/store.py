@@ -2,9 +2,9 @@
 
     python -m tests.bench.store [ROUNDS]
 
-Both ways run in turns, each in a process of its own as a person calls it, on engines of a small and a large network.
-Without checks means that an artifact is trusted as soon as its manifest is there. The share is of the medians; the
-cost of the checks alone is measured in one process, too, where a thousand repetitions leave no noise.
+Both variants alternate, each in a separate process as on the command line, on engines of a small and a large network.
+Without checks, an artifact is trusted if its manifest exists. The share is that of the medians; the cost of the checks
+alone is also measured in one process with a thousand repetitions, which average out the noise.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _seconds(arguments: list[str]) -> float:
 
 
 def _checks(request: list[str], root: Path) -> tuple[float, float, float]:
-    """Seconds of a check of the whole chain by its records and in full, and the megabytes that it holds."""
+    """Return the seconds of a check of the whole chain by metadata and in full, and its size in megabytes."""
     store, run = Store(root), read(parse(request))
     steps = list(stages.engine(run).chain())
     _ = [step.key for step in steps]  # known before: no part of a check

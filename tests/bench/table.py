@@ -1,8 +1,8 @@
 """Table of all targets and recipes: the small model of every family, four recipes, and every target that this machine
 can build for, on the digits.
 
-Run it with `make bench`. It goes through the command line as a user does, keeps what it builds in build/, and prints a
-row for each recipe; at the end, how many engines there are and which figures were missed.
+Run it with `make bench`. It uses the command line, keeps its artifacts in build/, and prints a row for each recipe, then
+the number of engines and the missed goals.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(names: tuple[str, ...] = MODELS) -> int:
 
 
 def built(model: str, recipe: str, target: str, **variables: str) -> dict[str, Any]:
-    """The JSON answer of `make engine`, with more of its variables."""
+    """Return the JSON result of `make engine` with further variables."""
     told, variables = io.StringIO(), {"model": model, "recipe": recipe, "target": target, **variables}
     with contextlib.redirect_stdout(told):
         edgeline(["engine", *(f"--{name}={value}" for name, value in variables.items())])
@@ -56,7 +56,7 @@ def built(model: str, recipe: str, target: str, **variables: str) -> dict[str, A
 
 
 def _row(model: str, recipe: str, answers: dict[str, dict[str, Any]]) -> str:
-    """Top-1 of each target's engine in percent, and the least agreement of their logits with the float model's."""
+    """Return top-1 of each target's engine in percent, and the least agreement of their logits with the float model."""
     whole = [answer for answer in answers.values() if "error" not in answer]
     float_top1 = f"{whole[0]['float_top1']:.2f}" if whole else "-"
     least = f"{min(answer['snr_db'] for answer in whole):.1f}" if whole else "-"

@@ -48,7 +48,7 @@ def test_additions_have_the_largest_error_in_three_families() -> None:
 
 
 def test_shares_of_work_match_the_network() -> None:
-    """mobilevit_xs at its own size: whatever its weights are."""
+    """For mobilevit_xs at its published size; weights do not matter."""
     spec = models.ALL["mobilevit_xs"]
     operators = operators_of(prepare(spec.build(1000).eval(), SHARED, 256), 256)
     for kind, share in FAMILIES["mobilevit"].shares.items():

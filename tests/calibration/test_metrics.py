@@ -46,7 +46,7 @@ def test_percents_count_largest_logits() -> None:
 
 
 def answers(rows: list[list[int]]) -> tuple[Logits, Labels]:
-    """Logits and labels of which `rows[label]` are the answers."""
+    """Return logits and labels; `rows[label]` are the predictions for the images of a class."""
     labels = np.array([label for label, found in enumerate(rows) for _ in found])
     return np.eye(len(rows), dtype=np.float32)[[answer for found in rows for answer in found]], labels
 

@@ -71,7 +71,7 @@ def nodes(program: ExportedProgram, target: Callable[..., object]) -> list[Node]
 
 
 def stored(program: ExportedProgram, node: object) -> Tensor:
-    """The tensor behind a placeholder of the program's graph."""
+    """Return the tensor of a placeholder in the program's graph."""
     assert isinstance(node, Node) and node.op == "placeholder"
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -239,7 +239,7 @@ def test_evaluating_any_number_of_times_leaves_every_scale_unchanged(trained: nn
 
 @pytest.fixture(scope="module")
 def zero_gammas() -> Quantized:
-    """A ConvMixer, whose BatchNorms follow activations and so stay, through QAT with every gamma at zero."""
+    """Train a ConvMixer with all gammas zero; its BatchNorms follow activations and are therefore not folded."""
     torch.manual_seed(0)
     model = ConvMixer(CLASSES, dim=8, depth=1, kernel=3, patch=4, act=nn.ReLU)
     for module in model.modules():
@@ -295,7 +295,7 @@ def test_another_seed_draws_other_images(trained: nn.Module, ptq: Quantized) -> 
 
 
 def test_only_training_images_are_calibrated_with(trained: nn.Module) -> None:
-    """Neither validation nor test images move a scale: without any, the scales are the same."""
+    """Validation and test images do not affect scales: without them, the scales are the same."""
     recipe = replace(PTQ, calibrator="mse", equalize=False)
     prepared = prepare(copy.deepcopy(trained).eval(), SHARED, SIDE)
     chosen = images("train").stratified(recipe.samples, 0)

@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def logits(images: int, db: float, seed: int = 0) -> tuple[Floats, Floats]:
-    """Logits of ten classes, and the same with noise at `db`."""
+    """Return logits of ten classes, and the same logits with noise at `db`."""
     random = np.random.default_rng(seed)
     clean = random.normal(size=(images, 10)).astype(np.float32)
     return clean, (clean + random.normal(size=clean.shape) * 10 ** (-db / 20)).astype(np.float32)
@@ -43,7 +43,7 @@ def test_equal_noise_gives_no_alarm(seed: int) -> None:
 
 
 def test_changed_answers_within_the_noise_are_ties_and_never_counted() -> None:
-    """At 20 dB, tens of 5,000 answers change: a bound of one would refuse every network."""
+    """At 20 dB, tens of 5,000 predictions change: a limit of one change would refuse every network."""
     clean, noisy = logits(5000, 20)
     found = stick(20).distance(clean, noisy)
     assert found.ties + found.changed == (clean.argmax(1) != noisy.argmax(1)).sum() > 50

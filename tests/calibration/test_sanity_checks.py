@@ -142,7 +142,7 @@ def test_a_single_confused_class_is_not_reported_as_a_permutation() -> None:
 
 
 class Reads(nn.Module):
-    """Answers with the number that the first pixel of a picture has."""
+    """Network that predicts the class given by the first pixel of an image."""
 
     def __init__(self, places: list[int]) -> None:
         super().__init__()

@@ -61,5 +61,5 @@ class Faulty:
             sys.exit(0)
 
     def command(self, folder: Path) -> list[str]:
-        """Writes beside its folder, says nothing, and ends well."""
+        """Return a command that writes outside its folder, prints nothing, and exits with 0."""
         return ["-c", "open('../beside.txt', 'w').close()"]

@@ -39,13 +39,13 @@ _PROGRAMS: Final = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"
 
 
 class Kind(Protocol):
-    """Inputs of one kind and the readers that they are for. `case` alone decides what is written."""
+    """Inputs of one kind and their readers. The input depends only on `case`."""
 
     @property
     def name(self) -> str: ...
 
     def prepare(self, seeds: Path) -> None:
-        """Write the valid inputs that mutation starts from. Called once."""
+        """Write the valid inputs that are mutated. Called once."""
         ...
 
     def write(self, case: int, seeds: Path, folder: Path) -> None:
@@ -53,11 +53,11 @@ class Kind(Protocol):
         ...
 
     def run(self, folder: Path) -> None:
-        """Hand the input to its readers. Raises EdgelineError where they refuse it."""
+        """Pass the input to its readers. Raises EdgelineError if they refuse it."""
         ...
 
     def command(self, folder: Path) -> list[str] | None:
-        """Arguments of the interpreter that read the input as a user does; None where no command does."""
+        """Return the interpreter arguments of a command that reads the input; None if no command does."""
         ...
 
 
@@ -72,7 +72,7 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class Report:
-    """What came of the cases of one kind."""
+    """Results of the cases of one kind."""
 
     kind: str
     counts: Counter[str] = field(default_factory=Counter)
@@ -97,7 +97,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Of one case in a worker."""
+    """Limits of one case in a worker."""
 
     seconds: float = MAX_SECONDS
     bytes: int = MAX_BYTES
@@ -148,7 +148,7 @@ def _keep(kind: Kind, outcome: Outcome, seeds: Path, folder: Path) -> None:
 
 
 def repeat(name: str, case: int) -> str:
-    """The command that runs one case again, in the foreground."""
+    """Return the command that runs one case again, in the foreground."""
     return f"{sys.executable} -m tests.fuzz --kinds={name} --start={case} --count=1 --foreground"
 
 
@@ -176,7 +176,7 @@ def _environment(sandbox: Path) -> dict[str, str]:
 
 
 def _chunk(kind: Kind, start: int, count: int, seeds: Path, sandbox: Path, limits: Limits) -> Iterator[Outcome]:
-    """The outcomes of a chunk: a worker that dies, or is ended, is followed by one for the cases after that."""
+    """Yield the outcomes of a chunk; if a worker dies or is killed, a new worker runs the remaining cases."""
     end = start + count
     while start < end:
         folder = sandbox / f"worker-{start}"
@@ -225,7 +225,7 @@ def _resident(process: int) -> int:
 
 
 def _by_command(kind: Kind, case: int, seeds: Path, sandbox: Path) -> Outcome | None:
-    """The same case in a process of its own, in a folder whose surroundings are compared before and after."""
+    """Run the case by a command in a separate process, and compare the files around its folder before and after."""
     outside = sandbox / f"command-{case}"
     inside = outside / "inside"
     inside.mkdir(parents=True)
@@ -256,12 +256,12 @@ def _by_command(kind: Kind, case: int, seeds: Path, sandbox: Path) -> Outcome | 
 
 
 def _listing(folder: Path) -> set[tuple[str, int]]:
-    """Names and sizes of everything in `folder` but its `inside`."""
+    """Return names and sizes of all files in `folder` except in `inside`."""
     return {(path.name, path.lstat().st_size) for path in folder.iterdir() if path.name != "inside"}
 
 
 def _misbehaved(code: int, stdout: bytes, stderr: bytes) -> str:
-    """Why a command broke its contract: exit codes, one JSON line, no traceback; "" where it did not."""
+    """Return how a command broke its contract (exit codes, one JSON line, no traceback); "" if it did not."""
     if b"Traceback" in stderr:
         return stderr.decode(errors="replace")[-3000:]
     if code not in (0, 2, 3, 4):
@@ -280,7 +280,7 @@ def _misbehaved(code: int, stdout: bytes, stderr: bytes) -> str:
 
 
 def work(kind: Kind, start: int, count: int, seeds: Path) -> None:
-    """Run the cases in this process, and print their outcomes to what was stdout."""
+    """Run the cases in this process, and print their outcomes to the original stdout."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)
@@ -322,7 +322,7 @@ def judged(kind: Kind, case: int, folder: Path, guard: Guard | None = None) -> O
 
 
 class Guard:
-    """Sees what this process does outside a folder while it is entered, through Python's audit events."""
+    """Context that records accesses of this process outside a folder, through Python's audit events."""
 
     def __init__(self, inside: Path) -> None:
         self.inside = str(inside.resolve())

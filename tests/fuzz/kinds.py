@@ -24,7 +24,7 @@ from tests.fuzz.mutate import TEXTS, mutate_message, mutated, mutated_json, muta
 
 
 class Refused(EdgelineError):
-    """What a command answered as its error."""
+    """The error in the result of a command."""
 
 
 def _rng(name: str, case: int) -> random.Random:
@@ -199,7 +199,7 @@ def _spoil(rng: random.Random, root: Path) -> None:
 
 
 def _png(width: int, height: int) -> bytes:
-    """A picture of one bit a pixel, all of them 0: a hundred bytes for any size, with rows up to 64 MB of them."""
+    """Return a PNG with one bit per pixel, all 0: about a hundred bytes for any size, with up to 64 MB of pixel rows."""
     rows = b"\0" * min((width // 8 + 2) * max(height, 1), 64 << 20)
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -254,7 +254,7 @@ class Checkpoints:
 
     @staticmethod
     def _write_state(rng: random.Random, folder: Path) -> None:
-        """A whole file with wrong contents."""
+        """Write a valid file with wrong contents."""
         import torch
 
         state: dict[Any, Any] = {name: tensor.clone() for name, tensor in _network().state_dict().items()}
@@ -312,7 +312,7 @@ _TENSORS: Final[tuple[Callable[[Any, Any], Any], ...]] = (
 
 
 def _with_other_header(rng: random.Random, content: bytes) -> bytes:
-    """A safetensors file whose header, JSON behind eight bytes of length, has other values."""
+    """Return a safetensors file with changed values in its header, which is JSON after eight bytes of length."""
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     for _ in range(rng.randint(1, 3)):
@@ -433,7 +433,7 @@ def _mutate_program(rng: random.Random, path: Path, *, facts: bool) -> None:
 
 @dataclass(frozen=True)
 class Onnx:
-    """ONNX files for the readers of what they carry."""
+    """ONNX files, for the readers of their weights and scales."""
 
     name: str = "onnx"
 
@@ -576,7 +576,7 @@ class Databases:
 
 
 def _cell(rng: random.Random, old: object) -> object:
-    """A value that SQLite keeps: JSON columns get other JSON, blobs other bytes."""
+    """Return a value that SQLite can store: different JSON for JSON columns, different bytes for blobs."""
     if isinstance(old, bytes):
         with contextlib.suppress(zlib.error, ValueError):
             if rng.random() < 0.7:
@@ -593,7 +593,7 @@ def _cell(rng: random.Random, old: object) -> object:
 
 @dataclass(frozen=True)
 class Models:
-    """MODEL=<file>.py:net: networks with faults of every kind, and files that are no Python."""
+    """MODEL=<file>.py:net: networks with faults of every kind, and files that are not Python."""
 
     name: str = "models"
 

@@ -45,7 +45,7 @@ TEXTS: Final = (
 
 
 def mutated(rng: random.Random, data: bytes, *, most: int = 8) -> bytes:
-    """`data` after one to `most` random changes."""
+    """Return `data` after one to `most` random changes."""
     found = bytearray(data)
     for _ in range(rng.randint(1, most)):
         rng.choice(_CHANGES)(rng, found)
@@ -101,7 +101,7 @@ _CHANGES: Final[tuple[Callable[[random.Random, bytearray], None], ...]] = (
 
 
 def mutated_text(rng: random.Random, text: str, *, most: int = 4) -> str:
-    """`text` after random insertions, deletions, replacements and repetitions."""
+    """Return `text` after random insertions, deletions, replacements and repetitions."""
     for _ in range(rng.randint(1, most)):
         at = rng.randrange(len(text) + 1)
         end = min(len(text), at + rng.randint(0, 4))
@@ -111,7 +111,7 @@ def mutated_text(rng: random.Random, text: str, *, most: int = 4) -> str:
 
 
 def value_like(rng: random.Random, value: object) -> object:
-    """A value of the type of `value`, or of another one."""
+    """Return a value of the type of `value`, or of a different type."""
     if rng.random() < 0.3:
         return rng.choice((None, True, 0, -1, 1.5, "", "x", [], {}, [[]], {"": None}, 2**70, "a" * 300))
     match value:
@@ -132,7 +132,7 @@ def value_like(rng: random.Random, value: object) -> object:
 
 
 def mutated_json(rng: random.Random, value: Any) -> Any:
-    """`value`, a JSON tree, with one node changed. Shares the others."""
+    """Return the JSON tree `value` with one node changed; the other nodes are shared."""
     if isinstance(value, dict) and value and rng.random() < 0.8:
         name = rng.choice(sorted(value))
         if rng.random() < 0.15:
@@ -153,7 +153,7 @@ def mutate_message(rng: random.Random, message: Any, *, most: int = 3) -> None:
 
 
 def _places(message: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
-    """Every field that is set, with its message: a few thousand at most."""
+    """Return every field that is set with its message, at most a few thousand."""
     for field, value in message.ListFields():
         yield message, field
         if field.type != field.TYPE_MESSAGE or depth > 12:

@@ -183,7 +183,7 @@ _BODY: Final = (
 
 
 def source(rng: random.Random) -> str:
-    """A file with a function `net`, or nearly so."""
+    """Return the source of a file with a function `net`, possibly with a fault."""
     one = {
         name: rng.choice(choices) if rng.random() < 0.18 else choices[0]
         for name, choices in (

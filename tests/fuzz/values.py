@@ -126,7 +126,7 @@ _BUILDING: Final = frozenset(
 
 
 def arguments(case: int) -> list[str]:
-    """The command line of a case."""
+    """Return the command line of a case."""
     return _drawn(case // _AT_ONCE)[case % _AT_ONCE]
 
 

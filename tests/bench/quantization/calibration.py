@@ -3,10 +3,10 @@
     python -m tests.bench.quantization.calibration memory [--images 10000] [--model mobilevit_xs] [--size 256]
     python -m tests.bench.quantization.calibration throughput [--images 256]
 
-Random weights; images are noise of the given size, made one batch at a time: what is measured is the calibration's own
-memory and time, and no range is kept. `memory` prints the peak of a process of its own at ten points on the way: the
-last ones should be equal. `throughput` takes turns, one batch observed and one through the folded graph without
-quantizers: the ratio of each pair of turns, its median and quartiles.
+Random weights; images are noise of the given size, made one batch at a time: only memory and time of the
+calibration are measured, and no range is kept. `memory` prints the peak of a separate process at ten points: the last
+ones should be equal. `throughput` alternates between an observed batch and a batch through the folded graph without
+quantizers, and prints median and quartiles of the ratios.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def throughput(name: str, size: int, images: int) -> None:
 
 
 def graphs(name: str, size: int) -> tuple[Callable[..., object], Callable[..., object]]:
-    """The graph that is calibrated, and the folded one without quantizers."""
+    """Return the graph that is calibrated, and the folded graph without quantizers."""
     import torch
 
     import models
@@ -90,7 +90,7 @@ def seconds(graph: Callable[..., object], batch: object) -> float:
 
 
 def resident_gib() -> float:
-    """The most memory that this process has held: ru_maxrss counts KiB, on macOS bytes."""
+    """Return the peak memory of this process in GiB; ru_maxrss is in KiB, on macOS in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -4,9 +4,9 @@ whole placements.
     python -m tests.bench.quantization.families [MODEL ...] [--store build] [--weights FOLDER]
 
 The small variant of every family on the digits at 64 pixels, in torch, on the validation part; float weights are
-trained where the store has none. Nothing is repaired, so that each kind shows its own error. One row for each kind of
-operator alone in integers, then three for placements: of the family on accelerators, on CPUs, and everything. Decibels
-are of the logits against float.
+trained where the store has none. No corrections are applied, so that each kind shows its own error. One row for
+each kind of operator alone in INT8, then three for placements: of the family on accelerators, on CPUs, and all
+operators. Decibels are the SQNR of the logits against float.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def trained(name: str, store: Store, folder: Path | None) -> tuple[Run, Ptq, nn.Module]:
-    """A run of int8_ptq on the digits, its recipe, and the network with float weights: those in `folder`, or trained
+    """Return a run of int8_ptq on the digits, its recipe, and the network with float weights: from `folder`, or trained
     where `store` has none.
     """
     from models import checkpoint

@@ -4,7 +4,7 @@ channels of the same network, whose float logits are unchanged.
     python -m tests.bench.quantization.outliers [MODEL ...] [--store build] [--weights FOLDER] [--seed N]
 
 The small variant of every family on the digits at 64 pixels, in torch, on the test part; float weights are trained
-where the store has none. `minmax` is plain post-training quantization: ranges from the extremes, and no repair;
+where the store has none. `minmax` is plain post-training quantization: ranges from the extremes, without corrections;
 `int8_ptq` is the recipe. Decibels are of the logits against float. The last lines name what was missed: int8_ptq more
 than POINTS below float, or fewer than COLLAPSED networks that `minmax` loses more than COLLAPSE points of.
 """
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _told(name: str, store: Store, folder: Path | None, seed: int) -> tuple[float, float]:
-    """Prints two rows; returns what `minmax` and int8_ptq lose with outliers, in points."""
+    """Print two rows, and return the points of top-1 that `minmax` and int8_ptq lose with outliers."""
     from tests.support.outliers import spread
 
     run, ptq, model = trained(name, store, folder)

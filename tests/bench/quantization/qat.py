@@ -2,9 +2,8 @@
 timed in alternation.
 
 Run it with `make bench-qat`, or `python -m tests.bench.quantization.qat [MODEL] [SIZE] [ROUNDS]`. Only ratios are
-printed, the median of all rounds and the 10th and 90th percentile: on a shared machine, seconds say little. The float
-teacher is no part of a step: a training asks it once for every image. Ends with what was missed of the figure asked
-for.
+printed, the median of all rounds and the 10th and 90th percentile: on a shared machine, seconds are not comparable. The
+float teacher is not part of a step: it runs once per image of a training. The last line names a missed goal.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ Step = Callable[[], object]
 
 
 class Plain(SchemeQuantizer):
-    """The same edges with torchao's own fake quantization on them."""
+    """The same quantized edges with torchao's own fake quantization."""
 
     def __init__(self) -> None:
         super().__init__(SHARED)
@@ -73,7 +72,7 @@ def main(name: str, size: int, rounds: int) -> int:
 
 
 def measured(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step over those of the float step of its round, the first one warming up."""
+    """Return the time of each step relative to the float step of its round; the first round is a warm-up."""
     found: dict[str, list[float]] = {name: [] for name in steps if name != _FLOAT}
     for turn in range(rounds + 1):
         seconds = {name: _seconds(step) for name, step in steps.items()}
@@ -83,7 +82,7 @@ def measured(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 
 def steps(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Step]:
-    """Each with weights and an optimizer of its own."""
+    """Return the steps by name, each with its own weights and optimizer."""
     size = images.shape[-1]
     plain = prepare_qat_pt2e(exported_program.export(copy.deepcopy(model).train(), size).module(), Plain())
     return {

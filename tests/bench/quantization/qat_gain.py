@@ -3,10 +3,10 @@
     python -m tests.bench.quantization.qat_gain [MODEL ...] [--seeds 0 1 2] [--bits 3] [--size 32] [--epochs N]
         [--rate R]
 
-Small models on the digits at 32 pixels, in torch, on the test part; activations keep 8 bits. A seed decides the float
-weights, the calibration images and the order of training. A row is a model and a seed: top-1 in percent of float, of
-post-training quantization (with its repairs) and of training from there, decibels of the logits against float, and the
-seconds that training took. The last row of a model is the mean gain over its seeds, with the smallest.
+Small models on the digits at 32 pixels, in torch, on the test part; activations keep 8 bits. A seed determines the
+float weights, the calibration images and the order of training. A row is a model and a seed: top-1 in percent of float,
+of post-training quantization (with its corrections) and after training, decibels of the logits against float, and the
+seconds of the training. The last row of a model is the mean gain over its seeds, with the smallest.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _run(name: str, size: int, seed: int, recipe: Qat) -> Run:
 
 
 def _gain(run: Run, recipe: Qat, scheme: Scheme, store: Store) -> float:
-    """Prints a row; returns the points of top-1 that training adds to post-training quantization."""
+    """Print a row, and return the points of top-1 that training adds to post-training quantization."""
     from calibration.quantize import quantize
     from calibration.training.fit import predictions
     from models import checkpoint

@@ -5,8 +5,8 @@
 
 Every model, and with --outliers the same network with factors of up to 2**6 on its channels (see outliers.py), is
 built on the digits at 64 pixels for `cpu` and `onnxruntime`, and quantized by `quantize_static` as its documentation
-recommends for CPUs with VNNI (QDQ, u8s8, per channel, no reduced range; each calibration method). NNCF, an environment
-of its own, does so for OpenVINO. A row tells the accuracy on the test part, and how many times faster ours is in one
+recommends for CPUs with VNNI (QDQ, u8s8, per channel, no reduced range; each calibration method). NNCF, in a
+separate environment, does so for OpenVINO. A row has the accuracy on the test part, and our speedup in one
 interleaved run, with the 95 % interval.
 """
 
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def _rescaled(name: str, weights: Path | None, store: Store, folder: Path) -> Path:
-    """The checkpoint with outliers, its answers as before."""
+    """Return the checkpoint with outliers; its logits are unchanged."""
     from safetensors.torch import save_file
 
     from models import checkpoint
@@ -145,7 +145,7 @@ def _static(model: Path, seen: Images, scratch: Path) -> Iterator[tuple[str, Ses
 
 
 class _Reader:
-    """One image after the other, as quantize_static asks for them."""
+    """Reader of single images for quantize_static."""
 
     def __init__(self, images: Images) -> None:
         self.images = iter(images)

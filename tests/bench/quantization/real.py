@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def _measured(seed: int, target: str, recipe: str, weights: Path, crops: Path, store: Store) -> tuple[float, float]:
-    """Prints a row; returns top-1 in percent and decibels against float."""
+    """Print a row, and return top-1 in percent and the SQNR against float in dB."""
     from tests.support.real_checkpoint import MODEL, SIZE
 
     spec, folder = models.ALL[MODEL], load(str(crops), 0)

@@ -2,8 +2,8 @@
 
     python -m tests.bench.quantization.seeds [MODEL ...] [--seeds 0 1 2] [--weights FOLDER]
 
-A seed decides the float weights, what ranges are calibrated on, and the order of training. Every engine comes from the
-command line as a user's would. A row tells the mean and the standard deviation over the seeds: top-1 of float in
+A seed determines the float weights, the calibration images, and the order of training. Every engine comes from the
+command line as a user's would. A row has the mean and the standard deviation over the seeds: top-1 of float in
 percent, then for int8_ptq and int8_qat the points of top-1 lost, with the most of any seed, and decibels against float.
 FOLDER may hold <model>-<seed>.safetensors, not to train again.
 """
@@ -49,12 +49,12 @@ def main() -> int:
 
 
 def _weights(folder: Path | None, model: str, seed: str) -> str:
-    """The checkpoint to start from; nothing where the float weights are to be trained."""
+    """Return the checkpoint to start from; None if the float weights are trained."""
     return str(folder / f"{model}-{seed}.safetensors") if folder else ""
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
+    """Return mean and standard deviation as text."""
     return f"{mean(values):.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}" if values else "-"
 
 

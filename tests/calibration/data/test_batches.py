@@ -20,7 +20,7 @@ PLAIN = Preprocess(size=4, crop=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 
 @dataclass(frozen=True, kw_only=True)
 class Numbered(Colours):
-    """Each picture is its own index, in grey; those of `classes_of` are the labels."""
+    """Data whose images have their index as grey level; `classes_of` has the labels."""
 
     classes_of: tuple[int, ...]
     reads: list[int] = field(default_factory=list)

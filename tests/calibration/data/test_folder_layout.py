@@ -19,7 +19,7 @@ from models.errors import BadRequest
 
 
 def pictures(root: Path, layout: dict[str, int]) -> Path:
-    """`layout`: folder -> number of pictures."""
+    """Write images; `layout`: number of images by folder."""
     for folder, count in layout.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
         for index in range(count):
@@ -33,7 +33,7 @@ def split(names: dict[str, int]) -> dict[str, int]:
 
 
 def origins(folder: Folder) -> dict[str, set[str]]:
-    """The folder that each part was drawn from: where its class folders lie."""
+    """Return the folder with the class folders of each part."""
     return {part: {os.path.dirname(os.path.dirname(x.file.name)) for x in folder.parts[part]} for part in PARTS}  # noqa: PTH120
 
 
@@ -272,7 +272,7 @@ def test_folders_deeper_than_a_stack_are_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def nobody() -> Iterator[Path]:
-    """A folder that everybody may enter, and the rights of nobody in particular."""
+    """Yield a folder that everybody may enter, and restore user and permissions afterwards."""
     with tempfile.TemporaryDirectory() as made:
         Path(made).chmod(0o755)
         before = os.geteuid()
@@ -329,7 +329,7 @@ def test_a_name_that_no_file_can_have_is_no_folder(name: str) -> None:
 
 
 def test_ten_thousand_files_are_listed_in_two_seconds(tmp_path: Path) -> None:
-    """35 s for 100,000 files before; some 3 s now."""
+    """About 3 s for 100,000 files."""
     for name in "ab":
         (tmp_path / name).mkdir()
         for index in range(5000):

@@ -31,7 +31,7 @@ def no_range() -> Range:
 
 
 def seen(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> npt.NDArray[np.uint8]:
-    """(8, 8, 3) bytes of the picture in `path`."""
+    """Return the decoded image in `path`, uint8 (8, 8, 3)."""
     found = pixels(decode(path, no_range), Preprocess(size=8, crop=1.0, background=background))
     return found.transpose(1, 2, 0)
 
@@ -40,7 +40,7 @@ def seen(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> npt.
 
 
 def icon(mode: str) -> Image.Image:
-    """A black square whose shape, its left half, is in the alpha channel alone."""
+    """Return a black square whose shape, the left half, is only in the alpha channel."""
     alpha = Image.new("L", (8, 8), 0)
     ImageDraw.Draw(alpha).rectangle((0, 0, 3, 7), fill=255)
     if mode in ("RGBA", "LA"):
@@ -208,7 +208,7 @@ def test_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:
 
 
 def encoded() -> dict[str, bytes]:
-    """A small picture in several formats and modes."""
+    """Return a small image in several formats and modes, as bytes."""
     colours = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
     found = {}
     for kind, mode in (
@@ -260,7 +260,7 @@ def test_a_damaged_file_is_a_picture_or_unusable(tmp_path: Path, kind: str) -> N
 
 
 def bomb(path: Path, width: int, height: int, bits: int = 1) -> Path:
-    """A PNG of zeros, grey."""
+    """Write a grey PNG of zeros."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -317,7 +317,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def memory(root: Path) -> tuple[str, float]:
-    """What reading every picture in `root` at 224 pixels came to, and the memory in MB that it took, at most 3 GB."""
+    """Return the result of reading every image in `root` at 224 pixels, and its memory in MB, at most 3 GB."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEMORY, str(root), str(3 * 2**30)],
         cwd=ROOT,
@@ -354,7 +354,7 @@ def test_memory_is_bounded_for_every_image_shape(
 
 
 def test_a_large_photograph_is_reduced_while_it_is_decoded(tmp_path: Path) -> None:
-    """What is seen of it is what is seen of the same picture at a tenth of its side."""
+    """The result equals that of the same image at a tenth of its side."""
     small = Image.effect_noise((600, 400), 60).convert("RGB").resize((600, 400))
     small.putpixel((0, 0), RED)
     large = small.resize((6000, 4000), Image.Resampling.BICUBIC)

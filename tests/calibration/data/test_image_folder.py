@@ -205,7 +205,7 @@ def test_a_folder_takes_the_preprocessing_of_the_model(tmp_path: Path) -> None:
 
 
 def stored(root: Path, name: str, image: Image.Image, **options: Any) -> Image.Image:
-    """What a folder makes of one picture."""
+    """Return the pixels that a folder reads from one image."""
     class_folders(root, {"b": 3})
     (root / "a").mkdir()
     for index in range(3):

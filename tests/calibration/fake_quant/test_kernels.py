@@ -18,7 +18,7 @@ def drawn(*shape: int, seed: int = 0, width: float = 1.0) -> Tensor:
 
 
 def with_gradient(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """`found`, computed from `x`, and the gradient of a sum that weighs its values differently."""
+    """Return `found`, computed from `x`, and the gradient of a weighted sum of its values."""
     (gradient,) = torch.autograd.grad((found * drawn(*found.shape, seed=9)).sum(), x)
     return found.detach(), gradient
 
@@ -97,7 +97,7 @@ def test_the_gradient_of_a_step_size_is_that_of_the_paper(zero: int, lowest: int
 
 @pytest.mark.parametrize("make", [per_tensor, affine])
 def test_a_learned_step_size_finds_the_range_that_fits(make: type[ActivationFakeQuant]) -> None:
-    """From three times the best range, by the squared error alone; every scale on the way is an FP16 number."""
+    """It starts from three times the best range and minimizes the squared error; every scale is an FP16 number."""
     x = drawn(4, 2000)
     quantizer = make()
     quantizer(3 * x)
@@ -123,7 +123,7 @@ def test_a_learned_step_size_finds_the_range_that_fits(make: type[ActivationFake
 
 
 def test_a_learned_affine_range_never_reaches_beyond_where_it_began() -> None:
-    """Its clipping may stand for a ReLU6."""
+    """Its clipping may replace a ReLU6."""
     quantizer = affine()
     quantizer(torch.rand(100) * 6)
     quantizer.fix_range("minmax")

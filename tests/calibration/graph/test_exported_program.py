@@ -52,7 +52,7 @@ def test_a_saved_program_is_loaded_by_torch_export_load(tmp_path: Path) -> None:
 
 
 def entries(path: Path) -> dict[str, bytes]:
-    """What an archive holds, in its order, by names without that of the archive itself."""
+    """Return the files in an archive in their order, by name without the archive's own name."""
     with zipfile.ZipFile(path) as archive:
         assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
         return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """As after training: no two of a BatchNorm's four vectors are alike, some gammas negative."""
+    """Return the network with BatchNorm values as after training: all vectors differ, and some gammas are negative."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -33,7 +33,7 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def folded(model: nn.Module) -> GraphModule:
-    """The folded graph, held against the model it came from, and as a program that exports again."""
+    """Return the folded graph after comparing it with its model and exporting it again."""
     graph = traced(randomized(model), SIDE)
     images = torch.randn(5, 3, SIDE, SIDE)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def norms(graph: GraphModule) -> int:
 
 
 class Net(nn.Module):
-    """Any number of modules and a function of the input and them."""
+    """Modules, and a function of the modules and the input."""
 
     def __init__(self, call: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ def test_padding_that_differs_between_the_sides_is_left_alone() -> None:
 
 
 class Conditional(nn.Module):
-    """Normalization and bias from the image itself."""
+    """Normalization and bias computed from the image."""
 
     def __init__(self, *, norm: bool) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def test_values_computed_from_the_image_are_not_folded(norm: bool) -> None:
 
 
 class Written(nn.Module):
-    """A constant that is read, written to and read again."""
+    """A constant that is read, modified in place and read again."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.zeros(SIDE)

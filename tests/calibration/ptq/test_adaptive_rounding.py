@@ -230,7 +230,7 @@ def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:
 
 
 def test_a_residual_layer_compensates_errors_of_its_skip_connection() -> None:
-    """The block's input is clipped where it is read and where it is added: the layer sees what was lost only there."""
+    """The block's input is clipped at the layer and at the addition; the layer is fitted to the loss at the addition."""
 
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -293,7 +293,7 @@ def test_the_columns_of_a_convolution_times_its_weight_are_its_outputs(convoluti
 
 
 def _layer_of(convolution: nn.Conv2d) -> Node:
-    """The node of a convolution in a traced graph."""
+    """Return the convolution node of a traced graph."""
     graph = torch.export.export(convolution, (torch.zeros(2, 4, 9, 9),)).graph
     found: list[Node] = graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
     return found[0]

@@ -49,7 +49,7 @@ class Shared(Pair):
 
 
 def clipped(network: nn.Module, scheme: Scheme = SHARED) -> GraphModule:
-    """The prepared graph, frozen, with every range at half of what it should be: what that cuts off, means lose."""
+    """Return the prepared graph, frozen, with every range halved: clipping then shifts the means."""
     prepared = prepare(network.eval(), scheme, SIDE)
     calibrate(prepared, network, PTQ, images("train"), seed=0)
     for quantizer in fake_quants(prepared):

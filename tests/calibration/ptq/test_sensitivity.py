@@ -32,9 +32,9 @@ TIGHT = Budget(value=1.0)
 
 @pytest.fixture(scope="module")
 def fragile() -> nn.Module:
-    """A trained network that computes what it always did, but for one input channel of its second convolution: that is
-    thousands of times as large, and its weights as much smaller, so that one range for all channels rounds the others
-    away.
+    """Return a trained network with unchanged output in which one input channel of the second convolution is thousands
+    of times as large, and its weights as much smaller: with one range for all channels, the others are rounded to
+    zero.
     """
     torch.manual_seed(0)
     model = net(CLASSES)
@@ -144,7 +144,7 @@ def test_a_budget_that_holds_costs_nothing(prepared: GraphModule) -> None:
 
 
 def test_a_budget_is_met_after_training_too(fragile: nn.Module) -> None:
-    """One step of training at this rate repairs nothing."""
+    """One training step at this rate does not restore the accuracy."""
     recipe = budgeted(Qat(name="int8_qat", warm_start=PTQ, epochs=1, learning_rate=1e-9), TIGHT)
     made = quantize(fragile, recipe, SHARED, images("train"), images("val"), seed=0)
     assert made.report["keep_float"] == [VICTIM]

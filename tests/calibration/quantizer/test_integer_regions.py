@@ -38,7 +38,7 @@ def prepared(model: nn.Module) -> GraphModule:
 
 
 def quantizer_after(graph: GraphModule, name: str) -> FakeQuant | None:
-    """The one that rounds what the first operator called `name` computes."""
+    """Return the quantizer of the output of the first operator called `name`."""
     node = next(node for node in graph.graph.nodes if node.op == "call_function" and str(node.target) == name)
     found = [module for user in node.users if (module := quantizer(graph, user)) is not None]
     return found[0] if found else None

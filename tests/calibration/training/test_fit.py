@@ -26,7 +26,7 @@ def network(seed: int = 0) -> nn.Module:
 
 
 class Constant(nn.Module):
-    """Prefers one class for every image."""
+    """Network that predicts one class for every image."""
 
     def __init__(self, preferred: int = 0) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Constant(nn.Module):
 
 
 class Chosen(Constant):
-    """Prefers another class in every epoch, whatever it is trained on."""
+    """Network that predicts a different class in every epoch, independently of its training."""
 
     def __init__(self, *epochs: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_training_is_reproducible_to_the_bit() -> None:
 
 
 class TwoHeads(nn.Module):
-    """One head prefers the first class for every image, the other the second."""
+    """Network with two heads: one predicts the first class for every image, the other the second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class TwoHeads(nn.Module):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> float:
-    """Of the same `logits` (classes,) for every target."""
+    """Return the cross entropy of the same `logits` (classes,) for every target."""
     return float(nn.functional.cross_entropy(logits.expand(len(targets), -1), targets, label_smoothing=smoothing))
 
 
@@ -134,7 +134,7 @@ def test_several_heads_are_judged_by_their_sum() -> None:
 
 
 class Diverging(Constant):
-    """Turns into NaN at one training step."""
+    """Network whose output is NaN at one training step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def test_a_loss_that_is_no_number_stops_the_training_there(step: int, place: str
 
 
 def test_a_last_batch_of_one_image_is_left_out() -> None:
-    """BatchNorm refuses to train on one value a channel, as a single image gives where the map has one pixel."""
+    """BatchNorm cannot train on one value per channel, which is the case for a single image and a map of one pixel."""
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class OneMore(Untested):

@@ -51,7 +51,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Noted(Checkpoint):
-    """Keeps all states in memory, and goes on from none."""
+    """Checkpoint that keeps all states in memory, and never resumes."""
 
     path: Path = Path()
     identity: str = ""
@@ -65,7 +65,7 @@ class Noted(Checkpoint):
 
 
 def trained() -> nn.Module:
-    """The same bits in every process."""
+    """Return a trained float network, bit-identical in every process."""
     model = seeded(Hybrid)
     fit(model, images("train"), images("val"), TrainingPlan(epochs=4, learning_rate=1e-2), seed=0, title="toy")
     return model
@@ -109,7 +109,7 @@ def noted() -> Noted:
 
 @pytest.fixture(scope="module")
 def whole(teacher: nn.Module, noted: Noted) -> tuple[GraphModule, dict[str, Any]]:
-    """A training that nobody stopped."""
+    """Return an uninterrupted training."""
     return run(teacher, checkpoint=noted)
 
 
@@ -185,7 +185,7 @@ def test_a_trained_affine_network_is_the_one_that_is_converted(teacher: nn.Modul
 
 
 def test_mixed_precision_trains_and_rounds_in_float32(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU; the CPU stands in for it."""
+    """As on a GPU, emulated on the CPU."""
     monkeypatch.setattr(qat, "_mixed", lambda device: True)
     _, report = run(teacher, replace(QAT, epochs=1))
     assert report["qat_cost"]["mixed_precision"] == "bfloat16" and math.isfinite(report["qat"][0]["loss"])
@@ -205,7 +205,7 @@ class Homogeneous(nn.Module):
 
 
 def test_the_same_network_at_other_scales_is_trained_to_the_same_integers() -> None:
-    """Scales of layers that differ by 2**8, and the same float answers, to the bit."""
+    """Layer scales differ by 2**8, and the float logits are bit-identical."""
     teacher = seeded(Homogeneous)
     fit(teacher, images("train"), images("val"), TrainingPlan(epochs=2, learning_rate=1e-2), seed=0, title="toy")
     scaled = copy.deepcopy(teacher)
@@ -351,7 +351,7 @@ def test_divergence_is_a_growing_loss_or_three_bad_epochs(epochs: list[QatEpoch]
 
 
 class Exploding(nn.Module):
-    """Its loss is a number as long as one weight stays within a thousandth of 1."""
+    """Network whose loss is finite only while one weight stays within 0.001 of 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -431,7 +431,7 @@ def test_a_training_stopped_after_any_epoch_goes_on_to_the_same_bits(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stopped(Checkpoint):
-    """Interrupts the training after its last allowed save."""
+    """Checkpoint that interrupts the training after a number of saves."""
 
     left: list[None]
 

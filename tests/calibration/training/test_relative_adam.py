@@ -10,7 +10,7 @@ from calibration.training.relative_adam import Average, RelativeAdam, unit
 
 
 def moved(scales: torch.Tensor, gradients: torch.Tensor, rate: float = 0.01) -> torch.Tensor:
-    """What one step moves rows of ones by, times `scales`."""
+    """Return the change of rows of ones, times `scales`, by one step."""
     weight = nn.Parameter(torch.ones(3, 5) * scales[:, None])
     before = weight.detach().clone()
     optimizer = RelativeAdam([{"params": [weight]}], lr=rate)

@@ -52,7 +52,7 @@ def found(request: str) -> External:
 
 
 def refused(request: str) -> str:
-    """The sentence with which a model is refused, when it is named or at the latest when it is built."""
+    """Return the error for a model, raised when it is looked up or built."""
     with pytest.raises(BadRequest) as raised:
         found(request).build(10)
     said = str(raised.value)
@@ -412,7 +412,7 @@ def test_without_timm_the_error_has_the_install_command() -> None:
 
 
 def test_a_timm_that_fails_to_import_counts_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does where its torchvision was built with another torch."""
+    """For example if its torchvision was built for a different torch."""
     written(tmp_path / "timm", "raise RuntimeError('operator torchvision::nms does not exist')", "__init__.py")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "timm", raising=False)

@@ -18,7 +18,7 @@ def _tonylins(code: Path) -> nn.Module:
 
 
 def _torchvision(code: Path) -> nn.Module:
-    """The network file and what it needs, without the package around them, which would load compiled operators."""
+    """Import the network file and its dependencies without the package, which would load compiled operators."""
     for name in ("torchvision", "torchvision.models", "torchvision.ops", "torchvision.transforms"):
         package = sys.modules[name] = ModuleType(name)
         package.__path__ = [str(code.joinpath(*name.split(".")))]

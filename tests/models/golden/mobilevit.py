@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def _cvnets(code: Path) -> nn.Module:
     """The network of config/classification/mobilevit_xx_small.yaml, which was trained on images that OpenCV had read:
-    channels blue, green, red. The hook hands it the image so; every other model here gets red, green, blue.
+    channels blue, green, red. The hook reorders the channels; every other model here gets red, green, blue.
     """
     options = {
         "model.classification.name": "mobilevit",

@@ -1,4 +1,4 @@
-"""Every reference whose logits are kept, by name. One file per family says how each is built."""
+"""Every reference whose logits are kept, by name. One file per family builds them."""
 
 from __future__ import annotations
 

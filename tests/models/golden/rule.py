@@ -30,7 +30,7 @@ _DERIVED = re.compile(r".*(num_batches_tracked|relative_position_index|relative_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """One published implementation, as its authors wrote it, and the model of ours that must answer alike."""
+    """A published implementation in its authors' code, and our model that must have the same logits."""
 
     name: str  # of the file that keeps its logits
     repository: str  # on github.com
@@ -47,13 +47,13 @@ class Reference:
 
 
 def imported(code: Path, module: str) -> Any:
-    """The module of that name in the folder `code`, before any other of that name."""
+    """Import the module of this name from the folder `code`, with priority over other modules of the name."""
     sys.path.insert(0, str(code))
     return importlib.import_module(module)
 
 
 def of_timm(name: str) -> Callable[[Path], nn.Module]:
-    """Builds the network that timm knows by `name`, with random weights."""
+    """Return a function that builds the timm network `name` with random weights."""
     return lambda code: imported(code, "timm").create_model(name)
 
 
@@ -62,7 +62,7 @@ def derived(name: str) -> bool:
 
 
 def fill(name: str, shape: tuple[int, ...]) -> Array:
-    """Numbers for the tensor called `name`: of a size that keeps activations of deep networks within bounds."""
+    """Return values for the tensor called `name`, with a magnitude that keeps activations of deep networks bounded."""
     noise = uniform(name, shape)
     if name.endswith("running_var"):
         return 1 + 0.5 * noise
@@ -76,12 +76,12 @@ def fill(name: str, shape: tuple[int, ...]) -> Array:
 
 
 def image(size: int) -> Array:
-    """The input (1, 3, size, size), within [-1.7, 1.7]."""
+    """Return the input (1, 3, size, size), within [-1.7, 1.7]."""
     return 1.7 * uniform("image", (1, 3, size, size))
 
 
 def uniform(name: str, shape: tuple[int, ...]) -> Array:
-    """Numbers in [-1, 1): SplitMix64 (Steele et al., OOPSLA 2014) of the element's index, seeded by the name's CRC."""
+    """Return numbers in [-1, 1): SplitMix64 (Steele et al., OOPSLA 2014) of the index, seeded by the name's CRC."""
     state = (np.arange(1, math.prod(shape) + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     state += np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -91,7 +91,7 @@ def uniform(name: str, shape: tuple[int, ...]) -> Array:
 
 
 def filled(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A checkpoint with these keys."""
+    """Return a checkpoint with these keys."""
     import torch
 
     # numpy makes a number of what has no axes, such as the counters of BatchNorm.
@@ -108,7 +108,7 @@ def save(reference: Reference, shapes: Mapping[str, tuple[int, ...]], logits: Ar
 
 
 def load(reference: Reference) -> tuple[dict[str, tuple[int, ...]], Array]:
-    """The shapes of the reference's tensors by key, and its logits (classes,)."""
+    """Return the shapes of the reference's tensors by key, and its logits (classes,)."""
     with np.load(reference.file) as found:
         sides = [tuple(int(side) for side in text.split(",") if side) for text in found["shapes"].tolist()]
         return dict(zip(found["keys"].tolist(), sides, strict=True)), found["logits"]

@@ -171,7 +171,7 @@ def found_in(network: nn.Module, size: int = SIDE) -> tuple[GraphModule, Channel
 
 
 def agreement(network: nn.Module, graph: GraphModule, channels: Channels, size: int = SIDE) -> float:
-    """Decibels between `network` and its graph after every free factor was drawn, from 2**-4 to 2**4."""
+    """Return the SNR in dB between `network` and its graph with random free factors from 2**-4 to 2**4."""
     generator = torch.Generator().manual_seed(0)
     free = channels.free()
     octaves = 8 * torch.rand(len(free), generator=generator) - 4

@@ -50,7 +50,7 @@ class Chain(nn.Module):
 
 
 def spread(network: nn.Module) -> None:
-    """Factors from 2**-6 to 2**6 on the channels of a `Chain` that leave what it computes."""
+    """Scale the channels of a `Chain` by factors from 2**-6 to 2**6 without changing its output."""
     chain = network
     assert isinstance(chain, Chain)
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def test_equalization_restores_the_sqnr_of_quantized_matrix_products() -> None:
 
 
 def rounded_db(network: nn.Module, recipe: Ptq, scheme: Scheme = SHARED) -> float:
-    """Decibels of the rounded logits against float, on the validation part."""
+    """Return the SQNR in dB of the logits against float on the validation part."""
     made = calibrated(network, recipe, scheme, images("train"), seed=0)
     batches = list(images("val").batches(32))
     return snr_db(exported_program.logits(network, batches), exported_program.logits(made, batches))
@@ -195,7 +195,7 @@ def test_a_dead_channel_stays_as_it_is() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watched(Untested):
-    """Colours that remember which of them were looked at."""
+    """Colours that record which images were read."""
 
     seen: set[tuple[Part, int]] = field(default_factory=set)
 
