@@ -28,7 +28,7 @@ CONTRACT = {"verb", "model", "target", "recipe", "artifact", "key", "cached", "s
 
 
 def call(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[str]]:
-    """Exit code, answer and lines of the story of one command."""
+    """Return exit code, result and log lines of one command."""
     stored = bool(arguments) and arguments[0] in VERBS and VERBS[arguments[0]].store
     result = python("-m", "pipeline", *arguments, *["--store", str(tmp_path / "store")] * stored)
     assert "Traceback" not in result.stderr, result.stderr
@@ -38,7 +38,7 @@ def call(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[str
 
 
 def refused(tmp_path: Path, code: int, *arguments: str) -> str:
-    """The one sentence with which a command is refused."""
+    """Return the error sentence of a refused command."""
     found, answer, story = call(tmp_path, *arguments)
     assert found == code
     assert answer.keys() >= CONTRACT | {"error"}
@@ -340,7 +340,7 @@ def test_a_damaged_artifact_of_ours_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_format_of_a_linked_checkpoint_is_that_of_the_link_name(tmp_path: Path) -> None:
-    """The cache of the Hugging Face Hub is full of links to files whose names are digests."""
+    """The cache of the Hugging Face Hub consists of links to files whose names are digests."""
     (tmp_path / "0123abcd").write_bytes(b"\0" * 7)
     (tmp_path / "model.safetensors").symlink_to("0123abcd")
     file = str(tmp_path / "model.safetensors")

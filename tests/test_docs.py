@@ -30,7 +30,7 @@ SCALE = {"OMP_NUM_THREADS": "1", "SIZE": "32", "EPOCHS": "3"}
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with the code of this one, the file of docs/own-model.md, and a store of its own."""
+    """Return a copy of the code with the file of docs/own-model.md and a separate store."""
     for path in (*LINKED, *(file.name for file in ROOT.glob("requirements*"))):
         (tmp_path / path).symlink_to(ROOT / path)
     (tmp_path / "smallnet.py").write_text(pages.python_block())
@@ -38,7 +38,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def at_scale(command: Command) -> Command:
-    """The command and its output with a smaller network; `lint-model` keeps its model, whose warnings are shown."""
+    """Return command and output for a smaller network; `lint-model` keeps its model, whose warnings are shown."""
     found = command
     for name, smaller in SMALLER.items() if "lint-model" not in command.text else ():
         text = re.sub(rf"\b{name}\b", smaller, found.text)
@@ -48,7 +48,7 @@ def at_scale(command: Command) -> Command:
 
 
 def output(checkout: Path, command: Command, exit_code: int) -> str:
-    """The output of a make command, stderr and stdout in the order of printing, without progress bars."""
+    """Return the output of a make command, stderr and stdout in order, without progress bars."""
     rules, variables = command.words()
     given = [f"{name}={value}" for name, value in variables.items()]
     ended = subprocess.run(
@@ -69,7 +69,7 @@ def output(checkout: Path, command: Command, exit_code: int) -> str:
 
 
 def not_printed(shown: tuple[str, ...], printed: str) -> Iterator[str]:
-    """The lines of a page that a command did not print, or printed in another order. `...` ends a shortened line."""
+    """Return the lines of a page that a command did not print, or printed in a different order. `...` ends a shortened line."""
     printable = [masked(line) for line in printed.splitlines()]
     lines = iter(printable)
     for line in shown:
@@ -184,7 +184,7 @@ def test_the_navigation_holds_every_page() -> None:
 
 
 def test_no_page_fetches_anything() -> None:
-    """Links lead elsewhere; images, styles and scripts do not."""
+    """Only links may be external; images, styles and scripts may not."""
     settings = (ROOT / "mkdocs.yml").read_text()
     assert "font: false" in settings and "http" not in settings
     sources = [*(ROOT / "docs").rglob("*.css"), *(ROOT / "docs").rglob("*.svg")]

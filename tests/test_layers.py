@@ -67,7 +67,7 @@ def named(path: Path) -> str:
 
 
 def imported(nodes: Iterator[ast.AST]) -> set[str]:
-    """The top-level packages that `nodes` import."""
+    """Return the top-level packages that `nodes` import."""
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -78,7 +78,7 @@ def imported(nodes: Iterator[ast.AST]) -> set[str]:
 
 
 def at_import(tree: ast.Module) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported: not those in functions, nor those for type checkers."""
+    """Yield the nodes that run at import, without functions and blocks for type checkers."""
     pending: list[ast.AST] = list(tree.body)
     while pending:
         node = pending.pop()
@@ -113,7 +113,7 @@ MODULES = {module_of(path): path for path in EVERY}
 
 
 def bindings(tree: ast.AST) -> dict[str, str]:
-    """The names that imports bind anywhere in a module to one of ours, or to something in one: the dotted names."""
+    """Return the names that imports bind to our modules or their members, with the dotted names."""
     found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -124,7 +124,7 @@ def bindings(tree: ast.AST) -> dict[str, str]:
 
 
 def imports_of(source: str) -> set[str]:
-    """The modules that `source` imports: at its top, in functions, and for type checkers."""
+    """Return all modules that `source` imports, including in functions and for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -137,7 +137,7 @@ def imports_of(source: str) -> set[str]:
 
 
 def circle(imports: Mapping[str, set[str]]) -> list[str]:
-    """The modules of one import circle in their order; none where there is no circle."""
+    """Return the modules of one import circle in order; empty if there is none."""
     try:
         graphlib.TopologicalSorter(imports).prepare()
     except graphlib.CycleError as error:
@@ -162,7 +162,7 @@ def test_a_circle_is_found_wherever_its_imports_stand() -> None:
 
 
 def private_of_others(source: str, layer: str) -> set[str]:
-    """The private modules and names of other layers that a module of `layer` uses."""
+    """Return the private modules and names of other layers that a module of `layer` uses."""
     tree = ast.parse(source)
     bound = bindings(tree)
     used = set(bound.values())

@@ -46,7 +46,7 @@ print(json.dumps([name for name in sys.modules if name.partition(".")[0] in sys.
 
 
 def imported_by(*arguments: str, code: int = 0) -> set[str]:
-    """The top-level packages that Python imports until it exits with `code`, as `-X importtime` lists them."""
+    """Return the top-level packages in `-X importtime` of a command that exits with `code`."""
     result = python("-X", "importtime", "-m", "pipeline", *arguments)
     assert result.returncode == code, result.stderr
     lines = (line for line in result.stderr.splitlines() if line.startswith("import time:"))

@@ -55,7 +55,7 @@ NASTY = (
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what make reads and runs before there is an environment."""
+    """Return a copy of the files that make reads before the environment exists."""
     (tmp_path / "pipeline" / "installation").mkdir(parents=True)
     environment = ROOT / "pipeline" / "installation" / "environment.py"
     for path in (ROOT / "Makefile", *ROOT.glob("requirements*"), environment):
@@ -150,7 +150,7 @@ print(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}))
 
 
 def environment_of(checkout: Path, rule: str, *arguments: str, **environment: str) -> dict[str, str]:
-    """The environment of the command behind a rule."""
+    """Return the environment of a rule's command."""
     (checkout / "print.py").write_text(PRINT)
     result = make(checkout, rule, "READY=", f"PIPELINE={sys.executable} print.py", *arguments, **environment)
     assert result.returncode == 0, result.stderr
@@ -162,7 +162,7 @@ def environment_of(checkout: Path, rule: str, *arguments: str, **environment: st
 
 
 def received(checkout: Path, *arguments: str, **environment: str) -> dict[str, str]:
-    """The variables of a run that the command behind `make engine` finds in its environment."""
+    """Return the run variables in the environment of `make engine`'s command."""
     found = environment_of(checkout, "engine", *arguments, **environment)
     return {name: found[name] for name in VARIABLES if name in found}
 
@@ -195,7 +195,7 @@ def test_the_makefile_passes_no_variable_that_was_not_typed(checkout: Path) -> N
 
 
 def test_the_makefile_names_no_option_so_that_a_new_one_is_written_in_one_place() -> None:
-    """Apart from help, and from rules that are no verbs."""
+    """Except in help and in rules that are not verbs."""
     before, _, rules = TEXT.partition("\n##@ Build\n")
     _, _, tail = rules.partition("\nbench: ")
     words = set(re.findall(r"\b[A-Z_]{3,}\b", re.sub(r"^#.*$", "", before, flags=re.M)))
@@ -207,7 +207,7 @@ def test_the_makefile_names_no_option_so_that_a_new_one_is_written_in_one_place(
 
 
 def story(checkout: Path, rule: str, *arguments: str, **environment: str) -> tuple[int, list[str]]:
-    """Exit code and log of a rule with the program of this checkout."""
+    """Return exit code and log of a rule with the program of this checkout."""
     pipeline = f"PIPELINE=PYTHONPATH={ROOT} {sys.executable} -m pipeline"
     result = make(checkout, rule, "READY=", pipeline, *arguments, **environment)
     return result.returncode, [line for line in result.stderr.splitlines() if not line.startswith("make:")]
@@ -295,7 +295,7 @@ SETS_UP = r"-P pipeline/installation/environment\.py (\S+) (\S+)$"
 
 
 def planned(checkout: Path, rule: str, *variables: str) -> tuple[str, str] | None:
-    """The stamp and the lock file of the environment that `rule` sets up first; None where it needs none."""
+    """Return stamp and lock file of the environment that `rule` sets up first; None if it needs none."""
     found = re.findall(SETS_UP, make(checkout, "-n", rule, *variables).stdout, re.M)
     assert len(found) <= 1
     return found[0] if found else None
@@ -348,7 +348,7 @@ def test_without_python_setup_names_the_package_to_install(checkout: Path) -> No
 
 @pytest.fixture
 def offline(checkout: Path) -> Path:
-    """The checkout with a lock file of one package, of our own making, that needs no registry."""
+    """Return the checkout with a lock file of one local package, which needs no registry."""
     wheel = checkout / "wheels" / "edgeline_made_up-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
     described = "edgeline_made_up-1.0.dist-info"
@@ -365,7 +365,7 @@ def offline(checkout: Path) -> Path:
 
 
 def setting_up(checkout: Path) -> subprocess.Popen[str]:
-    """`make setup` as it runs, with the processes that it starts as one group."""
+    """Yield a running `make setup` in its own process group."""
     return subprocess.Popen(
         ["make", "--no-print-directory", "setup", f"PYTHON={sys.executable}"],
         cwd=checkout,
@@ -449,7 +449,7 @@ def test_another_file_than_the_lock_file_means_is_not_installed(offline: Path) -
 
 
 def test_no_rule_writes_outside_the_checkout(checkout: Path) -> None:
-    """Except for the one that says so: Debian's packages are installed for the whole system."""
+    """Except the rule that installs Debian packages for the whole system."""
     commands = TEXT[: TEXT.index("\nsystem-packages:\n")] + TEXT[TEXT.index("\nclean:\n") :]
     assert all("--no-cache-dir" in line for line in commands.splitlines() if "pip install" in line)
     written = re.findall(r"(?:rm -rf|>|touch|mkdir -p|cp|mv) +(\S+)", commands)

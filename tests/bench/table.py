@@ -1,8 +1,8 @@
 """Table of all targets and recipes: the small model of every family, four recipes, and every target that this machine
 can build for, on the digits.
 
-Run it with `make bench`. It uses the command line, keeps its artifacts in build/, and prints a row for each recipe, then
-the number of engines and the missed goals.
+Run it with `make bench`. It uses the command line, keeps its artifacts in build/, and prints a row for each recipe,
+then the number of engines and the missed goals.
 """
 
 from __future__ import annotations

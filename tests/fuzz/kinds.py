@@ -199,7 +199,7 @@ def _spoil(rng: random.Random, root: Path) -> None:
 
 
 def _png(width: int, height: int) -> bytes:
-    """Return a PNG with one bit per pixel, all 0: about a hundred bytes for any size, with up to 64 MB of pixel rows."""
+    """Return a PNG with one bit per pixel, all 0: a hundred bytes for any size, with up to 64 MB of pixel rows."""
     rows = b"\0" * min((width // 8 + 2) * max(height, 1), 64 << 20)
 
     def chunk(name: bytes, data: bytes) -> bytes:

@@ -26,7 +26,7 @@ OPERATORS = {
 
 
 def textbook_attention(block: ACmix, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Of maps (N, channels, H, W), with an unfolded neighbourhood and a position encoding for each pair of pixels."""
+    """Attention of maps (N, channels, H, W) with an unfolded neighbourhood and a position encoding per pixel pair."""
     count, channels, height, width = query.shape
     across = torch.linspace(-1, 1, width).expand(height, width)
     down = torch.linspace(-1, 1, height).unsqueeze(1).expand(height, width)
@@ -55,7 +55,7 @@ def textbook_convolution(block: ACmix, maps: tuple[Tensor, ...]) -> Tensor:
 
 
 def randomize(block: nn.Module) -> None:
-    """To logits far from uniform, and no weight that hides another."""
+    """Randomize weights so that the logits are far from uniform and every weight affects them."""
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
 

@@ -163,7 +163,7 @@ def test_a_prefix_of_all_keys_is_taken_off(tmp_path: Path, state: State, suffix:
 
 
 class Inside(nn.Module):
-    """A network with a part of a name that wrappers use."""
+    """A network with a submodule whose name wrappers use too."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ def test_a_file_of_a_different_format_is_refused(tmp_path: Path, content: bytes)
 
 
 class Trap:
-    """Pickled, it asks to be unpickled by a call of `builtins.edgeline_trap`."""
+    """An object whose unpickling would call `builtins.edgeline_trap`."""
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         found: Callable[[], None] = vars(builtins)["edgeline_trap"]

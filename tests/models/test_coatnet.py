@@ -39,7 +39,7 @@ def silenced(layer: nn.Conv2d) -> None:
 
 
 def textbook_pairs(values: Tensor, height: int, width: int) -> Tensor:
-    """As in Eqn 3 of the paper, with the bias of query minus key: (heads, H * W, H * W)."""
+    """Attention as in Eqn 3 of the paper, with the bias of query minus key: (heads, H * W, H * W)."""
     table = values.T.reshape(-1, 2 * height - 1, 2 * width - 1)
     places = [(y, x) for y in range(height) for x in range(width)]
     rows = [[table[:, y - v + height - 1, x - u + width - 1] for v, u in places] for y, x in places]
@@ -72,7 +72,7 @@ def test_a_table_is_itself_on_the_map_that_it_is_learned_for() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (7, 7), (8, 3)])
 def test_on_other_maps_a_table_is_stretched_over_all_offsets(height: int, width: int) -> None:
-    """A bias that grows evenly with the offset still does, around the same middle, each axis on its own scale."""
+    """A bias that is linear in the offset stays linear around the same centre, with a scale per axis."""
     biases = RelativeTable(4, 2)
     offsets = torch.arange(-3.0, 4.0)
     ramps = torch.stack((offsets.reshape(7, 1).expand(7, 7), offsets.expand(7, 7)), 2)
@@ -135,7 +135,7 @@ def test_a_norm_of_maps_is_one_over_the_channels_of_each_place() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_papers_first_norm_folds_into_the_convolution_after_it(stride: int) -> None:
-    """No padding, no activation in between, wherever the map is halved."""
+    """No padding and no activation are in between, wherever the map is halved."""
     block = InvertedResidual(8, 8, stride, PAPER).eval()
     norm, conv = block.pre_norm, block.conv1_1x1
     assert norm.running_mean is not None and norm.running_var is not None
@@ -193,7 +193,7 @@ def test_the_largest_is_as_large_as_published_at_the_size_it_is_published_for() 
 
 
 def test_of_the_image_only_plain_operators_of_rank_4_are_computed() -> None:
-    """Interpolating and looking up biases happens apart from the image, so that it folds into constants."""
+    """Interpolation and lookup of biases do not depend on the image, and are folded into constants."""
     program = torch.export.export(
         models.ALL["coatnet_mini"].build(10).eval(),
         (torch.zeros(2, 3, 32, 32),),

@@ -27,7 +27,7 @@ def blocks(network: nn.Module) -> list[ConvTransBlock]:
 
 
 def settled(module: nn.Module) -> nn.Module:
-    """In evaluation mode, as after training: no norm is the identity."""
+    """Return the network in evaluation mode with norms as after training: none is the identity."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d | nn.LayerNorm):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -39,7 +39,7 @@ def settled(module: nn.Module) -> nn.Module:
 
 
 def inputs(module: nn.Module) -> list[Tensor]:
-    """Fills up with the first input of `module` whenever that is called."""
+    """Return a list that collects the first input of `module` at each call."""
     seen: list[Tensor] = []
     module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     return seen

@@ -84,7 +84,7 @@ every_model = pytest.mark.parametrize("spec", models.ALL.values(), ids=models.AL
 
 
 def built(spec: ModelSpec, classes: int) -> nn.Module:
-    """The network without memory behind its weights: shapes and counts are exact, and a large one takes no time."""
+    """Return the network on the meta device: shapes and counts are exact, and large networks take no time."""
     with torch.device("meta"):
         return spec.build(classes)
 

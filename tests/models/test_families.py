@@ -15,7 +15,7 @@ from models.mobilevit import MobileViTBlock, TransformerLayer, fold, unfold
 
 
 def textbook_unfold(x: Tensor) -> Tensor:
-    """As in the paper, with a tensor of rank 6: (N, C, H, W) -> (N * 4, patches, C)."""
+    """Unfold as in the paper, with a tensor of rank 6: (N, C, H, W) -> (N * 4, patches, C)."""
     count, channels, height, width = x.shape
     patches = x.reshape(count, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 3, 5, 2, 4, 1).reshape(count * 4, height * width // 4, channels)

@@ -97,7 +97,7 @@ every_toy = pytest.mark.parametrize("name", TOYS)
 
 
 def lively(network: nn.Module) -> nn.Module:
-    """`network` with norms and biases as after training, so that one in the wrong place shows."""
+    """Return `network` with norms and biases as after training, so that a misplaced one changes the output."""
     for name, parameter in network.named_parameters():
         if parameter.ndim == 1 or "table" in name:
             nn.init.normal_(parameter, mean=float(parameter.ndim == 1 and name.endswith("weight")), std=0.3)
@@ -110,7 +110,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def of_the_image(graph: GraphModule) -> Iterator[torch.fx.Node]:
-    """The operators of a folded graph: what depends on parameters alone is stored."""
+    """Return the operators of a folded graph, in which values that depend only on parameters are stored."""
     return (node for node in graph.graph.nodes if node.op == "call_function")
 
 
@@ -256,7 +256,7 @@ def test_every_parameter_of_the_channels_form_trains_through_its_rounding(name: 
 
 @pytest.fixture(scope="module", params=TOYS)
 def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Form, Path]:
-    """The INT8 export of a toy in both forms, with the Core ML package beside it."""
+    """Return the INT8 export of a toy in both forms, with its Core ML package."""
     toy, made = TOYS[request.param], {}
     for form in FORMS:
         made[form] = tmp_path_factory.mktemp(form)

@@ -1,7 +1,7 @@
 """Reference logits: each model, loaded from a checkpoint in the authors' format, has the logits of the authors' code.
 
 The checkpoint is filled by a fixed rule (`tests/models/golden/rule.py`); of the reference only its keys, their shapes
-and its logits are kept (`tests/models/golden/make.py` says how they were made).
+and its logits are kept (made by `tests/models/golden/make.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def shapes(reference: Reference) -> dict[str, tuple[int, ...]]:
 
 
 def empty(reference: Reference) -> dict[str, Tensor]:
-    """The keys of the reference's checkpoint with nothing behind them."""
+    """Return the keys and shapes of the reference's checkpoint without values."""
     return {name: torch.zeros(()).expand(shape) for name, shape in shapes(reference).items()}
 
 

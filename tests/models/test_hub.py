@@ -53,7 +53,7 @@ except EdgelineError as error:
 
 @dataclass
 class Hub:
-    """What the server answers with, and what it was asked."""
+    """Responses of the server, and the requests that it received."""
 
     content: bytes
     status: int = 200
@@ -113,7 +113,7 @@ def served() -> Iterator[Hub]:
 
 
 def call(tmp_path: Path, url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with a home and a cache of its own, and the hub at `url`."""
+    """Run Python with a separate home and cache, and the hub at `url`."""
     (tmp_path / "home").mkdir(exist_ok=True)
     ours = {name: value for name, value in surroundings().items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
     ours |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
@@ -137,7 +137,7 @@ def fetched(tmp_path: Path, url: str, **environment: str) -> Path:
 
 
 def refused(tmp_path: Path, url: str, **environment: str) -> str:
-    """The one sentence, behind the exit code."""
+    """Return the error sentence after checking the exit code."""
     result = call(tmp_path, url, "-c", FETCH, MODEL, **environment)
     assert result.returncode == 1 and result.stdout == ""
     (sentence,) = result.stderr.splitlines()
@@ -145,7 +145,7 @@ def refused(tmp_path: Path, url: str, **environment: str) -> str:
 
 
 def nowhere() -> str:
-    """The address of a server that has just gone."""
+    """Return the address of a server that was just closed."""
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         return f"http://127.0.0.1:{server.server_address[1]}"
 
@@ -202,7 +202,7 @@ def test_the_command_line_takes_them_as_it_takes_the_same_file(tmp_path: Path, s
 
 
 def test_weights_are_kept_as_the_library_keeps_them(tmp_path: Path, served: Hub) -> None:
-    """Under the digest of their content, with a link by the commit that they are of; readable as the umask says."""
+    """The file is named by the digest of its content, with a link by commit, and its mode follows the umask."""
     file = fetched(tmp_path, served.url)
     blob = file.resolve()
     assert (blob.name, blob.parent.name) == (hashlib.sha256(served.content).hexdigest(), "blobs")
@@ -327,7 +327,7 @@ def test_an_invalid_address_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_login_page_of_a_proxy_is_not_taken_for_weights(tmp_path: Path, served: Hub) -> None:
-    """Hotels and companies answer 200 with a page to log in."""
+    """Captive portals respond with status 200 and a login page."""
     served.content, served.is_one = b"<html>Please log in</html>", False
     assert "does not seem to be a Hugging Face Hub endpoint" in refused(tmp_path, served.url)
 

@@ -23,14 +23,14 @@ OPERATORS = {
 
 
 def textbook_partition(x: Tensor, window: int) -> Tensor:
-    """With a tensor of rank 6: (N, H, W, C) -> (N * windows, window ** 2, C)."""
+    """Partition with a tensor of rank 6: (N, H, W, C) -> (N * windows, window ** 2, C)."""
     count, height, width, channels = x.shape
     x = x.reshape(count, height // window, window, width // window, window, channels)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, window**2, channels)
 
 
 def textbook_mask(height: int, width: int, window: int, shift: int) -> Tensor:
-    """As the paper's Figure 4 has it: nine regions, numbered on the rolled map, see themselves alone."""
+    """Mask of the paper's Figure 4: nine regions of the rolled map, each of which attends only to itself."""
     regions = torch.zeros(1, height, width, 1)
     edges = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
     for row, rows in enumerate(edges):
@@ -41,8 +41,8 @@ def textbook_mask(height: int, width: int, window: int, shift: int) -> Tensor:
 
 
 def attention_over_the_whole_map(block: Block, x: Tensor, shift: int) -> Tensor:
-    """What `block.attention` stands for, one pair of tokens at a time: (N, H, W, C) -> the same. Two tokens see each
-    other where one window of the moved grid holds both, and are biased by the way from one to the other.
+    """Reference of `block.attention`, one pair of tokens at a time: (N, H, W, C) -> the same. Two tokens attend to each
+    other if one window of the shifted grid contains both, with a bias by their offset.
     """
     count, height, width, _ = x.shape
     attn, window = block.attn, block.window
@@ -60,7 +60,7 @@ def attention_over_the_whole_map(block: Block, x: Tensor, shift: int) -> Tensor:
 
 
 def lively(block: Block) -> Block:
-    """With logits far from uniform, so that a wrong bias or pair shows."""
+    """Return the network with logits far from uniform, so that a wrong bias or pair changes the output."""
     nn.init.normal_(block.attn.qkv.weight, std=0.3)
     nn.init.normal_(block.attn.relative_position_bias_table)
     return block.eval()

@@ -23,7 +23,7 @@ GATHERING = ("index", "gather", "roll", "unfold", "im2col", "unbind", "einsum")
 
 
 def textbook_windows(x: Tensor, grid: int, head_dim: int) -> Tensor:
-    """As in the authors' code, with a tensor of rank 7: (N, C, H, W) -> (N * heads, windows, grid * grid, head_dim)."""
+    """Windows as in the authors' code, with rank 7: (N, C, H, W) -> (N * heads, windows, grid * grid, head_dim)."""
     count, channels, height, width = x.shape
     heads = channels // head_dim
     x = x.reshape(count, heads, head_dim, height // grid, grid, width // grid, grid)
@@ -31,7 +31,7 @@ def textbook_windows(x: Tensor, grid: int, head_dim: int) -> Tensor:
 
 
 def textbook_grid_attention(qkv: Tensor, grid: int, head_dim: int) -> Tensor:
-    """Window by window, in loops."""
+    """Grid attention window by window, in loops."""
     queries, keys, values = qkv.chunk(3, 1)
     answer = torch.zeros_like(queries)
     for top in range(0, qkv.shape[2], grid):
@@ -62,7 +62,7 @@ def textbook_levels(attention: MultiLevelAttention, x: Tensor) -> Tensor:
 
 
 def randomised(network: Network) -> Network:
-    """In double precision and evaluation mode, with weights and statistics far from those of a new network."""
+    """Return the network in double precision and evaluation mode, with weights and statistics as after training."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)

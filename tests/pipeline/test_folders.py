@@ -38,7 +38,7 @@ def numbered(root: Path) -> Path:
 
 
 def icons(root: Path, colour: int) -> Path:
-    """Shapes that are in the alpha channel alone."""
+    """Write shapes that are only in the alpha channel."""
     rng = np.random.default_rng(0)
     for name in ("disc", "square", "stripe"):
         (root / name).mkdir(parents=True)
@@ -58,14 +58,14 @@ def icons(root: Path, colour: int) -> Path:
 
 
 def made(run: Run, store: Path) -> dict[str, Any]:
-    """The report of the float weights."""
+    """Return the report of the float weights."""
     report: dict[str, Any] = json.loads((Store(store).get(stages.weights(run)).path / "report.json").read_text())
     return report
 
 
 @pytest.fixture(scope="module")
 def twelve(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder of 1 to 12, and the checkpoint of a network that was trained on it in natural order."""
+    """Return a folder with classes 1 to 12, and the checkpoint of a network trained on it in natural order."""
     root = numbered(tmp_path_factory.mktemp("twelve") / "numbers")
     run = tiny_run("fp16", "coreml", data=Folder.scan(root, 0, "natural"))
     return root, Store(root.parent / "store").get(stages.weights(run)).path / "weights.safetensors"

@@ -36,7 +36,7 @@ def scale_off(model: ModelProto) -> str | None:
 
 
 def channel_scales_swapped(model: ModelProto) -> str | None:
-    """Two channels of a quantized weight have each other's scale."""
+    """The scales of two channels of a quantized weight are exchanged."""
     graph, constants = model.graph, _constants(model.graph)
     for node in _middle(_weight_quantizers(graph)):
         scales = constants[node.input[1]]
@@ -47,7 +47,7 @@ def channel_scales_swapped(model: ModelProto) -> str | None:
 
 
 def axis_wrong(model: ModelProto) -> str | None:
-    """The axis of a weight's scales is the other one of two equally long ones; in a float graph, of the weight."""
+    """The scales of a square weight are applied along the wrong axis; in a float graph, the weight is transposed."""
     graph, constants = model.graph, _constants(model.graph)
     for node in _middle(_weight_quantizers(graph)):
         shape = constants[node.input[0]].shape
@@ -136,7 +136,7 @@ ALL: dict[str, Plant] = {
 
 
 def _coarse(value: Array) -> Array:
-    """`value` with the mantissa of FP16 where it is float32, of 4 bits where it is FP16."""
+    """Return `value` with the mantissa of FP16 if it is float32, and of 4 bits if it is FP16."""
     if value.dtype == np.float32:
         return value.astype(np.float16).astype(np.float32)
     mantissa, exponent = np.frexp(value.astype(np.float32))
@@ -151,7 +151,7 @@ def _swapped(scales: Array) -> Array:
 
 
 def _middle(nodes: Iterator[NodeProto]) -> list[NodeProto]:
-    """The nodes from the middle one on, then those before it."""
+    """Return the nodes from the middle node on, then the nodes before it."""
     found = list(nodes)
     half = len(found) // 2
     return found[half:] + found[:half]
@@ -172,7 +172,7 @@ def _weight_quantizers(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def _own(graph: GraphProto, node: NodeProto, place: int, change: Callable[[Array], Array]) -> None:
-    """Give `node` a constant of its own for one input, changed."""
+    """Replace one constant input of `node` by a changed copy that only `node` reads."""
     value = _constants(graph)[node.input[place]]
     name = f"{node.name}_planted"
     graph.initializer.append(numpy_helper.from_array(np.asarray(change(value)).astype(value.dtype), name))
@@ -295,7 +295,7 @@ def _middle_calls(program: ExportedProgram, *kinds: str) -> list[Any]:
 
 
 def _stored(program: ExportedProgram, node: Any) -> Any:
-    """The tensor behind a parameter, buffer or constant of `program`, to be changed in place."""
+    """Return the tensor of a parameter, buffer or constant of `program`, for changes in place."""
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,

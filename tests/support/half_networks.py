@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 def zeros(x: Tensor) -> Tensor:
-    """A map that is 0 on every picture, which no converter knows."""
+    """A map that is 0 on every image, which no converter can infer."""
     return (x.mean((2, 3)) - 100).relu()
 
 
@@ -43,7 +43,7 @@ class GeneralizedMean(nn.Module):
 
 
 class Norm(nn.Module):
-    """The norm of values in the hundreds: its squares add up to more than FP16 has."""
+    """The norm of values in the hundreds: the sum of squares exceeds FP16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.normalize((x * 500).mean((2, 3)))
@@ -96,7 +96,7 @@ class LogSum(nn.Module):
 
 
 class NormalizedZeros(nn.Module):
-    """The norm of zeros is kept away from 0 by 1e-12, which FP16 does not have."""
+    """The norm of zeros with an epsilon of 1e-12, which is 0 in FP16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.normalize(zeros(x)) + x.mean((2, 3))
@@ -118,7 +118,7 @@ class RootOfZeros(nn.Module):
 
 
 class NormOfZeros(nn.Module):
-    """Layer normalization written out, with an epsilon that FP16 does not have, of a constant row."""
+    """Layer normalization written out, of a constant row, with an epsilon that is 0 in FP16."""
 
     def forward(self, x: Tensor) -> Tensor:
         centred = zeros(x) - zeros(x).mean(-1, keepdim=True)
@@ -144,7 +144,7 @@ class Angles(nn.Module):
 
 def masked(value: float) -> type[nn.Module]:
     class Masked(nn.Module):
-        """Attention with a mask that leaves the last row nothing."""
+        """Attention with a mask that excludes all keys of the last row."""
 
         mask: Tensor
 
@@ -182,7 +182,7 @@ def filled(value: float) -> type[nn.Module]:
 
 
 def net(part: type[nn.Module]) -> type[Net]:
-    """A network with `part` as its pool."""
+    """Return a network with `part` as its pool."""
     return type(part.__name__, (Net,), {"pool": part})
 
 

@@ -1,4 +1,4 @@
-"""The smallest network with every kind of operator that a placement names."""
+"""The smallest network with every kind of operator of placements."""
 
 from __future__ import annotations
 

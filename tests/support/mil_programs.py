@@ -3,8 +3,8 @@
     run = in_memory(lambda mb, x: mb.softmax(x=x, axis=-1), {"x": (2, 3)})
     (y,) = run(torch.rand(2, 3))
 
-`saved` makes the same program, writes it as a package and reads it back from disk, so that what Core ML stores is what
-runs: for one test of each operator. `in_memory` takes milliseconds: for tests over many shapes.
+`saved` builds the same program, writes it as a package and reads it back, so that the stored program runs: for one test
+of each operator. `in_memory` takes milliseconds: for tests over many shapes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def in_memory(
     dtype: Type | Mapping[str, Type] = "fp32",
     rounding: Rounding = "fp16",
 ) -> Run:
-    """A function that runs the program of `body`, without saving it.
+    """Return a function that runs the program of `body` without saving it.
 
     `dtype`: of the inputs, one for all or by name. Constants in `body` are numpy arrays of that type, or plain numbers.
     """
@@ -67,14 +67,14 @@ def saved(
     dtype: Type | Mapping[str, Type] = "fp32",
     rounding: Rounding = "fp16",
 ) -> Run:
-    """The same, from a package that is written to `folder` and read back."""
+    """Return the same as `in_memory`, for a package that is written to `folder` and read back."""
     path = save(folder / "model.mlpackage", program(body, inputs, opset=opset, dtype=dtype), opset)
     package = coreml_package.read(path)
     return _runner(package.operations, list(inputs), package.outputs, rounding)
 
 
 def program(body: Body, inputs: Inputs, *, opset: Opset = "iOS18", dtype: Type | Mapping[str, Type] = "fp32") -> Any:
-    """coremltools' program of one function, `main`."""
+    """Return coremltools' program with the single function `main`."""
     coremltools = import_coremltools()
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
@@ -116,7 +116,7 @@ def _runner(operations: Sequence[Any], names: Sequence[str], outputs: Sequence[s
 
 
 def computed(body: Body, *arrays: Array, opset: Opset = "iOS18", rounding: Rounding = "exact") -> list[Array]:
-    """The outputs of `body` in memory, with one input for each array, of its shape and type."""
+    """Return the outputs of `body`, evaluated in memory on `arrays`, one input each."""
     names = [f"x{index}" for index in range(len(arrays))]
     run = in_memory(
         body,
@@ -129,9 +129,9 @@ def computed(body: Body, *arrays: Array, opset: Opset = "iOS18", rounding: Round
 
 
 def folded(body: Callable[[Any], Any], *, opset: Opset = "iOS18") -> list[Any]:
-    """What coremltools computes itself where all inputs are constants: its own definition of the operators in `body`.
+    """Return the outputs of `body` as coremltools computes them for constant inputs, by its own operator definitions.
 
-    None for an output that it has no formula for.
+    None for an output without such a definition.
     """
     made = program(lambda mb, _: body(mb), {"unread": (1,)}, opset=opset)
     return [output.val for output in made.functions["main"].outputs]

@@ -1,7 +1,7 @@
 """Channels of very different range in a trained network, as in published checkpoints, with unchanged outputs: a channel
 is multiplied by a factor where it is produced, and divided by it wherever it is read.
 
-Written family by family on the modules themselves, and on purpose without
+Written for the modules of each family, deliberately without
 `calibration.ptq.equalization.channel_scales`, which it tests.
 """
 
@@ -35,7 +35,7 @@ _NORMS: Final = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """Channels of `module`, from `start` on; `inverse`: they take the inverse of the factor."""
+    """Channels of `module` from `start` on; `inverse`: they are multiplied by the inverse of the factor."""
 
     module: nn.Module
     start: int = 0
@@ -44,7 +44,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rescaling:
-    """`count` channels that every one of `made` makes and every one of `read` reads."""
+    """`count` channels that all sides in `made` produce and all sides in `read` read."""
 
     count: int
     made: Sequence[Side]
@@ -52,7 +52,7 @@ class Rescaling:
 
 
 def spread(network: nn.Module, seed: int, octaves: float = OCTAVES) -> int:
-    """Give the channels of `network` factors of up to 2**`octaves` and their inverses, in place; returns how many."""
+    """Multiply channels of `network` in place by factors of up to 2**`octaves` and inverses; return their number."""
     generator = torch.Generator().manual_seed(seed)
     total = 0
     with torch.no_grad():
@@ -67,7 +67,7 @@ def spread(network: nn.Module, seed: int, octaves: float = OCTAVES) -> int:
 
 
 def rescalings(network: nn.Module) -> Iterator[Rescaling]:
-    """Those of the network itself, and of its parts, each by its class."""
+    """Return the rescalings of the network and of its parts, by class."""
     for module in network.modules():
         for kind, found in _FOUND.items():
             if type(module) is kind:
@@ -100,7 +100,7 @@ def _from(*modules: nn.Module) -> list[Side]:
 
 
 def _between(made: Iterable[nn.Module], read: Iterable[nn.Module]) -> Rescaling:
-    """All channels of the first of `made`."""
+    """Return the rescaling of all channels of the first module in `made`."""
     made = list(made)
     weight = made[0].weight
     assert isinstance(weight, Tensor)
@@ -110,7 +110,7 @@ def _between(made: Iterable[nn.Module], read: Iterable[nn.Module]) -> Rescaling:
 def _queries(
     projections: nn.Module, dim: int, starts: tuple[int, int] = (0, 0), keys: nn.Module | None = None
 ) -> Rescaling:
-    """Queries by the factor, keys by its inverse."""
+    """Return the rescaling of queries by the factor and of keys by its inverse."""
     query = Side(module=projections, start=starts[0])
     key = Side(module=keys or projections, start=starts[1], inverse=True)
     return Rescaling(count=dim, made=[query, key], read=[])
@@ -121,7 +121,7 @@ def _values(projections: nn.Module, dim: int, start: int, reader: nn.Module, col
 
 
 def _attention(part: Any) -> Iterator[Rescaling]:
-    """Queries, keys and values in the rows of one layer."""
+    """Return the rescalings of queries, keys and values that are rows of one layer."""
     dim = part.proj.weight.shape[1]
     yield _queries(part.qkv, dim, (0, dim))
     yield _values(part.qkv, dim, 2 * dim, part.proj)
@@ -133,7 +133,7 @@ def _pre_norm(part: Any) -> Iterator[Rescaling]:
 
 
 def _mobilevit(part: Any) -> Iterator[Rescaling]:
-    """The maps that inverted residuals hand on without an activation."""
+    """Return the rescalings of maps that inverted residuals pass on without an activation."""
     made: list[nn.Module] = []
     read: list[nn.Module] = []
     for block in (block for stage in part.stages for block in stage):
@@ -197,7 +197,7 @@ def _coatnet_block(part: Any) -> Iterator[Rescaling]:
 
 
 def _coatnet_attention(part: Any) -> Iterator[Rescaling]:
-    """Head by head: its queries, keys and values."""
+    """Return the rescalings of queries, keys and values of each head."""
     dim = part.dim // part.heads
     for head in range(part.heads):
         yield _queries(part.qkv, dim, (3 * head * dim, (3 * head + 1) * dim))
@@ -226,7 +226,7 @@ def _conformer(part: Any) -> Iterator[Rescaling]:
 
 
 def _transcnn(part: Any) -> Iterator[Rescaling]:
-    """The maps of the first stage, which no activation precedes."""
+    """Return the rescalings of the first stage's maps, which have no activation."""
     made = _from(part.patch_embed[3])
     read = _from(part.ds2.conv, part.ds2.residual)
     dim = len(part.patch_embed[3].weight)

@@ -1,7 +1,7 @@
 """Small torch networks converted to Core ML packages and read back, for tests of coremltools' conversion.
 
 program = exported(model)                     as `pipeline.stages.onnx_export` stores it
-package = converted(program, half, folder)    mended first, as the target does; or `untouched`, without its help
+package = converted(program, half, folder)    with the target's workarounds; or `untouched`, without them
 logits = computed(package, images)            by the reference evaluator
 """
 
@@ -33,7 +33,7 @@ _EXAMPLE = torch.zeros(1, 3, SIZE, SIZE)
 
 
 class Of(nn.Module):
-    """A function as a network."""
+    """A network that calls a function."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def computed(package: coreml_package.Package, images: Tensor) -> Tensor:
 
 
 def decibels(found: Tensor, expected: Tensor) -> float:
-    """Signal to noise; infinite where both are equal, minus infinity where `found` is not finite or has other sides."""
+    """Return the SNR in dB; infinite if both are equal, minus infinity if `found` is not finite or differs in shape."""
     if found.shape != expected.shape or not found.isfinite().all():
         return -torch.inf
     found, expected = found.detach(), expected.detach()
@@ -93,6 +93,6 @@ def decibels(found: Tensor, expected: Tensor) -> float:
 
 
 def constants(package: coreml_package.Package) -> list[Any]:
-    """The values of a package's floating-point constants."""
+    """Return the values of a package's floating-point constants."""
     values = [np.asarray(operation.outputs[0].val) for operation in package.named("const")]
     return [value for value in values if value.dtype.kind == "f"]

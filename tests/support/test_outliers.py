@@ -13,7 +13,7 @@ from tests.support.outliers import OCTAVES, spread
 
 
 def trained(name: str) -> nn.Module:
-    """With norms as after training: no two of their values are alike."""
+    """Return the network with norms as after training: all values differ."""
     torch.manual_seed(0)
     network = models.ALL[name].build(10).eval()
     for module in network.modules():

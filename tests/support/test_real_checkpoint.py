@@ -16,7 +16,7 @@ CHANNELS = (16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 3
 
 
 def keras() -> dict[str, npt.NDArray[np.float32]]:
-    """Random tensors by the layers of Keras' MobileNetV2."""
+    """Return random tensors of the layers of Keras' MobileNetV2."""
     draw = np.random.default_rng(0)
     found: dict[str, npt.NDArray[np.float32]] = {}
 
@@ -42,7 +42,7 @@ def keras() -> dict[str, npt.NDArray[np.float32]]:
 
 
 def normed(tensors: dict[str, npt.NDArray[np.float32]], name: str, x: Tensor) -> Tensor:
-    """A BatchNorm of Keras."""
+    """Return the output of a Keras BatchNorm."""
     gamma, beta, mean, variance = (
         torch.from_numpy(tensors[f"{name}/{each}"]).reshape(1, -1, 1, 1)
         for each in ("gamma", "beta", "moving_mean", "moving_variance")

@@ -56,7 +56,7 @@ SPEC = ModelSpec(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Colours:
-    """Noisy squares of one colour each: `version` is what another dataset would differ in."""
+    """Noisy squares of one colour each; datasets differ in `version`."""
 
     name: str = "colours"
     classes: tuple[str, ...] = ("red", "green", "blue", "grey")
@@ -84,7 +84,7 @@ class Colours:
 
 
 def tiny_run(recipe: str = "int8_ptq", target: str | Target = "onnxruntime", **changes: Any) -> Run:
-    """A run of the tiny network; `changes` replace fields of it."""
+    """Return a run of the tiny network with the fields in `changes`."""
     run = Run(
         model=SPEC,
         recipe=calibration.recipe.ALL[recipe],
@@ -96,13 +96,13 @@ def tiny_run(recipe: str = "int8_ptq", target: str | Target = "onnxruntime", **c
 
 
 def resealed(artifact: Path) -> None:
-    """Give an artifact that a test has changed the manifest of what it is now: wrong from the start, not damaged."""
+    """Rewrite the manifest of a changed artifact, so that it counts as wrongly built and not as damaged."""
     manifest = json.loads((artifact / integrity.MANIFEST).read_text())
     integrity.seal(artifact, **{name: manifest[name] for name in ("key", "ingredients", "seconds")})
 
 
 def surroundings() -> dict[str, str]:
-    """The environment without the variables of Edgeline, and of a `make test` that runs these tests."""
+    """Return the environment without the variables of Edgeline and of a surrounding `make test`."""
     inner = ("MAKE", "MFLAGS", "EDGELINE")
     return {
         name: value for name, value in os.environ.items() if not name.startswith(inner) and name not in all_variables()
@@ -110,7 +110,7 @@ def surroundings() -> dict[str, str]:
 
 
 def quickest(*arguments: str, below: float) -> float:
-    """Seconds of a command of Python, the shortest of at most ten runs, since others use the machine too."""
+    """Return the seconds of a Python command: the shortest of at most ten runs, since other processes interfere."""
     taken = []
     for _ in range(10):
         started = time.perf_counter()
@@ -122,7 +122,7 @@ def quickest(*arguments: str, below: float) -> float:
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter of the tests at the root of the project."""
+    """Run the interpreter of the tests at the project root."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

@@ -63,7 +63,7 @@ class Hybrid(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Untested(Colours):
-    """Colours whose test part nobody may look at."""
+    """Colours whose test part raises an error when it is read."""
 
     def labels(self, part: Part) -> list[int]:
         assert part != "test", "something read the labels of the test part"
@@ -84,7 +84,7 @@ def images(part: Part, preprocess: Preprocess = PREPROCESS) -> Images:
 
 
 def toy_export(path: Path, precision: Precision, *, batch: int = 1, network: type[nn.Module] = Hybrid) -> Export:
-    """The export of a `network` with random weights, in the empty folder `path`."""
+    """Write the export of a `network` with random weights to the empty folder `path`."""
     from calibration.quantize import quantize
     from pipeline.stages.onnx_export import export
     from targets.base import Export

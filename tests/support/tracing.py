@@ -12,14 +12,14 @@ import models
 
 @functools.cache
 def traced(name: str, size: int) -> ExportedProgram:
-    """The model `name` with ten classes, in evaluation mode, for any number of images."""
+    """Return the model `name` with ten classes, in evaluation mode, for any batch size."""
     example = torch.zeros(2, 3, size, size)
     batch = Dim("batch", min=1, max=1024)
     return torch.export.export(models.ALL[name].build(10).eval(), (example,), dynamic_shapes=({0: batch},))
 
 
 def of_the_image(program: ExportedProgram) -> list[torch.fx.Node]:
-    """The operators that an activation enters; all others are constants of the traced network."""
+    """Return the operators with activations as inputs; all others are constants of the traced network."""
     found: dict[torch.fx.Node, None] = {}
     inputs = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:

@@ -33,7 +33,7 @@ def ready(target: Target) -> None:
 
 @pytest.fixture(params=[(precision, batch) for precision in PRECISIONS for batch in (1, 3)], ids=str)
 def export(request: pytest.FixtureRequest) -> Export:
-    """The same toy in every precision, for engines of one image and of three."""
+    """Return exports of the same toy in every precision, for batches of one and three images."""
     precision, batch = request.param
     made: Export = request.getfixturevalue("int8_export" if precision == "int8" else "float_export")
     return replace(made, precision=precision, batch=batch)

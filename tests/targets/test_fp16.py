@@ -37,7 +37,7 @@ def sample(export: Export) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.floa
 
 
 def evaluated(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-    """The ONNX project's own evaluation of a graph of batch 1, in the types that it states."""
+    """Evaluate a graph of batch 1 in its declared types by the ONNX reference implementation."""
     evaluator: Any = ReferenceEvaluator(model)
     with np.errstate(all="ignore"):
         found = [evaluator.run(None, {"image": image[None]})[0] for image in images]

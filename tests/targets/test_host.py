@@ -16,7 +16,7 @@ HERE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 
 
 def counted(tmp_path: Path, stated: str, files: dict[str, str]) -> int:
-    """`threads` where the kernel states `stated` and mounts `files`."""
+    """Return `threads` for the cgroup entries `stated` and the files `files`."""
     (tmp_path / "cgroup").write_text(stated)
     for name, content in files.items():
         (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -230,7 +230,7 @@ def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:
 
 
 def test_a_residual_layer_compensates_errors_of_its_skip_connection() -> None:
-    """The block's input is clipped at the layer and at the addition; the layer is fitted to the loss at the addition."""
+    """The block's input is clipped at the layer and at the addition; the layer is fitted to the latter."""
 
     class Residual(nn.Module):
         def __init__(self) -> None:

@@ -149,7 +149,7 @@ def test_typed_variables_are_judged_for_a_process_and_not_for_a_call(monkeypatch
 
 
 def completed(*words: str) -> list[str]:
-    """Completions of the last of `words`, as bash asks for them."""
+    """Return the completions of the last word in `words`, as bash requests them."""
     result = python(
         *("-m", "pipeline"),
         _EDGELINE_COMPLETE="bash_complete",
@@ -216,7 +216,7 @@ def test_bash_completes_the_command_that_the_script_defines() -> None:
 
 
 def on_a_terminal(**environment: str) -> bytes:
-    """The log of a wrong request, as a terminal receives it."""
+    """Return the log of an invalid request, as a terminal receives it."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "pipeline", "engine", "--batch", "0\x1b[2J"]
     env = surroundings() | {"TERM": "xterm"} | environment

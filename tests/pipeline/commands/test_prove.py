@@ -44,7 +44,7 @@ def folders(shared: Path) -> Folders:
 
 @pytest.fixture
 def copies(folders: Folders, tmp_path: Path) -> Folders:
-    """What a test may tamper with."""
+    """Return copies of the artifacts that a test may modify."""
     return {name: shutil.copytree(path, tmp_path / name) for name, path in folders.items()}
 
 

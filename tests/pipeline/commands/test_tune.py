@@ -42,7 +42,7 @@ SLOW_INTEGERS = {"Conv": (4, 5), "Gemm": (1, 3)}
 
 @dataclass(frozen=True, slots=True)
 class PacedSession:
-    """Answers as ONNX Runtime does, and takes as long as its target says that the layers take."""
+    """Session with the logits of ONNX Runtime, and latencies computed from the layers by its target."""
 
     engine: Path
     costs: dict[str, tuple[int, int]]
@@ -76,7 +76,7 @@ class PacedTarget(NullTarget):
 
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed() -> Iterator[None]:
-    """Paced sessions take the time that they report: other processes on the machine of the tests change nothing."""
+    """Ignore the real conditions: paced sessions report their own times, which other processes do not affect."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.timing.interleaved._taken_by_others", lambda *_: 0.0)
         yield
@@ -129,7 +129,7 @@ def test_float_is_chosen_if_no_placement_is_faster(root: Path) -> None:
 def test_nothing_is_kept_on_the_ground_of_doubtful_timings_and_the_same_command_times_again(
     root: Path, found: dict[str, Any]
 ) -> None:
-    """Recorded conditions: others take the processor during the whole first search, and not during the second."""
+    """Recorded conditions: other processes use the processor during the first search, and not during the second."""
     run = tiny_run("int8_ptq", PacedTarget(name="shared"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.timing.interleaved._taken_by_others", lambda *_: 0.84)
@@ -210,7 +210,7 @@ def test_a_search_that_was_killed_goes_on_where_it_was(root: Path, found: dict[s
 
 
 def _lasting(candidate: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on who else was using the machine."""
+    """Return the fields that do not depend on other processes on the machine."""
     return {name: value for name, value in candidate.items() if name != "busy"}
 
 
@@ -261,7 +261,7 @@ def test_parts_are_the_numbered_stages_and_the_modules_beside_them() -> None:
 
 @pytest.mark.parametrize(("target", "placement"), [("cpu", "all"), ("onnxruntime", "attention")])
 def test_every_kind_of_operator_comes_through_the_export(target: str, placement: str, root: Path) -> None:
-    """On a network that has all of them, in their smallest form."""
+    """On the smallest network that has all kinds."""
     run = tiny_run("int8_ptq", target, model=hybrid.SPEC, trained=False)
     recipe = run.recipe
     assert isinstance(recipe, calibration.recipe.Ptq)

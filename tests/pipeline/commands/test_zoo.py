@@ -69,7 +69,7 @@ def test_a_model_that_cannot_be_built_is_a_row_with_the_reason_and_is_tried_agai
 
 
 def vast(classes: int) -> object:
-    """A network with an operator that ONNX has no counterpart of."""
+    """A network with an operator that ONNX does not have."""
     from torch import Tensor, nn
 
     class Vast(nn.Module):

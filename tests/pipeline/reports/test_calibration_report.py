@@ -25,7 +25,7 @@ from tests.support.tiny import tiny_run
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of the report and of the export."""
+    """Return the folders of the report and of the export."""
     store, run = Store(tmp_path_factory.mktemp("store")), tiny_run("int8_ptq", "cpu", trained=False)
     return store.get(calibration_report.step(run)).path, store.get(stages.exported(run)).path
 

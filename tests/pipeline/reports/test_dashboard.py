@@ -80,7 +80,7 @@ INT8 = replace(measured(4.0, number=2), recipe="int8_qat", precision="int8")
 
 
 class Page(HTMLParser):
-    """What a reader gets: the visible text, the tags, and the text of each table line."""
+    """Parsed page: the visible text, the tags, and the text of each table line."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Page(HTMLParser):
             self.lines[-1] = _squeezed([self.lines[-1], data])
 
     def line(self, *words: str) -> str:
-        """The one table line that has every word."""
+        """Return the only table line with all of `words`."""
         (found,) = [line for line in self.lines if all(word in line for word in words)]
         return found
 
@@ -123,7 +123,7 @@ def _squeezed(words: list[str]) -> str:
 
 
 def overview(*rows: Row, **limits: int) -> Overview:
-    """Of a database in which `rows` were recorded in this order, whatever their clocks said."""
+    """Return the overview of a database in which `rows` were recorded in this order, independently of their times."""
     with tempfile.TemporaryDirectory() as folder:
         database = Path(folder) / "results.db"
         results = Results(database)
@@ -387,7 +387,7 @@ def test_a_failure_leaves_the_old_page_and_no_scraps(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Debian package `chromium`")
 def test_chromium_shows_the_rows_of_the_database(tmp_path: Path) -> None:
-    """From the database to the pixels: the browser's own tree has every row, and the picture is not blank."""
+    """The browser's DOM has every row, and the screenshot is not blank."""
     results = Results(tmp_path / "results.db")
     for row in (FP32, INT8, _invalid(_with_hostile_names(FP32))):
         results.append(row)
@@ -534,7 +534,7 @@ def _scatter_names(text: str) -> list[str]:
 
 
 def test_a_page_of_many_rows_is_written_quickly_in_little_memory(tmp_path: Path) -> None:
-    """A twentieth of what `make bench-dashboard` measures; before aggregation in the database, 5,000 rows took 11 s."""
+    """A twentieth of the rows of `make bench-dashboard`."""
     bench_dashboard.generate(tmp_path / "measurements.sqlite", rows=5_000, samples=1_000, cells=1_200)
     cost = bench_dashboard.measured(tmp_path)
     assert cost.processor_seconds < 5  # of the processor: other processes may slow the tests
@@ -559,7 +559,7 @@ def test_long_texts_are_shortened() -> None:
 
 
 def _without_rights() -> None:
-    """In a child process: even root obeys the rights of files. PR_CAPBSET_DROP of CAP_DAC_OVERRIDE, _READ_SEARCH."""
+    """In a child process, make root obey file permissions: PR_CAPBSET_DROP of CAP_DAC_OVERRIDE, _READ_SEARCH."""
     system = ctypes.CDLL(None)
     for capability in (1, 2):
         system.prctl(24, capability, 0, 0, 0)
@@ -581,7 +581,7 @@ def dashboard_command(store: Path, current: Path) -> tuple[int, dict[str, Any], 
 
 @pytest.fixture
 def frozen(tmp_path: Path) -> Iterator[Callable[[], Path]]:
-    """A store whose files and folder may only be read, until the test ends."""
+    """Yield a store whose files and folder are read-only until the test ends."""
     store = tmp_path / "store"
     store.mkdir()
 

@@ -27,7 +27,7 @@ PLAN = ComparisonPlan(chunk_seconds=0.0)  # three queries a round
 
 @dataclass(kw_only=True)
 class World:
-    """A machine whose clock only its sessions move: it slows by a third and recovers, and stalls."""
+    """Simulated machine whose clock advances only in its sessions: it slows by a third, recovers, and stalls."""
 
     rng: np.random.Generator
     scatter: float
@@ -187,7 +187,7 @@ def test_a_wide_interval_is_a_doubt_about_its_pair_alone() -> None:
 
 
 def test_a_real_busy_process_is_seen_and_this_process_is_not() -> None:
-    """A process for every core computes while the sessions are timed, which sleep and so leave the cores to them."""
+    """A process per core computes during the timing; the timed sessions sleep and leave the cores to them."""
 
     class Sleeping(NullSession):
         def latencies_ns(self, images: Images, count: int) -> list[int]:

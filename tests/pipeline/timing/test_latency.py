@@ -40,7 +40,7 @@ QUIET = Conditions(
 
 @dataclass
 class ScriptedSession:
-    """Answers with the latencies it was given, in order, and remembers how it was asked."""
+    """Session that returns the given latencies in order, and records its calls."""
 
     script: Iterator[int]
     batch: int = 1

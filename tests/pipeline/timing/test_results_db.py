@@ -189,7 +189,7 @@ def test_the_file_refuses_to_be_rewritten(results: Results, database: Path, stat
 
 
 def test_four_processes_append_at_once(database: Path) -> None:
-    """They also race to create the database: none of them finds it there."""
+    """They also race to create the database, which does not exist before."""
     script = (
         "import sys\n"
         "from tests.pipeline.timing.test_results_db import ROW, Results, replace\n"
@@ -219,7 +219,7 @@ def test_four_processes_append_at_once(database: Path) -> None:
 
 @pytest.fixture
 def first(tmp_path: Path) -> Path:
-    """A database of the first version, with one row."""
+    """Create a database of the first version, with one row."""
     database = tmp_path / "first.db"
     connection = sqlite3.connect(database)
     connection.execute(FIRST_TABLE)
@@ -297,7 +297,7 @@ def test_other_databases_get_the_columns_by_the_same_statement(dialect: Any) -> 
 def test_a_column_that_another_process_has_just_added_is_used(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a database server, where nobody waits for the other."""
+    """As on a database server, where processes do not wait for each other."""
     answers = iter([["unit"], []])
     monkeypatch.setattr(results_module, "_missing", lambda _: next(answers))
     results._add_columns()
@@ -409,7 +409,7 @@ def test_a_row_of_the_first_version_is_of_an_unknown_identity_and_the_next_one_i
 
 
 def spoilt(database: Path, column: str, value: object) -> Path:
-    """A database whose second row has `value` in `column`, as SQLite lets any program write it."""
+    """Return a database whose second row has `value` in `column`; SQLite accepts values of any type."""
     results = Results(database)
     results.append(ROW)
     results.close()

@@ -24,7 +24,7 @@ INT8 = replace(FP32, recipe="int8_ptq", drop=0.5, integer_share=90)
 
 
 def comparison(**p50_ms: float) -> Comparison:
-    """Thirty rounds with half a percent of noise."""
+    """Return a comparison of thirty rounds with half a percent of noise."""
     noise = np.random.default_rng(0).normal(1, 0.005, (30, len(p50_ms)))
     return Comparison(names=tuple(p50_ms), medians_ns=noise * np.array(list(p50_ms.values())) * 1e6)
 
@@ -125,7 +125,7 @@ def test_nothing_is_recommended_on_an_interval_that_allows_both_decisions() -> N
 def test_a_verdict_without_a_decision_is_made_again_by_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recorded conditions: first others take the processor, then they do not."""
+    """Recorded conditions: other processes use the processor at first, and not later."""
     run = tiny_run("int8_ptq", "onnxruntime", verdict=True)
     shares = iter([0.84, 0.05])
     monkeypatch.setattr("pipeline.timing.interleaved._taken_by_others", lambda *_: next(shares))

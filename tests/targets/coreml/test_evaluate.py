@@ -85,7 +85,7 @@ OPTIONS = {"no function": ["--function", "other"], "no numbers": ["--size", "3"]
 
 
 def named(place: str) -> Callable[[dict[str, Any]], str]:
-    """A manifest whose root is another file."""
+    """Return a manifest with a different root file."""
 
     def change(manifest: dict[str, Any]) -> str:
         manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = place
@@ -185,7 +185,7 @@ def test_the_pictures_of_a_package_of_others_have_red_first(
 
 
 def foreign(folder: Path, body: Callable[..., Any], *inputs: Any, **given: Any) -> Path:
-    """A package of a program of MIL; `inputs`: types of coremltools, the first named x."""
+    """Write a package of a MIL program; `inputs`: coremltools types, the first is called x."""
     coremltools = import_coremltools()
     from coremltools.converters.mil import Builder
 
@@ -205,7 +205,7 @@ def foreign(folder: Path, body: Callable[..., Any], *inputs: Any, **given: Any) 
 
 
 def rewritten(path: Path, change: Callable[[Any], object]) -> Path:
-    """The package with another description."""
+    """Return the package with a changed description."""
     coremltools = import_coremltools()
     file = path / "Data" / "com.apple.CoreML" / "model.mlmodel"
     spec = coremltools.utils.load_spec(str(file))
@@ -219,7 +219,7 @@ def relu(mb: Any) -> Callable[..., Any]:
 
 
 def asked(path: Path, picture: Path, *options: str) -> SimpleNamespace:
-    """The exit code, and the answer of the command."""
+    """Return exit code and result of the command."""
     import contextlib
     import io
 

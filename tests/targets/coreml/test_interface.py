@@ -50,7 +50,7 @@ def toy_export(path: Path, precision: Precision, interface: Interface, normaliza
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """An export and its engine for each precision and interface with a picture. Tests that damage one copy it first."""
+    """Return export and engine for each precision and image interface. Tests that damage one copy it first."""
     root = tmp_path_factory.mktemp("interface")
     found: Made = {}
     for precision in PRECISIONS:
@@ -63,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture
 def classifier(made: Made, tmp_path: Path) -> tuple[Export, Path]:
-    """A copy of the FP16 classifier, to be damaged."""
+    """Return a copy of the FP16 classifier that tests may damage."""
     export, engine = made["fp16", "classifier"]
     shutil.copytree(export.path, tmp_path / "export")
     shutil.copytree(engine, tmp_path / "engine")
@@ -75,7 +75,7 @@ def pictures(count: int = 4) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def logits(engine: Path, images: Any) -> Any:
-    """What a package says of pictures (N, 3, S, S) of bytes, one after the other."""
+    """Return the logits of a package for images (N, 3, S, S) of bytes, one at a time."""
     package = coreml_package.read(engine / PACKAGE)
     evaluator = Evaluator(coreml_interface.inside(package.operations), ("logits",))
     rows = [evaluator.run({"image": torch.from_numpy(image[None]).float()})["logits"] for image in images]
@@ -159,7 +159,7 @@ def test_pictures_give_the_logits_of_the_program_on_normalised_ones(
 
 
 def snr_of(form: Callable[[Any, Any, Any], Any], mean: Any, std: Any) -> float:
-    """Decibels of a formula on all pixel values, against the exact quotient; `form` takes pixels, mean, deviation."""
+    """Return the SNR in dB of a formula on all pixel values, against the exact quotient; `form`: of pixels, mean, std."""
     values = np.arange(256.0)[:, None]
     mean, std = np.array(mean, np.float64), np.array(std, np.float64)
     exact = (values / 255 - mean) / std
@@ -270,7 +270,7 @@ def test_no_pictures_have_no_pixels() -> None:
 def test_coremltools_still_converts_no_classifier_with_other_outputs(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When this fails the fault is gone, and `labels_beside_logits` may go."""
+    """When this fails, the fault is fixed and `labels_beside_logits` can be removed."""
     from contextlib import nullcontext
 
     import_coremltools()

@@ -63,7 +63,7 @@ class Volume(nn.Module):
 
 
 class Called(nn.Module):
-    """One convolution, called again on what it computed, or on the same."""
+    """One convolution, called again on its output or on the same input."""
 
     def __init__(self, *, again: bool) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Normed(nn.Module):
 
 
 class Queries(nn.Module):
-    """Attention of learned queries, the only factor of one product that is stored."""
+    """Attention with learned queries, which are the only stored operand of a matrix product."""
 
     def __init__(self) -> None:
         super().__init__()

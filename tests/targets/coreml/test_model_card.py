@@ -74,7 +74,7 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture
 def made(built_once: Made, tmp_path: Path) -> Made:
-    """What is published here is a copy of hard links, as in an artifact."""
+    """Return published engines, which are copies with hard links, as in artifacts."""
     return {
         interface: (export, shutil.copytree(engine, tmp_path / interface, copy_function=os.link))
         for interface, (export, engine) in built_once.items()
@@ -212,7 +212,7 @@ def test_the_swift_code_uses_the_names_of_the_package(made: Made, interface: Int
 
 
 class Predicting:
-    """Speaks as coremltools.models.MLModel does, refuses what the package would, and is computed by our evaluator."""
+    """Stand-in for coremltools.models.MLModel with the package's input checks; computed by the reference evaluator."""
 
     def __init__(self, model: str, compute_units: Any, function_name: str | None = None) -> None:
         assert compute_units == import_coremltools().ComputeUnit.CPU_AND_NE
@@ -245,7 +245,7 @@ class Predicting:
 
 
 def answered(engine: Path) -> dict[str, Any]:
-    """What the Python in the card of `engine`, run beside it as it stands, got from the model."""
+    """Return the model's outputs in the Python code of the card, run unchanged beside `engine`."""
     source = code((engine / CARD).read_text(), "python").replace("picture.jpg", "picture.png")  # JPEG changes pixels
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_coremltools().models, "MLModel", Predicting)

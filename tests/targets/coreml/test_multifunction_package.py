@@ -34,7 +34,7 @@ PALETTE = cast(WeightOnly, RECIPES["palette6"])
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Part]:
-    """The same weights computed in FP16, for one image and for two, as a classifier, and in INT8."""
+    """Return packages of the same weights: FP16 for one image and for two, as a classifier, and INT8."""
     root = tmp_path_factory.mktemp("functions")
     torch.manual_seed(0)
     made: dict[str, Export] = {
@@ -118,7 +118,7 @@ def test_merging_leaves_nothing_behind_and_draws_nothing(
 def test_coremltools_still_draws_bars_and_leaves_a_copy_behind(
     parts: dict[str, Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """When this fails, `no_progress_bars` or `no_leftovers` may go."""
+    """When this fails, `no_progress_bars` or `no_leftovers` can be removed."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     utils = import_coremltools().utils

@@ -113,7 +113,7 @@ def test_a_quotient_in_the_middle_of_two_integers_may_tip_either_way(
 
 
 def one_of_each(x: Tensor) -> Tensor:
-    """Comparisons of tensors, minus infinity, and variances, whose parts are numbered as torch numbers its own."""
+    """Comparisons, minus infinity, and variances, whose parts have numbers like torch's own nodes."""
     first, second = x.sigmoid(), x.tanh()
     masked = x.where(first > second + 0.5, -torch.inf).softmax(3)
     spread = first.var(3, correction=0, keepdim=True) + second.var(3, correction=0, keepdim=True)
@@ -132,7 +132,7 @@ def test_nothing_is_blamed_for_truth_values_infinities_or_names(tmp_path: Path, 
 
 
 class Assertive(nn.Module):
-    """Conversions of type, of which torch keeps assertions without a value, and the largest of all."""
+    """Type conversions, for which torch keeps assertions without a value, and a maximum."""
 
     def __init__(self) -> None:
         super().__init__()

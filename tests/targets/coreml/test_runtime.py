@@ -1,8 +1,8 @@
 """Core ML runtime: calls of coremltools on a Mac, and the use of their results. Only the last test needs a Mac.
 
-Two things stand in for a Mac. `Proxy` takes the place of the compiled part of coremltools, so that all of its Python
-code is the real one; `ScriptedMachine` takes the place of coremltools itself, at the interface where another machine
-would. Both answer with what the reference evaluator computes.
+A Mac is emulated in two ways. `Proxy` replaces the compiled part of coremltools, so that its Python code is the real
+one; `ScriptedMachine` replaces coremltools itself, behind the interface `Machine`. Both return the logits of the
+reference evaluator.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ IMAGES = np.random.default_rng(0).random((1, 3, SIZE, SIZE), np.float32)
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Interface, Path]:
-    """A package of the toy network for each interface."""
+    """Return a package of the toy network for each interface."""
     found: dict[Interface, Path] = {}
     interfaces: tuple[Interface, ...] = ("tensor", "image", "classifier")
     for interface in interfaces:
@@ -67,12 +67,12 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[Interface, Path]:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a package answers by the reference evaluator."""
+    """The outputs of a package by the reference evaluator."""
 
     package: coreml_package.Package
 
     def __call__(self, inputs: Features) -> dict[str, Any]:
-        """Takes what Core ML takes: an array, or the picture itself."""
+        """Accept the inputs of Core ML: an array or an image."""
         image = inputs["image"]
         array = image if isinstance(image, np.ndarray) else np.array(image, np.float32).transpose(2, 0, 1)[None]
         evaluator = Evaluator(self.package.operations, self.package.outputs)
@@ -92,7 +92,7 @@ class Device:
 
 
 class PlanProxy:
-    """The compiled half of a plan: convolutions on the Neural Engine, all else on the CPU; nothing is known of `silu`.
+    """The compiled half of a plan: convolutions on the Neural Engine, all else on the CPU; `silu` has no entry.
 
     The structure is the package's, with one more operator inside the first one.
     """
@@ -180,7 +180,7 @@ class Proxy:
 
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Proxy]]:
-    """A Mac as coremltools sees it; what is set on the class that it gives is forgotten after the test."""
+    """Emulate a Mac for coremltools; attributes set on the returned class are reset after the test."""
     from coremltools.models import compute_device, compute_plan, model
 
     monkeypatch.setattr(runtime, "_HELD", deque())
@@ -254,7 +254,7 @@ def test_a_plan_of_any_function_but_the_default_one_is_refused(
 def test_inputs_are_held_until_core_ml_has_let_go_of_them(
     packages: dict[Interface, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what coremltools converts them to: a float16 array becomes a float32 one in the dictionary."""
+    """This includes coremltools' conversions: a float16 array becomes a float32 array in the dictionary."""
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     with TARGET.open(packages["tensor"].parent) as session:
@@ -283,7 +283,7 @@ def test_a_mac_without_a_neural_engine_puts_its_times_in_doubt(
 @pytest.mark.usefixtures("mac")
 @pytest.mark.parametrize("interface", ["image", "classifier"])
 def test_a_package_that_takes_pictures_gets_the_picture(packages: dict[Interface, Path], interface: Interface) -> None:
-    """The same logits as those of the tensor that the picture becomes, but for FP16."""
+    """The logits equal those of the image's tensor up to FP16."""
     bytes_ = np.random.default_rng(1).integers(0, 256, (1, 3, SIZE, SIZE), np.uint8)
     images = normalize(bytes_, Preprocess(size=SIZE, mean=IMAGENET_MEAN, std=IMAGENET_STD))
     with TARGET.open(packages[interface].parent) as session:
@@ -332,7 +332,7 @@ def test_a_package_that_core_ml_refuses_raises_an_error_with_its_reason(
 
 
 def test_a_package_newer_than_core_ml_has_its_own_error(mac: type[Proxy], packages: dict[Interface, Path]) -> None:
-    """coremltools says nothing of it until it is asked to predict."""
+    """coremltools reports this only at the first prediction."""
     mac.newest = 6
     message = r"did not load .*mlpackage, which has specification version \d: update macOS, or build it for an older"
     with pytest.raises(CannotRunHere, match=message), TARGET.open(packages["tensor"].parent):
@@ -470,7 +470,7 @@ FIRST, LOADING = 50 * MS, {"ALL": 900 * MS, "CPU_ONLY": 30 * MS, "CPU_AND_GPU": 
 
 @dataclass(kw_only=True, slots=True)
 class Scripted:
-    """A loaded package whose first prediction is slow. `asked` has how many predictions each call was to time."""
+    """A loaded package whose first prediction is slow. `asked`: number of predictions of each call."""
 
     unit: str
     compute: Callable[[Features], dict[str, Any]]
@@ -513,7 +513,7 @@ class ScriptedMachine:
 
 @pytest.fixture(scope="module")
 def profiled(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `profile` made of a machine with four choices of units: its answer, the rows, and what was asked."""
+    """Return result, rows and calls of `profile` on a machine with four sets of units."""
     root = tmp_path_factory.mktemp("profile")
     for name in ("weights", "quantized", "exported"):
         (shared / name).mkdir(parents=True, exist_ok=True)

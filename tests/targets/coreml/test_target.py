@@ -93,7 +93,7 @@ def built(path: Path, export: Export) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, tuple[Export, Path]]:
-    """An export and its engine for each precision. Tests that damage one copy it first."""
+    """Return export and engine for each precision. Tests that damage one copy it first."""
     root = tmp_path_factory.mktemp("coreml")
     torch.manual_seed(0)
     exports = {precision: exported(root / precision / "export", precision, Toy()) for precision in PRECISIONS}
@@ -102,7 +102,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, tuple[Expo
 
 @pytest.fixture
 def int8(made: dict[Precision, tuple[Export, Path]], tmp_path: Path) -> tuple[Export, Path]:
-    """A copy of the INT8 export and engine, to be damaged."""
+    """Return a copy of the INT8 export and engine that tests may damage."""
     export, engine = made["int8"]
     shutil.copytree(export.path, tmp_path / "export")
     shutil.copytree(engine, tmp_path / "engine")
@@ -356,7 +356,7 @@ def test_scale_factors_of_an_upsampling_are_float32_in_a_package_of_any_precisio
 
 
 class Pair(nn.Module):
-    """Two convolutions with weights of its own: one module, two layers."""
+    """Two convolutions with weights of the module itself: one module, two layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -440,7 +440,7 @@ def test_an_export_that_quantizes_anything_but_layers_is_refused() -> None:
 
 
 def converted(model: nn.Module, folder: Path) -> coreml_package.Package:
-    """`model` as coremltools converts it, without this project's help."""
+    """Return `model` converted by coremltools without workarounds."""
     coremltools = import_coremltools()
     program = torch.export.export(model.eval(), (torch.zeros(1, 3, SIZE, SIZE),)).run_decompositions({})
     coremltools.convert(
@@ -466,7 +466,7 @@ def first(spec: Any, kind: str) -> Any:
 
 
 def argument(spec: Any, operation: Any, name: str) -> Any:
-    """The constant that an operation of the protobuf message takes as its input `name`."""
+    """Return the constant input `name` of an operation in the protobuf message."""
     (binding,) = operation.inputs[name].arguments
     if binding.WhichOneof("binding") == "value":
         return binding.value

@@ -42,7 +42,7 @@ Made = dict[str, tuple[Export, Path]]
 
 
 class Plain(nn.Module):
-    """A layer of each kind: too small; one that every block divides; a depthwise one; and two that none divides."""
+    """Layers that are too small, divisible by every block, depthwise, and divisible by no block."""
 
     def __init__(self, *, kernel: int = 1) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def plain_export(path: Path, *, seed: int = 0, kernel: int = 1) -> Export:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The export, with each recipe, and its engine; `fp16` without one. Tests that damage one copy it first."""
+    """Return export and engine of each recipe; `fp16`: uncompressed. Tests that damage one copy it first."""
     root = tmp_path_factory.mktemp("weights")
     export = plain_export(root / "export")
     asked = {"fp16": export} | {name: dataclasses.replace(export, storage=recipe) for name, recipe in RECIPES.items()}
@@ -87,14 +87,14 @@ def damaged(made: Made, tmp_path: Path) -> Callable[[str], tuple[Export, Path]]:
 
 
 def weights_of(made: Made, name: str) -> dict[str, Any]:
-    """What inspection says of the weights."""
+    """Return the report of an inspection on the weights."""
     found = TARGET.inspect(*made[name])["weights"]
     assert isinstance(found, dict)
     return found
 
 
 def parts(engine: Path) -> list[Any]:
-    """What makes the weights of the layers, in order of execution."""
+    """Return the operators that decompress the weights of the layers, in order of execution."""
     return [operation.weight.op for operation in coreml_package.weighted(coreml_package.read(engine / PACKAGE))]
 
 
@@ -256,7 +256,7 @@ def squared_error(values: npt.NDArray[Any], entries: npt.NDArray[Any]) -> float:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-40, 40), min_size=1, max_size=9))
 def test_a_palette_is_the_best_there_is(values: list[int]) -> None:
-    """Of all ways to cut so few values into four intervals."""
+    """Compared with all partitions of a few values into four intervals."""
     weight = np.array(values, np.float32)
     found, indices = weight_compression.palette(weight, bits=2)
     ordered = np.sort(weight)
@@ -365,7 +365,7 @@ def test_one_changed_weight_is_named(damaged: Callable[[str], tuple[Export, Path
 
 
 def packed(integers: npt.NDArray[Any], bits: int) -> bytes:
-    """Unsigned integers, or bytes as they are, one after the other from the least significant bit on."""
+    """Return unsigned integers packed from the least significant bit on; bytes are unchanged."""
     if bits == 8:
         return integers.tobytes()
     stream = (integers.ravel()[:, None] >> np.arange(bits) & 1).astype(np.uint8)
@@ -416,7 +416,7 @@ def test_a_compressed_constant_that_no_layer_owns_is_named(made: Made) -> None:
 
 
 def test_coremltools_still_draws_bars_of_its_own(made: Made, capfd: pytest.CaptureFixture[str]) -> None:
-    """When this fails, see whether `one_bar_for_weights` is still needed."""
+    """When this fails, check whether `one_bar_for_weights` is still needed."""
     coremltools = import_coremltools()
     from coremltools.optimize import coreml as optimize
 
@@ -441,7 +441,7 @@ def scales_of_zeros() -> npt.NDArray[Any]:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_coremltools_still_divides_by_a_scale_of_zero() -> None:
-    """When this fails, see whether `scales_above_zero` is still needed: it also rounds scales up."""
+    """When this fails, check whether `scales_above_zero` is still needed: it also rounds scales up."""
     assert scales_of_zeros()[0] == 0
 
 

@@ -151,7 +151,7 @@ def rounded_after(operator: str, bounds: list[str]) -> onnx.ModelProto:
 
 
 def test_the_reference_rounds_at_every_quantizer(int8_export: Export, images: npt.NDArray[np.float32]) -> None:
-    """The torch program rounds at the same places, so the two agree much better than integers agree with floats."""
+    """The torch program quantizes at the same places, so both agree much better than INT8 agrees with float."""
     with np.load(int8_export.path / "sample.npz") as found:
         assert snr_db(found["logits"], reference_logits(int8_export.onnx, images)) > 60
 
@@ -215,7 +215,7 @@ def product_with_bias() -> onnx.ModelProto:
 
 
 def executed(model: onnx.ModelProto, folder: Path) -> set[str]:
-    """The operators that ONNX Runtime makes of it."""
+    """Return the operators of the graph that ONNX Runtime executes."""
     new_session(model.SerializeToString(), fuse_integers=True, optimized=folder / "executed.onnx")
     return {node.op_type for node in onnx.load(folder / "executed.onnx").graph.node}
 
@@ -231,7 +231,7 @@ def test_a_product_with_its_bias_apart_is_computed_in_integers(tmp_path: Path) -
 
 
 def test_onnxruntime_still_computes_a_product_with_its_bias_in_float(tmp_path: Path) -> None:
-    """When this fails, `with_biases_apart` is not needed any more."""
+    """When this fails, `with_biases_apart` can be removed."""
     assert "MatMulIntegerToFloat" not in executed(product_with_bias(), tmp_path)
 
 

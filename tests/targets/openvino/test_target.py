@@ -172,7 +172,7 @@ def test_a_padded_convolution_over_a_concatenation_is_computed_as_it_is_defined(
     reason="AMX multiplies int8 by int8: with it, OpenVINO shifts nothing to uint8, and the fault does not show",
 )
 def test_openvino_still_pads_a_shifted_concatenation_with_the_wrong_number(fusion: Export) -> None:
-    """When this fails, `with_padding_before_rounding` is not needed any more."""
+    """When this fails, `with_padding_before_rounding` can be removed."""
     import onnx
     import openvino
 

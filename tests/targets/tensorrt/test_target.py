@@ -1,5 +1,5 @@
-"""TensorRT without a GPU: real builds with TensorRT-RTX, the API of other versions as NVIDIA's bindings have it, and a
-toy driver for what only a GPU can run.
+"""TensorRT without a GPU: real builds with TensorRT-RTX, the API of other versions by NVIDIA's bindings, and a toy driver
+in place of a GPU.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ class Severity(enum.Enum):
 
 
 class ToyDriver:
-    """Answers as libcuda does."""
+    """Stand-in for libcuda."""
 
     def __init__(self, gpus: int = 1) -> None:
         self.gpus = gpus
@@ -359,7 +359,8 @@ class ToyDriver:
 
 
 class ToyEngine:
-    """Two images (2, 3, 4, 4) in, of each the sum and its negative out. It is its own execution context."""
+    """Engine for two images (2, 3, 4, 4) whose logits are the sum of each image and its negative. It is also its own
+    execution context."""
 
     def __init__(self, output: str = "FLOAT", dynamic: bool = False) -> None:
         self.types = {"image": "FLOAT", "logits": output}
@@ -498,7 +499,7 @@ OBJECTS = {
 
 
 def uses(file: Path) -> dict[tuple[str, str], bool]:
-    """(class, member) that the functions of `file` take from TensorRT -> whether each function asks `hasattr` first.
+    """Return the TensorRT members (class, member) in `file`, with whether each function checks `hasattr` first.
 
     A class itself is the member "" of its own.
     """

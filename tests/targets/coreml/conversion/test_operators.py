@@ -1,7 +1,7 @@
 """Networks in usual PyTorch style: their Core ML packages match torch in FP16 and in FP32.
 
-The reference evaluator runs the packages: what fails here is a fault of coremltools that nothing works around, or of
-an operator in targets/coreml/mil.
+The reference evaluator runs the packages: a failure is a fault of coremltools without a workaround, or of an
+operator in targets/coreml/mil.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def across_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """ReLU attention, as EfficientViT has it."""
+    """ReLU attention, as in EfficientViT."""
     context = k.relu().transpose(-2, -1) @ functional.pad(v, (0, 1), value=1.0)
     mixed = q.relu() @ context
     return mixed[..., :-1] / (mixed[..., -1:] + 1e-3)
@@ -154,7 +154,7 @@ class MobileBlock(nn.Module):
 
 
 class ChannelsFirstNorm(nn.Module):
-    """LayerNorm over the channels of a map, as ConvNeXt writes it."""
+    """LayerNorm over the channels of a map, as in ConvNeXt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ GROUPS: dict[str, Callable[[], dict[str, Function]]] = {
 
 @pytest.fixture(scope="module", params=GROUPS)
 def network(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], ExportedProgram]:
-    """What each branch of a network gives for `IMAGES`, by name, and the network."""
+    """Return the output of each branch of a network for `IMAGES`, by name, and the network."""
     torch.manual_seed(0)
     blocks = GROUPS[request.param]()
     model = Branches(blocks.values()).eval()

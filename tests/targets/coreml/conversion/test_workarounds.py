@@ -1,6 +1,6 @@
 """Workarounds: each fault of coremltools still exists, and its workaround gives torch's values.
 
-Where a test of the first half fails, coremltools has mended the fault: the workaround that it names may go.
+If a test of the first half fails, coremltools has fixed the fault, and its workaround can be removed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Function: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Masked(nn.Module):
-    """Attention among the 16 columns of a picture, of which the first is told of no other."""
+    """Attention among the 16 columns of an image with a mask that excludes all keys of the first column."""
 
     def __init__(self, masked: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -243,12 +243,12 @@ def test_the_program_that_is_mended_stays_as_it_is(images: Tensor) -> None:
 
 
 def angle_of_axis(x: Tensor) -> Tensor:
-    """Of points on the first axis: 0 or pi."""
+    """The angle of points on the first axis: 0 or pi."""
     return torch.atan2(torch.zeros(1), x.sign())
 
 
 class Statistics(nn.Module):
-    """An InstanceNorm in evaluation, by its running statistics."""
+    """An InstanceNorm in evaluation mode with running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ POWERS: dict[str, Function] = {
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("name", POWERS)
 def test_a_constant_to_the_power_of_a_tensor_is_no_pow(name: str, half: bool, images: Tensor, tmp_path: Path) -> None:
-    """What coremltools makes of it is right by its own definitions; Core ML itself reportedly computes otherwise."""
+    """The conversion is correct by coremltools' definitions; Core ML itself reportedly computes other values."""
     program = exported(Of(POWERS[name]))
     before = untouched(program, tmp_path)
     assert before.named("pow")
@@ -487,7 +487,7 @@ def test_the_way_transposes_are_reduced_is_as_before_afterwards() -> None:
 
 
 def of_variances(x: Tensor) -> Tensor:
-    """Each variance has a difference inside, and there are three of torch's: sub, sub_1 and sub_2."""
+    """Each variance contains a difference, and torch has three of its own: sub, sub_1 and sub_2."""
     first, second = x.sigmoid(), x.tanh()
     spread = first.var(3, correction=0, keepdim=True) + second.var(3, correction=0, keepdim=True)
     return ((first - second) / (1 + spread) - x - second).relu()
@@ -553,7 +553,7 @@ def test_importing_coremltools_here_prints_none_of_that() -> None:
 
 
 def test_coremltools_still_draws_four_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """When this fails, see whether `one_progress_bar` is still needed."""
+    """When this fails, check whether `one_progress_bar` is still needed."""
     program = exported(nn.SiLU())
     capfd.readouterr()
     untouched(program, tmp_path)
@@ -565,5 +565,5 @@ def test_coremltools_still_draws_four_bars(tmp_path: Path, capfd: pytest.Capture
 
 
 def bars(printed: str) -> set[str]:
-    """The titles of the bars that stand on a screen."""
+    """Return the titles of the progress bars on a screen."""
     return {line.split(":")[0] for line in printed.replace("\r", "\n").splitlines() if "%|" in line}

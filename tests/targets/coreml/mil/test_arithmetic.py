@@ -1,6 +1,6 @@
 """MIL arithmetic: compared with formulas in float64, and with coremltools' own constant folding.
 
-Every operator is held to numpy over shapes and attributes; once, all of them are saved as one package and read back.
+Every operator is compared with numpy over shapes and attributes; all are also saved as one package and read back.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def integers(shape: Any, low: int = -9, high: int = 9) -> st.SearchStrategy[Arra
 
 
 def hold(body: Body, expected: Any, *arrays: Array) -> None:
-    """The one output of `body` is what a formula gave in float64, up to float32's precision, and its type stays."""
+    """Assert that the output of `body` equals a formula in float64 up to float32's precision, and keeps its type."""
     (found,) = computed(body, *arrays)
     assert found.shape == np.shape(expected)
     assert found.dtype == (np.bool_ if np.asarray(expected).dtype == np.bool_ else arrays[-1].dtype)
@@ -346,7 +346,7 @@ def test_softmax_of_large_numbers_is_finite_and_its_axis_is_the_last_by_default(
 
 
 def axes_of(x: Array) -> st.SearchStrategy[list[int] | None]:
-    """Some axes of an array, each counted from the start or from the end, in any order; or None."""
+    """Draw axes of an array in any order, each counted from the start or from the end; or None."""
     some = st.lists(st.integers(0, x.ndim - 1), min_size=1, max_size=x.ndim, unique=True)
     signed = some.flatmap(lambda axes: st.tuples(*(st.sampled_from((axis, axis - x.ndim)) for axis in axes)))
     return st.none() | signed.map(list)

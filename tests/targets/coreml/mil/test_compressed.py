@@ -23,7 +23,7 @@ PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 
 
 def of_type(name: str, values: Any) -> npt.NDArray[Any]:
-    """An array of one of MIL's types, also of those that numpy lacks."""
+    """Return an array of a MIL type, including types that numpy does not have."""
     import_coremltools()
     from coremltools.converters.mil.mil import types
 
@@ -35,7 +35,7 @@ def floats(values: Any) -> npt.NDArray[np.float32]:
 
 
 def worth(weight: Weight, shape: Sequence[int], opset: Opset = "iOS18") -> Tensor:
-    """The value of a constant expression. (An operator must read it: no program returns one.)"""
+    """Return the value of a constant expression. An operator must read it, since programs cannot return constants."""
     (value,) = in_memory(lambda mb, x: mb.add(x=x, y=weight(mb)), {"x": shape}, opset=opset)(torch.zeros(*shape))
     return value
 
@@ -43,8 +43,8 @@ def worth(weight: Weight, shape: Sequence[int], opset: Opset = "iOS18") -> Tenso
 def hold_to_coremltools(
     weight: Weight, shape: Sequence[int], opset: Opset = "iOS18", *, folder: Path | None = None
 ) -> Tensor:
-    """The value of a constant expression: that, and all it is made of, as coremltools has it. Where there is a
-    `folder`, it is saved and read back before.
+    """Return the value of a constant expression after comparing it and its inputs with coremltools. With `folder`, the
+    expression is saved and read back first.
     """
     made = program(lambda mb, x: mb.add(x=x, y=weight(mb)), {"x": shape}, opset=opset)
     operations = made.functions["main"].operations
@@ -346,7 +346,7 @@ MASK = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]]
 
 
 def test_sparse_integers_with_scales(tmp_path: Path) -> None:
-    """The example of MIL's specification: what is absent is 0, not -offset * scale."""
+    """The example of MIL's specification: absent elements are 0, not -offset * scale."""
 
     def weight(mb: Any) -> Any:
         mask, values = mb.constexpr_sparse_blockwise_shift_scale(

@@ -50,7 +50,7 @@ def test_values_declared_as_half_are_rounded_to_it_and_overflow() -> None:
 
 
 def test_inputs_declared_as_half_are_rounded_to_it() -> None:
-    """Less one, so that the output has room for what the input must not keep."""
+    """One is subtracted, so that the output can represent digits that the input must lose."""
     chosen: tuple[tuple[Rounding, float], ...] = (("fp16", 0.0), ("exact", 2**-12))
     for rounding, expected in chosen:
         run = in_memory(lambda mb, x: mb.add(x=x, y=np.float16(-1)), VECTOR, dtype="fp16", rounding=rounding)
@@ -137,7 +137,7 @@ def test_constant_subexpressions_are_computed_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_only_constants_that_are_read_while_it_runs_are_kept(tmp_path: Path) -> None:
-    """A weight in float32, and not the integers that it was made of."""
+    """The float32 weight is kept, and its integers are not."""
 
     def body(mb: Any, x: Any) -> Any:
         data = np.array([[1, 2, 3]], dtype=np.int8)
@@ -302,7 +302,7 @@ def test_an_attribute_that_is_computed_is_named(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("store", [False, True])
 def test_an_output_may_be_a_constant_of_any_form(store: bool, tmp_path: Path) -> None:
-    """As anchors are, beside what is computed of them."""
+    """For example anchors, beside values computed from them."""
 
     def body(mb: Any, x: Any) -> Any:
         anchors = mb.const(val=np.array([[1.0, 2.0]], np.float32), name="anchors")

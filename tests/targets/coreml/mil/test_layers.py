@@ -1,7 +1,7 @@
 """MIL layers: compared with numpy by MIL's documentation, and with torch where the evaluator has a different algorithm;
 corner cases have the values of Apple's own tests of these operators.
 
-Every operator is held to that over shapes and attributes, and once after it was saved in FP16 and read back.
+Every operator is compared over shapes and attributes, and once after it was saved in FP16 and read back.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def drawn(*shape: int, seed: int = 0, dtype: type = np.float32) -> Array:
 
 
 def evaluated(body: Body, *arrays: Array, opset: Opset = "iOS18") -> Array:
-    """The single output of a program that takes float32 arrays."""
+    """Return the single output of a program for float32 arrays."""
     names = ("x", "y", "z", "w")[: len(arrays)]
     run = in_memory(body, {name: array.shape for name, array in zip(names, arrays, strict=True)}, opset=opset)
     (found,) = run(*map(torch.from_numpy, arrays))
@@ -52,7 +52,7 @@ def hold(found: Array, expected: Array) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Of a convolution or pool: one number an axis, and what MIL says of the padding."""
+    """Geometry of a convolution or pool: one number per axis, and MIL's attributes of the padding."""
 
     size: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -69,7 +69,7 @@ class Geometry:
         return [(kernel - 1) * dilation + 1 for kernel, dilation in zip(self.kernel, self.dilations, strict=True)]
 
     def pads(self) -> list[tuple[int, int]]:
-        """Before and after: for `same`, elements are added in turn until there are enough windows, the first one after
+        """Return the padding before and after: for `same`, elements are added in turn until there are enough windows, the first one after
         the input (`same_lower`: before it).
         """
         if self.pad_type in ("valid", "custom"):
@@ -91,7 +91,7 @@ class Geometry:
 
 
 def windows(x: Array, shape: Geometry, *, counts: Sequence[int] | None = None, outside: float = 0.0) -> Array:
-    """(N, C, *counts, *kernel): what each window sees, `outside` where it reaches over the input."""
+    """(N, C, *counts, *kernel): the elements of each window, `outside` beyond the input."""
     rank = len(shape.kernel)
     for axis in range(rank):
         starts = np.arange((counts or shape.counts())[axis]) * shape.strides[axis] - shape.pads()[axis][0]
@@ -113,7 +113,7 @@ def convolved(x: Array, weight: Array, groups: int, shape: Geometry) -> Array:
 
 
 def spread(x: Array, weight: Array, groups: int, shape: Geometry) -> Array:
-    """The reverse of `convolved`: every element of `x` is added to all that its window saw. `shape`: of the output."""
+    """Transpose of `convolved`: add every element of `x` to all positions of its window. `shape`: of the output."""
     index = np.arange(np.prod(shape.size)).reshape(1, 1, *shape.size)
     seen = windows(index, shape, counts=x.shape[2:], outside=-1).astype(int).reshape(*x.shape[2:], -1)
     batch, channels = x.shape[:2]
@@ -243,7 +243,7 @@ def test_conv_transpose_has_the_requested_output_shape(extra: tuple[int, int]) -
 
 
 def test_conv_transpose_same_with_an_output_shape_reverses_that_convolution() -> None:
-    """Three windows of two fit five elements with one padded after, or six without."""
+    """Three windows of two elements cover five elements with one padded after, or six without padding."""
     x = np.array([1, 2, 3], dtype=np.float32).reshape(1, 1, 3)
     weight = np.array([1, 10], dtype=np.float32).reshape(1, 1, 2)
 
@@ -346,7 +346,7 @@ def test_attention_weighs_values_by_a_softmax(
 
 
 def test_a_row_that_may_see_nothing_is_no_number() -> None:
-    """As coremltools folds it. An additive mask of large negative numbers gives a mean instead."""
+    """As in coremltools' constant folding. An additive mask of large negative numbers gives a mean instead."""
     query, key, value = drawn(1, 2, 4), drawn(1, 3, 4, seed=1), drawn(1, 3, 2, seed=2)
     for mask, is_number in (
         (np.array([[False] * 3, [True, False, False]]), [False, True]),
@@ -372,7 +372,7 @@ def body_of(kind: str, shape: Geometry, **attributes: Any) -> Body:
 
 
 def zeros_around(x: Array, shape: Geometry) -> tuple[Array, Geometry]:
-    """The padding as part of the input."""
+    """Return the input with its padding."""
     padded = np.pad(x, [(0, 0), (0, 0), *shape.pads()])
     return padded, Geometry(**{**vars(shape), "size": padded.shape[2:], "pad_type": "valid"})
 
@@ -647,7 +647,7 @@ def test_upsampling_by_integer_factors_matches_torch(
 @given(SIZES, st.integers(1, 30))
 @few
 def test_upsampling_to_a_size_matches_torch(size: int, wanted: int) -> None:
-    """coremltools makes a scale of a size and enlarges it by 1e-4 of an element, lest rounding down loses one."""
+    """coremltools converts a size to a scale and enlarges it by 1e-4 of an element, so that rounding down loses none."""
     assume(wanted >= size)
     x = drawn(1, 2, size, size)
     scale = np.float32(wanted / size if wanted % size == 0 else (wanted + 1e-4) / size)

@@ -29,7 +29,7 @@ def parameter(layer: nn.Module, name: str) -> Tensor:
 
 
 def turned(gates: Tensor, order: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The gates of torch's parameter in another order."""
+    """Return torch's parameter with its gates in a different order."""
     parts = gates.detach().chunk(len(order))
     return torch.cat([parts[place] for place in order]).numpy()
 
@@ -105,7 +105,7 @@ def test_lstm_that_is_not_defined_is_refused(given: dict[str, Any], sentence: st
 
 
 def test_gru_is_that_of_torch_where_the_hidden_bias_of_its_new_state_is_zero() -> None:
-    """MIL adds one bias after the reset gate; torch's second one stands before it."""
+    """MIL adds a single bias after the reset gate; torch adds its second bias before the gate."""
     torch.manual_seed(0)
     layer = nn.GRU(INPUTS, HIDDEN)
     with torch.no_grad():

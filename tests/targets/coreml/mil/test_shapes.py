@@ -29,12 +29,12 @@ few = settings(max_examples=20, deadline=None)
 
 
 def counted(*shape: int) -> Array:
-    """Another number everywhere: 1, 2, 3..."""
+    """Return an array of distinct numbers: 1, 2, 3..."""
     return np.arange(1, math.prod(shape) + 1, dtype=np.float32).reshape(shape)
 
 
 def hold(body: Body, expected: Any, *arrays: Array, opset: Opset = "iOS18") -> None:
-    """The one output of `body` is exactly this, in the type of the first input."""
+    """Assert that the output of `body` is exactly `expected`, in the type of the first input."""
     (found,) = computed(body, *arrays, opset=opset)
     assert found.dtype == arrays[0].dtype
     np.testing.assert_array_equal(found, expected, strict=False)
@@ -46,7 +46,7 @@ def axes(rank: int) -> st.SearchStrategy[int]:
 
 
 def some_axes(rank: int, *, at_least: int = 1) -> st.SearchStrategy[list[int]]:
-    """Different axes in any order, each counted from the start or from the end."""
+    """Draw distinct axes in any order, each counted from the start or from the end."""
     chosen = st.lists(st.integers(0, rank - 1), min_size=at_least, max_size=rank, unique=True)
     return chosen.flatmap(lambda found: st.tuples(*(st.sampled_from((axis, axis - rank)) for axis in found))).map(list)
 
@@ -208,7 +208,7 @@ def test_split_cuts_into_equal_pieces() -> None:
 
 @st.composite
 def slices(draw: st.DrawFn, size: int) -> dict[str, Any]:
-    """The parameters of a slice that is not empty, of one axis, and what it is in Python."""
+    """Draw the parameters of a non-empty slice along one axis, and the Python slice."""
     if draw(st.booleans()):
         first = draw(st.integers(-size, size - 1))
         return {"begin": first, "end": 0, "stride": 1, "begin_mask": False, "end_mask": False, "python": first}
@@ -375,7 +375,7 @@ def test_gather_along_axis_takes_one_value_at_each_place(
 
 
 def vectors(data: st.DataObject, shape: Sequence[int], count: int, leading: tuple[int, ...]) -> Array:
-    """Indices of `count` numbers for the first axes of a tensor, of shape (*leading, count)."""
+    """Draw index vectors of `count` numbers for the first axes of a tensor: (*leading, count)."""
     each = [data.draw(hnp.arrays(np.int32, leading, elements=st.integers(0, shape[at] - 1))) for at in range(count)]
     return np.stack(each, -1)
 

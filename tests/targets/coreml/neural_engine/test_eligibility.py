@@ -30,7 +30,7 @@ IMAGE = (1, 8, 16, 64)  # its last axis fills lines of 64 bytes
 
 
 def operations(body: Body, *shapes: tuple[Any, ...], dtype: str = "fp16") -> list[Any]:
-    """Those of a program that `body` writes for inputs of these shapes, as coremltools leaves them: no pass runs."""
+    """Return the operators of the program of `body` for inputs of these shapes, before any pass of coremltools."""
     coremltools = import_coremltools()
     from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import Function, Program, types
@@ -393,7 +393,7 @@ def test_findings_begin_with_operators_that_are_not_eligible() -> None:
 
 
 def converted(model: nn.Module, size: int) -> list[Any]:
-    """The operators that coremltools makes of a torch network, with its passes."""
+    """Return the operators of a torch network after coremltools' conversion and passes."""
     coremltools = import_coremltools()
     program = programs.export(model.eval(), size).module()
     fixed = torch.export.export(program, (torch.zeros(1, 3, size, size),)).run_decompositions({})
@@ -408,7 +408,7 @@ def converted(model: nn.Module, size: int) -> list[Any]:
 
 @pytest.fixture(scope="module", params=["swin_mini", "conformer_mini"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Export, Path]:
-    """A small network as a package: its name, the export, and the engine."""
+    """Return the name, the export and the engine of a small network."""
     path = tmp_path_factory.mktemp(request.param)
     program = programs.export(models.ALL[request.param].build(10).eval(), 64)
     programs.save(program.run_decompositions({}), path / "model.pt2")

@@ -1,4 +1,4 @@
-"""Write down what the classes of NVIDIA's real TensorRT bindings offer, without a GPU and without TensorRT's libraries.
+"""List the members of the classes in NVIDIA's TensorRT bindings, without a GPU and without TensorRT's libraries.
 
 PyPI carries the bindings of each version as a small wheel; only the libraries behind it are missing. Shared objects
 that merely define the symbols which the bindings look up at import are enough to import and introspect them.
