@@ -69,7 +69,9 @@ def output(checkout: Path, command: Command, exit_code: int) -> str:
 
 
 def not_printed(shown: tuple[str, ...], printed: str) -> Iterator[str]:
-    """Return the lines of a page that a command did not print, or printed in a different order. `...` ends a shortened line."""
+    """Yield the lines of a page that a command did not print, or printed in a different order. `...` ends a shortened
+    line.
+    """
     printable = [masked(line) for line in printed.splitlines()]
     lines = iter(printable)
     for line in shown:

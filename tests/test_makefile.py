@@ -365,7 +365,7 @@ def offline(checkout: Path) -> Path:
 
 
 def setting_up(checkout: Path) -> subprocess.Popen[str]:
-    """Yield a running `make setup` in its own process group."""
+    """Return a running `make setup` in its own process group."""
     return subprocess.Popen(
         ["make", "--no-print-directory", "setup", f"PYTHON={sys.executable}"],
         cwd=checkout,

@@ -159,7 +159,7 @@ def test_pictures_give_the_logits_of_the_program_on_normalised_ones(
 
 
 def snr_of(form: Callable[[Any, Any, Any], Any], mean: Any, std: Any) -> float:
-    """Return the SNR in dB of a formula on all pixel values, against the exact quotient; `form`: of pixels, mean, std."""
+    """Return the SNR in dB of a formula on all pixel values, against the exact quotient; `form`: pixels, mean, std."""
     values = np.arange(256.0)[:, None]
     mean, std = np.array(mean, np.float64), np.array(std, np.float64)
     exact = (values / 255 - mean) / std

@@ -74,7 +74,7 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture
 def made(built_once: Made, tmp_path: Path) -> Made:
-    """Return published engines, which are copies with hard links, as in artifacts."""
+    """Return exports with copies of their engines by hard links, as in artifacts, for publishing."""
     return {
         interface: (export, shutil.copytree(engine, tmp_path / interface, copy_function=os.link))
         for interface, (export, engine) in built_once.items()

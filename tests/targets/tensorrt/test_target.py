@@ -1,5 +1,5 @@
-"""TensorRT without a GPU: real builds with TensorRT-RTX, the API of other versions by NVIDIA's bindings, and a toy driver
-in place of a GPU.
+"""TensorRT without a GPU: real builds with TensorRT-RTX, the API of other versions by NVIDIA's bindings, and a toy
+driver in place of a GPU.
 """
 
 from __future__ import annotations

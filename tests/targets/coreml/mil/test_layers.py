@@ -647,7 +647,7 @@ def test_upsampling_by_integer_factors_matches_torch(
 @given(SIZES, st.integers(1, 30))
 @few
 def test_upsampling_to_a_size_matches_torch(size: int, wanted: int) -> None:
-    """coremltools converts a size to a scale and enlarges it by 1e-4 of an element, so that rounding down loses none."""
+    """coremltools converts a size to a scale and adds 1e-4 of an element, so that rounding down loses none."""
     assume(wanted >= size)
     x = drawn(1, 2, size, size)
     scale = np.float32(wanted / size if wanted % size == 0 else (wanted + 1e-4) / size)
