@@ -153,7 +153,7 @@ def mutate_message(rng: random.Random, message: Any, *, most: int = 3) -> None:
 
 
 def _places(message: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
-    """Return every field that is set with its message, at most a few thousand."""
+    """Yield every field that is set with its message, at most a few thousand."""
     for field, value in message.ListFields():
         yield message, field
         if field.type != field.TYPE_MESSAGE or depth > 12:

@@ -67,7 +67,7 @@ def spread(network: nn.Module, seed: int, octaves: float = OCTAVES) -> int:
 
 
 def rescalings(network: nn.Module) -> Iterator[Rescaling]:
-    """Return the rescalings of the network and of its parts, by class."""
+    """Yield the rescalings of the network and of its parts, by class."""
     for module in network.modules():
         for kind, found in _FOUND.items():
             if type(module) is kind:
@@ -121,7 +121,7 @@ def _values(projections: nn.Module, dim: int, start: int, reader: nn.Module, col
 
 
 def _attention(part: Any) -> Iterator[Rescaling]:
-    """Return the rescalings of queries, keys and values that are rows of one layer."""
+    """Yield the rescalings of queries, keys and values that are rows of one layer."""
     dim = part.proj.weight.shape[1]
     yield _queries(part.qkv, dim, (0, dim))
     yield _values(part.qkv, dim, 2 * dim, part.proj)
@@ -133,7 +133,7 @@ def _pre_norm(part: Any) -> Iterator[Rescaling]:
 
 
 def _mobilevit(part: Any) -> Iterator[Rescaling]:
-    """Return the rescalings of maps that inverted residuals pass on without an activation."""
+    """Yield the rescalings of maps that inverted residuals pass on without an activation."""
     made: list[nn.Module] = []
     read: list[nn.Module] = []
     for block in (block for stage in part.stages for block in stage):
@@ -197,7 +197,7 @@ def _coatnet_block(part: Any) -> Iterator[Rescaling]:
 
 
 def _coatnet_attention(part: Any) -> Iterator[Rescaling]:
-    """Return the rescalings of queries, keys and values of each head."""
+    """Yield the rescalings of queries, keys and values of each head."""
     dim = part.dim // part.heads
     for head in range(part.heads):
         yield _queries(part.qkv, dim, (3 * head * dim, (3 * head + 1) * dim))
@@ -226,7 +226,7 @@ def _conformer(part: Any) -> Iterator[Rescaling]:
 
 
 def _transcnn(part: Any) -> Iterator[Rescaling]:
-    """Return the rescalings of the first stage's maps, which have no activation."""
+    """Yield the rescalings of the first stage's maps, which have no activation."""
     made = _from(part.patch_embed[3])
     read = _from(part.ds2.conv, part.ds2.residual)
     dim = len(part.patch_embed[3].weight)

@@ -50,7 +50,7 @@ class Block:
 
     @property
     def exit_code(self) -> int:
-        """Return the exit code that the block declares for the pipeline."""
+        """Exit code that the block declares for the pipeline."""
         found = _MARK.fullmatch(self.mark or "")
         return int(found[1]) if found and found[1] else 0
 

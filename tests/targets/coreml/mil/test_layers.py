@@ -69,8 +69,8 @@ class Geometry:
         return [(kernel - 1) * dilation + 1 for kernel, dilation in zip(self.kernel, self.dilations, strict=True)]
 
     def pads(self) -> list[tuple[int, int]]:
-        """Return the padding before and after: for `same`, elements are added in turn until there are enough windows, the first one after
-        the input (`same_lower`: before it).
+        """Return the padding before and after. For `same`, elements are added in turn until there are enough windows,
+        first after the input (`same_lower`: before it).
         """
         if self.pad_type in ("valid", "custom"):
             flat = self.pad if self.pad_type == "custom" else (0,) * 2 * len(self.size)
