@@ -220,7 +220,7 @@ def test_classes_and_omitted_files_are_logged_in_printable_characters(tmp_path: 
     os.mkfifo(root / "disc" / "fifo.png")
     code, _, story = call(tmp_path, "explain", "--data", str(root))
     assert code == 0
-    assert story[0] == "2 classes: disc, square\\x1b]0;owned\\x07\\nfake line; 4/2/2 pictures (train/val/test)"
+    assert story[0] == "2 classes: disc, square\\x1b]0;owned\\x07\\nfake line; 4/2/2 images (train/val/test)"
     assert story[1].startswith("2 of 10 files left out: ")
     assert "1 FIFO (1 in disc)" in story[1] and "1 .heic\\x1b[0m (1 in disc)" in story[1]
     assert all(line.isprintable() for line in story)

@@ -87,7 +87,7 @@ class LeftOut:
             classes = {name: number for (other, name), number in self.counts.items() if other == kind}
             omitted.append(f"{count} {kind} ({_counted(classes)})")
         more = f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else ""
-        return f"{total} of {total + pictures} files left out: {'; '.join(omitted)}{more}; pictures end in {endings()}"
+        return f"{total} of {total + pictures} files left out: {'; '.join(omitted)}{more}; images end in {endings()}"
 
 
 def endings() -> str:
@@ -246,12 +246,10 @@ def _declared(root: Path, parts: Mapping[Role, Path]) -> Layout:
     assert test is not None
     others = [name for name in subfolders(root) if root / name not in parts.values()]
     for name in [name for name in others if _role(name)]:
-        notes.append(
-            f"{printable(root / name)} holds pictures without class folders and is left out: no label is known"
-        )
+        notes.append(f"{printable(root / name)} has images without class folders and is left out: no labels are known")
         others.remove(name)
     if others:
-        notes.append(f"folders of {printable(root)} that are no parts of the data set are left out: {listed(others)}")
+        notes.append(f"folders of {printable(root)} that are not parts of the data set are left out: {listed(others)}")
     return Layout(train=_within(train), val=_within(val) if val else None, test=_within(test), notes=tuple(notes))
 
 

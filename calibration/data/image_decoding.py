@@ -133,7 +133,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except (BadRequest, Unusable):
         raise
     except UnidentifiedImageError as error:
-        raise Unusable(f"not a picture in any of the formats {', '.join(_FORMATS)}") from error
+        raise Unusable(f"not an image in any of the formats {', '.join(_FORMATS)}") from error
     except OSError as error:
         raise Unusable(error.strerror or str(error)) from error
     # Pillow raises many types on damaged files: SyntaxError for a broken PNG, struct.error, KeyError, OverflowError.

@@ -111,7 +111,7 @@ class Folder:
         if len(names) > _NAMES_SHOWN:
             names = (*names[: _NAMES_SHOWN - 2], "...", names[-1])
         counts = "/".join(str(len(self.parts[part])) for part in PARTS)
-        return f"{len(self.classes)} classes: {', '.join(names)}; {counts} pictures (train/val/test)"
+        return f"{len(self.classes)} classes: {', '.join(names)}; {counts} images (train/val/test)"
 
     def other_order(self) -> list[int] | None:
         """Return the place of each class in the natural order of the folder names (1, 2, 10), if it differs from the
@@ -150,8 +150,9 @@ class Folder:
             return None
 
     def deep_range(self) -> Range:
-        """Return the values that become 0 and 255 in images of more than 8 bits per channel, see `pictures.range_of`,
-        from up to 200 images of the train part, evenly spaced.
+        """Return the values that become 0 and 255 in images of more than 8 bits per channel.
+
+        They are estimated by `image_decoding.range_of` on up to 200 images of the train part, evenly spaced.
         """
         with self._deep.lock:
             if self._deep.found is None:
@@ -173,7 +174,7 @@ class Folder:
                 break
         limits = range_of(samples)
         log.info(
-            "pictures above 8 bits: values from %g to %g become 0 to 255 (from %d pictures of the train part)",
+            "images of more than 8 bits: values from %g to %g are mapped to 0 to 255 (range of %d training images)",
             *(limits.low, limits.high, len(samples)),
         )
         return limits

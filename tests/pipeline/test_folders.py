@@ -76,7 +76,7 @@ def test_a_checkpoint_in_natural_order_stops_before_anything_is_made_of_it(
 ) -> None:
     run = tiny_run("fp32", "null", data=Folder.scan(twelve[0], 0), weights=twelve[1])
     with pytest.raises(
-        BadRequest, match=r"on 8\.3% of 24 validation pictures, in natural order .* on 100\.0%: add LAB"
+        BadRequest, match=r"is 8\.3% on 24 validation images, in natural order .* 100\.0%: add LABELS=natural"
     ):
         make_engine(run, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".lock")] == []

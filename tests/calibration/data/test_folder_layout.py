@@ -66,7 +66,7 @@ def test_two_parts_of_any_usual_name_are_train_and_test(tmp_path: Path, train: s
     assert folder.classes == ("disc", "square", "stripe")
     assert counts(folder) == [27, 3, 12]
     assert origins(folder) == {"train": {train}, "val": {train}, "test": {test}}
-    assert folder.summary() == "3 classes: disc, square, stripe; 27/3/12 pictures (train/val/test)"
+    assert folder.summary() == "3 classes: disc, square, stripe; 27/3/12 images (train/val/test)"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_test_part_without_labels_is_omitted_with_a_note(tmp_path: Path) -> No
     root = pictures(tmp_path, split({"train": 10, "val": 4}) | {"test": 9})
     folder = Folder.scan(root, seed=0)
     assert origins(folder)["test"] == {"val"}
-    assert folder.notes == (f"{root}/test holds pictures without class folders and is left out: no label is known",)
+    assert folder.notes == (f"{root}/test has images without class folders and is left out: no labels are known",)
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 def test_folders_beside_the_parts_are_named(tmp_path: Path) -> None:
     root = pictures(tmp_path, split({"train": 10, "val": 4}) | {"annotations": 0, "__MACOSX": 0, ".git": 0})
     (note,) = Folder.scan(root, seed=0).notes
-    assert note == f"folders of {root} that are no parts of the data set are left out: annotations"
+    assert note == f"folders of {root} that are not parts of the data set are left out: annotations"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_files_that_are_not_images_are_counted_by_class_and_suffix(tmp_path: Pat
     (note,) = Folder.scan(root, seed=0).notes
     assert note.startswith(
         "8 of 16 files left out: 6 .heic (3 in disc, 3 in square); 1 .svg (1 in square); 1 without an ending (1 in "
-        "square); pictures end in .bmp, "
+        "square); images end in .bmp, "
     ) or note.startswith("8 of 16 files left out: 6 .heic (3 in disc, 3 in square); 1 without an ending")
 
 

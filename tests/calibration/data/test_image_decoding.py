@@ -27,7 +27,7 @@ RED = (200, 20, 30)
 
 
 def no_range() -> Range:
-    raise AssertionError("only pictures above 8 bits have a range")
+    raise AssertionError("only images of more than 8 bits have a range")
 
 
 def seen(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> npt.NDArray[np.uint8]:
@@ -203,7 +203,7 @@ def test_the_format_is_read_from_the_content_and_not_from_the_name(tmp_path: Pat
 
 def test_formats_that_run_programs_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
-    with pytest.raises(Unusable, match=r"^not a picture in any of the formats BMP, "):
+    with pytest.raises(Unusable, match=r"^not an image in any of the formats BMP, "):
         decode(tmp_path / "x.png", no_range)
 
 
