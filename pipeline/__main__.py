@@ -126,7 +126,7 @@ def _finish(answer: Answer, started: float, code: int) -> int:
     try:
         read = termination.answered(line)
     except OSError as error:  # stdout is a file
-        log.error("the answer cannot be written: %s", error.strerror)
+        log.error("the result cannot be written: %s", error.strerror)
         termination.discard_stdout()
         return CannotRunHere.exit_code
     return code if read else code or termination.UNREAD

@@ -40,7 +40,7 @@ def write(run: Run, root: Path) -> dict[str, object]:
     table = json.loads((artifact.path / TABLE).read_text())
     log.info("calibrator %s on %d images; %s", table["calibrator"], table["calibration_images"], table["sufficiency"])
     for name, decibels in table["repairs_db"].items():
-        log.info("  %s: %.1f dB", _REPAIRS[name], decibels)
+        log.info("  %s: %.1f dB", _CORRECTIONS[name], decibels)
     for name in (PAGE, TABLE, *CACHES):
         if (artifact.path / name).exists():
             log.info("  %s", artifact.path / name)
@@ -108,12 +108,12 @@ _REPORTED: Final = (  # fields of the quantization report that are copied to the
     "identity",
 )
 # Corrections reported by `calibration.ptq.corrections`; the first two are measured with trial ranges.
-_REPAIRS: Final = {
-    "none": "channels as trained",
-    "equalized": "channels of like ranges",
-    "calibrated": "with the ranges below",
-    "bias": "biases corrected",
-    "adaptive": "weights fitted and rounded adaptively",
+_CORRECTIONS: Final = {
+    "none": "without equalization",
+    "equalized": "with equalization",
+    "calibrated": "with the calibrated ranges",
+    "bias": "with bias correction",
+    "adaptive": "with adaptive rounding",
 }
 
 
@@ -146,7 +146,7 @@ def render(table: Mapping[str, Any]) -> str:
         rows=[{**row, "bars": _bars(row["counts"]), "mark": _mark(row)} for row in rows],
         most=max(rows, key=lambda row: row["clipped"], default=None),
         curves=[{"title": title, "points": _curve(table["curve"], field, times)} for field, title, times in _CURVES],
-        repairs={_REPAIRS[name]: decibels for name, decibels in table["repairs_db"].items()},
+        repairs={_CORRECTIONS[name]: decibels for name, decibels in table["repairs_db"].items()},
         width=_WIDTH,
         height=_HEIGHT,
         curve_width=_CURVE_WIDTH,

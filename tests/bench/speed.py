@@ -29,7 +29,7 @@ from pipeline.timing.interleaved import Comparison, ComparisonPlan, compare
 ASKED = {"mobilenetv2_100": (2.2, 1.3), "mobilevit_xs": (1.45, 1.1), "convmixer_768_32": (3.0, 1.55)}
 PLACEMENTS = ("layers", "conv+depthwise+linear", "conv+small+depthwise+linear+elementwise", "all")
 
-# Neither the search for ranges nor repairs change how fast an engine is; they take their time.
+# The search for ranges and the corrections take time and do not change the speed of an engine.
 _PLAIN = {"calibrator": "minmax", "equalize": False, "bias_correction": False}
 
 _TARGET = targets.ALL["cpu"]

@@ -41,7 +41,7 @@ def main() -> None:
     request = parser.parse_args()
     process_setup.settle()
     names = request.models or MODELS
-    print(_ROW.format("model", "channels", "float", "minmax", "int8_ptq", "repairs, dB on calibration images"))
+    print(_ROW.format("model", "channels", "float", "minmax", "int8_ptq", "corrections, dB on calibration images"))
     losses = {name: _told(name, Store(request.store), request.weights, request.seed) for name in names}
     missed = [f"{name}: int8_ptq is {own:.2f} points below float" for name, (_, own) in losses.items() if own > POINTS]
     collapsed = [name for name, (plain, _) in losses.items() if plain > COLLAPSE]

@@ -23,7 +23,7 @@ from models.errors import CheckFailed
 from tests.support.tiny import SIDE, net
 from tests.support.toys import CLASSES, Hybrid, images, seeded
 
-# Without the repairs of what is made fragile here.
+# Without corrections, which would remove the sensitivity that these tests introduce.
 PTQ = Ptq(name="int8_ptq", samples=64, force=True, equalize=False, bias_correction=False)
 VICTIM = "3"  # the second of the three layers of `net`
 OUTLIER = 2.0**14

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 EPOCHS = 4
 
-# Not repaired, so that there is something to learn.
+# Without corrections, so that training has errors to reduce.
 PTQ = Ptq(name="int8_ptq", samples=64, force=True, calibrator="mse", equalize=False, bias_correction=False)
 QAT = Qat(name="int8_qat", warm_start=PTQ, epochs=EPOCHS, learning_rate=0.03, freeze_ranges_at=0.5)
 
