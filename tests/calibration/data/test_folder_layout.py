@@ -317,7 +317,7 @@ def test_two_classes_that_print_alike_are_refused(tmp_path: Path) -> None:
 def test_a_long_list_of_classes_is_shortened(tmp_path: Path) -> None:
     folder = Folder.scan(pictures(tmp_path, {f"n{index:04}": 3 for index in range(40)}), seed=0)
     assert folder.summary() == (
-        "40 classes: n0000, n0001, n0002, n0003, n0004, n0005, n0006, n0007, ..., n0039; 40/40/40 pictures "
+        "40 classes: n0000, n0001, n0002, n0003, n0004, n0005, n0006, n0007, ..., n0039; 40/40/40 images "
         "(train/val/test)"
     )
 
