@@ -9,13 +9,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
-from calibration.family_placements import Runtime
 from calibration.recipe import FloatType, Precision, WeightOnly
-from calibration.scheme import Scheme
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from calibration.family_placements import Runtime
+    from calibration.scheme import Scheme
 
     Images: TypeAlias = npt.NDArray[np.float32]  # (N, 3, H, W), preprocessed
     Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)

@@ -9,7 +9,10 @@ from models.errors import CannotRunHere
 from pipeline.commands.artifacts import Answer, built
 from pipeline.commands.verify import reported
 from pipeline.run import Run
-from pipeline.stages import stages, validate_model
+from pipeline.stages import validate_model
+from pipeline.stages.engine import deliverable
+from pipeline.stages.exported import exported
+from pipeline.stages.weights import weights
 from pipeline.store.store import Artifact, Store
 from targets.base import Bundles
 
@@ -19,8 +22,8 @@ def engine(run: Run, root: Path) -> Answer:
 
     Raises CannotRunHere with the bundle in its answer where the bundle is all that this machine can make.
     """
-    step = stages.deliverable(run)
-    if Store(root).has(stages.weights(run)) and not Store(root).has(stages.exported(run)):
+    step = deliverable(run)
+    if Store(root).has(weights(run)) and not Store(root).has(exported(run)):
         validate_model.check_target(run)  # the weights were checked for another target
     artifact = built(step, root)
     answer = reported(artifact, json.loads((artifact.path / "report.json").read_text()))

@@ -13,7 +13,7 @@ from models.errors import BadRequest
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
 from pipeline.stages.provenance import facts
 from pipeline.store.store import MANIFEST, Step
 from targets.base import Merges, Part
@@ -73,7 +73,7 @@ def merged(functions: Mapping[str, Run]) -> Step:
     first = next(iter(functions.values()))
     target = first.target
     assert isinstance(target, Merges)
-    engines = {name: stages.engine(run) for name, run in functions.items()}
+    engines = {name: engine(run) for name, run in functions.items()}
 
     def build(inputs: Mapping[str, Path], out: Path) -> None:
         parts, rows = {}, []

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.exported import export_of
 from pipeline.store.store import Artifact, Store
 
 _REPORTED = ("executed", "why_not", "by", "top1", "float_top1", "lost", "agreement", "images", "snr_db")
@@ -33,7 +33,7 @@ def verify(run: Run, root: Path) -> Answer:
     step = engine_step(run)
     artifact = built(step, root)
     inputs = {name: Store(root).get(needed).path for name, needed in step.inputs.items()}
-    report = verified(run, stages.export_of(run, inputs["exported"]), artifact.path, inputs)
+    report = verified(run, export_of(run, inputs["exported"]), artifact.path, inputs)
     return reported(artifact, report)
 
 

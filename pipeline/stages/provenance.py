@@ -37,6 +37,12 @@ def facts(run: Run, key: str, report: Mapping[str, object]) -> Facts:
     )
 
 
+def of_model(run: Run) -> dict[str, object]:
+    """Return the facts about the run's model that only the engine's key holds."""
+    known = facts(run, "", {})
+    return {"paper": known.paper, "published": known.published, "weights": known.weights}
+
+
 @functools.cache
 def version() -> str:
     """Return the version of Edgeline."""

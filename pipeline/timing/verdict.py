@@ -14,7 +14,7 @@ import calibration.recipe
 from models.errors import CheckFailed
 from pipeline.cli import table
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
 from pipeline.store.store import Artifact, Store
 from pipeline.timing.interleaved import LEAST_GAIN, Comparison, ComparisonPlan, Speedup, compare
 from targets.base import Accounts
@@ -159,7 +159,7 @@ def _query(run: Run) -> Images:
 
 
 def _float_engine(run: Run, recipe: str, root: Path) -> Artifact:
-    return Store(root).get(stages.engine(replace(run, recipe=calibration.recipe.ALL[recipe])))
+    return Store(root).get(engine(replace(run, recipe=calibration.recipe.ALL[recipe])))
 
 
 def _no_half(run: Run) -> str | None:
