@@ -93,6 +93,18 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """Verified accuracy of an engine on the test part."""
+
+    executed: bool  # False: the graph that the engine was compiled from was executed instead
+    why_not: str | None  # reason why the target itself did not execute the engine
+    by: str  # the program that executed it
+    top1: float  # percent
+    float_top1: float  # percent, of the float model on the same images
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
     """What is known of an engine once it is verified, beyond its export."""
 
@@ -105,7 +117,7 @@ class Facts:
     weights: str  # where they come from
     data: str  # name of the dataset that it was verified on
     toolchain: Mapping[str, str]  # versions of what built it
-    report: Mapping[str, object]  # of the verification
+    accuracy: Accuracy
 
 
 class Session(Protocol):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from models.errors import CannotRunHere
 from pipeline.commands.artifacts import Answer, built
 from pipeline.commands.verify import reported
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.run import Run
 from pipeline.stages import validate_model
 from pipeline.stages.engine import deliverable
@@ -26,7 +26,7 @@ def engine(run: Run, root: Path) -> Answer:
     if Store(root).has(weights(run)) and not Store(root).has(exported(run)):
         validate_model.check_target(run)  # the weights were checked for another target
     artifact = built(step, root)
-    answer = reported(artifact, json.loads((artifact.path / "report.json").read_text()))
+    answer = reported(artifact, VerificationReport.read(artifact.path))
     if artifact.step.stage == "bundle":
         assert isinstance(run.target, Bundles)
         command = run.target.next_command(artifact.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.run import Run
-from pipeline.stages.common import write_json
 from pipeline.stages.compiled import target_params
 from pipeline.stages.exported import export_of, exported
 from pipeline.store.store import Inputs, Step
@@ -26,7 +25,7 @@ def bundle(run: Run) -> Step:
 
         export = export_of(run, inputs["exported"])
         target.bundle(export, out)
-        write_json(out / "report.json", verify_bundle(run, export, out, inputs))
+        verify_bundle(run, export, out, inputs).write(out)
 
     return Step(
         stage="bundle",

@@ -1,4 +1,4 @@
-"""Helpers of several stages: tool versions for keys, JSON files, and the evaluation on the test part."""
+"""Helpers of several stages: tool versions for keys, and the evaluation on the test part."""
 
 from __future__ import annotations
 
@@ -17,10 +17,6 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def write_evaluation(out: Path, report: Mapping[str, object], logits: Logits, labels: Labels) -> None:
     """Write `logits` (N, classes) and `labels` (N,) of the test part to `test.npz`, and the report with their top-1 to
     `report.json`.
@@ -30,4 +26,5 @@ def write_evaluation(out: Path, report: Mapping[str, object], logits: Logits, la
     from calibration.metrics import top1
 
     np.savez_compressed(out / "test.npz", logits=logits, labels=labels)
-    write_json(out / "report.json", {**report, "test_top1": top1(logits, labels), "images": len(labels)})
+    content = {**report, "test_top1": top1(logits, labels), "images": len(labels)}
+    (out / "report.json").write_text(json.dumps(content, indent=1) + "\n")

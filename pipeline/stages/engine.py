@@ -14,7 +14,6 @@ from models.errors import CannotRunHere
 from pipeline.run import Run
 from pipeline.stages import provenance
 from pipeline.stages.bundle import bundle
-from pipeline.stages.common import write_json
 from pipeline.stages.compiled import compiled, target_params
 from pipeline.stages.exported import export_of
 from pipeline.store.store import MANIFEST, Inputs, Step
@@ -49,9 +48,9 @@ def engine(run: Run) -> Step:
         shutil.copytree(inputs["compiled"], out, copy_function=_link, dirs_exist_ok=True)
         (out / MANIFEST).unlink()
         shutil.copyfile(inputs["exported"] / "model.json", out / "model.json")
-        write_json(out / "report.json", report)
+        report.write(out)
         if publishes:
-            publishes.publish(export, out, provenance.facts(run, step.key, report))
+            publishes.publish(export, out, provenance.facts(run, step.key, report.accuracy))
 
     step = Step(
         stage="engine",

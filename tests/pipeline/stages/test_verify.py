@@ -308,7 +308,7 @@ class Finished:
     before: dict[str, Path]
 
     def verify(self) -> dict[str, Any]:
-        return verify(self.run, self.export, self.engine, self.before)
+        return verify(self.run, self.export, self.engine, self.before).content()
 
     def doctor(self, stage: str, **arrays: npt.NDArray[Any]) -> None:
         """Replace what a stage says of the test part."""
