@@ -250,8 +250,8 @@ STATEMENT = put_behind("ANEW = 1")
         pytest.param("calibration/training/fit.py", put_behind("# why"), (), id="a comment"),
         pytest.param("models/mobilevit.py", put_for('"""', '"""Anew: '), (), id="a docstring"),
         pytest.param(
-            "pipeline/stages/common.py",
-            put_for("-> None:\n    path", '-> None:\n    """Anew."""\n    path'),
+            "pipeline/stages/weights.py",
+            put_for("-> None:\n    from", '-> None:\n    """Anew."""\n    from'),
             (),
             id="a first docstring",
         ),
