@@ -11,13 +11,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
-from calibration.family_placements import Runtime
 from calibration.recipe import FloatType, Precision, WeightOnly
-from calibration.scheme import Scheme
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from calibration.family_placements import Runtime
+    from calibration.scheme import Scheme
 
     Images: TypeAlias = npt.NDArray[np.float32]  # (N, 3, H, W), preprocessed
     Logits: TypeAlias = npt.NDArray[np.float32]  # (N, classes)
@@ -95,6 +96,18 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """Verified accuracy of an engine on the test part."""
+
+    executed: bool  # False: the graph that the engine was compiled from was executed instead
+    why_not: str | None  # reason why the target itself did not execute the engine
+    by: str  # the program that executed it
+    top1: float  # percent
+    float_top1: float  # percent, of the float model on the same images
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
     """Facts of a verified engine for its model card, beyond its export."""
 
@@ -107,7 +120,7 @@ class Facts:
     weights: str  # source of the weights
     data: str  # name of the dataset of the verification
     toolchain: Mapping[str, str]  # versions of the packages that built the engine
-    report: Mapping[str, object]  # report of the verification
+    accuracy: Accuracy
 
 
 class Session(Protocol):

@@ -12,7 +12,9 @@ import pytest
 from calibration.accuracy_budget import Budget
 from models.external import loader as external
 from models.spec import ModelSpec
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
+from pipeline.stages.quantized import quantized
+from pipeline.stages.weights import weights
 from pipeline.store.store import Store
 from tests.support import pages
 from tests.support.tiny import tiny_run
@@ -49,7 +51,7 @@ def example(tmp_path: Path) -> ModelSpec:
 
 def test_the_example_of_the_readme_becomes_an_engine(tmp_path: Path, example: ModelSpec) -> None:
     run = tiny_run(model=example, preprocess=replace(example.preprocess, size=32))
-    artifact = Store(tmp_path / "store").get(stages.engine(run))
+    artifact = Store(tmp_path / "store").get(engine(run))
     assert artifact.path.name.startswith("smallnet-colours-32-int8_ptq-onnxruntime-")
     assert (artifact.path / "model.onnx").is_file()
     assert {item.name for item in (tmp_path / "user").iterdir()} == {"smallnet.py"}
@@ -70,7 +72,7 @@ def test_the_documented_error_example_fails_as_documented(tmp_path: Path, exampl
 
 def keys(spec: ModelSpec) -> tuple[str, str]:
     run = tiny_run(model=spec)
-    return stages.weights(run).key, stages.quantized(run).key
+    return weights(run).key, quantized(run).key
 
 
 def test_the_code_of_a_model_file_is_part_of_the_keys_and_its_path_is_not(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_the_code_of_packages_beside_a_file_and_of_ours_counts_and_versions_of_o
         "my_blocks/unused.py": "",
     }
     spec = found(tmp_path, files, "net.py:Linear")
-    code = stages.weights(tiny_run(model=spec)).ingredients["code"]
+    code = weights(tiny_run(model=spec)).ingredients["code"]
     assert isinstance(code, dict)
     assert {name for name in code if "/" in name or name.endswith(".py")} == files.keys() - {"my_blocks/unused.py"}
     assert "models._layers" in code
@@ -115,9 +117,9 @@ def test_explain_names_the_changed_file(tmp_path: Path) -> None:
     spec = found(tmp_path, {"net.py": NET, "my_widths.py": "WIDTH = 8\n"}, "net.py:net")
     run = tiny_run("fp32", "null", model=spec)
     store = Store(tmp_path / "store")
-    store.get(stages.weights(run))
+    store.get(weights(run))
     changed = found(tmp_path / "later", {"net.py": NET, "my_widths.py": "WIDTH = 16\n"}, "net.py:net")
-    step = stages.weights(replace(run, model=changed))
+    step = weights(replace(run, model=changed))
     assert store.explain(step) == ["the code of my_widths.py changed"]
 
 
@@ -181,4 +183,4 @@ def test_a_model_of_timm_becomes_an_engine(tmp_path: Path) -> None:
     spec = external.find("timm:mobilenetv3_small_050")
     assert spec
     run = tiny_run("fp32", model=spec, preprocess=replace(spec.preprocess, size=32), max_drop=Budget(value=100.0))
-    assert Store(tmp_path).get(stages.engine(run)).path.name.startswith("timm_mobilenetv3_small_050-colours-32-fp32-")
+    assert Store(tmp_path).get(engine(run)).path.name.startswith("timm_mobilenetv3_small_050-colours-32-fp32-")

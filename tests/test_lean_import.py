@@ -29,7 +29,7 @@ KEYS = """
 import sys, json
 from pathlib import Path
 from models.errors import CannotRunHere
-from pipeline.stages import stages
+from pipeline.stages.engine import deliverable
 from pipeline.cli.parser import parse
 from pipeline.cli.request import read
 from pipeline.store.store import Store
@@ -37,7 +37,7 @@ import targets
 for target in targets.ALL:
     run = read(parse(["engine", "--target", target]))
     try:
-        step = stages.deliverable(run)
+        step = deliverable(run)
     except CannotRunHere:
         continue
     assert not Store(Path(sys.argv[1])).has(step)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from calibration import sanity_checks
 from models.errors import CannotRunHere
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
 from pipeline.store.store import Artifact, Step, Store
 
 Answer: TypeAlias = dict[str, object]
@@ -24,7 +24,7 @@ def engine_step(run: Run) -> Step:
     """
     if reason := run.target.missing():
         raise CannotRunHere(f"there is no engine for {run.target.name} on this machine: {reason}")
-    return stages.engine(run)
+    return engine(run)
 
 
 def built(step: Step, root: Path) -> Artifact:

@@ -11,7 +11,7 @@ import calibration.recipe
 from pipeline.commands.artifacts import Answer, built, identity
 from pipeline.commands.sensitivity import calibrating
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.quantized import quantized as quantized_step
 from pipeline.store.store import Store
 
 log = logging.getLogger("edgeline")
@@ -35,7 +35,7 @@ def with_recipe(run: Run, name: str) -> Run:
 
 def quantized(run: Run, root: Path) -> Answer:
     """Build the quantized program of `run`, and report its accuracy."""
-    step = stages.quantized(run)
+    step = quantized_step(run)
     artifact = built(step, root)
     report = json.loads((artifact.path / "report.json").read_text())
     floats = json.loads((Store(root).get(step.inputs["weights"]).path / "report.json").read_text())

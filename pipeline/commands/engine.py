@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from models.errors import CannotRunHere
 from pipeline.commands.artifacts import Answer, built
 from pipeline.commands.verify import reported
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.run import Run
-from pipeline.stages import stages, validate_model
+from pipeline.stages import validate_model
+from pipeline.stages.engine import deliverable
+from pipeline.stages.exported import exported
+from pipeline.stages.weights import weights
 from pipeline.store.store import Artifact, Store
 from targets.base import Bundles
 
@@ -19,11 +22,11 @@ def engine(run: Run, root: Path) -> Answer:
 
     Raises CannotRunHere, with the bundle in its answer, if this machine can build the bundle only.
     """
-    step = stages.deliverable(run)
-    if Store(root).has(stages.weights(run)) and not Store(root).has(stages.exported(run)):
+    step = deliverable(run)
+    if Store(root).has(weights(run)) and not Store(root).has(exported(run)):
         validate_model.check_target(run)  # the weights were checked for another target
     artifact = built(step, root)
-    answer = reported(artifact, json.loads((artifact.path / "report.json").read_text()))
+    answer = reported(artifact, VerificationReport.read(artifact.path))
     if artifact.step.stage == "bundle":
         assert isinstance(run.target, Bundles)
         command = run.target.next_command(artifact.path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.engine import deliverable
 from pipeline.store.store import Store
 
 
@@ -19,7 +19,7 @@ def explain(run: Run, root: Path) -> Answer:
     store = Store(root)
     rows: list[Answer] = []
     cells = []
-    for step in stages.deliverable(run).chain():
+    for step in deliverable(run).chain():
         cached, why = store.has(step), store.explain(step)
         rows.append({"stage": step.stage, "key": step.key, "cached": cached, "why": why})
         cells.append((step.stage, "hit" if cached else "build", "; ".join(why)))

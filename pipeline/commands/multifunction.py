@@ -12,11 +12,12 @@ from typing import Any
 from models.errors import BadRequest
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
 from pipeline.stages.provenance import facts
 from pipeline.store.store import MANIFEST, Step
-from targets.base import Merges, Part
+from targets.base import Accuracy, Merges, Part
 
 log = logging.getLogger("edgeline")
 
@@ -73,18 +74,18 @@ def merged(functions: Mapping[str, Run]) -> Step:
     first = next(iter(functions.values()))
     target = first.target
     assert isinstance(target, Merges)
-    engines = {name: stages.engine(run) for name, run in functions.items()}
+    engines = {name: engine(run) for name, run in functions.items()}
 
     def build(inputs: Mapping[str, Path], out: Path) -> None:
         parts, rows = {}, []
         for name, run in functions.items():
-            report = json.loads((inputs[name] / "report.json").read_text())
-            known = facts(run, engines[name].key, report)
+            report = VerificationReport.read(inputs[name])
+            known = facts(run, engines[name].key, report.accuracy)
             parts[name] = Part(engine=inputs[name], precision=run.recipe.precision, facts=known)
-            rows.append(_row(name, run, engines[name], report))
+            rows.append(_row(name, run, engines[name], report.accuracy))
         target.merge(parts, out)
-        report = {"functions": rows, "bytes": _bytes(out), "bytes_apart": sum(map(_bytes, inputs.values()))}
-        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        content = {"functions": rows, "bytes": _bytes(out), "bytes_apart": sum(map(_bytes, inputs.values()))}
+        (out / "report.json").write_text(json.dumps(content, indent=1) + "\n")
 
     return Step(
         stage="multifunction",
@@ -92,15 +93,15 @@ def merged(functions: Mapping[str, Run]) -> Step:
         inputs=engines,
         # The key does not depend on the order of `inputs`, but the first function is the default: list the order.
         params={"functions": list(functions), "toolchain": target.toolchain()},
-        code=("pipeline.stages.provenance", type(target).__module__),
+        code=("pipeline.stages.provenance", "pipeline.reports.verification_report", type(target).__module__),
         build=build,
     )
 
 
-def _row(name: str, run: Run, engine: Step, report: Mapping[str, object]) -> dict[str, object]:
+def _row(name: str, run: Run, engine: Step, accuracy: Accuracy) -> dict[str, object]:
     kept = ("top1", "float_top1", "images", "executed", "by")
     row = {"function": name, "recipe": run.recipe.name, "size": run.preprocess.size, "key": engine.key}
-    return row | {field: report[field] for field in kept}
+    return row | {field: getattr(accuracy, field) for field in kept}
 
 
 def _bytes(folder: Path) -> int:

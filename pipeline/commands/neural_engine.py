@@ -10,7 +10,7 @@ import calibration.recipe
 from calibration.recipe import Qat
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store
 
 log = logging.getLogger("edgeline")
@@ -26,11 +26,11 @@ def placement(run: Run, root: Path) -> Answer:
     from targets.coreml.target import PACKAGE
 
     engine_step(run)  # raises CannotRunHere if coremltools is missing
-    if run.weights is None and not Store(root).has(stages.compiled(run)):
+    if run.weights is None and not Store(root).has(compiled(run)):
         recipe = calibration.recipe.ALL["int8_ptq"] if isinstance(run.recipe, Qat) else run.recipe
         run = replace(run, recipe=recipe, trained=False)
         log.info("the engine is not built yet: using a package with random weights, RECIPE=%s", recipe.name)
-    artifact = built(stages.compiled(run), root)
+    artifact = built(compiled(run), root)
     found = eligibility(read(artifact.path / PACKAGE).operations)
     for finding in found.findings:
         log.info("%s", finding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from models.errors import CannotRunHere
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.run import Run
 from pipeline.store.store import Artifact
 from targets.base import HasUnits, Session
@@ -87,8 +87,8 @@ def _measurement(
 
     samples = time_session(session, images, plan)
     after = Conditions.now()
-    report = json.loads((artifact.path / "report.json").read_text())
-    accuracy = report.get("units", {}).get(unit, report)
+    report = VerificationReport.read(artifact.path)
+    on_unit = report.units.get(unit) if unit else None
     return Row(
         model=run.model.name,
         family=run.model.family,
@@ -98,7 +98,7 @@ def _measurement(
         precision=run.recipe.precision,
         size=run.preprocess.size,
         batch=run.batch,
-        threads=threads() if "threads" in report["inspected"] else None,  # now, not at verification
+        threads=threads() if "threads" in report.inspected else None,  # now, not at verification
         unit=unit,
         artifact_key=artifact.key,
         artifact_path=str(artifact.path),
@@ -107,9 +107,9 @@ def _measurement(
         samples_ns=tuple(samples),
         versions=run.target.toolchain(),
         conditions={"before": asdict(before), "after": asdict(after)},
-        top1=accuracy["top1"],
-        float_top1=report["float_top1"],
-        agreement=accuracy["agreement"],
+        top1=(on_unit or report.accuracy).top1,
+        float_top1=report.accuracy.float_top1,
+        agreement=(on_unit or report).agreement,
         identity=identity_of(run),
     )
 

@@ -16,9 +16,11 @@ from models.errors import BadRequest, CannotRunHere, CheckFailed
 from pipeline.cli import table
 from pipeline.commands.artifacts import identity
 from pipeline.run import Run
-from pipeline.stages import stages
-from pipeline.stages.stages import Inputs
-from pipeline.store.store import Step, Store
+from pipeline.stages.common import versions
+from pipeline.stages.compiled import compiled
+from pipeline.stages.exported import export_of, exported
+from pipeline.stages.quantized import quantized
+from pipeline.store.store import Inputs, Step, Store
 from targets.base import NO_OPTIONS
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def proof(run: Run) -> Step:
         stage="proof",
         label=run.label(run.recipe.name),
         inputs=inputs,
-        params={"versions": stages.versions("torch", "torchao", "onnx", "coremltools")},
+        params={"versions": versions("torch", "torchao", "onnx", "coremltools")},
         code=("pipeline.stages.qparams_parity",),
         build=build,
     )
@@ -84,14 +86,14 @@ def made(run: Run) -> dict[str, Step]:
     if reason := coreml.target.missing():
         raise CannotRunHere(f"cannot prove without a Core ML package: {reason}")
     rtx, cpu = (replace(run, target=targets.ALL[name], options=NO_OPTIONS) for name in ("rtx", "cpu"))
-    checkpoint = stages.quantized(coreml)
-    served = cpu.target.missing() is None and stages.quantized(cpu).key == checkpoint.key
+    checkpoint = quantized(coreml)
+    served = cpu.target.missing() is None and quantized(cpu).key == checkpoint.key
     return {
         "quantized": checkpoint,
-        "exported": stages.exported(coreml),
-        "tensorrt": stages.compiled(rtx) if rtx.target.missing() is None else typed(rtx),
-        "coreml": stages.compiled(coreml),
-        **({"cpu": stages.compiled(cpu)} if served else {}),
+        "exported": exported(coreml),
+        "tensorrt": compiled(rtx) if rtx.target.missing() is None else typed(rtx),
+        "coreml": compiled(coreml),
+        **({"cpu": compiled(cpu)} if served else {}),
     }
 
 
@@ -103,13 +105,13 @@ def typed(run: Run) -> Step:
 
         from targets.tensorrt.target import typed_onnx
 
-        onnx.save(typed_onnx(stages.export_of(run, inputs["exported"])), out / "model.onnx")
+        onnx.save(typed_onnx(export_of(run, inputs["exported"])), out / "model.onnx")
 
     return Step(
         stage="typed",
         label=run.label(run.recipe.name),
-        inputs={"exported": stages.exported(run)},
-        params={"batch": run.batch, "half": run.half, "versions": stages.versions("onnx", "onnx-ir", "onnxruntime")},
+        inputs={"exported": exported(run)},
+        params={"batch": run.batch, "half": run.half, "versions": versions("onnx", "onnx-ir", "onnxruntime")},
         code=("targets.tensorrt.target",),
         build=build,
     )

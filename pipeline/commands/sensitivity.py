@@ -17,7 +17,8 @@ import calibration.recipe
 from calibration.recipe import Ptq, Qat
 from pipeline.cli import table
 from pipeline.run import Run
-from pipeline.stages.stages import versions, weights
+from pipeline.stages.common import versions
+from pipeline.stages.weights import weights
 from pipeline.store.store import Step, Store
 
 _FILE = "sensitivity.json"

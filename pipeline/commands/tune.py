@@ -26,7 +26,7 @@ from calibration.qdq_placement import KINDS, LAYERS, Kind, Placement, parse
 from calibration.recipe import Ptq, Qat
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store, plain
 from pipeline.timing.interleaved import Comparison, ComparisonPlan, Speedup, compare
 from targets.base import Accounts
@@ -222,7 +222,7 @@ class Search:
     def record(self) -> Log:
         """The log of this model, target, machine, budget and plan, and of the current cache keys of the engines."""
         ingredients = {
-            "engines": [stages.compiled(run).key for run in (self._placed(LAYERS), *self._float_runs.values())],
+            "engines": [compiled(run).key for run in (self._placed(LAYERS), *self._float_runs.values())],
             "budget": str(self.run.max_drop),
             "plan": plain(self.plan),
             "machine": [os.uname().nodename, threads()],
@@ -357,7 +357,7 @@ class Search:
         return self._compiled(self._placed(placement))
 
     def _compiled(self, run: Run) -> Path:
-        return Store(self.root).get(stages.compiled(run)).path
+        return Store(self.root).get(compiled(run)).path
 
     def _timed(self, engines: Mapping[str, Path], plan: ComparisonPlan) -> Comparison:
         with ExitStack() as opened:

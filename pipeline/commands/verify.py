@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer, built, engine_step, identity
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.exported import export_of
 from pipeline.store.store import Artifact, Store
 
 _REPORTED = ("executed", "why_not", "by", "top1", "float_top1", "lost", "agreement", "images", "snr_db")
@@ -33,26 +33,27 @@ def verify(run: Run, root: Path) -> Answer:
     step = engine_step(run)
     artifact = built(step, root)
     inputs = {name: Store(root).get(needed).path for name, needed in step.inputs.items()}
-    report = verified(run, stages.export_of(run, inputs["exported"]), artifact.path, inputs)
+    report = verified(run, export_of(run, inputs["exported"]), artifact.path, inputs)
     return reported(artifact, report)
 
 
-def reported(artifact: Artifact, report: dict[str, Any]) -> Answer:
+def reported(artifact: Artifact, report: VerificationReport) -> Answer:
     """Log the report of a verification, and return its part of the answer."""
     rows = [
         (
-            *(step["name"], step["top1"], step["snr_db"] if place else None),
-            *(step[name] for name in ("noise_db", "changed", "ties")),
+            *(step.name, step.top1, step.snr_db if place else None),
+            *(step.noise_db, step.changed, step.ties),
         )
-        for place, step in enumerate(report["steps"])
+        for place, step in enumerate(report.steps)
     ]
     table.log(_COLUMNS, rows, indent="  ")
-    for name, found in report["inspected"].get("parity", {}).items():
+    for name, found in report.inspected.get("parity", {}).items():
         log.info(
             "  parity of %s: %d operators match torch, %d integers equal", name, found["operators"], found["integers"]
         )
-    lost = report["lost"]
-    log.info("  lost: %.2f points [%.2f, %.2f] on %d images", lost["points"], *lost["interval"], lost["images"])
-    if report["why_not"]:
-        log.info("  %s", report["why_not"])
-    return identity(artifact) | {"files": artifact.files()} | {name: report[name] for name in _REPORTED}
+    lost = report.lost
+    log.info("  lost: %.2f points [%.2f, %.2f] on %d images", lost.points, *lost.interval, lost.images)
+    if report.accuracy.why_not:
+        log.info("  %s", report.accuracy.why_not)
+    content = report.content()
+    return identity(artifact) | {"files": artifact.files()} | {name: content[name] for name in _REPORTED}

@@ -29,7 +29,8 @@ from pipeline import process_setup
 from pipeline.cli import table as tables
 from pipeline.commands.artifacts import Answer
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
+from pipeline.stages.exported import export_of
 from pipeline.store.store import MANIFEST, Store
 
 LARGEST = 60_000_000  # parameters of the largest model that is built by default
@@ -125,7 +126,7 @@ def rows_of(spec: ModelSpec, root: Path) -> list[Row]:
     Earlier rows are returned while their cache keys are unchanged: they hold the peak memory of the actual builds.
     """
     runs = [_run(spec, recipe, target) for recipe in RECIPES for target in TARGETS]
-    keys = [stages.compiled(run).key for run in runs]
+    keys = [compiled(run).key for run in runs]
     kept = root / _FOLDER / f"{spec.name}.json"
     if kept.exists() and (earlier := json.loads(kept.read_text()))["keys"] == keys:
         return [Row(**row) for row in earlier["rows"]]
@@ -154,9 +155,9 @@ def _row(run: Run, store: Store) -> Row:
         if reason := run.target.missing():
             status = f"not built: {reason}"
         else:
-            step = stages.compiled(run)
+            step = compiled(run)
             artifact = store.get(step)
-            export = stages.export_of(run, store.get(step.inputs["exported"]).path)
+            export = export_of(run, store.get(step.inputs["exported"]).path)
             run.target.inspect(export, artifact.path)
             nodes, rank = _shape(export.onnx)
             size = sum(artifact.files().values())

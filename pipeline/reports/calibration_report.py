@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from pipeline.commands.sensitivity import calibrating
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.common import versions
+from pipeline.stages.exported import exported as exported_step
+from pipeline.stages.quantized import quantized as quantized_step
 from pipeline.store.store import Step, Store, file_digest
 from targets.tensorrt.calibration_cache import CalibrationCache, text, version_number
 
@@ -49,7 +51,7 @@ def write(run: Run, root: Path) -> dict[str, object]:
 
 def step(run: Run) -> Step:
     """Return the step that builds the report of the post-training quantization of `run`."""
-    quantized, exported = stages.quantized(run), stages.exported(run)
+    quantized, exported = quantized_step(run), exported_step(run)
     recipe = calibrating(run)
 
     def build(inputs: Mapping[str, Path], out: Path) -> None:
@@ -91,7 +93,7 @@ def step(run: Run) -> Step:
             "scheme": run.target.scheme,
             "seed": run.seed,
             "page": file_digest(Path(__file__).parent / _TEMPLATE),
-            "versions": stages.versions("onnx"),
+            "versions": versions("onnx"),
         },
         code=("pipeline.reports.calibration_report", "calibration.sample_size"),
         build=build,

@@ -29,7 +29,6 @@ from calibration.progress import bar
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from pipeline.stages import operator_parity
-from pipeline.stages.attention_masks import with_open_rows
 from targets import forced_evaluation
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnx.fp16_ranges import measured
@@ -91,6 +90,7 @@ def export(
     import torch
 
     from calibration.graph import exported_program as programs
+    from calibration.graph.attention_masks import with_open_rows
 
     _lint(program, {**description, "model": asked} if asked else description, target)
     program = with_open_rows(program)
@@ -143,6 +143,7 @@ def _lines(graph: GraphModule) -> dict[str, str]:
 
 def check(program: ExportedProgram, target: str | None = None) -> None:
     """Run the checks of `export` that need no images. Raises CheckFailed if the linter or the ONNX exporter fails."""
+    from calibration.graph.attention_masks import with_open_rows
     from pipeline.stages.lint import lint
 
     _refuse_errors(lint(program, target))

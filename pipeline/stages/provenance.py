@@ -6,12 +6,11 @@ import ast
 import functools
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.spec import ModelSpec
-from targets.base import Facts
+from targets.base import Accuracy, Facts
 
 if TYPE_CHECKING:
     from pipeline.run import Run
@@ -19,22 +18,26 @@ if TYPE_CHECKING:
 _ROOT = Path(__file__).parents[2]
 
 
-def facts(run: Run, key: str, report: Mapping[str, object]) -> Facts:
-    """Return the provenance of the engine with cache key `key` and verification report `report`."""
+def facts(run: Run, key: str, accuracy: Accuracy) -> Facts:
+    """Return the provenance of the engine with cache key `key` and verified accuracy `accuracy`."""
     spec = run.model
-    published = f"{spec.top1} % top-1 on ImageNet-1k ({spec.source})" if spec.top1 else None
     return Facts(
         key=key,
         version=version(),
         model=spec.name,
         recipe=run.recipe.name,
         paper=paper(spec),
-        published=published,
+        published=published(spec),
         weights=_weights(run),
         data=run.data.name,
         toolchain=run.target.toolchain(),
-        report=report,
+        accuracy=accuracy,
     )
+
+
+def of_model(run: Run) -> dict[str, object]:
+    """Return the facts about the run's model that only the engine's key holds."""
+    return {"paper": paper(run.model), "published": published(run.model), "weights": _weights(run)}
 
 
 @functools.cache
@@ -51,6 +54,11 @@ def paper(spec: ModelSpec) -> str | None:
     text = ast.get_docstring(ast.parse(file.read_bytes())) or ""
     cited = re.search(r"\n\n(.+?arXiv \d{4}\.\d{5})", text, re.DOTALL)
     return " ".join(cited[1].split()) if cited else None
+
+
+def published(spec: ModelSpec) -> str | None:
+    """Return the published accuracy of a model with its source; None if it is unknown."""
+    return f"{spec.top1} % top-1 on ImageNet-1k ({spec.source})" if spec.top1 else None
 
 
 def _weights(run: Run) -> str:

@@ -23,7 +23,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +34,11 @@ from calibration.metrics import Labels, Logits, agreement, by_class, losing_clas
 from calibration.progress import bar
 from calibration.recipe import FloatType, Ptq, Qat
 from models.errors import CheckFailed, printable
+from pipeline.reports.verification_report import StepResult, UnitResult, VerificationReport
 from pipeline.stages import accuracy_loss, operator_parity
 from pipeline.stages.divergence import engine_divergence, graph_divergence
 from targets import forced_evaluation
-from targets.base import Evaluates, Forces, HasUnits
+from targets.base import Accuracy, Evaluates, Forces, HasUnits
 from targets.host import in_queries, padded
 from targets.onnx.fp16_emulation import executor
 from targets.onnx.reference import reference
@@ -63,20 +64,6 @@ _GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
 log = logging.getLogger("edgeline")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """Results of one step on the test part, compared with the previous step."""
-
-    name: str
-    top1: float  # percent
-    agreement: float  # percent of images with the same predicted class as in the previous step
-    snr_db: float  # signal-to-noise ratio of the logits against those of the previous step
-    # Comparison with the noise of two correct executions; None for steps whose difference is limited by accuracy alone.
-    noise_db: float | None = None
-    changed: int | None = None  # predictions that differ beyond the noise
-    ties: int | None = None  # predictions that differ within the noise
-
-
 @dataclass(kw_only=True, slots=True)
 class Ladder:
     """Steps from the float model to the artifact. Each step is compared with the previous step when it is added."""
@@ -85,7 +72,7 @@ class Ladder:
     float_logits: Logits
     logits: Logits  # of the last step
     yardstick: Callable[[FloatType], Yardstick]
-    steps: list[Step] = field(default_factory=list)
+    steps: list[StepResult] = field(default_factory=list)
 
     def add(self, name: str, logits: Logits, *, float_type: FloatType, diverging: Callable[[], str]) -> None:
         """Add a step that must match the previous step up to rounding in `float_type`.
@@ -96,21 +83,23 @@ class Ladder:
         self.steps.append(self._within_noise(name, logits, float_type, diverging))
         self.logits = logits
 
-    def beside(self, name: str, logits: Logits, *, float_type: FloatType) -> dict[str, float]:
+    def beside(self, name: str, logits: Logits, *, float_type: FloatType) -> UnitResult:
         """Return the accuracy of a second execution of the last step, without adding a step.
 
         Raises CheckFailed as `add` does.
         """
         step = self._within_noise(name, logits, float_type, lambda: f"{self.steps[-1].name} is correct")
         same = agreement(self.float_logits, logits)
-        return {"top1": round(step.top1, 3), "agreement": round(same, 3), "snr_db": step.snr_db}
+        return UnitResult(top1=round(step.top1, 3), agreement=round(same, 3), snr_db=step.snr_db)
 
     def note(self, name: str, logits: Logits) -> None:
         """Add a step that may differ from the previous step; the accuracy budget limits the difference."""
         self.steps.append(self._compared(name, logits))
         self.logits = logits
 
-    def _within_noise(self, name: str, logits: Logits, float_type: FloatType, diverging: Callable[[], str]) -> Step:
+    def _within_noise(
+        self, name: str, logits: Logits, float_type: FloatType, diverging: Callable[[], str]
+    ) -> StepResult:
         distance = self.yardstick(float_type).distance(self.logits, logits)
         if distance.exceeds:
             raise CheckFailed(
@@ -126,8 +115,8 @@ class Ladder:
             ties=distance.ties,
         )
 
-    def _compared(self, name: str, logits: Logits) -> Step:
-        return Step(
+    def _compared(self, name: str, logits: Logits) -> StepResult:
+        return StepResult(
             name=name,
             top1=top1(logits, self.labels),
             agreement=agreement(self.logits, logits),
@@ -135,7 +124,7 @@ class Ladder:
         )
 
 
-def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -> dict[str, object]:
+def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -> VerificationReport:
     """Verify `engine` and return the report. `before` holds the folders of the stages `weights` and `quantized`.
 
     Raises CheckFailed if a step changed the model, or the artifact loses more top-1 than `run.max_drop` allows.
@@ -160,15 +149,15 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
             execute = partial(in_queries, session.infer, session.batch)
             ladder = _all_steps(run, export, before, (run.target.name, execute), diverging)
         units = _on_units(run, export, engine, ladder) if isinstance(run.target, HasUnits) else {}
-        return {**_report(run, export, ladder), **units, "inspected": inspected}
+        return replace(_report(run, export, ladder, inspected), units=units)
     if isinstance(run.target, Evaluates):
         last = run.target.evaluator, run.target.evaluate(export, engine)
         ladder = _all_steps(run, export, before, last, diverging)
         why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
-        return {**_report(run, export, ladder, executed=True, why_not=why_not), "inspected": inspected}
+        return _report(run, export, ladder, inspected, why_not=why_not)
     graph = run.target.graph(engine)
     ladder = _all_steps(run, export, before, executor(graph) if graph else None, diverging)
-    return {**_report(run, export, ladder, executed=False, why_not=f"not executed: {why_not}"), "inspected": inspected}
+    return _report(run, export, ladder, inspected, executed=False, why_not=f"not executed: {why_not}")
 
 
 def _program(export: Export) -> GraphModule:
@@ -202,7 +191,7 @@ def _engine_parity(run: Run, export: Export, engine: Path, program: GraphModule)
     return operator_parity.check(program, _query(run, export), names, forced, name, float_type=float_type, wide=wide)
 
 
-def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, object]:
+def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, UnitResult]:
     """Return the accuracy on each compute unit of the target, and the distance from the last step of `ladder`, in which
     the runtime chose the units. Raises CheckFailed if the logits on a unit differ by more than the noise.
     """
@@ -213,10 +202,10 @@ def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[st
             logits = _outputs(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
         float_type = run.target.float_type(export.precision)
         units[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
-    return {"units": units}
+    return units
 
 
-def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> dict[str, object]:
+def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> VerificationReport:
     """Verify the graph in a bundle, whose engine is built later on the device, and return the report.
 
     Raises CheckFailed as `verify` does.
@@ -242,8 +231,8 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
         return graph_divergence(export, graph, query)
 
     ladder = _all_steps(run, export, before, executor(graph), diverging)
-    report = _report(run, export, ladder, executed=False, why_not=f"not executed: {run.target.missing()}")
-    return {**report, "inspected": {"parity": proven}}
+    why_not = f"not executed: {run.target.missing()}"
+    return _report(run, export, ladder, {"parity": proven}, executed=False, why_not=why_not)
 
 
 def _all_steps(
@@ -319,8 +308,14 @@ def _query(run: Run, export: Export) -> Images:
 
 
 def _report(
-    run: Run, export: Export, ladder: Ladder, *, executed: bool = True, why_not: str | None = None
-) -> dict[str, object]:
+    run: Run,
+    export: Export,
+    ladder: Ladder,
+    inspected: Mapping[str, object],
+    *,
+    executed: bool = True,
+    why_not: str | None = None,
+) -> VerificationReport:
     """Return the report of the ladder's last step. Raises CheckFailed if it exceeds the accuracy budget."""
     accurate, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
     loss = accuracy_loss.loss(ladder.float_logits, ladder.logits, ladder.labels)
@@ -335,19 +330,22 @@ def _report(
             f"{'' if loss.interval[0] > allowed else '; the budget lies in the interval: test with more images'}"
             f"; try {_remedy(run, export)}"
         )
-    return {
-        "executed": executed,
-        "why_not": why_not,
-        "by": ladder.steps[-1].name,
-        "top1": round(accurate, 3),
-        "float_top1": round(reference, 3),
-        "lost": asdict(loss),
-        "agreement": round(agreement(ladder.float_logits, ladder.logits), 3),
-        "snr_db": round(snr_db(ladder.float_logits, ladder.logits), 2),
-        "images": len(ladder.labels),
-        "steps": [asdict(step) for step in ladder.steps],
-        **by_class(*judged),
-    }
+    return VerificationReport(
+        accuracy=Accuracy(
+            executed=executed,
+            why_not=why_not,
+            by=ladder.steps[-1].name,
+            top1=round(accurate, 3),
+            float_top1=round(reference, 3),
+            images=len(ladder.labels),
+        ),
+        lost=loss,
+        agreement=round(agreement(ladder.float_logits, ladder.logits), 3),
+        snr_db=round(snr_db(ladder.float_logits, ladder.logits), 2),
+        steps=tuple(ladder.steps),
+        by_class=by_class(*judged),
+        inspected=inspected,
+    )
 
 
 def _remedy(run: Run, export: Export) -> str:

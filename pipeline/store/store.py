@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias, TypeGuard
 
 from models.errors import CannotRunHere
 from pipeline.store import in_use, integrity, storage_errors
@@ -38,6 +38,7 @@ __all__ = [
     "QUARANTINE",
     "RESUME",
     "Artifact",
+    "Inputs",
     "Step",
     "Store",
     "file_digest",
@@ -53,6 +54,8 @@ _ATTEMPTS = 3  # to build an artifact, where its inputs are damaged during the b
 _ROOT = Path(__file__).parents[2]
 _LAYERS = ("pipeline", "targets", "calibration", "models")
 
+Inputs: TypeAlias = Mapping[str, Path]  # the folder of each input artifact by name
+
 log = logging.getLogger("edgeline")
 
 
@@ -60,8 +63,10 @@ log = logging.getLogger("edgeline")
 class Step:
     """Description of one artifact: `build` makes it from `inputs` and `params` with the code of the modules `code`.
 
-    `code` holds Edgeline's modules by dotted name (`module:definition` for a single definition) and a user's modules by
-    file. `build` is called with the folders of the inputs by name and the empty folder to fill.
+    `code` holds Edgeline's modules by dotted name and a user's modules by file; the key holds the digest of each with
+    all that it imports. The file that defines `build` is added without its imports: it also imports earlier stages and
+    checks, which leave nothing in the artifact. `build` is called with the folders of the inputs by name and the empty
+    folder to fill.
     """
 
     stage: str
@@ -69,7 +74,7 @@ class Step:
     inputs: Mapping[str, Step]
     params: Mapping[str, object]
     code: tuple[str | Path, ...]
-    build: Callable[[Mapping[str, Path], Path], None]
+    build: Callable[[Inputs, Path], None]
 
     @cached_property
     def ingredients(self) -> dict[str, object]:
@@ -78,7 +83,7 @@ class Step:
             "inputs": {name: step.key for name, step in self.inputs.items()},
             "params": plain(self.params),
             "code": {name: digest for root in self.code for name, digest in _code(root).items()}
-            | _own_code(_Module(self.build.__module__), self.build.__qualname__.partition(".")[0]),
+            | _file_code(_Module(self.build.__module__)),
         }
 
     @cached_property
@@ -317,12 +322,11 @@ class _Module(NamedTuple):
 def _code(root: str | Path) -> dict[str, str]:
     """Return the digest of the code of `root` and of all modules that it imports, transitively, by module.
 
-    Imports at module level and inside functions count. Modules of Edgeline are tracked, and for a user's file also the
-    modules in its folder. Packages that a user's file imports are tracked by version.
+    Imports at module level and inside functions count, those under `if TYPE_CHECKING:` do not: they never run. Modules
+    of Edgeline are tracked, and for a user's file also the modules in its folder. Packages that a user's file imports
+    are tracked by version.
     """
-    if isinstance(root, str) and ":" in root:  # a definition in a module of ours
-        name, _, definition = root.partition(":")
-        return _own_code(_Module(name), definition)
+    digests: dict[str, str] = {}
     visited: set[_Module] = set()
     packages: set[str] = set()
     pending = [_Module(root) if isinstance(root, str) else _Module(root.stem, root.parent)]
@@ -331,17 +335,21 @@ def _code(root: str | Path) -> dict[str, str]:
         if module in visited or not module.file.is_file():
             continue
         visited.add(module)
+        digests |= _file_code(module)
         for name in _imports(module):
             pending += _places(name, module)
             packages |= set() if module.ours else {name.partition(".")[0]}
-    return {module.label: _file_code(module) for module in sorted(visited)} | _installed(packages)
+    return digests | _installed(packages)
 
 
 @functools.cache
 def _imports(module: _Module) -> frozenset[str]:
     """Return the dotted names that a module imports. `from a import b` gives `a` and `a.b`: `b` may be a module."""
     names: set[str] = set()
-    for node in ast.walk(_tree(module)):
+    pending: list[ast.AST] = [_tree(module)]
+    while pending:
+        node = pending.pop()
+        pending += node.orelse if _for_type_checkers(node) else ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -349,6 +357,11 @@ def _imports(module: _Module) -> frozenset[str]:
             start = [*above, node.module] if node.module else above
             names |= {".".join(start), *(".".join([*start, alias.name]) for alias in node.names)}
     return frozenset(names)
+
+
+def _for_type_checkers(node: ast.AST) -> TypeGuard[ast.If]:
+    """Return whether `node` is `if TYPE_CHECKING:`."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _places(name: str, module: _Module) -> list[_Module]:
@@ -372,45 +385,13 @@ def _installed(packages: Collection[str]) -> dict[str, str]:
 
 
 @functools.cache
-def _file_code(module: _Module) -> str:
-    """Return the digest of a module's syntax tree: editing comments, docstrings or layout rebuilds nothing."""
-    return _digest(_tree(module))
-
-
-@functools.cache
-def _own_code(module: _Module, name: str) -> dict[str, str]:
-    """Return the digests of the definition `name` of an Edgeline module and of the module's definitions that it uses,
-    transitively.
-
-    Stages that share a module depend only on their own definitions, not on the whole module.
+def _file_code(module: _Module) -> dict[str, str]:
+    """Return the digest of a module's syntax tree by its label: editing comments, docstrings or layout rebuilds
+    nothing. Empty for a module without a file, such as `__main__`.
     """
-    if not module.file.exists():
+    if not module.file.is_file():
         return {}
-    definitions = _definitions(_tree(module))
-    visited: set[str] = set()
-    pending = [name]
-    while pending:
-        used = pending.pop()
-        if used in definitions and used not in visited:
-            visited.add(used)
-            pending += [node.id for node in ast.walk(definitions[used]) if isinstance(node, ast.Name)]
-    return {f"{module.name}.{name}": _digest(definitions[name]) for name in sorted(visited)}
-
-
-def _definitions(tree: ast.Module) -> dict[str, ast.stmt]:
-    """Return the module-level functions, classes and constants by name."""
-    definitions: dict[str, ast.stmt] = {}
-    for statement in tree.body:
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            definitions[statement.name] = statement
-        elif isinstance(statement, ast.Assign | ast.AnnAssign):
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            definitions |= {target.id: statement for target in targets if isinstance(target, ast.Name)}
-    return definitions
-
-
-def _digest(node: ast.AST) -> str:
-    return hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+    return {module.label: hashlib.sha256(ast.dump(_tree(module)).encode()).hexdigest()[:16]}
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import calibration.recipe
 from calibration import family_placements
 from calibration.recipe import Ptq, Qat, Recipe, with_ptq
-from pipeline.stages import stages
+from pipeline.stages.weights import weights as weights_step
 from pipeline.store.store import plain
 from pipeline.timing.results_db import Identity
 
@@ -33,7 +33,7 @@ _APART: Final = frozenset(
 
 def identity(run: Run) -> Identity:
     """Return the identity of measurements of the run's engine. Reads the checkpoint once; builds nothing."""
-    weights = stages.weights(run)
+    weights = weights_step(run)
     digest = weights.params["file"]
     from_file = run.weights is not None and isinstance(digest, str)
     return Identity(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Final
 import calibration.recipe
 from models.errors import CheckFailed
 from pipeline.cli import table
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
 from pipeline.store.store import Artifact, Store
 from pipeline.timing.interleaved import LEAST_GAIN, Comparison, ComparisonPlan, Speedup, compare
 from targets.base import Accounts
@@ -159,7 +159,7 @@ def _query(run: Run) -> Images:
 
 
 def _float_engine(run: Run, recipe: str, root: Path) -> Artifact:
-    return Store(root).get(stages.engine(replace(run, recipe=calibration.recipe.ALL[recipe])))
+    return Store(root).get(engine(replace(run, recipe=calibration.recipe.ALL[recipe])))
 
 
 def _no_half(run: Run) -> str | None:
@@ -169,14 +169,15 @@ def _no_half(run: Run) -> str | None:
 
 
 def _engine(run: Run, recipe: str, artifact: Artifact) -> Engine:
-    report = json.loads((artifact.path / "report.json").read_text())
+    report = VerificationReport.read(artifact.path)
+    accuracy = report.accuracy
     share = integer_share(run.target.macs(artifact.path)) if isinstance(run.target, Accounts) else None
     return Engine(
         recipe=recipe,
-        top1=report["top1"],
-        drop=report["float_top1"] - report["top1"],
-        allowed=run.max_drop.tolerance(report["float_top1"], report["images"]),
-        agreement=report["agreement"],
+        top1=accuracy.top1,
+        drop=accuracy.float_top1 - accuracy.top1,
+        allowed=run.max_drop.tolerance(accuracy.float_top1, accuracy.images),
+        agreement=report.agreement,
         bytes=sum(artifact.files().values()),
         integer_share=share,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,16 +113,15 @@ def escaped(text: str) -> str:
 
 
 def _short_description(function: Function) -> str:
-    report, size = function.facts.report, function.exported["size"]
+    accuracy, size = function.facts.accuracy, function.exported["size"]
     return (
-        f"{function.facts.model}, {function.facts.recipe}, {size} pixels: top-1 {report['top1']} % on the "
-        f"{report['images']} test images of {function.facts.data}"
+        f"{function.facts.model}, {function.facts.recipe}, {size} pixels: top-1 {accuracy.top1} % on the "
+        f"{accuracy.images} test images of {function.facts.data}"
     )
 
 
 def _measured(function: Function) -> dict[str, object]:
-    facts, report = function.facts, function.facts.report
-    accuracy = {name: report[name] for name in ("top1", "float_top1", "images", "executed", "by", "why_not")}
+    facts = function.facts
     return {
         "recipe": facts.recipe,
         "size": function.exported["size"],
@@ -132,7 +131,7 @@ def _measured(function: Function) -> dict[str, object]:
         "data": facts.data,
         "weights": facts.weights,
         "toolchain": dict(facts.toolchain),
-        **accuracy,
+        **asdict(facts.accuracy),
     }
 
 
@@ -164,8 +163,8 @@ def _measurements(functions: Sequence[Function]) -> Iterator[str]:
     yield "| " + "function | " * named + "recipe | pixels | computed in | top-1 | float | images | computed by | key |"
     yield "|" + "---|" * (8 + named)
     for function in functions:
-        facts, report = function.facts, function.facts.report
-        by = report["by"] if report["executed"] else f"{report['by']}, instead of the package"
+        facts, accuracy = function.facts, function.facts.accuracy
+        by = accuracy.by if accuracy.executed else f"{accuracy.by}, instead of the package"
         cells = (
             facts.recipe,
             function.exported["size"],
@@ -174,16 +173,16 @@ def _measurements(functions: Sequence[Function]) -> Iterator[str]:
             else "FP16, INT8 where quantized"
             if function.precision == "int8"
             else "FP16",
-            f"{report['top1']} %",
-            f"{report['float_top1']} %",
-            f"{report['images']} of {facts.data}",
+            f"{accuracy.top1} %",
+            f"{accuracy.float_top1} %",
+            f"{accuracy.images} of {facts.data}",
             by,
             facts.key[:_KEY_LETTERS],
         )
         yield "| " + f"{function.name} | " * named + " | ".join(escaped(str(cell)) for cell in cells) + " |"
     yield "\nTop-1 is the share of test images whose most likely class is correct; `float` is the top-1 accuracy of the"
     yield "float weights before quantization or compression, on the same images."
-    if reasons := sorted({str(function.facts.report["why_not"]) for function in functions} - {"None"}):
+    if reasons := sorted({reason for function in functions if (reason := function.facts.accuracy.why_not)}):
         yield f"Not measured on a device: {escaped('; '.join(reasons))}."
 
 

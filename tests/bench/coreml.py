@@ -32,7 +32,8 @@ from models.errors import EdgelineError
 from pipeline import process_setup
 from pipeline.cli.values import pick
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
+from pipeline.stages.exported import export_of
 from pipeline.store.store import Store
 from targets.base import Evaluates
 
@@ -119,10 +120,10 @@ def _run(name: str, recipe: str, size: str) -> Run:
 def _measured(run: Run, store: Store) -> tuple[tuple[object, ...], object]:
     """Return the cells of a row, and the number of operators of its package by type."""
     assert isinstance(run.target, Evaluates)
-    step = stages.compiled(run)
+    step = compiled(run)
     engine = store.get(step)
     exported = step.inputs["exported"]
-    export = stages.export_of(run, store.get(exported).path)
+    export = export_of(run, store.get(exported).path)
     inspected = run.target.inspect(export, engine.path)
     images, _ = next(run.images("test").batches(360))
     replayed = run.target.replay(export, engine.path, images[: run.batch].numpy())

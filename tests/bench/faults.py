@@ -41,7 +41,8 @@ from models.errors import CheckFailed, EdgelineError
 from pipeline import process_setup
 from pipeline.commands.engine import engine as make_engine
 from pipeline.run import Run
-from pipeline.stages import operator_parity, stages
+from pipeline.stages import operator_parity
+from pipeline.stages.exported import export_of, exported
 from pipeline.store.store import Store
 from targets import forced_evaluation
 from targets.base import Export
@@ -95,7 +96,7 @@ def plants(request: argparse.Namespace) -> int:
         for recipe in request.recipes or ("fp32", "int8_ptq"):
             for target in request.targets:
                 run, weights = planted_run(request, model, recipe, target)
-                export = stages.export_of(run, Store(ROOT).get(stages.exported(run)).path)
+                export = export_of(run, Store(ROOT).get(exported(run)).path)
                 for fault, result, named in planted(export, target):
                     missed += result == "MISSED"
                     row = model, run.preprocess.size, weights, recipe, target, fault, result, named

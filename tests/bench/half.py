@@ -26,7 +26,7 @@ from calibration.data.load import load
 from calibration.metrics import agreement, snr_db
 from pipeline import process_setup
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.exported import export_of, exported
 from pipeline.store.store import Store
 from targets.onnx.fp16_emulation import half_reference
 from targets.onnx.graph import float32_operators
@@ -56,7 +56,7 @@ def main() -> int:
 
 def _row(run: Run) -> float:
     """Print the row of a model and return its decibels."""
-    export = replace(stages.export_of(run, Store(Path("build")).get(stages.exported(run)).path), batch=BATCH)
+    export = replace(export_of(run, Store(Path("build")).get(exported(run)).path), batch=BATCH)
     typed = typed_onnx(export)
     images = np.concatenate([images.numpy() for images, _ in run.images("test").batches(BATCH)])
     expected = reference(export.onnx)(images)

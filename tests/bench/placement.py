@@ -26,7 +26,7 @@ from models.errors import EdgelineError
 from models.spec import Form
 from pipeline import process_setup
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store
 from targets.coreml.neural_engine.eligibility import eligibility
 from targets.coreml.package import read
@@ -85,7 +85,7 @@ def _run(name: str, recipe: str, form: Form, *, small: bool) -> Run:
 
 
 def _figures(run: Run, store: Store) -> dict[str, object]:
-    artifact = store.get(stages.compiled(run))
+    artifact = store.get(compiled(run))
     return eligibility(read(artifact.path / PACKAGE).operations).summary()
 
 

@@ -21,7 +21,7 @@ from calibration.qdq_placement import parse
 from calibration.recipe import Recipe
 from pipeline import process_setup
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store
 from pipeline.timing.interleaved import Comparison, ComparisonPlan, compare
 
@@ -71,7 +71,7 @@ def _timed(name: str) -> Comparison:
     with ExitStack() as opened:
         sessions = {}
         for engine, recipe in recipes.items():
-            built = store.get(stages.compiled(replace(run, recipe=recipe)))
+            built = store.get(compiled(replace(run, recipe=recipe)))
             sessions[engine] = opened.enter_context(_TARGET.open(built.path))
         return compare(sessions, query.numpy(), _PLAN)
 

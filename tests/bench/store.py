@@ -21,7 +21,7 @@ from typing import Final
 from pipeline import process_setup
 from pipeline.cli.parser import parse
 from pipeline.cli.request import read
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
 from pipeline.store.store import Store
 from tests.support.tiny import ROOT
 from tests.support.tiny import surroundings as environment
@@ -89,7 +89,7 @@ def _seconds(arguments: list[str]) -> float:
 def _checks(request: list[str], root: Path) -> tuple[float, float, float]:
     """Return the seconds of a check of the whole chain by metadata and in full, and its size in megabytes."""
     store, run = Store(root), read(parse(request))
-    steps = list(stages.engine(run).chain())
+    steps = list(engine(run).chain())
     _ = [step.key for step in steps]  # known before: no part of a check
 
     def taken() -> float:

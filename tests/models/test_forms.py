@@ -32,8 +32,12 @@ from models.spec import Form, ModelSpec
 from models.swin import Swin, channel_merge, channel_partition, partition
 from pipeline.cli.request import form_of
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
+from pipeline.stages.engine import engine
+from pipeline.stages.exported import exported
 from pipeline.stages.lint import lint
+from pipeline.stages.quantized import quantized
+from pipeline.stages.weights import weights
 from targets.base import Export
 from targets.coreml.package import Package, read
 from targets.coreml.target import PACKAGE, TARGET
@@ -309,9 +313,9 @@ def test_forms_share_the_weights_and_nothing_after_them() -> None:
         preprocess=data.preprocess(spec),
     )
     channels = replace(tokens, form="channels")
-    assert stages.weights(tokens).key == stages.weights(channels).key
-    assert stages.weights(tokens).label == stages.weights(channels).label
-    for stage in (stages.quantized, stages.exported, stages.compiled, stages.engine):
+    assert weights(tokens).key == weights(channels).key
+    assert weights(tokens).label == weights(channels).label
+    for stage in (quantized, exported, compiled, engine):
         assert stage(tokens).key != stage(channels).key
         assert "-channels-" in stage(channels).label and "channels" not in stage(tokens).label
 

@@ -18,7 +18,9 @@ import targets
 from calibration.recipe import with_ptq
 from models.spec import Form
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
+from pipeline.stages.exported import export_of
+from pipeline.stages.exported import exported as exported_step
 from pipeline.store.store import Store
 from targets.base import Evaluates, Export
 from tests.support.tiny import Colours
@@ -66,7 +68,7 @@ def run_of(name: str, recipe: str, target: str, form: Form = "tokens") -> Run:
 
 def exported(name: str, recipe: str, store: Path, form: Form = "tokens") -> Export:
     run = run_of(name, recipe, "cpu", form)
-    return stages.export_of(run, Store(store).get(stages.exported(run)).path)
+    return export_of(run, Store(store).get(exported_step(run)).path)
 
 
 def test_every_family_has_a_small_variant() -> None:
@@ -80,7 +82,7 @@ def test_every_family_is_built_and_matches_its_export(name: str, recipe: str, ta
     run = run_of(name, recipe, target)
     if reason := run.target.missing():
         pytest.skip(f"{target}: {reason}")
-    artifact, export = Store(shared).get(stages.compiled(run)), exported(name, recipe, shared)
+    artifact, export = Store(shared).get(compiled(run)), exported(name, recipe, shared)
     run.target.inspect(export, artifact.path)
     assert sum(artifact.files().values()) > 10_000
     if isinstance(run.target, Evaluates):

@@ -16,7 +16,9 @@ from calibration.data.image_folder import Folder
 from models.errors import BadRequest
 from pipeline.commands.engine import engine as make_engine
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
+from pipeline.stages.engine import engine as engine_step
+from pipeline.stages.weights import weights
 from pipeline.store.store import Store
 from targets.coreml.options import CoreMLOptions
 from tests.support.tiny import SIDE, tiny_run
@@ -59,7 +61,7 @@ def icons(root: Path, colour: int) -> Path:
 
 def made(run: Run, store: Path) -> dict[str, Any]:
     """Return the report of the float weights."""
-    report: dict[str, Any] = json.loads((Store(store).get(stages.weights(run)).path / "report.json").read_text())
+    report: dict[str, Any] = json.loads((Store(store).get(weights(run)).path / "report.json").read_text())
     return report
 
 
@@ -68,7 +70,7 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return a folder with classes 1 to 12, and the checkpoint of a network trained on it in natural order."""
     root = numbered(tmp_path_factory.mktemp("twelve") / "numbers")
     run = tiny_run("fp16", "coreml", data=Folder.scan(root, 0, "natural"))
-    return root, Store(root.parent / "store").get(stages.weights(run)).path / "weights.safetensors"
+    return root, Store(root.parent / "store").get(weights(run)).path / "weights.safetensors"
 
 
 def test_a_checkpoint_in_natural_order_stops_before_anything_is_made_of_it(
@@ -89,7 +91,7 @@ def test_a_classifier_calls_picture_2_by_its_name(twelve: tuple[Path, Path], tmp
     data = Folder.scan(twelve[0], 0, "natural")
     options = CoreMLOptions(interface="classifier")
     run = tiny_run("fp16", "coreml", data=data, weights=twelve[1], options=options)
-    package = Store(tmp_path).get(stages.compiled(run)).path / PACKAGE
+    package = Store(tmp_path).get(compiled(run)).path / PACKAGE
     for name in ("2", "10", "12"):
         found = evaluate(package, twelve[0] / name / "00.png")
         answers = [value for value in found["outputs"].values() if len(value) == 12]  # type: ignore[attr-defined]
@@ -118,7 +120,7 @@ def test_a_seed_that_differs_from_the_weights_raises_a_warning(twelve: tuple[Pat
     data = Folder.scan(twelve[0], 1, "natural")
     (warning,) = made(tiny_run(data=data, weights=twelve[1], seed=1), tmp_path)["warnings"]
     assert "of the 60 test images, so the test accuracy is not representative" in warning
-    again = Store(tmp_path).get(stages.weights(tiny_run(data=data, weights=twelve[1], seed=1))).path
+    again = Store(tmp_path).get(weights(tiny_run(data=data, weights=twelve[1], seed=1))).path
     (warning,) = made(tiny_run(data=data, weights=again / "weights.safetensors", seed=1), tmp_path)["warnings"]
     assert "and SEED=0" in warning  # weights that were only passed on keep their history
 
@@ -150,7 +152,7 @@ def test_a_network_for_photographs_above_8_bits_learns_them_and_its_description_
             values = rng.integers(low, low + 70, (SIDE, SIDE)).astype(np.uint16)
             Image.fromarray(values).save(tmp_path / "data" / name / f"{index}.png")
     run = tiny_run("fp32", "null", data=Folder.scan(tmp_path / "data", 0))
-    engine = Store(tmp_path / "store").get(stages.engine(run)).path
+    engine = Store(tmp_path / "store").get(engine_step(run)).path
     assert json.loads((engine / "report.json").read_text())["float_top1"] > 90
     low, high = json.loads((engine / "model.json").read_text())["range"]
     assert 29388 <= low < 29400 < 29510 < high < 29520

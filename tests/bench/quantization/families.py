@@ -25,7 +25,7 @@ from calibration.qdq_placement import KINDS, Placement
 from calibration.recipe import Ptq
 from pipeline import process_setup
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.weights import weights
 from pipeline.store.store import Store
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def trained(name: str, store: Store, folder: Path | None) -> tuple[Run, Ptq, nn.
         weights=folder / f"{name}.safetensors" if folder else None,
     )
     model = spec.build(len(digits.classes)).eval()
-    source = store.get(stages.weights(run)).path / "weights.safetensors"
+    source = store.get(weights(run)).path / "weights.safetensors"
     checkpoint.load_into(model, checkpoint.read(source), source)
     return run, ptq, model
 

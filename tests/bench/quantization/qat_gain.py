@@ -25,7 +25,7 @@ from calibration.metrics import snr_db, top1
 from calibration.recipe import Qat
 from pipeline import process_setup
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.weights import weights
 from pipeline.store.store import Store
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _gain(run: Run, recipe: Qat, scheme: Scheme, store: Store) -> float:
     from calibration.training.fit import predictions
     from models import checkpoint
 
-    source = store.get(stages.weights(run)).path / "weights.safetensors"
+    source = store.get(weights(run)).path / "weights.safetensors"
     model = run.model.build(len(run.data.classes))
     checkpoint.load_into(model, checkpoint.read(source), source)
     test = run.images("test")

@@ -34,7 +34,9 @@ from calibration.metrics import top1
 from calibration.recipe import with_ptq
 from pipeline import process_setup
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
+from pipeline.stages.exported import exported
+from pipeline.stages.weights import weights as weights_step
 from pipeline.store.store import Store
 from pipeline.timing.interleaved import compare
 from targets.base import INPUT_NAME, Session
@@ -81,7 +83,7 @@ def _rescaled(name: str, weights: Path | None, store: Store, folder: Path) -> Pa
     from tests.support.outliers import spread
 
     run = _run(name, weights, "cpu", "fp32")
-    source, made = store.get(stages.weights(run)).path / "weights.safetensors", folder / "outliers.safetensors"
+    source, made = store.get(weights_step(run)).path / "weights.safetensors", folder / "outliers.safetensors"
     model = run.model.build(len(run.data.classes))
     checkpoint.load_into(model, checkpoint.read(source), source)
     spread(model.eval(), seed=0)
@@ -91,7 +93,7 @@ def _rescaled(name: str, weights: Path | None, store: Store, folder: Path) -> Pa
 
 def _told(label: str, name: str, weights: Path | None, store: Store) -> None:
     run = _run(name, weights, "onnxruntime", "fp32")
-    plain = store.get(stages.exported(run)).path / "model.onnx"
+    plain = store.get(exported(run)).path / "model.onnx"
     parts = {part: run.images(part) for part in ("train", "val", "test")}
     chosen = parts["train"].stratified(_CALIBRATED_ON, 0)
     seen = np.concatenate([images.numpy() for images, _ in parts["train"].batches(32, chosen)])
@@ -100,7 +102,7 @@ def _told(label: str, name: str, weights: Path | None, store: Store) -> None:
             with ExitStack() as opened:
                 sessions: dict[str, Session] = {}
                 for recipe, by in (("int8_ptq", "ours"), ("fp32", "fp32")):
-                    engine = store.get(stages.compiled(_run(name, weights, target, recipe))).path
+                    engine = store.get(compiled(_run(name, weights, target, recipe))).path
                     sessions[by] = opened.enter_context(targets.ALL[target].open(engine))
                 sessions |= dict(others(plain, seen, Path(scratch)))
                 timed = compare(sessions, seen[:1])

@@ -30,7 +30,7 @@ from calibration.metrics import snr_db, top1
 from calibration.recipe import with_ptq
 from pipeline import process_setup
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.quantized import quantized
 from pipeline.store.store import MANIFEST, Store
 
 GOALS: Final = {"int8_ptq": (94.0, 32.0), "int8_qat": (97.0, 0.0)}  # percent, decibels
@@ -78,7 +78,7 @@ def _measured(seed: int, target: str, recipe: str, weights: Path, crops: Path, s
         preprocess=replace(folder.preprocess(spec), size=SIZE),
         weights=weights,
     )
-    step = stages.quantized(run)
+    step = quantized(run)
     floats, made = store.get(step.inputs["weights"]).path, store.get(step).path
     (expected, labels), (found, _) = ((each["logits"], each["labels"]) for each in map(_test, (floats, made)))
     report = json.loads((made / "report.json").read_text())

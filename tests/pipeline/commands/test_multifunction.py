@@ -11,7 +11,8 @@ from models.errors import BadRequest
 from pipeline.__main__ import main
 from pipeline.commands import multifunction
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled as compiled_step
+from pipeline.stages.engine import engine as engine_step
 from pipeline.store.store import Store
 from targets.coreml.options import CoreMLOptions
 from targets.coreml.target import PACKAGE
@@ -54,7 +55,7 @@ def test_a_different_order_is_a_different_artifact() -> None:
 def test_the_engines_go_into_one_artifact_with_a_report(shared: Path) -> None:
     store = Store(shared)
     functions = multifunction.named(runs("fp16", "int8_ptq"))
-    engines = {name: store.get(stages.engine(run)) for name, run in functions.items()}
+    engines = {name: store.get(engine_step(run)) for name, run in functions.items()}
     artifact = store.get(multifunction.merged(functions))
     report = json.loads((artifact.path / "report.json").read_text())
     assert [(row["function"], row["key"]) for row in report["functions"]] == [
@@ -72,9 +73,9 @@ def test_the_engines_go_into_one_artifact_with_a_report(shared: Path) -> None:
 def test_an_engine_contains_its_facts_and_its_inputs_are_unchanged(shared: Path) -> None:
     store = Store(shared)
     run = tiny_run("fp16", "coreml")
-    compiled = store.get(stages.compiled(run))
+    compiled = store.get(compiled_step(run))
     manifest = json.loads((compiled.path / "artifact.json").read_text())
-    engine = store.get(stages.engine(run))
+    engine = store.get(engine_step(run))
     from pipeline.store.store import file_digest
     from targets.coreml import package as coreml_package
 

@@ -11,7 +11,7 @@ import pytest
 
 from models.errors import CannotRunHere
 from pipeline.commands.neural_engine import placement as make_placement
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store
 from tests.support.tiny import tiny_run
 
@@ -33,7 +33,7 @@ def test_placement_needs_no_training_and_reads_the_engine_once_it_is_there(
     story = [record.getMessage() for record in caplog.records if record.name == "edgeline"]
     assert story[-1].startswith("eligible: excluded by no rule;")
 
-    Store(tmp_path).get(stages.compiled(run))
+    Store(tmp_path).get(compiled(run))
     again = make_placement(run, tmp_path)
     assert (again["trained"], again["cached"]) == (True, True)
     assert {name: again[name] for name in ("operators", "macs", "rules")} == {
@@ -50,7 +50,7 @@ def test_placement_reports_a_missing_package(tmp_path: Path, monkeypatch: pytest
 
 def test_a_recipe_that_trains_is_read_from_one_that_calibrates(tmp_path: Path) -> None:
     found = make_placement(tiny_run("int8_qat", "coreml"), tmp_path)
-    calibrated = stages.compiled(replace(tiny_run("int8_ptq", "coreml"), trained=False))
+    calibrated = compiled(replace(tiny_run("int8_ptq", "coreml"), trained=False))
     assert (found["key"], found["trained"]) == (calibrated.key, False)
     assert isinstance(found["rules"], dict)
     assert found["rules"]["int8"] == 3  # an activation before each layer

@@ -20,7 +20,7 @@ import calibration.recipe
 from calibration.qdq_placement import parse
 from models.errors import BadRequest, CannotRunHere
 from pipeline.commands.tune import Log, Search, _parts, tune
-from pipeline.stages import stages
+from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store
 from pipeline.timing.interleaved import ComparisonPlan
 from targets.base import Accounts
@@ -266,7 +266,7 @@ def test_every_kind_of_operator_comes_through_the_export(target: str, placement:
     recipe = run.recipe
     assert isinstance(recipe, calibration.recipe.Ptq)
     run = replace(run, recipe=replace(recipe, placement=parse(placement)))
-    engine = Store(root).get(stages.compiled(run)).path
+    engine = Store(root).get(compiled(run)).path
     assert isinstance(run.target, Accounts)
     macs = run.target.macs(engine)
     # Sums over layers: 16 * 27 * 64 + 16 * 9 * 16 + 16 * 16 * 16 + 16 * 16 * 48 + 2 products of 16 * 16 * 16 + 16 * 4.

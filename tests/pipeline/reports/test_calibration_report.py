@@ -15,7 +15,7 @@ from calibration.metrics import snr_db
 from calibration.sample_size import Point, sentence
 from pipeline.reports import calibration_report
 from pipeline.reports.calibration_report import CACHES, GRAPH, PAGE, TABLE, render
-from pipeline.stages import stages
+from pipeline.stages.exported import exported
 from pipeline.store.store import Store
 from targets.onnx.graph import activation_scales, without_quantizers
 from targets.onnx.reference import reference_logits
@@ -27,7 +27,7 @@ from tests.support.tiny import tiny_run
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the folders of the report and of the export."""
     store, run = Store(tmp_path_factory.mktemp("store")), tiny_run("int8_ptq", "cpu", trained=False)
-    return store.get(calibration_report.step(run)).path, store.get(stages.exported(run)).path
+    return store.get(calibration_report.step(run)).path, store.get(exported(run)).path
 
 
 @pytest.fixture(scope="module")

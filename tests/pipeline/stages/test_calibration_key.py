@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import calibration.recipe
 from calibration.recipe import Ptq, Schedule, scheduled
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.quantized import quantized
+from pipeline.stages.weights import weights
 from tests.support.tiny import SPEC, Colours, tiny_run
 
 PTQ = calibration.recipe.ALL["int8_ptq"]
@@ -29,7 +31,7 @@ CHANGES: dict[str, dict[str, object]] = {
 
 
 def key(run: Run) -> str:
-    return stages.quantized(run).key
+    return quantized(run).key
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -39,7 +41,7 @@ def test_each_ingredient_of_a_calibration_changes_its_key(changes: dict[str, obj
 
 def test_the_schedule_of_float_training_changes_the_key_of_the_weights() -> None:
     keys = {
-        stages.weights(tiny_run(training=training)).key
+        weights(tiny_run(training=training)).key
         for training in (Schedule(), Schedule(epochs=3), Schedule(rate=1e-3), Schedule(epochs=3, rate=1e-3))
     }
     assert len(keys) == 4
@@ -52,7 +54,7 @@ def test_the_schedule_of_training_through_rounding_changes_the_key_of_its_progra
         for run in (ptq, trained)
     ]
     assert key(tuned[0]) == key(ptq) and key(tuned[1]) != key(trained)
-    assert stages.weights(tuned[1]).key == stages.weights(trained).key
+    assert weights(tuned[1]).key == weights(trained).key
 
 
 def test_the_weights_of_a_file_are_told_by_its_content(tmp_path: Path) -> None:
@@ -65,12 +67,8 @@ def test_the_weights_of_a_file_are_told_by_its_content(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", ["torch", "torchao", "numpy", "pillow"])
 def test_each_version_changes_the_key(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    before, real = key(tiny_run()), stages.versions
-
-    def newer(*packages: str) -> dict[str, str]:
-        return real(*packages) | {name: "999" for name in packages if name == package}
-
-    monkeypatch.setattr(stages, "versions", newer)
+    before, installed = key(tiny_run()), importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "999" if name == package else installed(name))
     assert key(tiny_run()) != before
 
 
@@ -78,7 +76,7 @@ def test_each_version_changes_the_key(monkeypatch: pytest.MonkeyPatch, package: 
     "module", ["calibration.ptq.calibrate", "calibration.fake_quant.calibrators", "calibration.ptq.adaptive_rounding"]
 )
 def test_the_code_of_the_calibrators_is_part_of_the_key(module: str) -> None:
-    code = stages.quantized(tiny_run()).ingredients["code"]
+    code = quantized(tiny_run()).ingredients["code"]
     assert isinstance(code, dict) and module in code
 
 

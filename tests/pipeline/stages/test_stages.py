@@ -22,7 +22,10 @@ from pipeline.commands.explain import explain as make_explain
 from pipeline.commands.profile import profile as make_profile
 from pipeline.commands.qat import qat as make_qat
 from pipeline.commands.verify import verify as make_verify
-from pipeline.stages import stages
+from pipeline.stages.engine import engine as engine_step
+from pipeline.stages.exported import exported as exported_step
+from pipeline.stages.quantized import quantized
+from pipeline.stages.weights import weights
 from pipeline.store.store import MANIFEST, Store
 from tests.support.tiny import SIDE, SPEC, Colours, python, tiny_run
 
@@ -62,7 +65,7 @@ def test_one_call_makes_a_verified_engine(shared: Path, recipe: str, target: str
 
 
 def test_the_report_tells_of_every_step_in_order(shared: Path) -> None:
-    path = Store(shared).get(stages.engine(tiny_run("int8_ptq", "cpu"))).path
+    path = Store(shared).get(engine_step(tiny_run("int8_ptq", "cpu"))).path
     report = json.loads((path / "report.json").read_text())
     assert report.keys() == {*VERIFIED, "steps", "inspected", "per_class", "confusion"}
     assert [(row["name"], row["images"]) for row in report["per_class"]] == [
@@ -86,8 +89,8 @@ def test_the_report_tells_of_every_step_in_order(shared: Path) -> None:
 
 
 def test_an_engine_holds_all_that_its_device_needs(shared: Path) -> None:
-    path = Store(shared).get(stages.engine(tiny_run("int8_ptq", "cpu"))).path
-    assert sorted(Store(shared).get(stages.engine(tiny_run("int8_ptq", "cpu"))).files()) == [
+    path = Store(shared).get(engine_step(tiny_run("int8_ptq", "cpu"))).path
+    assert sorted(Store(shared).get(engine_step(tiny_run("int8_ptq", "cpu"))).files()) == [
         "engine.json",
         "model.bin",
         "model.json",
@@ -109,13 +112,13 @@ def test_an_engine_holds_all_that_its_device_needs(shared: Path) -> None:
 
 def test_both_float_recipes_are_compiled_from_the_same_files(shared: Path) -> None:
     store = Store(shared)
-    one, other = (store.get(stages.exported(tiny_run(recipe))) for recipe in ("fp32", "fp16"))
+    one, other = (store.get(exported_step(tiny_run(recipe))) for recipe in ("fp32", "fp16"))
     assert one.path == other.path
     assert other.cached
 
 
 def test_the_compiled_files_are_stored_once_where_the_file_system_can(shared: Path) -> None:
-    step = stages.engine(tiny_run("int8_ptq", "cpu"))
+    step = engine_step(tiny_run("int8_ptq", "cpu"))
     engine, compiled = Store(shared).get(step).path, Store(shared).get(step.inputs["compiled"]).path
     probe = shared / "probe"
     probe.touch()
@@ -168,7 +171,7 @@ def test_calibrate_keeps_the_choices_of_a_recipe_that_trains(shared: Path) -> No
     trains, calibrates = (
         replace(run, recipe=with_ptq(run.recipe, **choices)) for run in map(tiny_run, ("int8_qat", "int8_ptq"))
     )
-    assert make_calibrate(trains, shared)["key"] == stages.quantized(calibrates).key
+    assert make_calibrate(trains, shared)["key"] == quantized(calibrates).key
 
 
 def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
@@ -176,7 +179,7 @@ def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
         answer = verb(tiny_run("fp32", "cpu"), shared)
         assert answer["recipe"] == recipe
         assert (answer["top1"], answer["float_top1"], answer["images"]) == (100, 100, TEST_IMAGES)
-        assert answer["key"] == stages.quantized(tiny_run(recipe, "cpu")).key
+        assert answer["key"] == quantized(tiny_run(recipe, "cpu")).key
 
 
 def test_qat_and_float_training_take_the_epochs_that_are_asked_for(tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ def test_calibrate_gives_the_top1_of_the_float_model_beside_its_own(
     run = tiny_run("int8_ptq", "cpu")
     with caplog.at_level("INFO", logger="edgeline"):
         answer = make_calibrate(run, shared)
-    report = json.loads((Store(shared).path(stages.weights(run)) / "report.json").read_text())
+    report = json.loads((Store(shared).path(weights(run)) / "report.json").read_text())
     assert answer["float_top1"] == report["test_top1"] == 100
     assert "in torch: top-1" in caplog.text and ", float 100.00 %" in caplog.text
 
@@ -246,7 +249,7 @@ def test_a_build_that_fails_names_its_cause_and_publishes_nothing(tmp_path: Path
 
 
 def test_the_sample_that_travels_is_from_the_validation_part(shared: Path) -> None:
-    exported = Store(shared).get(stages.exported(tiny_run("fp32"))).path
+    exported = Store(shared).get(exported_step(tiny_run("fp32"))).path
     with np.load(exported / "sample.npz") as sample:
         expected, _ = next(tiny_run().images("val").batches(16))
         np.testing.assert_array_equal(sample["images"], expected.numpy())

@@ -23,7 +23,8 @@ from models.external import loader as external
 from models.external.loader import External
 from models.spec import Preprocess
 from pipeline.run import Run
-from pipeline.stages import stages, validate_model
+from pipeline.stages import validate_model
+from pipeline.stages.weights import weights
 from pipeline.store.store import Store
 from tests.models.external.test_loader import SWITCHES
 from tests.support.tiny import SPEC, Colours, tiny_run
@@ -462,13 +463,13 @@ def test_an_answer_of_the_trained_network_that_is_no_number_is_told_with_its_pic
     run = replace(tiny_run("fp32", model=spec), data=OneBlank(part=part))
     expected = f"pictures are not finite; the first: picture 7 of colours, {part}, with "
     with pytest.raises(CheckFailed, match=re.escape(expected)):
-        Store(tmp_path / "store").get(stages.weights(run))
+        Store(tmp_path / "store").get(weights(run))
 
 
 def test_a_checkpoint_of_another_network_is_refused_before_anything_else(tmp_path: Path) -> None:
     spec = model(tmp_path / "code", "raise ValueError('asked')")
     torch.save({"conv.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "w.pt")
-    step = stages.weights(replace(tiny_run("fp32", model=spec), weights=tmp_path / "w.pt"))
+    step = weights(replace(tiny_run("fp32", model=spec), weights=tmp_path / "w.pt"))
     with pytest.raises(
         BadRequest, match=r"not a checkpoint of this model: it lacks conv\.bias, head\.bias, head\.weight;"
     ):
@@ -479,7 +480,7 @@ def test_the_network_is_asked_with_the_weights_that_were_loaded(tmp_path: Path) 
     spec = model(tmp_path / "code", "return self.head(f / self.scale)", "self.scale = nn.Parameter(torch.ones(8))")
     state = spec.build(4).state_dict()
     torch.save({**state, "scale": torch.zeros(8)}, tmp_path / "w.pt")
-    step = stages.weights(replace(tiny_run("fp32", model=spec), weights=tmp_path / "w.pt"))
+    step = weights(replace(tiny_run("fp32", model=spec), weights=tmp_path / "w.pt"))
     with pytest.raises(BadRequest, match=r"its logits are not finite: -?(inf|nan) for picture 0 of colours, tr"):
         Store(tmp_path / "store").get(step)
 

@@ -23,7 +23,9 @@ from pipeline.commands.engine import engine as make_engine
 from pipeline.commands.profile import profile as make_profile
 from pipeline.commands.verify import verify as make_verify
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.engine import deliverable
+from pipeline.stages.engine import engine as engine_step
+from pipeline.stages.exported import export_of
 from pipeline.stages.verify import verify
 from pipeline.store.store import MANIFEST, Store
 from targets.base import Export
@@ -176,7 +178,7 @@ def change_last_weight(path: Path, change: Change) -> None:
 def refused(run: Run, shared: Path) -> str:
     """What is said of a run whose engine, and nothing before it, must be refused."""
     store = Store(shared)
-    step = stages.deliverable(run)
+    step = deliverable(run)
     with pytest.raises(CheckFailed) as caught:
         make_engine(run, shared)
     assert caught.value.exit_code == 4
@@ -306,7 +308,7 @@ class Finished:
     before: dict[str, Path]
 
     def verify(self) -> dict[str, Any]:
-        return verify(self.run, self.export, self.engine, self.before)
+        return verify(self.run, self.export, self.engine, self.before).content()
 
     def doctor(self, stage: str, **arrays: npt.NDArray[Any]) -> None:
         """Replace what a stage says of the test part."""
@@ -325,14 +327,14 @@ class Finished:
 def finished(shared: Path, tmp_path: Path) -> Finished:
     run = tiny_run("int8_ptq", "onnxruntime")
     store = Store(shared)
-    step = stages.engine(run)
+    step = engine_step(run)
     engine = store.get(step).path
     before = {
         name: Path(shutil.copytree(store.get(needed).path, tmp_path / name)) for name, needed in step.inputs.items()
     }
     return Finished(
         run=run,
-        export=stages.export_of(run, before["exported"]),
+        export=export_of(run, before["exported"]),
         engine=Path(shutil.copytree(engine, tmp_path / "engine")),
         before=before,
     )

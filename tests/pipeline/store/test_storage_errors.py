@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from models.errors import CannotRunHere, CheckFailed
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
+from pipeline.stages.quantized import quantized
+from pipeline.stages.weights import weights
 from pipeline.store import storage_errors
 from pipeline.store.store import Store
 from tests.support.tiny import python, tiny_run
@@ -58,7 +60,7 @@ def fill(disk: Path, *, leaving: int) -> Path:
 def test_a_disk_that_fills_up_in_a_library_is_said_and_loses_nothing(
     shared: Path, disk: Path, stage: str, recipe: str, target: str, leaving: int
 ) -> None:
-    steps = {step.stage: step for step in stages.engine(tiny_run(recipe, target)).chain()}
+    steps = {step.stage: step for step in engine(tiny_run(recipe, target)).chain()}
     step, store = steps[stage], Store(disk)
     for needed in list(step.chain())[:-1]:
         shutil.copytree(Store(shared).get(needed).path, store.path(needed))
@@ -131,12 +133,12 @@ def test_without_room_a_failed_write_needs_no_reason_but_a_fault_stays_one(disk:
 
 
 def test_a_store_that_can_only_be_read_is_read(shared: Path, disk: Path) -> None:
-    step = stages.weights(tiny_run("fp32"))
+    step = weights(tiny_run("fp32"))
     shutil.copytree(Store(shared).get(step).path, Store(disk).path(step))
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     store = Store(disk)
     assert store.get(step).cached and store.has(step)
     assert store.explain(step) == ["nothing that it depends on has changed"]
     with pytest.raises(OSError, match="Read-only file system") as error:
-        store.get(stages.quantized(tiny_run("fp32")))
+        store.get(quantized(tiny_run("fp32")))
     assert error.value.errno == errno.EROFS  # which the command line puts into a sentence

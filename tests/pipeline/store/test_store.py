@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import models
 from calibration.accuracy_budget import Budget
 from calibration.data.dataset import Part
 from calibration.recipe import Float, Ptq, budgeted
@@ -30,9 +31,14 @@ from models.errors import CannotRunHere
 from pipeline.commands.engine import engine as make_engine
 from pipeline.commands.verify import verify as make_verify
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.bundle import bundle
+from pipeline.stages.engine import engine
+from pipeline.stages.exported import exported
+from pipeline.stages.quantized import quantized
+from pipeline.stages.weights import weights
 from pipeline.store import integrity
 from pipeline.store.store import MANIFEST, Step, Store, plain, resumable
+from targets.base import Bundles
 from targets.onnxruntime import OnnxRuntimeTarget
 from tests.support.tiny import ROOT, Colours, tiny_run
 
@@ -60,7 +66,7 @@ def toy(
 
 
 def keys(run: Run) -> dict[str, str]:
-    return {step.stage: step.key for step in stages.engine(run).chain()}
+    return {step.stage: step.key for step in engine(run).chain()}
 
 
 def changed(before: Run, after: Run) -> list[str]:
@@ -97,7 +103,7 @@ def test_a_target_with_another_arithmetic_has_a_training_of_its_own() -> None:
 
 def test_both_float_recipes_share_one_export() -> None:
     assert changed(tiny_run("fp32"), tiny_run("fp16")) == ["compiled", "engine"]
-    assert stages.exported(tiny_run("fp32")).label == stages.exported(tiny_run("fp16")).label
+    assert exported(tiny_run("fp32")).label == exported(tiny_run("fp16")).label
 
 
 def test_another_recipe_rebuilds_from_quantization_on() -> None:
@@ -194,10 +200,10 @@ import calibration.recipe, models, targets
 from calibration.data.digits import Digits
 from models.errors import CannotRunHere
 from pipeline.run import Run
-from pipeline.stages import stages
+from pipeline.stages.engine import engine
 run = Run(model=models.ALL["mobilevit_xs"], recipe=calibration.recipe.ALL["int8_qat"],
           target=targets.ALL["cpu"], data=Digits(), preprocess=models.ALL["mobilevit_xs"].preprocess)
-print(json.dumps({step.stage: step.key for step in stages.engine(run).chain()}))
+print(json.dumps({step.stage: step.key for step in engine(run).chain()}))
 """
 
 
@@ -244,8 +250,8 @@ STATEMENT = put_behind("ANEW = 1")
         pytest.param("calibration/training/fit.py", put_behind("# why"), (), id="a comment"),
         pytest.param("models/mobilevit.py", put_for('"""', '"""Anew: '), (), id="a docstring"),
         pytest.param(
-            "pipeline/stages/stages.py",
-            put_for("-> Export:\n", '-> Export:\n    """Anew."""\n'),
+            "pipeline/stages/weights.py",
+            put_for("-> None:\n    from", '-> None:\n    """Anew."""\n    from'),
             (),
             id="a first docstring",
         ),
@@ -256,8 +262,7 @@ STATEMENT = put_behind("ANEW = 1")
         pytest.param("models/catalog.py", STATEMENT, (), id="the catalog"),
         pytest.param("calibration/quantizer/quantizer.py", STATEMENT, STAGES[1:], id="the quantizer"),
         pytest.param("calibration/data/image_decoding.py", STATEMENT, STAGES, id="the decoding of images"),
-        pytest.param("pipeline/run.py", put_for("self.preprocess.size", "2"), STAGES, id="the run"),
-        pytest.param("pipeline/run.py", STATEMENT, STAGES[4:], id="what stands beside the run"),
+        pytest.param("pipeline/run.py", STATEMENT, STAGES, id="the run"),
         pytest.param("pipeline/stages/onnx_export.py", STATEMENT, STAGES[2:], id="the export"),
         # The export imports targets/onnx/fp16_ranges.py, and that one onnx/graph.py inside a function.
         pytest.param("targets/onnx/graph.py", STATEMENT, STAGES[2:], id="a helper imported in a function"),
@@ -265,15 +270,29 @@ STATEMENT = put_behind("ANEW = 1")
         pytest.param("targets/coreml/target.py", STATEMENT, (), id="another target"),
         pytest.param("pipeline/stages/verify.py", STATEMENT, STAGES[4:], id="the verification"),
         pytest.param("pipeline/reports/dashboard.py", STATEMENT, (), id="what no stage uses"),
-        # All stages stand in one file, each with code of its own.
-        pytest.param(
-            "pipeline/stages/stages.py", put_for("_IMAGES = 16", "_IMAGES = 8"), STAGES[2:], id="a stage's constant"
+        *(
+            pytest.param(f"pipeline/stages/{stage}.py", STATEMENT, STAGES[place:], id=f"the file of the stage {stage}")
+            for place, stage in enumerate(STAGES)
         ),
         pytest.param(
-            "pipeline/stages/stages.py", put_for('"test_top1": top1(', '"top1": top1('), STAGES, id="its helper"
+            "pipeline/stages/exported.py", put_for("_IMAGES = 16", "_IMAGES = 8"), STAGES[2:], id="a stage's constant"
         ),
         pytest.param(
-            "pipeline/stages/stages.py", put_for("os.link(", "os.symlink("), STAGES[4:], id="the last stage's helper"
+            "pipeline/stages/common.py", put_for('"test_top1": top1(', '"top1": top1('), STAGES, id="a shared helper"
+        ),
+        pytest.param(
+            "pipeline/stages/engine.py", put_for("os.link(", "os.symlink("), STAGES[4:], id="the last stage's helper"
+        ),
+        pytest.param("pipeline/stages/bundle.py", STATEMENT, (), id="a stage that makes no engine"),
+        pytest.param("pipeline/commands/engine.py", STATEMENT, (), id="the command"),
+        pytest.param("targets/base.py", STATEMENT, STAGES, id="the interface of targets, of which a run has defaults"),
+        # targets/base.py imports it for type checkers, and the target because it runs.
+        pytest.param("calibration/family_placements.py", STATEMENT, STAGES[3:], id="a module imported for types"),
+        # It refuses a network or lets it pass; it leaves nothing in an artifact.
+        pytest.param("pipeline/stages/validate_model.py", STATEMENT, (), id="the validation of a network"),
+        pytest.param("models/hub.py", STATEMENT, STAGES, id="the origin of published weights"),
+        pytest.param(
+            "pipeline/stages/provenance.py", STATEMENT, STAGES[4:], id="the provenance, which an engine publishes"
         ),
     ],
 )
@@ -288,6 +307,46 @@ def test_the_code_of_a_stage_is_part_of_its_key(
     finally:
         path.write_text(text)
     assert tuple(stage for stage in STAGES if keys_before[stage] != after[stage]) == expected
+
+
+NETWORK = models.ALL["mobilevit_xs"]  # the tiny network stands in a module that imports the whole pipeline
+
+
+def test_no_stage_has_the_file_of_a_later_one_in_its_key() -> None:
+    for step in engine(tiny_run(target="cpu", model=NETWORK)).chain():
+        later = STAGES[STAGES.index(step.stage) + 1 :]
+        assert not code_of(step) & {f"pipeline.stages.{stage}" for stage in later}, step.stage
+        assert f"pipeline.stages.{step.stage}" in code_of(step)
+
+
+# The file of a stage is digested without its imports: what it imports and its key lacks, because nothing of it is left
+# in the artifact.
+UNTRACKED = {"pipeline.store.store", "pipeline.stages.validate_model"}
+# Imported to choose between stages, and for parameters, which are in the key.
+UNBUILT = {"engine": {"pipeline.stages.bundle"}, "bundle": {"pipeline.stages.compiled"}}
+
+
+@pytest.mark.parametrize("target", ["cpu", "coreml", "nvidia"])
+def test_what_a_stage_imports_is_in_its_key_or_in_that_of_an_input(target: str) -> None:
+    run = tiny_run(target=target, model=NETWORK)
+    for step in (bundle(run) if isinstance(run.target, Bundles) else engine(run)).chain():
+        known = set().union(*(code_of(needed) for needed in step.chain()))
+        assert imported_by(f"pipeline/stages/{step.stage}.py") - known <= UNTRACKED | UNBUILT.get(step.stage, set())
+
+
+def code_of(step: Step) -> set[str]:
+    code = step.ingredients["code"]
+    assert isinstance(code, dict)
+    return set(code)
+
+
+def imported_by(file: str) -> set[str]:
+    """The modules of ours that a file imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if (ROOT / (name.replace(".", "/") + ".py")).is_file()}
 
 
 def test_code_is_imported_from_where_it_stands() -> None:
@@ -493,7 +552,7 @@ DAMAGES = (flipped, flipped_in_secret, replaced, truncated, emptied, Path.unlink
 @pytest.mark.parametrize("damaged", DAMAGES)
 def test_no_damage_to_a_file_of_a_run_is_silent(shared: Path, tmp_path: Path, damaged: Callable[[Path], None]) -> None:
     """Every file of every stage: some 20, in as many ways as there are parameters."""
-    step = stages.engine(tiny_run())
+    step = engine(tiny_run())
     Store(shared).get(step)
     seen = 0
     for needed in step.chain():
@@ -636,13 +695,13 @@ def test_what_is_whole_is_read_once_and_then_by_its_metadata(tmp_path: Path, mon
 
 def test_a_step_whose_files_are_shared_leaves_the_other_whole(shared: Path) -> None:
     """An engine's files are hard links to those that were compiled: a new link changes the ctime of both."""
-    store, step = Store(shared), stages.engine(tiny_run())
+    store, step = Store(shared), engine(tiny_run())
     store.get(step)
     assert all(store.has(needed) for needed in step.chain())
 
 
 def test_a_damaged_input_does_not_spread_into_another_recipe(shared: Path, tmp_path: Path) -> None:
-    before, after = (stages.quantized(tiny_run(recipe)) for recipe in ("fp32", "int8_ptq"))
+    before, after = (quantized(tiny_run(recipe)) for recipe in ("fp32", "int8_ptq"))
     good = Store(shared).get(after)
     for step in before.chain():
         shutil.copytree(Store(shared).get(step).path, Store(tmp_path).path(step))
@@ -662,7 +721,7 @@ def test_a_command_mends_whatever_stage_is_damaged(
 ) -> None:
     """Also where the engine itself is whole, so that nothing but the file would have been missed."""
     run, store = tiny_run(), Store(tmp_path)
-    chain = list(stages.engine(run).chain())
+    chain = list(engine(run).chain())
     Store(shared).get(chain[-1])
     for step in chain:
         shutil.copytree(Store(shared).path(step), store.path(step))
@@ -697,7 +756,7 @@ def test_a_weights_file_that_changes_while_it_is_read_makes_no_artifact(tmp_path
             save_file(tiny_run().model.build(4).state_dict(), file)
             return Colours.image(self, part, index)
 
-    step = stages.weights(tiny_run(weights=file, data=Meanwhile()))
+    step = weights(tiny_run(weights=file, data=Meanwhile()))
     with pytest.raises(CannotRunHere, match=r"WEIGHTS=.* changed while it was read; run the command again"):
         Store(tmp_path / "store").get(step)
     assert not Store(tmp_path / "store").has(step)
@@ -772,7 +831,7 @@ def test_labels_may_hold_what_a_pattern_would_read_as_its_own(tmp_path: Path) ->
 
 
 def test_a_dataset_may_have_any_name() -> None:
-    label = stages.weights(tiny_run(data=Colours(name="[my] pictures/\n" + "ü" * 300))).label
+    label = weights(tiny_run(data=Colours(name="[my] pictures/\n" + "ü" * 300))).label
     assert label == f"tiny-_my_pictures_{'ü' * 27}-16"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.commands.engine import engine as make_engine
-from pipeline.stages import stages
+from pipeline.stages.engine import engine as engine_step
 from pipeline.store.store import Store
 from pipeline.timing.interleaved import Comparison
 from pipeline.timing.verdict import Engine, can_judge, is_pending, judged, verdict
@@ -32,7 +32,7 @@ def comparison(**p50_ms: float) -> Comparison:
 @pytest.mark.parametrize("target", ["cpu", "onnxruntime"])
 def test_engines_are_compared_side_by_side(shared: Path, target: str, caplog: pytest.LogCaptureFixture) -> None:
     run = tiny_run("int8_ptq", target)
-    artifact = Store(shared).get(stages.engine(run))
+    artifact = Store(shared).get(engine_step(run))
     with caplog.at_level("INFO", "edgeline"):
         answer = verdict(run, shared, artifact)
     engines = answer["engines"]

@@ -18,7 +18,7 @@ from PIL import Image
 from calibration.data.preprocess import normalize
 from calibration.data.preprocess import pixels as cropped
 from models.spec import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from targets.base import Export, Facts
+from targets.base import Accuracy, Export, Facts
 from targets.coreml import interface as coreml_interface
 from targets.coreml import model_card
 from targets.coreml import package as coreml_package
@@ -35,14 +35,14 @@ INTERFACES: tuple[Interface, ...] = ("tensor", "image", "classifier")
 
 Made = dict[Interface, tuple[Export, Path]]
 
-REPORT = {
-    "top1": 97.5,
-    "float_top1": 98.333,
-    "images": 360,
-    "executed": True,
-    "by": "reference evaluator",
-    "why_not": "computed by the reference evaluator: needs macOS",
-}
+ACCURACY = Accuracy(
+    top1=97.5,
+    float_top1=98.333,
+    images=360,
+    executed=True,
+    by="reference evaluator",
+    why_not="computed by the reference evaluator: needs macOS",
+)
 FACTS = Facts(
     key="0123456789abcdef",
     version="1.2.3",
@@ -53,7 +53,7 @@ FACTS = Facts(
     weights="read from my_weights.safetensors",
     data="squares",
     toolchain={"coremltools": "9.0"},
-    report=REPORT,
+    accuracy=ACCURACY,
 )
 
 
@@ -147,14 +147,15 @@ def test_the_card_states_measurement_data_and_evaluator(made: Made) -> None:
 
 
 def test_the_card_states_that_the_package_was_not_executed(made: Made) -> None:
-    report = REPORT | {"executed": False, "by": "onnxruntime, on the export", "why_not": "no evaluator"}
-    card = published(made, "tensor", dataclasses.replace(FACTS, report=report))[1]
+    accuracy = dataclasses.replace(ACCURACY, executed=False, by="onnxruntime, on the export", why_not="no evaluator")
+    card = published(made, "tensor", dataclasses.replace(FACTS, accuracy=accuracy))[1]
     assert "onnxruntime, on the export, instead of the package" in card
     assert "Not measured on a device: no evaluator." in card
 
 
 def test_a_card_of_a_device_measurement_has_no_reservation(made: Made) -> None:
-    card = published(made, "tensor", dataclasses.replace(FACTS, report=REPORT | {"by": "coreml", "why_not": None}))[1]
+    accuracy = dataclasses.replace(ACCURACY, by="coreml", why_not=None)
+    card = published(made, "tensor", dataclasses.replace(FACTS, accuracy=accuracy))[1]
     assert "Not measured on a device" not in card
 
 

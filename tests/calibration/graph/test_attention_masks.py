@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibration.graph import exported_program as programs
+from calibration.graph.attention_masks import with_open_rows
 from calibration.metrics import snr_db
 from pipeline.stages import onnx_export as exporting
-from pipeline.stages.attention_masks import with_open_rows
 from targets.onnx.reference import reference_logits
 
 pytestmark = pytest.mark.slow

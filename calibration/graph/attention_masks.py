@@ -12,6 +12,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
@@ -28,8 +30,6 @@ def with_open_rows(program: ExportedProgram) -> ExportedProgram:
 
     sdpa(q, k, v, mask)     becomes     where(any, sdpa(q, k, v, where(any, mask, 0)), 0),  any = any key allowed
     """
-    import torch
-
     graph = program.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
@@ -53,15 +53,11 @@ def _may_exclude_all(program: ExportedProgram, mask: Node) -> bool:
 
 
 def _allowed(mask: Tensor) -> Tensor:
-    import torch
-
     return mask if mask.dtype == torch.bool else mask > -torch.inf
 
 
 def _call(graph: Graph, beside: Node, operator: Any, *arguments: Any) -> Node:
     """Add an operator with the metadata (source line, module path) of the node `beside`."""
-    import torch
-
     node = graph.call_function(operator, arguments)
     # The metadata of a traced operator: module path, source line, and the output's shape and type.
     node.meta = {key: value for key, value in beside.meta.items() if key != "val"}
@@ -71,8 +67,6 @@ def _call(graph: Graph, beside: Node, operator: Any, *arguments: Any) -> Node:
 
 def _add_heads(graph: Graph, attention: Node) -> None:
     """Rewrite sdpa(q, k, v, mask) of rank 3 to sdpa(q[:, None], k[:, None], v[:, None], mask[:, None])[:, 0]."""
-    import torch
-
     aten = torch.ops.aten
 
     def with_heads(node: Node) -> Node:
@@ -90,8 +84,6 @@ def _add_heads(graph: Graph, attention: Node) -> None:
 
 
 def _open(graph: Graph, attention: Node, mask: Node) -> None:
-    import torch
-
     aten = torch.ops.aten
 
     call = partial(_call, graph, attention)
