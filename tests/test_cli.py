@@ -95,6 +95,10 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
             ["engine", "--model=convmixer_mini", "--placement=conv-xyz"],
             r"^PLACEMENT=conv-xyz: convmixer_mini has no module `xyz`; modules at the top: blocks, head, pool",
         ),
+        *(
+            ([verb, "--recipe", "fp16"], r"^RECIPE=fp16 is not quantized to INT8; use RECIPE=int8_ptq or RECIPE=int8_q")
+            for verb in ("calibrate", "qat", "sensitivity")
+        ),
         (["zoo", "--models", ","], r"^MODELS=,: expected names or numbers, separated by spaces or commas$"),
         (["engine", "--seed", "--"], r"^SEED=--: expected a whole number from 0 to"),
         (["engine", "--model=a\nb\x1b[2J"], r"^MODEL=a\\nb\\x1b\[2J: no such model; Known"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from calibration import sanity_checks
-from models.errors import CannotRunHere
+from calibration.recipe import Ptq, Qat
+from models.errors import BadRequest, CannotRunHere
 from pipeline.run import Run
 from pipeline.stages.engine import engine
 from pipeline.store.store import Artifact, Step, Store
@@ -16,6 +17,15 @@ from pipeline.store.store import Artifact, Step, Store
 Answer: TypeAlias = dict[str, object]
 
 log = logging.getLogger("edgeline")
+
+
+def check_int8(run: Run) -> None:
+    """Raise BadRequest if the recipe of `run` is not quantized to INT8."""
+    if not isinstance(run.recipe, Ptq | Qat):
+        raise BadRequest(
+            f"RECIPE={run.recipe.name} is not quantized to INT8; use RECIPE=int8_ptq or RECIPE=int8_qat, or leave "
+            "RECIPE out"
+        )
 
 
 def engine_step(run: Run) -> Step:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import calibration.recipe
 from calibration.recipe import Ptq, Qat
-from pipeline.commands.artifacts import Answer, built, identity
+from pipeline.commands.artifacts import Answer, built, check_int8, identity
 from pipeline.commands.sensitivity import calibrating
 from pipeline.run import Run
 from pipeline.stages.quantized import quantized as quantized_step
@@ -27,7 +27,11 @@ def calibrate(run: Run, root: Path) -> Answer:
 
 
 def with_recipe(run: Run, name: str) -> Run:
-    """Return the run with the INT8 recipe called `name` and the calibration options of the run's recipe."""
+    """Return the run with the INT8 recipe called `name`, and the calibration options and budget of the run's recipe.
+
+    Raises BadRequest if the run's recipe is not quantized to INT8.
+    """
+    check_int8(run)
     ptq, recipe = calibrating(run), calibration.recipe.ALL[name]
     kept = {option: getattr(ptq, option) for option in ("calibrator", "rounding", "placement", "force")}
     recipe = calibration.recipe.with_ptq(calibration.recipe.scheduled(recipe, run.tuning), **kept)

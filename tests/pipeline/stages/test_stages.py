@@ -175,8 +175,8 @@ def test_calibrate_keeps_the_choices_of_a_recipe_that_trains(shared: Path) -> No
 
 
 def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
-    for verb, recipe in ((make_calibrate, "int8_ptq"), (make_qat, "int8_qat")):
-        answer = verb(tiny_run("fp32", "cpu"), shared)
+    for verb, recipe, other in ((make_calibrate, "int8_ptq", "int8_qat"), (make_qat, "int8_qat", "int8_ptq")):
+        answer = verb(tiny_run(other, "cpu"), shared)
         assert answer["recipe"] == recipe
         assert (answer["top1"], answer["float_top1"], answer["images"]) == (100, 100, TEST_IMAGES)
         assert answer["key"] == quantized(tiny_run(recipe, "cpu")).key
