@@ -48,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             store = request.store
             _carry_out(request, answer)
     except Shown as shown:
-        if text := str(shown):
-            termination.answered(text.rstrip())
-        return 0
+        code = _print(str(shown).rstrip()) if str(shown) else 0
+        return 0 if code == termination.UNREAD else code
     except Exception as error:
         refusal = _refusal(error, store)
         if refusal is None:
@@ -113,7 +112,11 @@ def _denied(error: OSError, store: Path) -> EdgelineError:
 
 
 def _check_store(store: Path) -> None:
-    """Raise CannotRunHere if the artifact folder or a parent is a dangling link: no folder can be created there."""
+    """Raise BadRequest if the artifact folder is a file, CannotRunHere if it or a parent is a dangling link: no folder
+    can be created there.
+    """
+    if store.exists() and not store.is_dir():
+        raise BadRequest(f"--store {store}: expected a folder of artifacts, such as build; this is a file")
     for folder in (store, *store.parents):
         if folder.is_symlink() and not os.path.exists(folder):  # noqa: PTH110 - the method raises on a loop
             there = os.readlink(folder)  # noqa: PTH115
@@ -121,10 +124,14 @@ def _check_store(store: Path) -> None:
 
 
 def _finish(answer: Answer, started: float, code: int) -> int:
-    """Print the answer and return the exit code. If stdout has no reader, success becomes `termination.UNREAD`."""
-    line = json.dumps(answer | {"seconds": round(time.monotonic() - started, 3)})
+    """Print the answer and return the exit code."""
+    return _print(json.dumps(answer | {"seconds": round(time.monotonic() - started, 3)}), code)
+
+
+def _print(text: str, code: int = 0) -> int:
+    """Print `text` and return the exit code. If stdout has no reader, success becomes `termination.UNREAD`."""
     try:
-        read = termination.answered(line)
+        read = termination.answered(text)
     except OSError as error:  # stdout is a file
         log.error("the result cannot be written: %s", error.strerror)
         termination.discard_stdout()

@@ -87,6 +87,15 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         (["engine", "--half", "maybe"], r"^HALF=maybe: no such choice; Known: auto, strict$"),
         (["engine", "--placement=conv-"], r"^PLACEMENT=conv-: no module follows a `-`"),
         (["engine", "--placement=conv+"], r"^PLACEMENT=conv\+: unknown kind of operator ``; join some of conv,"),
+        (
+            ["explain", "--model=convmixer_mini", "--placement=conv-block.0"],
+            r"^PLACEMENT=conv-block\.0: convmixer_mini has no module `block\.0`; did you mean blocks\.0\?$",
+        ),
+        (
+            ["engine", "--model=convmixer_mini", "--placement=conv-xyz"],
+            r"^PLACEMENT=conv-xyz: convmixer_mini has no module `xyz`; modules at the top: blocks, head, pool",
+        ),
+        (["zoo", "--models", ","], r"^MODELS=,: expected names or numbers, separated by spaces or commas$"),
         (["engine", "--seed", "--"], r"^SEED=--: expected a whole number from 0 to"),
         (["engine", "--model=a\nb\x1b[2J"], r"^MODEL=a\\nb\\x1b\[2J: no such model; Known"),
         (["engine", "--device", "board7"], r"^DEVICE=board7: no such device; only `local` is supported$"),
@@ -436,14 +445,22 @@ def test_an_engine_is_made_and_found_again_from_the_command_line(tmp_path: Path)
     assert second["seconds"] < 2
 
 
-def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_store_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file, where a folder was expected")
+    for verb in ("engine", "dashboard", "explain"):
+        found, answer, story = call(tmp_path, verb)
+        assert found == 2
+        assert story == [answer["error"]]
+        assert re.search(r"^--store .*/store: expected a folder of artifacts, such as build; this is a file$", story[0])
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "weights").write_text("a file, where a folder was expected")
     found, answer, story = call(tmp_path, "engine", "--target", "null")
     assert found == 3
     assert story == [answer["error"]]
-    assert re.search(
-        r"store/weights cannot be written: Not a directory; make room in the folder of artifacts$", story[0]
-    )
+    assert re.search(r"store/weights.* cannot be written: .*; make room in the folder of artifacts$", story[0])
 
 
 # --- Endings --------------------------------------------------------------------------------------------------------
@@ -527,6 +544,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         ("$PIPELINE models >&-", 141),
         ("$PIPELINE dashboard --store $STORE >&-", 141),
         ("$PIPELINE models >/dev/full", 3),
+        ("$PIPELINE models --help >/dev/full", 3),
         ("$PIPELINE engine --batch 0 | true; exit ${PIPESTATUS[0]}", 2),
         ("$PIPELINE engine --batch 0 2>&- >&-", 2),
         ("$PIPELINE models <&- >&- 2>&-", 141),

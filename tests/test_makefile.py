@@ -251,6 +251,9 @@ def test_a_variable_without_effect_is_a_warning(checkout: Path) -> None:
         ("bench-store", "MODELS=swin_mini", 0, "MODELS=swin_mini has no effect on make bench-store\n"),
         ("bench-speed", "MODELS=swin_mini", 0, ""),
         ("fuzz", "COUT=1", 2, "COUT=1: no such variable; did you mean COUNT?\n"),
+        ("fuzz", "COUNT=x", 2, "COUNT=x: expected a whole number from 1 to 1000000000\n"),
+        ("bench-speed", "MODELS=,", 2, "MODELS=,: expected names or numbers, separated by spaces or commas\n"),
+        ("bench-real", "SEEDS=1.5", 2, "SEEDS=1.5: expected a whole number from 0 to 4294967295\n"),
         ("test", "MODEL=swin_mini", 0, "MODEL=swin_mini has no effect on make test\n"),
     ],
 )

@@ -29,6 +29,7 @@ _LARGEST_BATCH = 256
 _LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
 _MOST_EPOCHS = 100_000
 _MOST_DAYS = 36_500
+_MOST_CASES = 10**9
 
 HALVES: Final[dict[str, Half]] = {"auto": "auto", "strict": "strict"}
 FORMS: Final[dict[str, Form]] = {"tokens": "tokens", "channels": "channels"}
@@ -356,15 +357,19 @@ def without(options: Options, *dropped: Option[Any]) -> Options:
     return tuple(option for option in options if option not in dropped)
 
 
-def _of_make(name: str, about: str, metavar: str = "TEXT") -> Option[str]:
-    return Option(name=name, parse=text, metavar=metavar, group=_OTHER, help=about)
+def _of_make(name: str, about: str, metavar: str = "TEXT", parse: Parse[Any] = text) -> Option[Any]:
+    return Option(name=name, parse=parse, metavar=metavar, group=_OTHER, help=about)
+
+
+def seeds(name: str, value: str) -> list[int]:
+    return [whole(0, _LARGEST_SEED)(name, word) for word in words(name, value)]
 
 
 LOCK: Final = _of_make("LOCK", "Lock file that .venv is installed from, such as requirements-cuda.lock.", "FILE")
 PYTHON: Final = _of_make("PYTHON", "Interpreter that creates .venv. Default: python3.11.", "COMMAND")
 CASES: Final = _of_make("CASES", "Kinds of input to fuzz. Default: all.", "'KIND...'")
-COUNT: Final = _of_make("COUNT", "Cases of each kind. Default: 10000.", "INTEGER")
-START: Final = _of_make("START", "Number of the first case. Default: 0.", "INTEGER")
-SEEDS: Final = _of_make("SEEDS", "Seeds to repeat the benchmark with.", "'SEED...'")
+COUNT: Final = _of_make("COUNT", "Cases of each kind. Default: 10000.", "INTEGER", optional(whole(1, _MOST_CASES)))
+START: Final = _of_make("START", "Number of the first case. Default: 0.", "INTEGER", optional(whole(0, _MOST_CASES)))
+SEEDS: Final = _of_make("SEEDS", "Seeds to repeat the benchmark with.", "'SEED...'", seeds)
 NNCF_PYTHON: Final = _of_make("NNCF_PYTHON", "Interpreter of an environment that has NNCF.", "COMMAND")
 VERB: Final = _of_make("VERB", "Verb whose variables are shown.", "VERB")

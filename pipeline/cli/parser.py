@@ -20,7 +20,7 @@ from pipeline.cli import typed
 from pipeline.cli.options import Option
 from pipeline.cli.request import Request
 from pipeline.cli.values import nearest, pick
-from pipeline.cli.verbs import VERBS, Verb
+from pipeline.cli.verbs import RULES, VERBS, Verb
 
 PROGRAM: Final = "python -m pipeline"
 _COMMAND, _INSTRUCTION = "edgeline", "_EDGELINE_COMPLETE"  # names in shells with completion
@@ -171,7 +171,7 @@ def _command(verb: Verb) -> click.Command:
 
     def callback(store: str = "build", **given: str) -> Request:
         texts = {option.name: given[option.name.lower()].strip() or option.default for option in verb.options}
-        return Request(verb=verb.name, texts={**texts, **verb.fixed}, store=Path(store.strip()))
+        return Request(verb=verb.name, texts={**texts, **verb.fixed}, store=Path(store.strip() or "build"))
 
     return _VerbCommand(
         verb.name,
@@ -224,6 +224,9 @@ def _check_variables() -> click.Command:
 
     def callback(rules: tuple[str, ...]) -> NoReturn:
         typed.judge(rules)
+        for option in (option for rule in rules for option in RULES.get(rule, ())):
+            if text := os.environ.get(option.name, "").strip():
+                option.parse(option.name, text)
         raise Shown
 
     return _Helped("check-variables", callback=callback, params=[click.Argument(["rules"], nargs=-1)], hidden=True)

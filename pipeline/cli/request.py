@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import calibration.data.load
 import models
 from calibration import accuracy_budget, family_placements
+from calibration.qdq_placement import Placement
 from calibration.recipe import Ptq, Qat, Recipe, Schedule, WeightOnly, budgeted, scheduled, with_ptq
 from models import checkpoint, hub
 from models.errors import BadRequest
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.cli import options, preprocess_options
 from pipeline.cli.options import Option
-from pipeline.cli.values import digits, pick
+from pipeline.cli.values import digits, nearest, pick
 from pipeline.run import Run
 from pipeline.store import integrity
 from targets.base import NO_OPTIONS, Customizes, Options, Target
@@ -63,6 +64,8 @@ def read(request: Request) -> Run:
     training, tuning = schedules(request)
     recipe = scheduled(recipe, tuning)
     own = options_for(request, target, recipe, batch)
+    form = form_of(model, request.text(options.FORM))
+    check_modules(request[options.PLACEMENT], model, form)
     return Run(
         model=model,
         recipe=recipe,
@@ -73,7 +76,7 @@ def read(request: Request) -> Run:
         weights_key=key,
         batch=batch,
         seed=seed,
-        form=form_of(model, request.text(options.FORM)),
+        form=form,
         options=own,
         half=request[options.HALF],
         max_drop=request[options.MAX_DROP] or accuracy_budget.DEFAULT,
@@ -177,6 +180,22 @@ def form_of(model: ModelSpec, text: str) -> Form:
             f"{', '.join(having)}"
         )
     return form
+
+
+def check_modules(placement: Placement | None, model: ModelSpec, form: Form) -> None:
+    """Raise BadRequest if PLACEMENT keeps a module in float that `model` does not have, with the most similar path."""
+    if placement is None or not placement.keep_float:
+        return
+    paths = {path for path, _ in model.build(model.classes, form).named_modules() if path}
+    for kept in placement.keep_float:
+        if kept not in paths:
+            close = nearest(kept, paths)
+            hint = f"did you mean {close}?" if close else f"modules at the top: {', '.join(_top(paths))}"
+            raise BadRequest(f"PLACEMENT={placement}: {model.name} has no module `{kept}`; {hint}")
+
+
+def _top(paths: Iterable[str]) -> list[str]:
+    return sorted({path.partition(".")[0] for path in paths})
 
 
 def size_for(model: ModelSpec, text: str, *, variable: str = "SIZE") -> int:

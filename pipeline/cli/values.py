@@ -40,9 +40,12 @@ def text(_name: str, value: str) -> str:
     return value
 
 
-def words(_name: str, value: str) -> list[str]:
-    """Split a text into words at spaces and commas."""
-    return value.replace(",", " ").split()
+def words(name: str, value: str) -> list[str]:
+    """Split a text into words at spaces and commas. Raises BadRequest if there are commas only."""
+    found = value.replace(",", " ").split()
+    if value.strip() and not found:
+        raise BadRequest(f"{name}={value}: expected names or numbers, separated by spaces or commas")
+    return found
 
 
 def choice(options: Mapping[str, T], kind: str = "choice") -> Parse[T]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import calibration.recipe
+from calibration.recipe import Ptq, Qat
 from pipeline.commands.artifacts import Answer, built, identity
 from pipeline.commands.sensitivity import calibrating
 from pipeline.run import Run
@@ -29,8 +30,9 @@ def with_recipe(run: Run, name: str) -> Run:
     """Return the run with the INT8 recipe called `name` and the calibration options of the run's recipe."""
     ptq, recipe = calibrating(run), calibration.recipe.ALL[name]
     kept = {option: getattr(ptq, option) for option in ("calibrator", "rounding", "placement", "force")}
-    recipe = calibration.recipe.scheduled(recipe, run.tuning)
-    return replace(run, recipe=calibration.recipe.with_ptq(recipe, **kept))
+    recipe = calibration.recipe.with_ptq(calibration.recipe.scheduled(recipe, run.tuning), **kept)
+    budget = run.recipe.budget if isinstance(run.recipe, Ptq | Qat) else None
+    return replace(run, recipe=calibration.recipe.budgeted(recipe, budget) if budget else recipe)
 
 
 def quantized(run: Run, root: Path) -> Answer:

@@ -306,9 +306,7 @@ def _compare_without_rounding(graph: GraphModule, model: ModelProto, sample: Ima
 
     with torch.no_grad():
         smooth = _smooth_graph(graph)(torch.from_numpy(sample)).numpy()
-    _compare(
-        "the ONNX conversion, without rounding of activations,", smooth, _onnx_logits(_smooth_model(model), sample)
-    )
+    _compare("the ONNX conversion without rounding of activations", smooth, _onnx_logits(_smooth_model(model), sample))
 
 
 def _smooth_graph(graph: GraphModule) -> GraphModule:

@@ -232,9 +232,9 @@ def test_every_unit_that_a_target_can_be_held_to_answers_the_test_part(shared: P
 def test_a_unit_that_answers_otherwise_is_named(shared: Path) -> None:
     said = refused(tiny_run("fp32", TwoUnits(name="one-wrong", wrong="SLOW")), shared)
     assert re.match(
-        r"one-wrong on SLOW does not match one-wrong: -6\.0 dB, where .* and \d+ of 48 answers changed", said
+        r"one-wrong on SLOW does not match one-wrong: -6\.0 dB, where .* and \d+ of 48 predictions changed", said
     )
-    assert said.endswith("; one-wrong is right")
+    assert said.endswith("; one-wrong is correct")
 
 
 def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
