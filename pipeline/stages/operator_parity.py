@@ -38,8 +38,8 @@ Forced = Callable[[Tensors, Collection[str]], Tensors]
 
 # Least signal-to-noise ratio in decibels of a single operator, by the float type of the graph. Operators differ in the
 # order of sums and in approximations of exp and erf: 118 dB and more in float32 over all families, 62 dB and more with
-# results rounded to FP16. A constant rounded to FP16 in a float32 graph gives 70 dB.
-LEAST_DB: Mapping[FloatType, float] = {"f32": 90.0, "f16": 55.0, "bf16": 37.0}
+# results rounded to FP16. A small bias rounded to FP16 in a float32 graph gives 70 to 101 dB.
+LEAST_DB: Mapping[FloatType, float] = {"f32": 102.0, "f16": 55.0, "bf16": 37.0}
 # Distance of a quotient from the middle between two integers, relative to its size, below which both integers are
 # accepted: runtimes divide by the scale or multiply by its inverse, and round half-precision inputs.
 _TIE: Mapping[FloatType, float] = {"f32": 2.0**-20, "f16": 2.0**-10, "bf16": 2.0**-7}
