@@ -33,11 +33,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def commands() -> str:
     """The help of every command: the general text, then each verb of the Makefile that has a text of its own."""
     general = _pipeline("--help")
-    sections = [_block("python -m pipeline --help", general)]
+    sections = [_block(".venv/bin/python -m pipeline --help", general)]
     for verb in verbs():
         text = _pipeline(verb, "--help")
         if text != general:
-            sections.append(f"## {verb}\n\n{_block(f'python -m pipeline {verb} --help', text)}")
+            sections.append(f"## {verb}\n\n{_block(f'.venv/bin/python -m pipeline {verb} --help', text)}")
     return "\n\n".join(sections)
 
 
