@@ -28,6 +28,8 @@ from tests.support.tiny import Colours
 pytestmark = pytest.mark.slow
 
 SMALL = ("mobilevit_xxs", "mobilenetv2_035", *(name for name in models.ALL if name.endswith("_mini")))
+# The float graph of a model is its INT8 graph without Q/DQ: a convolution, a window, a global and a mixed network.
+IN_FLOAT = ("mobilenetv2_035", "swin_mini", "mobilevit_xxs", "conformer_mini")
 # Computed shapes, gathers and control flow: engines of fixed shapes either refuse them or leave the accelerator.
 UNWANTED = {
     "Shape",
@@ -76,8 +78,9 @@ def test_every_family_has_a_small_variant() -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "rtx", "coreml"])
-@pytest.mark.parametrize("recipe", ["fp16", "int8_ptq"])
-@every_small_model
+@pytest.mark.parametrize(
+    ("name", "recipe"), [(name, "int8_ptq") for name in SMALL] + [(name, "fp16") for name in IN_FLOAT]
+)
 def test_every_family_is_built_and_matches_its_export(name: str, recipe: str, target: str, shared: Path) -> None:
     run = run_of(name, recipe, target)
     if reason := run.target.missing():
@@ -94,7 +97,8 @@ def test_every_family_is_built_and_matches_its_export(name: str, recipe: str, ta
 
 @pytest.mark.parametrize(
     ("name", "recipe", "form"),
-    [(name, recipe, "tokens") for name in SMALL for recipe in ("fp32", "int8_ptq")]
+    [(name, "int8_ptq", "tokens") for name in SMALL]
+    + [(name, "fp32", "tokens") for name in IN_FLOAT]
     + [(name, "int8_ptq", "channels") for name in SMALL if "channels" in models.ALL[name].forms],
 )
 def test_its_graph_has_no_run_time_shapes_and_at_most_four_axes(
