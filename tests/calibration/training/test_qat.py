@@ -373,7 +373,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_wei
     assert report["qat_stopped"] == "the loss became nan in epoch 1, step 2"
     assert report["qat"] == [] and report["qat_bought"]["kept_epoch"] == 0
     assert same(prepared, begun(teacher))
-    said = "QAT stopped: the loss became nan in epoch 1, step 2; kept: the start, post-training quantization"
+    said = "QAT stopped: the loss became nan in epoch 1, step 2; kept: the start (post-training quantization)"
     assert [record.message for record in caplog.records if record.name == "edgeline"] == [said]
 
 
