@@ -14,7 +14,7 @@ from typing import Any
 
 LIMIT_S = 45.0  # for one step: importing a file, building a network, a forward pass of a few images
 TRACING_LIMIT_S = 180.0  # torch.export of a network of hundreds of layers takes a minute on a busy machine
-_AGAIN_S = 1.0  # interval of further signals: a bare `except:` may swallow the first exception
+_AGAIN_S = 3.0  # interval of further signals: a bare `except:` may swallow the first exception
 
 log = logging.getLogger(__name__)
 
