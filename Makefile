@@ -112,10 +112,10 @@ system-packages: ## install the Debian packages that some tests need
 clean: ## remove .venv, caches and everything that was built
 
 ##@ Develop
-check: ## lint, types and unit tests (under three minutes on two cores)
+check: ## lint, types and unit tests (four minutes on two cores)
 lint: ## ruff and mypy --strict
 docs: ## the documentation as a web site: build/docs/index.html
-test: ## all tests (a quarter of an hour on two cores)
+test: ## all tests (twenty minutes on two cores)
 fuzz: ## hostile values and damaged files for every reader: CASES COUNT START
 
 bench: ## small model of every family x four recipes x four targets (an hour)
