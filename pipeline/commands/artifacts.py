@@ -19,13 +19,14 @@ Answer: TypeAlias = dict[str, object]
 log = logging.getLogger("edgeline")
 
 
-def check_int8(run: Run) -> None:
-    """Raise BadRequest if the recipe of `run` is not quantized to INT8."""
+def int8_recipe(run: Run) -> Ptq | Qat:
+    """Return the recipe of `run`. Raises BadRequest if it is not quantized to INT8."""
     if not isinstance(run.recipe, Ptq | Qat):
         raise BadRequest(
             f"RECIPE={run.recipe.name} is not quantized to INT8; use RECIPE=int8_ptq or RECIPE=int8_qat, or leave "
             "RECIPE out"
         )
+    return run.recipe
 
 
 def engine_step(run: Run) -> Step:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import calibration.recipe
-from calibration.recipe import Ptq, Qat
-from pipeline.commands.artifacts import Answer, built, check_int8, identity
+from pipeline.commands.artifacts import Answer, built, identity, int8_recipe
 from pipeline.commands.sensitivity import calibrating
 from pipeline.run import Run
 from pipeline.stages.quantized import quantized as quantized_step
@@ -31,11 +30,10 @@ def with_recipe(run: Run, name: str) -> Run:
 
     Raises BadRequest if the run's recipe is not quantized to INT8.
     """
-    check_int8(run)
+    budget = int8_recipe(run).budget
     ptq, recipe = calibrating(run), calibration.recipe.ALL[name]
     kept = {option: getattr(ptq, option) for option in ("calibrator", "rounding", "placement", "force")}
     recipe = calibration.recipe.with_ptq(calibration.recipe.scheduled(recipe, run.tuning), **kept)
-    budget = run.recipe.budget if isinstance(run.recipe, Ptq | Qat) else None
     return replace(run, recipe=calibration.recipe.budgeted(recipe, budget) if budget else recipe)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import calibration.recipe
 from calibration.recipe import Ptq, Qat
 from pipeline.cli import table
-from pipeline.commands.artifacts import check_int8
+from pipeline.commands.artifacts import int8_recipe
 from pipeline.run import Run
 from pipeline.stages.common import versions
 from pipeline.stages.weights import weights
@@ -36,7 +36,7 @@ log = logging.getLogger("edgeline")
 
 def sensitivity(run: Run, root: Path) -> dict[str, object]:
     """Measure the sensitivity table or read it from the cache, log it, most sensitive module first, and return it."""
-    check_int8(run)
+    int8_recipe(run)
     artifact = Store(root).get(step(run))
     report: dict[str, Any] = json.loads((artifact.path / _FILE).read_text())
     rows = [_values(row) for row in (*report["modules"], *(row | {"path": "all of"} for row in report["kinds"]))]
