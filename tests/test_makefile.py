@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -423,13 +424,18 @@ def test_a_set_up_that_is_killed_leaves_nothing_half_made(offline: Path) -> None
     assert "Nothing to be done" in set_up(offline)
 
 
-def test_a_set_up_that_is_ended_cleans_up(offline: Path) -> None:
+@pytest.mark.parametrize("signals", [1, 5])
+def test_a_set_up_that_is_terminated_removes_its_environment(offline: Path, signals: int) -> None:
+    """make sends the signal that it receives to its children again; a user may press Ctrl-C twice."""
     process = setting_up(offline)
     deadline = time.monotonic() + 120
     while not environments(offline):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
+    for _ in range(signals):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.02)
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert environments(offline) == [] and not (offline / ".venv").exists()

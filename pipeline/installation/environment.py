@@ -27,6 +27,7 @@ from typing import Final, NamedTuple
 LINK: Final = Path(".venv")
 ENVIRONMENTS: Final = Path(".cache/venvs")
 CUDA: Final = Path("requirements-cuda.lock")
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NO_VENV: Final = "cannot create environments; on Debian and Ubuntu: apt install python3.11-venv"
 
 
@@ -35,7 +36,9 @@ def main(ready: Path, lock: Path) -> int:
 
     Returns the exit code: 0, or 3 if the installation failed.
     """
-    signal.signal(signal.SIGTERM, _end)
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     with _alone() as held:
         if ready.exists():
@@ -50,7 +53,7 @@ def main(ready: Path, lock: Path) -> int:
                 _link(folder)
         finally:
             if not _is_linked(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
         remove_unused()
         return code
 
@@ -62,7 +65,16 @@ def remove_unused() -> None:
     """
     for folder in ENVIRONMENTS.iterdir():
         if folder.is_dir() and not _is_linked(folder) and not _in_use(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove `folder`. Processes of an interrupted installation may still write to it: removal is retried for 10 s."""
+    deadline = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -152,6 +164,9 @@ def _in_use(folder: Path) -> bool:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
+    """Exit with 128 + `number`. Later signals are ignored: make repeats a signal that it received with its group."""
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
@@ -162,8 +177,6 @@ def _tell(sentence: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main(*map(Path, sys.argv[1:])))
-    except KeyboardInterrupt:
-        sys.exit(130)
     except OSError as error:
         _tell(f"{LINK} was not set up: {error}; free space or make the folder writable, and run the same command again")
         sys.exit(3)
