@@ -32,6 +32,7 @@ from pipeline.stages import operator_parity
 from targets import forced_evaluation
 from targets.base import INPUT_NAME, OUTPUT_NAME
 from targets.onnx.fp16_ranges import measured
+from targets.onnx.index import Index, copied
 from targets.onnx.reference import reference_logits
 
 if TYPE_CHECKING:
@@ -324,10 +325,7 @@ def _smooth_graph(graph: GraphModule) -> GraphModule:
 
 def _smooth_model(model: ModelProto) -> ModelProto:
     """Return a copy of an ONNX `model` without the Q/DQ pairs of activations."""
-    import onnx
-
-    smooth = onnx.ModelProto()
-    smooth.CopyFrom(model)
+    smooth = copied(model)
     rounded = {node.output[0]: node.input[0] for node in smooth.graph.node if node.op_type == "QuantizeLinear"}
     restored = {
         node.output[0]: rounded[node.input[0]]
@@ -348,7 +346,7 @@ def _check_quantizers(model: ModelProto, scales: Mapping[str, LayerScales], sche
     """
     from onnx import TensorProto, numpy_helper
 
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = Index(model).constants
     for node in model.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -382,17 +380,14 @@ def _layer_scales(model: ModelProto) -> Iterator[tuple[float, list[float]]]:
     """Yield the input scale and the per-channel weight scales of each layer with a quantized input and an integer
     weight. Q and DQ of the input must have the same scale.
     """
-    from onnx import numpy_helper
-
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    makers = {name: node for node in model.graph.node for name in node.output}
+    index = Index(model)
+    constants = index.values
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
-        value, weight = makers.get(node.input[0]), makers.get(node.input[1])
-        if weight is not None and weight.op_type == "Transpose":  # of a linear layer on tokens
-            weight = makers.get(weight.input[0])
-        quantize = makers.get(value.input[0]) if value is not None else None
+        value = index.producer(node.input[0])
+        weight = index.producer(node.input[1], through=["Transpose"])  # of a linear layer on tokens
+        quantize = index.producer(value.input[0]) if value is not None else None
         if weight is None or value is None or quantize is None or weight.input[0] not in constants:
             continue
         if quantize.op_type == "QuantizeLinear" and quantize.input[1] == value.input[1]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import CheckFailed
+from targets.onnx.index import Index
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -29,10 +30,8 @@ class Typing:
         from onnx import shape_inference
 
         graph = shape_inference.infer_shapes(model).graph
-        self._graph, self._float32 = graph, float32
+        self._graph, self._index, self._float32 = graph, Index(model), float32
         self._floats = _floats(graph)
-        self._stored = {tensor.name: tensor for tensor in graph.initializer}
-        self._producers = {name: node for node in graph.node for name in node.output}
         self._outputs = {value.name for value in graph.output}
         # Name in the new graph by value and whether it is FP16. A value may exist in both types.
         self._names: dict[tuple[str, bool], str] = {(value.name, False): value.name for value in graph.input}
@@ -73,24 +72,17 @@ class Typing:
 
     def _as(self, name: str, *, half: bool) -> str:
         """Return the name of a float value in FP16 or float32, converting it on first use; other values keep theirs."""
-        if name in self._stored:
+        if name in self._index.constants:
             return self._constant(name, half=half)
         if name not in self._floats:
             return name
         if (name, half) not in self._names:
             converted = self._names[name, half] = f"{name}_{'half' if half else 'float32'}"
-            if not half and self._is_dequantized(name):
-                self._duplicate(self._producers[name], converted)
+            if not half and self._index.dequantizer(name, through=_LAYOUT):
+                self._duplicate(self._index.producers[name], converted)
             else:
                 self._cast(self._names[name, not half], converted, half=half)
         return self._names[name, half]
-
-    def _is_dequantized(self, name: str) -> bool:
-        """Return whether a value is the output of a DequantizeLinear, possibly transposed or reshaped."""
-        producer = self._producers.get(name)
-        if producer is not None and producer.op_type in _LAYOUT:
-            return self._is_dequantized(producer.input[0])
-        return producer is not None and producer.op_type == "DequantizeLinear"
 
     def _duplicate(self, node: NodeProto, output: str) -> None:
         """Add a copy of `node` that computes in float32."""
@@ -103,7 +95,7 @@ class Typing:
     def _constant(self, name: str, *, half: bool) -> str:
         from onnx import numpy_helper
 
-        stored = self._stored[name]
+        stored = self._index.constants[name]
         if stored.data_type != _FLOAT:
             self._constants[name] = stored
             return name

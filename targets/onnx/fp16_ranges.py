@@ -12,6 +12,7 @@ import numpy as np
 
 from targets.base import INPUT_NAME
 from targets.fp16 import LARGEST, SENTINEL, Operator, Ranges, Unsafe, refuse_if_strict, sentence, unsafe
+from targets.onnx.index import Index, copied, drop_unused_constants
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -150,8 +151,7 @@ class _Probes:
 
         from targets.onnx.reference import plain_session
 
-        self._graph = type(model)()
-        self._graph.CopyFrom(model)
+        self._graph = copied(model)
         self._outputs: list[tuple[str, str, str]] = []  # measure, measured tensor, name of the session's output
         self._rank = {
             value.name: len(value.type.tensor_type.shape.dim)
@@ -268,35 +268,26 @@ def sentinels(model: ModelProto, images: Images) -> list[str]:
 
 def _beyond(model: ModelProto) -> set[str]:
     """Return the constants that `_ADD_OR_SELECT` operators read and that have finite values beyond FP16's range."""
-    from onnx import numpy_helper
-
-    constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == 1}
-    read = {
-        name for node in model.graph.node if node.op_type in _ADD_OR_SELECT for name in node.input
-    } & constants.keys()
-    return {name for name in read if _is_beyond(numpy_helper.to_array(constants[name])).any()}
+    floats = {name: values for name, values in Index(model).values.items() if values.dtype == np.float32}
+    read = {name for node in model.graph.node if node.op_type in _ADD_OR_SELECT for name in node.input}
+    return {name for name in read & floats.keys() if _is_beyond(floats[name]).any()}
 
 
 def limited(model: ModelProto, names: Iterable[str]) -> ModelProto:
     """Return a copy of `model` in which these sentinels are limited to a magnitude of 40000 where added or selected."""
     from onnx import numpy_helper
 
-    copied = type(model)()
-    copied.CopyFrom(model)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    result, constants = copied(model), Index(model).values
     new = {name: f"{name}_limited" for name in names}
     for name, other in new.items():
-        values = numpy_helper.to_array(constants[name])
+        values = constants[name]
         values = np.where(_is_beyond(values), np.sign(values) * np.float32(SENTINEL), values).astype(np.float32)
-        copied.graph.initializer.append(numpy_helper.from_array(values, other))
-    for node in copied.graph.node:
+        result.graph.initializer.append(numpy_helper.from_array(values, other))
+    for node in result.graph.node:
         if node.op_type in _ADD_OR_SELECT:
             node.input[:] = [new.get(name, name) for name in node.input]
-    used = {name for node in copied.graph.node for name in node.input}
-    kept = [tensor for tensor in copied.graph.initializer if tensor.name in used]
-    del copied.graph.initializer[:]
-    copied.graph.initializer.extend(kept)
-    return copied
+    drop_unused_constants(result)
+    return result
 
 
 def _is_beyond(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from targets.onnx.index import Index, axis, copied, dequantized, drop_unused_constants
+
 if TYPE_CHECKING:
     import numpy.typing as npt
     from onnx import ModelProto, NodeProto
@@ -23,8 +25,7 @@ def with_batch(model: ModelProto, batch: int) -> ModelProto:
     """Return a copy of `model` with the batch of its inputs and outputs fixed; inner shapes are inferred again."""
     import onnx
 
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = copied(model)
     del fixed.graph.value_info[:]
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
@@ -33,11 +34,8 @@ def with_batch(model: ModelProto, batch: int) -> ModelProto:
 
 def with_own_quantizers(model: ModelProto) -> ModelProto:
     """Return a copy of `model` in which no two weights share an initializer for their scale or zero point."""
-    import onnx
-
-    separate = onnx.ModelProto()
-    separate.CopyFrom(model)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    separate = copied(model)
+    constants = Index(model).constants
     for node in separate.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             for index in range(1, len(node.input)):
@@ -58,17 +56,11 @@ def with_padding_before_rounding(model: ModelProto) -> ModelProto:
     import numpy as np
     from onnx import helper, numpy_helper
 
-    padded = type(model)()
-    padded.CopyFrom(model)
-    graph = padded.graph
-    producers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    padded = copied(model)
+    graph, index = padded.graph, Index(padded)
     for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
-        source = producers.get(quantize.input[0])
-        convolutions = [reader for dq in readers[quantize.output[0]] for reader in readers[dq.output[0]]]
+        source = index.producer(quantize.input[0])
+        convolutions = [reader for dq in index.readers[quantize.output[0]] for reader in index.readers[dq.output[0]]]
         if source is None or source.op_type != "Concat" or [node.op_type for node in convolutions] != ["Conv"]:
             continue
         pads = {attribute.name: attribute.ints for attribute in convolutions[0].attribute}.get("pads")
@@ -97,11 +89,9 @@ def with_unsigned_activations(model: ModelProto) -> ModelProto:
     import numpy as np
     from onnx import numpy_helper
 
-    unsigned = type(model)()
-    unsigned.CopyFrom(model)
-    graph = unsigned.graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
+    unsigned = copied(model)
+    graph, index = unsigned.graph, Index(unsigned)
+    constants, producers = index.values, index.producers
     reads = Counter(name for node in graph.node for name in node.input)
     reads.update(output.name for output in graph.output)
     zero, changed = "unsigned_zero_point", set[str]()
@@ -143,22 +133,17 @@ def with_biases_apart(model: ModelProto) -> ModelProto:
     """
     from onnx import numpy_helper, shape_inference
 
-    apart = type(model)()
-    apart.CopyFrom(model)
-    graph = apart.graph
+    apart = copied(model)
+    graph, index = apart.graph, Index(apart)
     inferred = shape_inference.infer_shapes(model).graph.value_info
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in inferred}
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
         for place, product in ((0, 1), (1, 0)) if node.op_type == "Add" else ():
-            bias, source = constants.get(node.input[place]), producers.get(node.input[product])
+            bias, source = index.values.get(node.input[place]), index.producer(node.input[product])
             if bias is None or bias.ndim != 1 or source is None or source.op_type != "MatMul":
                 continue
-            weight = producers.get(source.input[1])
-            if weight is not None and weight.op_type == "Transpose":
-                weight = producers.get(weight.input[0])
-            if weight is not None and weight.op_type == "DequantizeLinear" and ranks.get(source.output[0], 0) >= 3:
+            weight = index.dequantizer(source.input[1], through=["Transpose"])
+            if weight is not None and ranks.get(source.output[0], 0) >= 3:
                 name = f"{node.name}_bias"
                 graph.initializer.append(numpy_helper.from_array(bias.reshape(1, 1, -1), name))
                 node.input[place] = name
@@ -185,13 +170,9 @@ def macs(model: ModelProto) -> dict[str, int]:
 
 def activation_scales(model: ModelProto) -> dict[str, float]:
     """Return the scale of every tensor that a QuantizeLinear of `model` reads, by the tensor's name."""
-    from onnx import numpy_helper
-
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    values = Index(model).values
     return {
-        node.input[0]: float(numpy_helper.to_array(constants[node.input[1]]))
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear"
+        node.input[0]: float(values[node.input[1]]) for node in model.graph.node if node.op_type == "QuantizeLinear"
     }
 
 
@@ -204,10 +185,8 @@ def without_quantizers(model: ModelProto) -> ModelProto:
     import onnx
     from onnx import numpy_helper
 
-    plain = onnx.ModelProto()
-    plain.CopyFrom(model)
-    graph = plain.graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    plain = copied(model)
+    graph, constants = plain.graph, Index(model).values
     source = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     renamed: dict[str, str] = {}
     for node in graph.node:
@@ -216,11 +195,8 @@ def without_quantizers(model: ModelProto) -> ModelProto:
         if node.input[0] in source:
             renamed[node.output[0]] = source[node.input[0]]
             continue
-        integers, scale = constants[node.input[0]].astype("float32"), constants[node.input[1]]
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-        shape = [-1 if place == axis % integers.ndim else 1 for place in range(integers.ndim)]
-        values = integers * (scale.reshape(shape) if scale.ndim else scale)
-        graph.initializer.append(numpy_helper.from_array(values.astype("float32"), node.output[0]))
+        values = dequantized(constants[node.input[0]], constants[node.input[1]], axis(node))
+        graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
     kept = [node for node in graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
     for node in kept:
         node.input[:] = [_origin(name, renamed) for name in node.input]
@@ -231,10 +207,7 @@ def without_quantizers(model: ModelProto) -> ModelProto:
     ]
     del graph.node[:]
     graph.node.extend(kept)
-    used = {name for node in kept for name in node.input}
-    needed = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(needed)
+    drop_unused_constants(plain)
     return plain
 
 
@@ -262,8 +235,7 @@ def to_fp16(model: ModelProto, float32: Mapping[str, str] = MappingProxyType({})
 
     from targets.onnx.fp16_casts import Typing
 
-    typed = type(model)()
-    typed.CopyFrom(model)
+    typed = copied(model)
     typing = Typing(model, frozenset(float32))
     nodes, constants = typing.nodes(), typing.constants()
     del typed.graph.node[:], typed.graph.initializer[:], typed.graph.value_info[:]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +11,13 @@ import numpy as np
 from calibration.graph.qparams import Activation, Carried, Weight, first_nonzero
 from models.errors import CheckFailed
 from targets.onnx.files import first_line, read
+from targets.onnx.index import LAYOUT_OPERATORS, Index
+from targets.onnx.index import axis as quantized_axis
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # operators allowed between a DequantizeLinear and its reader
 
 
 def carried(path: Path) -> list[Carried]:
@@ -37,33 +36,18 @@ def carried(path: Path) -> list[Carried]:
         ) from error
 
 
-@dataclass(frozen=True, eq=False)
 class _Graph:
-    model: ModelProto
-
-    @cached_property
-    def constants(self) -> dict[str, Any]:
-        return {tensor.name: tensor for tensor in self.model.graph.initializer}
-
-    @cached_property
-    def producers(self) -> dict[str, NodeProto]:
-        return {name: node for node in self.model.graph.node for name in node.output}
-
-    @cached_property
-    def readers(self) -> dict[str, list[NodeProto]]:
-        readers: dict[str, list[NodeProto]] = {}
-        for node in self.model.graph.node:
-            for name in node.input:
-                readers.setdefault(name, []).append(node)
-        return readers
+    def __init__(self, model: ModelProto) -> None:
+        self._nodes, self._index = model.graph.node, Index(model)
 
     def carried(self) -> Iterator[Carried]:
-        for node in self.model.graph.node:
-            if node.op_type in _QUANTIZERS | _LAYOUT:
+        constants = self._index.constants
+        for node in self._nodes:
+            if node.op_type in _QUANTIZERS | LAYOUT_OPERATORS:
                 continue
-            sources = [source for name in node.input if (source := self._dequantizer(name)) is not None]
-            weights = [self._weight(source) for source in sources if source.input[0] in self.constants]
-            activations = [self._activation(source) for source in sources if source.input[0] not in self.constants]
+            sources = [source for name in node.input if (source := self._index.dequantizer(name)) is not None]
+            weights = [self._weight(source) for source in sources if source.input[0] in constants]
+            activations = [self._activation(source) for source in sources if source.input[0] not in constants]
             if sources:
                 yield Carried(
                     name=node.name,
@@ -72,25 +56,18 @@ class _Graph:
                     weight=weights[0] if weights else None,
                 )
 
-    def _dequantizer(self, name: str) -> NodeProto | None:
-        """Return the DequantizeLinear that computes `name`, directly or through layout operators; None without one."""
-        node = self.producers.get(name)
-        while node is not None and node.op_type in _LAYOUT:
-            node = self.producers.get(node.input[0])
-        return node if node is not None and node.op_type == "DequantizeLinear" else None
-
     def _aliases(self, node: NodeProto) -> Iterator[str]:
         """Yield names of torch nodes that `node` may correspond to.
 
         torch.onnx names an operator `node_<torch node>` and its output after the torch node. It exports a linear layer
         as MatMul and Add, of which the Add has the name of the layer.
         """
-        after = [reader for reader in self.readers.get(node.output[0], ()) if reader.op_type == "Add"]
+        after = [reader for reader in self._index.readers.get(node.output[0], ()) if reader.op_type == "Add"]
         for named in (node, *after):
             yield from (named.name.removeprefix("node_"), *named.output)
 
     def _activation(self, source: NodeProto) -> Activation:
-        quantize = self.producers[source.input[0]]
+        quantize = self._index.producers[source.input[0]]
         return Activation(
             scales=np.array([self._value(node, 1) for node in (quantize, source)], np.float64),
             zero_point=first_nonzero(*(self._value(node, 2) for node in (quantize, source))),
@@ -98,8 +75,7 @@ class _Graph:
         )
 
     def _weight(self, source: NodeProto) -> Weight:
-        integers, axis = self._value(source, 0), next((item.i for item in source.attribute if item.name == "axis"), 1)
-        scales = self._value(source, 1)
+        integers, scales, axis = self._value(source, 0), self._value(source, 1), quantized_axis(source)
         if scales.ndim == 1 and not -integers.ndim <= axis < integers.ndim:
             raise ValueError(f"{source.name} has scales along axis {axis} of a tensor of rank {integers.ndim}")
         moved = scales.ndim == 1 and axis % integers.ndim != 0
@@ -113,8 +89,6 @@ class _Graph:
 
     def _value(self, node: NodeProto, index: int) -> Any:
         """Return a constant input of `node`; 0 for a zero point that is left out. Raises KeyError if not constant."""
-        from onnx import numpy_helper
-
         if index >= len(node.input) or not node.input[index]:
             return np.zeros(())
-        return numpy_helper.to_array(self.constants[node.input[index]])
+        return self._index.values[node.input[index]]

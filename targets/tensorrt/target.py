@@ -24,6 +24,7 @@ from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from targets.base import Export, Session
+from targets.onnx.index import LAYOUT_OPERATORS, Index, axis, dequantized, drop_unused_constants
 from targets.tensorrt import build_engine
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def weak_onnx(export: Export) -> ModelProto:
     model = with_batch(onnx.load(export.onnx), export.batch)
     if export.precision != "fp32":
         model = _safe_in_half(model, export)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = Index(model).values
     for node in model.graph.node:
         if node.op_type == "ReduceMean":
             _axes_to_attribute(node, constants)
@@ -244,11 +245,11 @@ def _safe_in_half(model: ModelProto, export: Export) -> ModelProto:
 
 
 def _axes_to_attribute(node: NodeProto, constants: dict[str, Any]) -> None:
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     _drop_attributes(node, "noop_with_empty_axes")
     if len(node.input) == 2:
-        node.attribute.append(helper.make_attribute("axes", numpy_helper.to_array(constants[node.input[1]]).tolist()))
+        node.attribute.append(helper.make_attribute("axes", constants[node.input[1]].tolist()))
         del node.input[1]
 
 
@@ -266,31 +267,16 @@ def _quantize_in_graph(model: ModelProto, constants: dict[str, Any]) -> None:
     del model.graph.node[:]
     for node in nodes:
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
-            stored, scale = constants[node.input[0]], numpy_helper.to_array(constants[node.input[1]])
-            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-            integers = numpy_helper.to_array(stored)
-            shape = [1] * integers.ndim
-            if scale.ndim:
-                shape[axis] = -1
             name = f"{node.output[0]}_float"
-            model.graph.initializer.append(numpy_helper.from_array(integers * scale.reshape(shape), name))
+            values = dequantized(constants[node.input[0]], constants[node.input[1]], axis(node))
+            model.graph.initializer.append(numpy_helper.from_array(values, name))
             quantized = helper.make_node(
-                "QuantizeLinear", [name, *node.input[1:]], [f"{name}_q"], name=f"{node.name}_q", axis=axis
+                "QuantizeLinear", [name, *node.input[1:]], [f"{name}_q"], name=f"{node.name}_q", axis=axis(node)
             )
             node.input[0] = quantized.output[0]
             model.graph.node.append(quantized)
         model.graph.node.append(node)
-    _drop_unused_constants(model)
-
-
-_LAYOUT = frozenset({"Transpose", "Reshape", "Cast"})  # operators allowed between a dequantized weight and its layer
-
-
-def _drop_unused_constants(model: ModelProto) -> None:
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    drop_unused_constants(model)
 
 
 def check_graph(export: Export, file: Path) -> dict[str, object]:
@@ -350,7 +336,7 @@ def quantized_layers(model: ModelProto) -> int:
         if node.op_type == "QuantizeLinear" and node.input[0] in constants:
             constants.add(node.output[0])
         elif (node.op_type == "DequantizeLinear" and node.input[0] in constants) or (
-            node.op_type in _LAYOUT and node.input[0] in weights
+            node.op_type in LAYOUT_OPERATORS and node.input[0] in weights
         ):
             weights.add(node.output[0])
         else:
