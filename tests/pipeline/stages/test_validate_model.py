@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from pipeline.stages import validate_model
 from pipeline.stages.weights import weights
 from pipeline.store.store import Store
 from tests.models.external.test_loader import SWITCHES
-from tests.support.tiny import SPEC, Colours, tiny_run
+from tests.support.tiny import SPEC, Colours, python, tiny_run
 
 pytestmark = pytest.mark.slow
 
@@ -359,33 +360,44 @@ def test_the_generators_go_on_as_if_nothing_had_been_drawn(tmp_path: Path) -> No
 # --- Whatever its code does -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("forward", "sentence"),
-    [
-        (
-            "import sys; sys.exit(0)",
-            r"^it fails in training on images \(2, 3, 32, 32\): \S*, line LINE: SystemExit: 0$",
-        ),
-        ("raise BaseException('end')", r"^it fails in training .*, line LINE: BaseException: end$"),
-        ("class Odd(Exception):\n    __str__ = None\nraise Odd", r"^it fails in training .*, line \d+: Odd$"),
-        ("if not self.training: exit()", r"^it fails in evaluation on images .*, line LINE: SystemExit"),
-        ("while True: f = f", r"^it fails in training .*, line LINE: not finished after 1 s; an endless loop, or too"),
-        ("while not self.training: f = f", r"^it fails in evaluation .*, line LINE: not finished after 1 s"),
-        ("import time; time.sleep(99)", r"^it fails in training .*, line LINE: not finished after 1 s"),
-        ("return self.forward(x)", r"^it fails in training .*, line \d+: RecursionError: maximum recursion depth"),
-        ("import os; os.kill(os.getpid(), 14)", r"not finished after 1 s"),
-        (
-            "f = f.abs_().sigmoid().mul_(2)",
-            r"^its gradients cannot be computed: RuntimeError: one of the variables needed",
-        ),
-    ],
-)
-def test_whatever_its_forward_does_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: str, sentence: str
-) -> None:
-    spec = model(tmp_path, f"{forward}\nreturn self.head(f)")
-    monkeypatch.setattr(guard, "LIMIT_S", 1.0)
-    said = refused(spec, None)
+HOSTILE = [
+    ("import sys; sys.exit(0)", r"^it fails in training on images \(2, 3, 32, 32\): \S*, line LINE: SystemExit: 0$"),
+    ("raise BaseException('end')", r"^it fails in training .*, line LINE: BaseException: end$"),
+    ("class Odd(Exception):\n    __str__ = None\nraise Odd", r"^it fails in training .*, line \d+: Odd$"),
+    ("if not self.training: exit()", r"^it fails in evaluation on images .*, line LINE: SystemExit"),
+    ("while True: f = f", r"^it fails in training .*, line LINE: not finished after 1 s; an endless loop, or too"),
+    ("while not self.training: f = f", r"^it fails in evaluation .*, line LINE: not finished after 1 s"),
+    ("import time; time.sleep(99)", r"^it fails in training .*, line LINE: not finished after 1 s"),
+    ("return self.forward(x)", r"^it fails in training .*, line \d+: RecursionError: maximum recursion depth"),
+    ("import os; os.kill(os.getpid(), 14)", r"not finished after 1 s"),
+    ("f = f.abs_().sigmoid().mul_(2)", r"^its gradients cannot be computed: RuntimeError: one of the variables needed"),
+]
+REFUSALS = """
+import faulthandler, json, sys
+from pathlib import Path
+from tests.pipeline.stages import test_validate_model as tests
+faulthandler.enable()
+tests.guard.LIMIT_S = 1.0
+for number, (forward, _) in enumerate(tests.HOSTILE):
+    spec = tests.model(Path(sys.argv[1]) / str(number), f"{forward}\\nreturn self.head(f)")
+    print(json.dumps([number, tests.refused(spec, None)]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """Return the refusal of each hostile forward. A process of its own runs them, as a command does: they send signals
+    and exit.
+    """
+    result = python("-W", "ignore", "-c", REFUSALS, str(tmp_path_factory.mktemp("hostile")))
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0, f"after {len(lines)} networks: {result.returncode}\n{result.stderr}"
+    return dict(map(json.loads, lines))
+
+
+@pytest.mark.parametrize(("forward", "sentence"), HOSTILE)
+def test_whatever_its_forward_does_is_one_sentence(refusals: dict[int, str], forward: str, sentence: str) -> None:
+    said = refusals[HOSTILE.index((forward, sentence))]
     assert re.search(sentence.replace("LINE", str(AT + 1)), said), said
 
 
