@@ -24,55 +24,16 @@ import pytest
 
 from pipeline.reports.dashboard import render, write
 from pipeline.timing import results_db as results_module
-from pipeline.timing.latency import Summary
 from pipeline.timing.results_db import Identity, Overview, Results, Row, _columns
 from targets.base import Placement
 from tests.bench import dashboard as bench_dashboard
+from tests.support.measurements import FIRST_ROW, FIRST_TABLE, measured, summary
 from tests.support.tiny import ROOT, surroundings
 
 UNKNOWN = "data unknown weights unknown"
 NOW = datetime(2026, 3, 14, 15, 9, 26, tzinfo=UTC)
 RECIPES = ("fp16", "int8_qat")
 HOSTILE = "<script>alert('x')</script>\"&{{ 7 * 7 }}"
-
-
-def summary(p50_ms: float, *, n: int = 1000, why_invalid: str | None = None) -> Summary:
-    return Summary(
-        p50_ms=p50_ms,
-        p90_ms=p50_ms * 1.1,
-        p99_ms=p50_ms * 1.5,
-        min_ms=p50_ms * 0.9,
-        max_ms=p50_ms * 2,
-        mean_ms=p50_ms,
-        n=n,
-        cv=0.05,
-        why_invalid=why_invalid,
-    )
-
-
-def measured(p50_ms: float, *, n: int = 1000, why_invalid: str | None = None, number: int = 1) -> Row:
-    return Row(
-        model="mobilevit_xs",
-        family="mobilevit",
-        target="cpu",
-        device="desk",
-        recipe="fp32",
-        precision="fp32",
-        size=256,
-        batch=1,
-        threads=2,
-        artifact_key="87f623c687bc" + "0" * 52,
-        artifact_path="build/engine/x",
-        summary=summary(p50_ms, n=n, why_invalid=why_invalid),
-        samples_ns=[int(p50_ms * 1e6)],
-        versions={"openvino": "2026.0.0"},
-        conditions={"before": {"load_1min": 0.25, "governor": None}},
-        top1=74.2,
-        float_top1=74.6,
-        agreement=98.0,
-        id=number,
-        created=f"2026-03-14T09:{number:02d}:00.000+00:00",
-    )
 
 
 FP32 = measured(8.0)
@@ -433,7 +394,7 @@ def net(p50_ms: float, identity: Identity, number: int, **changes: Any) -> Row:
     return replace(measured(p50_ms, number=number), model="net", family="net", identity=identity, **changes)
 
 
-def test_networks_of_one_name_from_other_files_and_on_other_data_are_lines_of_their_own() -> None:
+def test_networks_of_one_name_from_different_files_and_on_different_data_are_separate_lines() -> None:
     found = overview(net(10.2, A_NET, 1), net(229.0, B_NET, 2), net(0.2, OTHER_DATA, 3))
     assert [(cell.latest.summary.p50_ms, cell.runs) for cell in found.cells] == [(0.2, 1), (229.0, 1), (10.2, 1)]
     assert (found.measurements, found.models) == (3, 2)
@@ -470,7 +431,7 @@ def test_no_comparison_crosses_networks_data_or_weights(part: str) -> None:
     assert "2.00 4.00×" in same.line("int8_ptq", "valid")
 
 
-def test_choices_are_lines_of_their_own_and_compared_with_the_float_engine_of_the_same_form() -> None:
+def test_options_are_separate_lines_and_compared_with_the_float_engine_of_the_same_form() -> None:
     channels = replace(A_NET, choices="form=channels")
     placed = replace(A_NET, choices="form=channels placement=conv")
     shown = page(
@@ -631,8 +592,6 @@ def test_a_page_that_can_be_written_nowhere_gets_one_sentence(frozen: Callable[[
 
 
 def test_reading_leaves_an_older_database_as_it_was(tmp_path: Path) -> None:
-    from tests.pipeline.timing.test_results_db import FIRST_ROW, FIRST_TABLE
-
     database = tmp_path / "measurements.sqlite"
     connection = sqlite3.connect(database)
     connection.execute(FIRST_TABLE)

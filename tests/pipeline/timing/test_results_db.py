@@ -24,8 +24,9 @@ from sqlalchemy.exc import DatabaseError
 from models.errors import BadRequest, CannotRunHere
 from pipeline.timing import results_db as results_module
 from pipeline.timing.latency import Summary, TimingPlan
-from pipeline.timing.results_db import SCHEMA, Identity, Results, Row
+from pipeline.timing.results_db import SCHEMA, Identity, Results
 from targets.base import Placement
+from tests.support.measurements import FIRST_ROW, FIRST_TABLE, FIRST_TRIGGER, measured
 
 pytestmark = pytest.mark.slow
 
@@ -37,26 +38,14 @@ PLAN = (
     Placement(name="x_1", kind="conv", preferred="Neural Engine", supported=("CPU", "Neural Engine"), cost=0.5),
     Placement(name="w_1", kind="constexpr_lut_to_dense", preferred=None, supported=(), cost=None),
 )
-ROW = Row(
-    model="mobilevit_xs",
-    family="mobilevit",
-    target="cpu",
+ROW = replace(
+    measured(5.67),
     device="Büro-PC",
     recipe="int8_qat",
     precision="int8",
-    size=256,
-    batch=1,
-    threads=2,
-    artifact_key="87f623c687bc",
-    artifact_path="build/engine/mobilevit_xs-int8_qat-cpu-87f623c687bc",
     method=TimingPlan().method(),
     summary=SUMMARY,
     samples_ns=[5_500_000, 5_670_000, 9_125_000],
-    versions={"openvino": "2026.0.0"},
-    conditions={"before": {"load_1min": 0.25, "governor": None}},
-    top1=74.5,
-    float_top1=74.75,
-    agreement=98.0,
     unit="CPU_AND_NE",
     load_ms=812.5,
     first_ms=40.25,
@@ -70,31 +59,6 @@ ROW = Row(
         choices="form=channels",
     ),
 )
-# What the first version made, as SQLite keeps it.
-FIRST_TABLE = """
-CREATE TABLE measurements (
-    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, created VARCHAR(40) NOT NULL, model VARCHAR(200) NOT NULL,
-    family VARCHAR(200) NOT NULL, target VARCHAR(200) NOT NULL, device VARCHAR(200) NOT NULL,
-    recipe VARCHAR(200) NOT NULL, precision VARCHAR(40) NOT NULL, size INTEGER NOT NULL, batch INTEGER NOT NULL,
-    threads INTEGER, artifact_key VARCHAR(200) NOT NULL, artifact_path TEXT NOT NULL, method JSON NOT NULL,
-    p50_ms FLOAT NOT NULL, p90_ms FLOAT NOT NULL, p99_ms FLOAT NOT NULL, min_ms FLOAT NOT NULL, max_ms FLOAT NOT NULL,
-    mean_ms FLOAT NOT NULL, n INTEGER NOT NULL, cv FLOAT NOT NULL, valid BOOLEAN NOT NULL, why_invalid TEXT,
-    samples_ns BLOB NOT NULL, versions JSON NOT NULL, conditions JSON NOT NULL, top1 FLOAT, float_top1 FLOAT,
-    agreement FLOAT
-)
-"""
-FIRST_TRIGGER = """
-CREATE TRIGGER measurements_no_update BEFORE UPDATE ON measurements BEGIN
-    SELECT RAISE(ABORT, 'measurements are never changed or deleted: append a new row');
-END
-"""
-FIRST_ROW = """
-INSERT INTO measurements VALUES (
-    1, '2026-03-14T09:01:00.000+00:00', 'mobilevit_xs', 'mobilevit', 'cpu', 'local', 'fp32', 'fp32', 256, 1, 2,
-    '87f623c687bc', 'build/engine/x', '{"warmup": 20}', 5.67, 6.1, 7.25, 5.5, 9.125, 5.75, 3, 0.0625, 1, NULL, ?,
-    '{"openvino": "2026.0.0"}', '{}', 74.5, 74.75, 98.0
-)
-"""
 
 
 @pytest.fixture
@@ -294,7 +258,7 @@ def test_other_databases_get_the_columns_by_the_same_statement(dialect: Any) -> 
     ]
 
 
-def test_a_column_that_another_process_has_just_added_is_used(
+def test_a_column_that_a_second_process_has_just_added_is_used(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a database server, where processes do not wait for each other."""
@@ -459,7 +423,7 @@ def test_samples_that_inflate_without_end_are_refused(database: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
-def test_a_full_disk_is_not_answered_by_moving_the_database_away(database: Path) -> None:
+def test_a_full_disk_does_not_move_the_database_away(database: Path) -> None:
     results = Results(database)
     with results._engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA max_page_count = 1")  # SQLite's own way to be out of room
