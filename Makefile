@@ -33,10 +33,13 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 VENV     := .venv
 PIPELINE := $(VENV)/bin/python -m pipeline
 # Resolved for this system, or for NVIDIA GPUs: `make setup LOCK=requirements-cuda.lock`, once.
+# End of an error message about a variable whose value comes from the environment.
+inherited = $(if $(findstring environment,$(origin $(1))),; $(1) is set in the environment: unset it or give $(1) on the command line)
+LOCK_ORIGIN := $(call inherited,LOCK)
 override LOCK := $(value LOCK)
 LOCKS := $(filter-out requirements-docs.lock,$(sort $(wildcard requirements*.lock)))
 ifneq ($(filter-out $(LOCKS),$(LOCK)),)
-$(error LOCK=$(LOCK): no such lock file; there are $(LOCKS))
+$(error LOCK=$(LOCK): no such lock file; there are $(LOCKS)$(LOCK_ORIGIN))
 endif
 WANTED := $(or $(LOCK),$(if $(filter Darwin,$(shell uname -s)),requirements-macos.lock,requirements.lock))
 # The name of the stamp holds a checksum of the lock file: another lock, another environment. One that was set up from
@@ -58,7 +61,8 @@ OTHERS := fuzz check test lint docs licenses
 
 help: $(if $(filter VERB,$(TYPED)),$(READY)) ## this list
 ifneq ($(filter VERB,$(TYPED)),)
-	@$(PIPELINE) "$$VERB" --help
+	@awk -F ':.*## ' -v verbs=' $(VERBS) ' 'NF > 1 && $$1 == ENVIRON["VERB"] && !index(verbs, " " $$1 " ") \
+	 { printf "make %s: %s\n", $$1, $$2; found = 1 } END { exit !found }' Makefile || $(PIPELINE) "$$VERB" --help
 else
 	@echo 'make RULE VARIABLE=value ...      Variables of a rule, with defaults: make help VERB=engine'
 	@awk -F ':.*## ' '/^##@ / { print substr($$0, 5) } \
@@ -104,7 +108,7 @@ models: ## models with parameters, MACs and published accuracy
 targets: ## targets, and what this machine lacks for each
 
 ##@ Maintain
-gc: ## list scratch, replaced and damaged artifacts; APPLY=yes deletes them
+gc: ## list unfinished, replaced and damaged artifacts; APPLY=yes deletes them
 setup: $(READY) ## create .venv from the lock file; the other rules do it when needed
 lock: ## resolve requirements.in into the lock files, with hashes
 licenses: ## installed packages with their licences
@@ -119,7 +123,7 @@ test: ## all tests (twenty minutes on two cores)
 fuzz: ## hostile values and damaged files for every reader: CASES COUNT START
 
 bench: ## small model of every family x four recipes x four targets (an hour)
-	@$(VENV)/bin/python -m tests.bench.table
+	@$(VENV)/bin/python -m tests.bench.table $$MODELS
 
 bench-coreml: ## Core ML packages evaluated without a Mac; Neural Engine findings
 	@$(VENV)/bin/python -m tests.bench.coreml $$MODELS
@@ -194,7 +198,7 @@ $(DOCS)/.ready: requirements-docs.lock
 	     --requirement requirements-docs.lock >&2 && touch $@
 
 $(READY):
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH; on Debian and Ubuntu: apt install python3.11 python3.11-venv" >&2; exit 3; }
+	@command -v $(PYTHON) >/dev/null || { echo "PYTHON=$(PYTHON) is not on PATH; on Debian and Ubuntu: apt install python3.11 python3.11-venv$(call inherited,PYTHON)" >&2; exit 3; }
 	@$(PYTHON) -P pipeline/installation/environment.py $@ $(WANTED)
 
 lock:

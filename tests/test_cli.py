@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,29 +63,43 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         (["engine", "--size", "100"], r"^SIZE=100: mobilevit_xs takes sides from 64 to 1024 .* SIZE=64 or SIZE=128$"),
         (["engine", "--size", "9999"], r"the nearest: SIZE=1024$"),
         (["engine", "--size", "0"], r"the nearest: SIZE=64$"),
-        (["engine", "--size", "64px"], r"^SIZE=64px: "),
-        (["engine", "--size", "9" * 5000], r"^SIZE=9+: "),
+        (["engine", "--size", "64px"], r"^SIZE=64px: .* that are multiples of 64; such as SIZE=256$"),
+        (["engine", "--size", "9" * 20], r"^SIZE=9{20}: .* the nearest: SIZE=1024$"),
+        (["engine", "--size", "9" * 5000], r"^SIZE=9+: .* the nearest: SIZE=1024$"),
+        (["engine", "--size", "0" * 20 + "65"], r"the nearest: SIZE=64 or SIZE=128$"),
         (["engine", "--batch", "0"], r"^BATCH=0: expected a whole number from 1 to 256$"),
         (["engine", "--batch", "1.5"], r"^BATCH=1\.5: expected a whole number"),
         (["engine", "--batch", "9" * 5000], r"^BATCH=9+: expected a whole number"),
         (["engine", "--seed", "-1"], r"^SEED=-1: expected a whole number from 0 to 4294967295$"),
         (["engine", "--seed", "²"], r"^SEED=²: expected"),
         (["engine", "--seed", "4294967296"], r"^SEED=4294967296: expected"),
-        (["engine", "--epochs", "0"], r"^EPOCHS=0: expected a whole number from 1 to 100000$"),
+        (["engine", "--epochs", "0"], r"^EPOCHS=0: expected a whole number from 1 to 100000, or two"),
         (["engine", "--epochs", "2.5"], r"^EPOCHS=2\.5: expected a whole number"),
-        (["qat", "--epochs", "20,x"], r"^EPOCHS=x: expected a whole number"),
-        (["qat", "--epochs", "20,"], r"^EPOCHS=: expected a whole number"),
+        (
+            ["qat", "--epochs", "20,x"],
+            r"^EPOCHS=20,x: expected a whole number from 1 to 100000, or two separated by a comma$",
+        ),
+        (["qat", "--epochs", "20,"], r"^EPOCHS=20,: expected a whole number"),
+        (["qat", "--rate", ",1"], r"^RATE=,1: expected a positive number such as 0\.001, or two separated by a comma$"),
         (
             ["qat", "--epochs", "1,2,3"],
             r"^EPOCHS=1,2,3: 3 values; expected one, for every training, or two: of float tr",
         ),
-        (["engine", "--rate", "0"], r"^RATE=0: expected a positive number such as 0\.001$"),
+        (["engine", "--rate", "0"], r"^RATE=0: expected a positive number such as 0\.001, or two"),
         (["engine", "--rate=-1e-3"], r"^RATE=-1e-3: expected a positive number"),
         (["engine", "--rate", "nan"], r"^RATE=nan: expected a positive number"),
         (["engine", "--rate", "inf"], r"^RATE=inf: expected a positive number"),
         (["engine", "--rate", "1e-400"], r"^RATE=1e-400: expected a positive number"),
         (["qat", "--rate", "fast"], r"^RATE=fast: expected a positive number"),
-        (["engine", "--half", "maybe"], r"^HALF=maybe: no such choice; Known: auto, strict$"),
+        (["engine", "--half", "maybe"], r"^HALF=maybe: expected auto or strict$"),
+        (["engine", "--half", "no"], r"^HALF=no: expected auto or strict$"),
+        (
+            ["engine", "--rounding", "Adaptive"],
+            r"^ROUNDING=Adaptive: expected auto, .* or adaptive; did you mean adapt",
+        ),
+        (["engine", "--verdict", "maybe"], r"^VERDICT=maybe: expected yes or no$"),
+        (["engine", "--recipe", "int8_ptq", "--force", "2"], r"^FORCE=2: expected yes or no$"),
+        (["gc", "--apply", "maybe"], r"^APPLY=maybe: expected yes or no$"),
         (["engine", "--placement=conv-"], r"^PLACEMENT=conv-: no module follows a `-`"),
         (["engine", "--placement=conv+"], r"^PLACEMENT=conv\+: unknown kind of operator ``; join some of conv,"),
         (
@@ -128,6 +143,19 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
             r"^WEIGHTS=~nobody-of-this-name/x: there is no such file",
         ),
         (["engine", "--weights", "x" * 5000], r"^WEIGHTS=x+: there is no such file"),
+        (
+            ["engine", "--weights", "/proc/self/mem"],
+            r"^WEIGHTS=/proc/self/mem: this cannot be read \(Input/output error\); give a \.safetensors, \.pt or \.pth",
+        ),
+        (["engine", "--weights", "/dev/zero"], r"^WEIGHTS=/dev/zero: this is a character device, not a file; give a"),
+        (["engine", "--weights", "tests"], r"^WEIGHTS=tests: this is a folder, not a file; give a \.safetensors, \.pt"),
+        (["engine", "--model", "tests:net"], r"^MODEL=tests:net: `tests`: this is a folder, not a file; give <file>"),
+        (["engine", "--model", "timm:"], r"^MODEL=timm:: expected the name of a model after `timm:`, as in timm:resn"),
+        (["engine", "--data", "README.md"], r"^DATA=README\.md: this is a file, not a folder; give `digits`, or a"),
+        (
+            ["engine", "--data", "docs/images"],
+            r"^DATA=docs/images: /.*/docs/images holds 0 class folders; expected two or more, one for each class: mo",
+        ),
         (["engine", "--model", "x" * 5000 + ".py:net"], r"^MODEL=x+\.py:net: there is no file `x+\.py`"),
         (["engine", "--weights", "./timm"], r"^WEIGHTS=\./timm: there is no such file; give .* checkpoint, or `timm`$"),
         (
@@ -145,7 +173,7 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
             ["engine", "--recipe", "fp16", "--rounding", "nearest"],
             r"^ROUNDING=nearest: RECIPE=fp16 is not quantized to INT8; use RECIPE=int8_ptq or RECIPE=int8_qat, or lea",
         ),
-        (["engine", "--interface", "picture"], r"^INTERFACE=picture: no such interface; Known: tensor, image, classif"),
+        (["engine", "--interface", "picture"], r"^INTERFACE=picture: expected tensor, image or classifier$"),
         (
             ["engine", "--target", "coreml", "--deployment", "ios18"],
             r"^DEPLOYMENT=ios18: no such system; did you mean iOS18\? Known: iOS16, iOS17, iOS18, iOS26, macOS13, ",
@@ -177,8 +205,10 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         ),
         (["engine", "digits"], r"^got unexpected extra argument \(digits\); `python -m pipeline engine --help` lists"),
         ([], r"^expected a verb; `python -m pipeline --help` lists the verbs$"),
+        (["--"], r"^expected a verb; `python -m pipeline --help` lists the verbs$"),
+        (["--", "--"], r"^VERB=--: no such verb; Known: engine"),
         (["--model", "x"], r"^expected a verb; `python -m pipeline --help` lists the verbs$"),
-        (["completion", "tcsh"], r"^SHELL=tcsh: no such shell; .*Known: bash, zsh, fish$"),
+        (["completion", "tcsh"], r"^completion tcsh: no such shell; expected bash, zsh or fish$"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, list) else "",
 )
@@ -308,7 +338,7 @@ def pickled(path: Path) -> None:
     path.write_bytes(pickle.dumps({"state_dict": Runs()}))
 
 
-def another_model(path: Path) -> None:
+def different_model(path: Path) -> None:
     import torch
 
     torch.save({"stem.weight": torch.zeros(3)}, path)
@@ -320,10 +350,10 @@ def another_model(path: Path) -> None:
         (truncated, "short.pt", "is not a PyTorch checkpoint, or is damaged; copy it again"),
         (diverged, "nan.pth", "`head.bias` holds NaN or infinite values"),
         (pickled, "pickle.pt", "holds pickled Python objects, which could run code when loaded, and is refused"),
-        (another_model, "other.pt", "is not a checkpoint of this model: it lacks"),
+        (different_model, "other.pt", "is not a checkpoint of this model: it lacks"),
         (lambda path: path.write_bytes(b"\0" * 7), "short.safetensors", "is not a complete safetensors file"),
     ],
-    ids=["truncated", "NaN", "pickle", "another model", "truncated safetensors"],
+    ids=["truncated", "NaN", "pickle", "different model", "truncated safetensors"],
 )
 def test_a_checkpoint_that_cannot_be_used_is_refused(
     tmp_path: Path, make: Callable[[Path], None], name: str, sentence: str
@@ -408,7 +438,7 @@ def test_models_and_targets_are_listed_for_people_and_for_scripts(tmp_path: Path
 def test_help_names_every_verb_and_builds_nothing() -> None:
     result = python("-m", "pipeline", "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    listed = re.findall(r"^  ([a-z-]+)  +[A-Z]", result.stdout, re.M)
+    listed = re.findall(r"^  ([a-z][a-z-]*)  +[A-Z]", result.stdout, re.M)
     assert listed == [*VERBS, "completion"]
 
 
@@ -447,6 +477,28 @@ def test_an_engine_is_made_and_found_again_from_the_command_line(tmp_path: Path)
         [stage, "hit"] for stage in ("weights", "quantized", "exported", "compiled", "engine")
     ]
     assert second["seconds"] < 2
+
+
+def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.py")
+    for option, file in (("--weights", "fifo.py"), ("--model", "fifo.py:net")):
+        said = refused(tmp_path, 2, "engine", option, str(tmp_path / file))
+        assert "this is a FIFO, not a file; give " in said
+    assert "this is a FIFO, not a folder; give `digits`" in refused(
+        tmp_path, 2, "engine", "--data", str(tmp_path / "fifo.py")
+    )
+
+
+@pytest.mark.parametrize("text", ["no", "NO", "false", "False", "off", "0"])
+def test_a_boolean_is_written_in_any_usual_way(tmp_path: Path, text: str) -> None:
+    code, answer, _ = call(tmp_path, "gc", "--apply", text)
+    assert (code, answer["applied"]) == (0, False)
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    result = python("-m", "pipeline", "--version")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{project['name']} {project['version']}\n", "")
 
 
 def test_a_store_that_is_a_file_is_named(tmp_path: Path) -> None:
@@ -495,6 +547,14 @@ def shell(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
+    """Wait until the running `process` has created the file `path`."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
@@ -515,10 +575,7 @@ def test_a_signal_still_prints_the_result(tmp_path: Path, number: signal.Signals
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "asleep").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(tmp_path / "asleep", process)
     process.send_signal(number)
     out, story = process.communicate(timeout=30)
     assert process.returncode == code
@@ -526,6 +583,22 @@ def test_a_signal_still_prints_the_result(tmp_path: Path, number: signal.Signals
     assert answer.keys() >= CONTRACT and answer["error"] == said
     assert story.splitlines()[-1] == f"{said}; finished stages are kept: run the same command again to resume"
     assert "Traceback" not in story
+
+
+def test_an_interrupt_during_the_imports_ends_the_process_silently(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import time, pathlib\npathlib.Path('importing').touch()\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "models"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_for(tmp_path / "importing", process)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == 130
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:

@@ -110,6 +110,14 @@ def test_help_of_a_verb_shows_its_variables(checkout: Path) -> None:
     assert not (checkout / "made").exists()
 
 
+def test_help_of_a_rule_that_is_no_verb_is_its_line(checkout: Path) -> None:
+    lines = make(checkout, "help").stdout + make(checkout, "help-bench").stdout
+    for rule in sorted(RULES - {*VERBS}):
+        result = make(checkout, "help", "READY=", "PIPELINE=false", f"VERB={rule}")
+        found = re.fullmatch(rf"make {rule}: (\S.*)\n", result.stdout)
+        assert found and found[1] in lines and result.stderr == ""
+
+
 def test_every_rule_is_declared_to_be_no_file() -> None:
     declared = re.search(r"^\.PHONY: (.*)$", TEXT, re.M)
     assert declared
@@ -251,6 +259,10 @@ def test_a_variable_without_effect_is_a_warning(checkout: Path) -> None:
     [
         ("bench-store", "MODELS=swin_mini", 0, "MODELS=swin_mini has no effect on make bench-store\n"),
         ("bench-speed", "MODELS=swin_mini", 0, ""),
+        ("bench", "MODELS=swin_mini", 0, ""),
+        ("bench", "MODEL=swin_mini", 2, "MODEL=swin_mini: make bench reads MODELS instead; use MODELS=...\n"),
+        ("bench-qat", "MODELS=x", 2, "MODELS=x: make bench-qat reads MODEL instead; use MODEL=...\n"),
+        ("engine", "SEEDS=1", 2, "SEEDS=1: make engine reads SEED instead; use SEED=...\n"),
         ("fuzz", "COUT=1", 2, "COUT=1: no such variable; did you mean COUNT?\n"),
         ("fuzz", "COUNT=x", 2, "COUNT=x: expected a whole number from 1 to 1000000000\n"),
         ("bench-speed", "MODELS=,", 2, "MODELS=,: expected names or numbers, separated by spaces or commas\n"),
@@ -282,6 +294,19 @@ def test_variables_of_the_environment_are_defaults(checkout: Path) -> None:
     assert story(checkout, "explain", MODEL="nobody")[1][0].startswith("MODEL=nobody: no such model; ")
     assert story(checkout, "explain", "TARGET=cup", MODEL="", TARGET="cpu")[1][0].startswith("TARGET=cup: no such tar")
     assert story(checkout, "explain", MODEL="", TARGET="", DATA="", SIZE="")[0] == 0
+
+
+def test_an_error_names_the_environment_if_the_value_comes_from_it(checkout: Path) -> None:
+    def origin(name: str) -> str:
+        return f"; {name} is set in the environment: unset it or give {name} on the command line"
+
+    _, (line, *_) = story(checkout, "engine", TARGET="orin")
+    assert line.startswith("TARGET=orin: no such target; ") and line.endswith(origin("TARGET"))
+    assert "environment" not in story(checkout, "engine", "TARGET=orin")[1][0]
+    assert story(checkout, "bench-real", SEEDS="x")[1][0].endswith(origin("SEEDS"))
+    assert origin("LOCK") in make(checkout, "engine", LOCK="other.lock").stderr
+    assert "environment" not in make(checkout, "engine", "LOCK=other.lock").stderr
+    assert origin("PYTHON") in make(checkout, "setup", PYTHON="python-that-is-not-there").stderr
 
 
 def test_a_nasty_name_is_a_wrong_name(checkout: Path) -> None:
@@ -441,7 +466,7 @@ def test_a_set_up_that_is_terminated_removes_its_environment(offline: Path, sign
     assert environments(offline) == [] and not (offline / ".venv").exists()
 
 
-def test_another_file_than_the_lock_file_means_is_not_installed(offline: Path) -> None:
+def test_a_file_with_a_different_hash_than_the_lock_file_is_not_installed(offline: Path) -> None:
     set_up(offline)
     before = (offline / ".venv").resolve()
     wheel = next((offline / "wheels").iterdir())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from models.errors import BadRequest, printable
+from models.external import user_files
 
 Order: TypeAlias = Literal["text", "natural"]
 ORDERS: tuple[Order, ...] = ("text", "natural")
@@ -66,8 +66,8 @@ def read(file: Path, folders: Collection[str]) -> Classes:
     cannot be read, has none of these forms, or lacks a folder.
     """
     where = f"LABELS={printable(file)}"
-    if not os.path.isfile(file):  # noqa: PTH113 - the method raises if the name is too long
-        raise BadRequest(f"{where}: there is no such file; give `text` or `natural`, or a file with one class per line")
+    if problem := user_files.problem(file):
+        raise BadRequest(f"{where}: {problem}; give `text` or `natural`, or a file with one class per line")
     try:
         if file.stat().st_size > _LARGEST_FILE:
             raise BadRequest(f"{where} has more than {_LARGEST_FILE // 2**20} MiB; expected a list of class names")

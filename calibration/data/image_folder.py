@@ -77,7 +77,8 @@ class Folder:
         folders = tuple(subfolders(dirs.train))
         if len(folders) < 2:
             raise BadRequest(
-                f"{printable(dirs.train)} holds {len(folders)} class folders; expected two or more, one for each class"
+                f"{printable(dirs.train)} holds {len(folders)} class folders; expected two or more, one for each "
+                "class: move the images of each class into a folder of its own, or give the folder that holds them"
             )
         order = next((order for order in ORDERS if order == labels), None)
         classes = read(file, folders) if file else by_name(folders, order or "text")
@@ -215,10 +216,15 @@ def _listed_like(
     """Return the images of a part by class folder. Raises BadRequest for classes not in `train`, or if it is empty."""
     present = subfolders(part)
     if extra := set(present) - set(folders):
-        raise BadRequest(f"{printable(part)} has class folders that {printable(train)} lacks: {listed(sorted(extra))}")
+        raise BadRequest(
+            f"{printable(part)} has class folders that {printable(train)} lacks: {listed(sorted(extra))}; add them "
+            "there, or remove them"
+        )
     images = {name: listing(part, name) for name in folders if name in present}
     if not any(images.values()):
-        raise BadRequest(f"{printable(part)} holds no images ({endings()}) in the class folders")
+        raise BadRequest(
+            f"{printable(part)} holds no images ({endings()}) in the class folders; add images, or remove the folder"
+        )
     return images
 
 
@@ -236,7 +242,7 @@ def _drawn(
         if len(examples) < least:
             raise BadRequest(
                 f"{printable(train / name)} holds {len(examples)} images ({endings()}){left_out.beside(name)}; "
-                f"expected at least {least}, so that each part gets one"
+                f"expected at least {least}, so that each part gets one; add images, or remove the class"
             )
         rng.shuffle(examples)
         share = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from calibration.data.dataset import Data
 from calibration.data.digits import Digits
 from models.errors import BadRequest, printable
+from models.external import user_files
 
 
 def load(request: str, seed: int, labels: str = "") -> Data:
@@ -22,10 +23,26 @@ def load(request: str, seed: int, labels: str = "") -> Data:
         if labels:
             raise BadRequest(f"LABELS={printable(labels)}: DATA=digits has its own ten classes; leave LABELS out")
         return Digits()
-    folder = os.path.expanduser(request)  # noqa: PTH111 - the method raises if `~name` is no user
-    if not os.path.isdir(folder):  # noqa: PTH112 - the method raises if the name is too long
+    folder = Path(os.path.expanduser(request))  # noqa: PTH111 - the method raises if `~name` is no user
+    if problem := _problem(folder):
         raise BadRequest(
-            f"DATA={printable(request)}: there is no such folder; give `digits`, or a folder that holds one folder of "
-            "images per class, or train/ and val/ that do"
+            f"DATA={printable(request)}: {problem}; give `digits`, or a folder that holds one folder of images per "
+            "class, or train/ and val/ that do"
         )
-    return Folder.scan(Path(folder).resolve(), seed, labels)
+    try:
+        return Folder.scan(folder.resolve(), seed, labels)
+    except BadRequest as error:
+        if str(error).startswith("LABELS="):
+            raise
+        raise BadRequest(f"DATA={printable(request)}: {error}") from error
+
+
+def _problem(path: Path) -> str | None:
+    """Return the reason why `path` is not a folder; None if it is a folder."""
+    try:
+        found = user_files.kind(path)
+    except OSError as error:
+        return f"this cannot be read ({error.strerror})"
+    if found == "a folder":
+        return None
+    return f"this is {found}, not a folder" if found else "there is no such folder"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.errors import BadRequest, CannotRunHere, EdgelineError
-from models.external import guard
+from models.external import guard, user_files
 from models.spec import Form, ModelSpec, Preprocess, Sizes
 
 if TYPE_CHECKING:
@@ -159,10 +159,10 @@ class FromFile(External):
 def _of_file(request: str, source: str, name: str) -> ModelSpec:
     # Not Path.expanduser, which raises an exception if `~name` is not a user.
     file = Path(os.path.expanduser(source)).absolute()  # noqa: PTH111
-    if not os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises an exception if the name is too long
+    if problem := user_files.problem(file) if source else user_files.MISSING:
+        reason = f"there is no file `{source}`" if problem == user_files.MISSING else f"`{source}`: {problem}"
         raise BadRequest(
-            f"MODEL={request}: there is no file `{source}`; give <file>.py:<function>, timm:<name>, or a name that "
-            "`make models` lists"
+            f"MODEL={request}: {reason}; give <file>.py:<function>, timm:<name>, or a name that `make models` lists"
         )
     if file.suffix != ".py":
         raise BadRequest(f"MODEL={request}: {source} is not a Python file; give <file>.py:<function>")
@@ -399,6 +399,8 @@ class FromTimm(External):
 
 
 def _of_timm(request: str, name: str) -> ModelSpec:
+    if not name:
+        raise BadRequest(f"MODEL={request}: expected the name of a model after `timm:`, as in timm:resnet18")
     timm = _timm(request)
     folder = Path(timm.__file__).parent
     try:

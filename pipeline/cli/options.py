@@ -19,7 +19,7 @@ from calibration.recipe import CALIBRATORS, ROUNDINGS, Recipe, Rounding
 from models.errors import BadRequest
 from models.external import loader as external
 from models.spec import Form, ModelSpec
-from pipeline.cli.values import SWITCH, Parse, choice, optional, pair, pick, positive, text, unnamed, whole, words
+from pipeline.cli.values import Parse, choice, optional, pair, pick, positive, switch, text, unnamed, whole, words
 from targets.base import Half, Target
 
 T = TypeVar("T", covariant=True)
@@ -47,7 +47,7 @@ class Option(Generic[T]):
     group: str  # heading in `--help`
     default: str = ""
     choices: Iterable[str] = ()  # listed in the help
-    metavar: str = "TEXT"  # placeholder in the help, for options without choices
+    metavar: str = "TEXT"  # placeholder in the help, for options without choices or with many
     complete: Callable[[], Iterable[str]] = tuple  # values for shell completion, in addition to `choices`
     kind: Kind = "plain"  # shells complete paths for "file" and "dir"
 
@@ -203,7 +203,7 @@ BATCH: Final[Option[int]] = _integer(
 FORM: Final[Option[Form]] = Option(
     name="FORM",
     default="tokens",
-    parse=choice(FORMS, "form"),
+    parse=choice(FORMS),
     choices=FORMS,
     group=_BUILD,
     help="Layout of attention blocks; `channels` suits the Neural Engine (MobileViT, CoAtNet, Swin).",
@@ -227,7 +227,7 @@ MAX_DROP: Final[Option[accuracy_budget.Budget | None]] = Option(
 VERDICT: Final[Option[bool]] = Option(
     name="VERDICT",
     default="yes",
-    parse=choice(SWITCH, "verdict"),
+    parse=switch,
     choices=_YES_NO,
     group=_BUILD,
     help="After an INT8 build, time it against the float engines and recommend one of them.",
@@ -244,15 +244,16 @@ DEVICE: Final[Option[str]] = Option(
 CALIBRATOR: Final[Option[str]] = Option(
     name="CALIBRATOR",
     default="auto",
-    parse=choice(CALIBRATORS, "calibrator"),
+    parse=choice(CALIBRATORS),
     choices=tuple(CALIBRATORS),
+    metavar="NAME",
     group=_INT8,
     help="Estimator of activation ranges; `auto` takes the one with the least output error on held-out images.",
 )
 ROUNDING: Final[Option[Rounding]] = Option(
     name="ROUNDING",
     default="auto",
-    parse=choice(ROUNDINGS, "rounding"),
+    parse=choice(ROUNDINGS),
     choices=tuple(ROUNDINGS),
     group=_INT8,
     help="Rounding of weights: nearest, adaptive (fitted to quantized inputs), or adaptive below 32 dB of SNR (auto).",
@@ -266,7 +267,7 @@ PLACEMENT: Final[Option[Placement | None]] = Option(
 )
 FORCE: Final[Option[bool | None]] = Option(
     name="FORCE",
-    parse=optional(choice(SWITCH, "force")),
+    parse=optional(switch),
     choices=_YES_NO,
     group=_INT8,
     help="Calibrate on fewer than 128 images. Default: no.",
@@ -290,7 +291,7 @@ RATE: Final[Option[tuple[float | None, float | None]]] = Option(
 INTERFACE: Final[Option[str]] = Option(
     name="INTERFACE",
     default="tensor",
-    parse=choice({name: name for name in _INTERFACES}, "interface"),
+    parse=choice({name: name for name in _INTERFACES}),
     choices=_INTERFACES,
     group=_COREML,
     help="Input and output of the package: tensor to logits, image to logits, or image to class label.",
@@ -336,10 +337,10 @@ DAYS: Final[Option[int | None]] = Option(
 APPLY: Final[Option[bool]] = Option(
     name="APPLY",
     default="no",
-    parse=choice(SWITCH, "apply"),
+    parse=switch,
     choices=_YES_NO,
     group=_OTHER,
-    help="Delete what is listed.",
+    help="Delete the listed files and folders.",
 )
 
 OF_TARGETS: Final = (INTERFACE, DEPLOYMENT)  # parsed by the target

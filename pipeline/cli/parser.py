@@ -19,7 +19,7 @@ from models.errors import BadRequest
 from pipeline.cli import typed
 from pipeline.cli.options import Option
 from pipeline.cli.request import Request
-from pipeline.cli.values import nearest, pick
+from pipeline.cli.values import alternatives, nearest, pick
 from pipeline.cli.verbs import RULES, VERBS, Verb
 
 PROGRAM: Final = "python -m pipeline"
@@ -27,6 +27,7 @@ _COMMAND, _INSTRUCTION = "edgeline", "_EDGELINE_COMPLETE"  # names in shells wit
 _ROOT: Final = Path(__file__).parent.parent.parent
 _SHELLS: Final = ("bash", "zsh", "fish")
 _WIDTH = 100  # columns of help, at most
+_WIDEST = 80  # columns of the choices of an option beside its name; longer lists are part of its text
 _SETTINGS: Final = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": _WIDTH,
@@ -69,6 +70,7 @@ def group() -> click.Group:
         epilog=f"Options of a verb: {PROGRAM} VERB --help. The last line of stdout is one JSON object; the log is on "
         "stderr. Exit codes: 0 done, 2 invalid request, 3 not possible on this machine, 4 a check failed.",
         no_args_is_help=False,
+        params=[_version()],
         options_metavar="",
         subcommand_metavar="VERB [OPTIONS]",
         context_settings=dict(_SETTINGS),
@@ -96,6 +98,25 @@ class _Helped(click.Command):
             help="Show this text.",
             callback=lambda context, _option, requested: _show_help(context, requested),
         )
+
+
+def _version() -> click.Option:
+    return click.Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        help="Show the version.",
+        callback=lambda _context, _option, requested: _show_version(requested),
+    )
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        import tomllib
+
+        project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+        raise Shown(f"{project['name']} {project['version']}")
 
 
 def _show_help(context: click.Context, requested: bool) -> None:
@@ -141,14 +162,16 @@ class _Declared(click.Option):
     """The click option of a declared `Option`."""
 
     def __init__(self, option: Option[Any]) -> None:
+        choices = f"[{'|'.join(option.choices)}]"
+        few = len(choices) <= _WIDEST
         super().__init__(
             [option.flag],
             envvar=option.name,
             default=option.default,
             show_default=bool(option.default),
             show_envvar=True,
-            metavar=f"[{'|'.join(option.choices)}]" if option.choices else option.metavar,
-            help=option.help,
+            metavar=choices if option.choices and few else option.metavar,
+            help=option.help if few else f"{option.help} Values: {', '.join(option.choices)}.",
         )
         self.option, self.heading = option, option.group
 
@@ -171,7 +194,12 @@ def _command(verb: Verb) -> click.Command:
 
     def callback(store: str = "build", **given: str) -> Request:
         texts = {option.name: given[option.name.lower()].strip() or option.default for option in verb.options}
-        return Request(verb=verb.name, texts={**texts, **verb.fixed}, store=Path(store.strip() or "build"))
+        return Request(
+            verb=verb.name,
+            texts={**texts, **verb.fixed},
+            store=Path(store.strip() or "build"),
+            inherited=typed.inherited(filter(_is_from_environment, texts)),
+        )
 
     return _VerbCommand(
         verb.name,
@@ -180,6 +208,11 @@ def _command(verb: Verb) -> click.Command:
         help=verb.help,
         epilog=_epilog(verb),
     )
+
+
+def _is_from_environment(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name.lower())
+    return source is click.core.ParameterSource.ENVIRONMENT
 
 
 def _epilog(verb: Verb) -> str | None:
@@ -191,7 +224,9 @@ def _epilog(verb: Verb) -> str | None:
 
 def _completion() -> click.Command:
     def callback(shell: str) -> NoReturn:
-        raise Shown(_script(pick("shell", shell, {name: name for name in _SHELLS})))
+        if shell not in _SHELLS:
+            raise BadRequest(f"completion {shell}: no such shell; expected {alternatives(_SHELLS)}")
+        raise Shown(_script(shell))
 
     return _Helped(
         "completion",
@@ -224,9 +259,11 @@ def _check_variables() -> click.Command:
 
     def callback(rules: tuple[str, ...]) -> NoReturn:
         typed.judge(rules)
-        for option in (option for rule in rules for option in RULES.get(rule, ())):
-            if text := os.environ.get(option.name, "").strip():
-                option.parse(option.name, text)
+        read = [option for rule in rules for option in RULES.get(rule, ())]
+        with typed.naming_origin(typed.inherited(option.name for option in read)):
+            for option in read:
+                if text := os.environ.get(option.name, "").strip():
+                    option.parse(option.name, text)
         raise Shown
 
     return _Helped("check-variables", callback=callback, params=[click.Argument(["rules"], nargs=-1)], hidden=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +15,11 @@ from calibration.qdq_placement import Placement
 from calibration.recipe import Ptq, Qat, Recipe, Schedule, WeightOnly, budgeted, scheduled, with_ptq
 from models import checkpoint, hub
 from models.errors import BadRequest
+from models.external import user_files
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.cli import options, preprocess_options
 from pipeline.cli.options import Option
-from pipeline.cli.values import digits, nearest, pick
+from pipeline.cli.values import digits, nearest
 from pipeline.run import Run
 from pipeline.store import integrity
 from targets.base import NO_OPTIONS, Customizes, Options, Target
@@ -33,6 +34,7 @@ class Request:
     verb: str
     texts: Mapping[str, str]
     store: Path = Path("build")
+    inherited: Mapping[str, str] = field(default_factory=dict)  # texts that come from the environment of the shell
 
     def __getitem__(self, option: Option[T]) -> T:
         """Parse the value of `option`. Raises BadRequest if its text is invalid."""
@@ -154,17 +156,15 @@ def weights_of(model: ModelSpec, text: str) -> Path:
     """Return the path of the checkpoint `text`. The checkpoint `timm` is downloaded from the Hugging Face Hub unless it
     is cached; a local file of this name is given as `./timm`.
 
-    Raises BadRequest if the file does not exist, or if it is part of a damaged artifact.
+    Raises BadRequest if the file does not exist, cannot be read, or is part of a damaged artifact.
     """
     if text == "timm":
         return hub.download(model)
     # Not Path.expanduser, which raises if the user in `~name` does not exist, nor Path.resolve, which would replace the
     # suffix of a link by that of its target.
     file = Path(os.path.expanduser(text)).absolute()  # noqa: PTH111
-    if not os.path.isfile(file):  # noqa: PTH113 - the method raises if the name is too long
-        raise BadRequest(
-            f"WEIGHTS={text}: there is no such file; give a .safetensors, .pt or .pth checkpoint, or `timm`"
-        )
+    if problem := user_files.problem(file):
+        raise BadRequest(f"WEIGHTS={text}: {problem}; give a .safetensors, .pt or .pth checkpoint, or `timm`")
     if damage := integrity.damage_of(file):
         raise BadRequest(f"WEIGHTS={text}: its artifact is damaged: {damage}; repeat the command that built it")
     return file
@@ -172,7 +172,7 @@ def weights_of(model: ModelSpec, text: str) -> Path:
 
 def form_of(model: ModelSpec, text: str) -> Form:
     """Return the form called `text`. Raises BadRequest if it does not exist or `model` does not support it."""
-    form = pick("form", text, options.FORMS)
+    form = options.FORM.parse(options.FORM.name, text)
     if form not in model.forms:
         having = dict.fromkeys(spec.family for spec in models.ALL.values() if form in spec.forms)
         raise BadRequest(
@@ -201,12 +201,13 @@ def _top(paths: Iterable[str]) -> list[str]:
 def size_for(model: ModelSpec, text: str, *, variable: str = "SIZE") -> int:
     """Return the input side in `text`, in pixels. Raises BadRequest with the nearest sides that the model supports."""
     sizes = model.sizes
-    size = digits(text) or 0
-    if size not in sizes:
-        nearest = " or ".join(f"{variable}={near}" for near in sizes.nearest(size))
+    size = digits(text)
+    if size is None or size not in sizes:
+        near = " or ".join(f"{variable}={side}" for side in sizes.nearest(size or 0))
+        hint = f"such as {variable}={model.preprocess.size}" if size is None else f"the nearest: {near}"
         lowest, highest = sizes.nearest(sizes.minimum)[0], sizes.nearest(sizes.maximum)[-1]
         raise BadRequest(
             f"{variable}={text}: {model.name} takes sides from {lowest} to {highest} pixels that are multiples of "
-            f"{sizes.multiple_of}; the nearest: {nearest}"
+            f"{sizes.multiple_of}; {hint}"
         )
     return size

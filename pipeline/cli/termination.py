@@ -1,5 +1,5 @@
-"""Process termination: SIGTERM and SIGHUP as exceptions, so that the result is still printed as the last line of
-stdout, and closed or unread standard streams.
+"""Process termination: signals as exceptions, so that the result is still printed as the last line of stdout, and
+closed or unread standard streams.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ class Ended(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def by_exception() -> Iterator[None]:
-    """Raise Ended on SIGTERM and SIGHUP within the context; a second signal terminates the process at once. Ignored
-    signals, as under nohup, stay ignored.
+    """Raise Ended on SIGTERM and SIGHUP within the context, KeyboardInterrupt on SIGINT; a second SIGTERM or SIGHUP
+    terminates the process at once. Ignored signals, as under nohup, stay ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     before = {number: handler for number, handler in before.items() if handler is signal.SIG_DFL}
+    interrupt = signal.getsignal(signal.SIGINT)
 
     def end(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -43,6 +44,9 @@ def by_exception() -> Iterator[None]:
 
     for number in before:
         signal.signal(number, end)
+    if callable(interrupt):
+        before[signal.SIGINT] = interrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:

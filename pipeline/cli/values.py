@@ -6,26 +6,28 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from models.errors import BadRequest
 
 T = TypeVar("T")
+R = TypeVar("R", covariant=True)
 Parse: TypeAlias = Callable[[str, str], T]  # name of the variable, its text
 
-SWITCH: Mapping[str, bool] = {"yes": True, "1": True, "no": False, "0": False}
-_LONGEST_NUMBER = 12  # digits
+_YES: Final = frozenset({"yes", "true", "on", "1"})
+_NO: Final = frozenset({"no", "false", "off", "0"})
+_LARGEST_NUMBER: Final = 10**12
 
 
-def pick(kind: str, name: str, options: Mapping[str, T], *, also: Sequence[str] = (), variable: str | None = None) -> T:
-    """Return the option called `name`. Raises BadRequest with the most similar name in `options` and `also`."""
+def pick(kind: str, name: str, options: Mapping[str, T], *, variable: str | None = None) -> T:
+    """Return the option called `name`. Raises BadRequest with the most similar name in `options`."""
     if name in options:
         return options[name]
-    known = [*also, *options]
-    close = nearest(name, known)
+    close = nearest(name, options)
     hint = f"did you mean {close}? " if close else ""
-    raise BadRequest(f"{variable or kind.upper()}={name}: no such {kind}; {hint}Known: {', '.join(known)}")
+    raise BadRequest(f"{variable or kind.upper()}={name}: no such {kind}; {hint}Known: {', '.join(options)}")
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
@@ -48,9 +50,30 @@ def words(name: str, value: str) -> list[str]:
     return found
 
 
-def choice(options: Mapping[str, T], kind: str = "choice") -> Parse[T]:
-    """Return a parser for the names in `options`."""
-    return lambda name, value: pick(kind, value, options, variable=name)
+def choice(options: Mapping[str, T]) -> Parse[T]:
+    """Return a parser for the names in `options`, which are few enough to be listed in each error."""
+
+    def parse(name: str, value: str) -> T:
+        if value not in options:
+            close = nearest(value, options)
+            hint = f"; did you mean {close}?" if close else ""
+            raise BadRequest(f"{name}={value}: expected {alternatives(options)}{hint}")
+        return options[value]
+
+    return parse
+
+
+def alternatives(names: Collection[str]) -> str:
+    """Join `names` as in "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def switch(name: str, value: str) -> bool:
+    """Parse a boolean in any case: yes, true, on or 1; no, false, off or 0."""
+    if value.lower() not in _YES | _NO:
+        raise BadRequest(f"{name}={value}: expected yes or no")
+    return value.lower() in _YES
 
 
 def optional(parse: Parse[T]) -> Parse[T | None]:
@@ -63,35 +86,50 @@ def unnamed(parse: Callable[[str], T]) -> Parse[T]:
     return lambda _name, value: parse(value)
 
 
-def whole(lowest: int, highest: int) -> Parse[int]:
-    """Return a parser for whole numbers in ASCII digits, from `lowest` to `highest`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Number(Generic[R]):
+    """A parser for numbers."""
 
-    def parse(name: str, value: str) -> int:
-        number = digits(value)
-        if number is None or not lowest <= number <= highest:
-            raise BadRequest(f"{name}={value}: expected a whole number from {lowest} to {highest}")
+    read: Callable[[str], R | None]  # returns None for an invalid text
+    expected: str  # description of the valid numbers
+
+    def __call__(self, name: str, value: str) -> R:
+        number = self.read(value)
+        if number is None:
+            raise BadRequest(f"{name}={value}: expected {self.expected}")
         return number
 
-    return parse
+
+def whole(lowest: int, highest: int) -> Number[int]:
+    """Return a parser for whole numbers in ASCII digits, from `lowest` to `highest`."""
+
+    def read(value: str) -> int | None:
+        number = digits(value)
+        return number if number is not None and lowest <= number <= highest else None
+
+    return Number(read=read, expected=f"a whole number from {lowest} to {highest}")
 
 
 def digits(value: str) -> int | None:
-    """Return the whole number in `value`; None if it is not a number or has more than 12 digits."""
-    return int(value) if value.isascii() and value.isdigit() and len(value) <= _LONGEST_NUMBER else None
+    """Return the whole number in `value`, or 10**12 if it is larger; None if it is not a number in ASCII digits."""
+    if not (value.isascii() and value.isdigit()):
+        return None
+    significant = value.lstrip("0")
+    return int(significant or "0") if len(significant) < len(str(_LARGEST_NUMBER)) else _LARGEST_NUMBER
 
 
-def positive(name: str, value: str) -> float:
-    """Parse a positive, finite number."""
+def _positive(value: str) -> float | None:
     try:
         number = float(value) if value.isascii() else math.nan
     except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise BadRequest(f"{name}={value}: expected a positive number such as 0.001")
-    return number
+        return None
+    return number if 0 < number < math.inf else None
 
 
-def pair(parse: Parse[T]) -> Parse[tuple[T | None, T | None]]:
+positive: Final = Number(read=_positive, expected="a positive number such as 0.001")
+
+
+def pair(number: Number[T]) -> Parse[tuple[T | None, T | None]]:
     """Return a parser for the values of float training and of quantization-aware training: one value for both, or two
     separated by a comma.
     """
@@ -105,7 +143,9 @@ def pair(parse: Parse[T]) -> Parse[tuple[T | None, T | None]]:
             )
         if not value:
             return None, None
-        parsed = [parse(name, part.strip()) for part in parts]
-        return parsed[0], parsed[-1]
+        first, last = number.read(parts[0].strip()), number.read(parts[-1].strip())
+        if first is None or last is None:
+            raise BadRequest(f"{name}={value}: expected {number.expected}, or two separated by a comma")
+        return first, last
 
     return parse_pair

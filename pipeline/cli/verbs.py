@@ -210,7 +210,7 @@ _VERBS: Final = (
     ),
     Verb(
         name="gc",
-        help="List scratch, replaced and damaged artifacts in build/; APPLY=yes deletes them.",
+        help="List unfinished, replaced and damaged artifacts; APPLY=yes deletes them.",
         group="Maintain",
         options=(options.DAYS, options.APPLY),
         arguments=lambda request: (request.store, request[options.DAYS], request[options.APPLY]),
@@ -227,6 +227,7 @@ RULES: Final[Mapping[str, Options]] = {
         f"bench-{name}": (options.MODELS,)
         for name in ("coreml", "speed", "calibration", "families", "outliers", "seeds", "prove", "qat-gain", "half")
     },
+    "bench": (options.MODELS,),
     "bench-quantizers": (options.MODELS, options.NNCF_PYTHON),
     "bench-faults": (options.MODELS,),
     "bench-real": (options.SEEDS,),

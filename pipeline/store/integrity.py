@@ -44,9 +44,12 @@ class Damage:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content in 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file's content in 64 hexadecimal digits. Raises OSError with the name of the file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # of a read, it has no file name
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def seal(folder: Path, *, key: str, ingredients: Mapping[str, object], seconds: float) -> None:

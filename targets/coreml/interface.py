@@ -29,7 +29,7 @@ _NEAR = 0.01  # tolerance in 8-bit pixel steps; the error of float32 is below 0.
 def parse(text: str, batch: int) -> Interface:
     """Return the interface called `text`. Raises BadRequest for an unknown name or an unsupported batch."""
     if text not in INTERFACES:
-        raise BadRequest(f"INTERFACE={text}: no such interface; Known: {', '.join(INTERFACES)}")
+        raise BadRequest(f"INTERFACE={text}: expected {' or '.join(INTERFACES)}")
     interface = INTERFACES[text]
     if interface != "tensor" and batch != 1:
         raise BadRequest(

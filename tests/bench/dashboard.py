@@ -143,7 +143,7 @@ def _peak(store: Path, largest: int) -> int:
 _COMMAND: Final = """
 import os, pathlib, sys
 os.chdir(sys.argv[1])
-from pipeline.__main__ import main
+from pipeline.cli.main import main
 code = main(["dashboard", "--store", sys.argv[2]])
 status = pathlib.Path("/proc/self/status")
 if status.exists():

@@ -33,7 +33,7 @@ _UNCHECKED: Final = """
 import os, sys
 from pipeline.store import store
 store.Store.damage = lambda self, step: None
-from pipeline.__main__ import main
+from pipeline.cli.main import main
 sys.exit(main())
 """
 

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import models
-from pipeline.__main__ import main as edgeline
+from pipeline.cli.main import main as edgeline
 
 MODELS = ("mobilevit_xs", "mobilenetv2_100", *(name for name in models.ALL if name.endswith("_mini")))
 RECIPES = ("fp32", "fp16", "int8_ptq", "int8_qat")

@@ -35,7 +35,7 @@ def _main(arguments: list[str]) -> None:
     """Run a command in this process. Raises Refused with the sentence of its answer, or AssertionError where the answer
     breaks the contract of the command line.
     """
-    from pipeline.__main__ import main
+    from pipeline.cli.main import main
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):

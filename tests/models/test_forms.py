@@ -223,7 +223,7 @@ def test_a_graph_has_plain_operators_of_rank_4_and_one_transposition_an_attentio
 
 
 @every_toy
-def test_every_layer_has_a_stored_weight_of_its_own(name: str) -> None:
+def test_every_layer_has_a_separate_stored_weight(name: str) -> None:
     tokens, channels = (
         [node for node in of_the_image(graph_of(name, form)) if node.target in WEIGHTED] for form in FORMS
     )
@@ -327,7 +327,7 @@ def test_a_form_that_a_model_lacks_is_refused_with_the_families_that_have_it(tmp
     assert str(refused.value) == (
         "FORM=channels: mobilenetv2_100 has no such form, only tokens; these families have it: mobilevit, coatnet, swin"
     )
-    with pytest.raises(BadRequest, match=r"^FORM=chanels: no such form; did you mean channels"):
+    with pytest.raises(BadRequest, match=r"^FORM=chanels: expected tokens or channels; did you mean channels"):
         form_of(models.ALL["swin_mini"], "chanels")
 
 

@@ -99,7 +99,7 @@ def test_a_file_gives_the_outputs_in_their_order(tmp_path: Path, text: str, name
         ),
     ],
 )
-def test_synsets_have_names_of_their_own(tmp_path: Path, text: str) -> None:
+def test_synsets_are_named_by_the_file(tmp_path: Path, text: str) -> None:
     found = read(labels(tmp_path, text), SYNSETS)
     assert found.names == ("English springer, springer spaniel", "tench, Tinca tinca", "chain saw")
     assert found.outputs == {"n01440764": 1, "n02102040": 0, "n03000684": 2}
@@ -162,7 +162,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         file.truncate(2**25)
     for name, sentence in {
         "bytes": "is not UTF-8 text (byte 4); expected a list of class names",
-        "fifo": ": there is no such file; give `text` or `natural`, or a file with one class per line",
+        "fifo": ": this is a FIFO, not a file; give `text` or `natural`, or a file with one class per line",
         "missing": ": there is no such file",
         "large": "has more than 16 MiB",
         "x" * 300: ": there is no such file",

@@ -272,7 +272,7 @@ def test_folders_deeper_than_a_stack_are_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def nobody() -> Iterator[Path]:
-    """Yield a folder that everybody may enter, and restore user and permissions afterwards."""
+    """Yield a folder that every user may enter, and restore user and permissions afterwards."""
     with tempfile.TemporaryDirectory() as made:
         Path(made).chmod(0o755)
         before = os.geteuid()

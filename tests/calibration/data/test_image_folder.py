@@ -25,6 +25,10 @@ from models.spec import Preprocess
 RED, BLUE = (200, 20, 30), (10, 40, 210)
 TINY = Preprocess(size=8, crop=1.0)
 ENDINGS = ".bmp, .dib, .gif, .jfif, .jpe, .jpeg, .jpg, .pbm, .pgm, .png, .pnm, .ppm, .tif, .tiff, .webp"
+FOLDERS = (
+    "expected two or more, one for each class: move the images of each class into a folder of its own, or give the "
+    "folder that holds them"
+)
 UNSCALED = Preprocess(size=8, crop=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 
 
@@ -167,23 +171,25 @@ def test_classes_without_a_folder_are_counted(tmp_path: Path) -> None:
     [
         ({"train/a": 3}, "{root} has train/ but no val/; add {root}/val, or give DATA={root}/train to have it split"),
         ({"val/a": 3}, "{root} has val/ but no train/; add {root}/train, or give DATA={root}/val to have it split"),
-        ({}, "{root} holds 0 class folders; expected two or more, one for each class"),
-        ({"a": 3}, "{root} holds 1 class folders; expected two or more, one for each class"),
+        ({}, f"{{root}} holds 0 class folders; {FOLDERS}"),
+        ({"a": 3}, f"{{root}} holds 1 class folders; {FOLDERS}"),
         (
             {"a": 3, "b": 2},
-            f"{{root}}/b holds 2 images ({ENDINGS}); expected at least 3, so that each part gets one",
+            f"{{root}}/b holds 2 images ({ENDINGS}); expected at least 3, so that each part gets one; add images, or "
+            "remove the class",
         ),
         (
             {"a": 3, "b": 0},
-            f"{{root}}/b holds 0 images ({ENDINGS}); expected at least 3, so that each part gets one",
+            f"{{root}}/b holds 0 images ({ENDINGS}); expected at least 3, so that each part gets one; add images, or "
+            "remove the class",
         ),
         (
             {"train/a": 3, "train/b": 3, "val/a": 1, "val/zebra": 1},
-            "{root}/val has class folders that {root}/train lacks: zebra",
+            "{root}/val has class folders that {root}/train lacks: zebra; add them there, or remove them",
         ),
         (
             {"train/a": 3, "train/b": 3, "val/a": 0},
-            f"{{root}}/val holds no images ({ENDINGS}) in the class folders",
+            f"{{root}}/val holds no images ({ENDINGS}) in the class folders; add images, or remove the folder",
         ),
     ],
 )

@@ -16,7 +16,7 @@ def test_there_are_at_least_128_crops_to_calibrate_on() -> None:
     assert len(PHOTOS.labels("train")) >= 128
 
 
-def test_every_crop_is_a_colour_square_of_its_own_and_the_same_each_time() -> None:
+def test_every_crop_is_a_distinct_colour_square_and_reproducible() -> None:
     seen = set()
     for part in PARTS:
         for index in range(len(PHOTOS.labels(part))):

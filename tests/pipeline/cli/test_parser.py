@@ -19,6 +19,8 @@ from models.errors import BadRequest
 from pipeline.cli import options
 from pipeline.cli.options import Option
 from pipeline.cli.parser import Shown, parse
+from pipeline.cli.request import read
+from pipeline.cli.typed import naming_origin
 from pipeline.cli.verbs import RULES, VERBS, all_variables
 from tests.support.tiny import ROOT, python, quickest, surroundings
 
@@ -45,22 +47,20 @@ def test_the_help_of_a_verb_shows_its_options_alone(verb: str) -> None:
     assert flags == {option.flag for option in VERBS[verb].options} | {"--help"} | store
 
 
-def test_the_help_of_an_option_has_its_values_its_default_and_its_variable() -> None:
-    shown = " ".join(re.sub(r"-\n +", "-", help_of("engine")).split())
-    for option in VERBS["engine"].options:
-        assert option.help in shown
-        values = f"[{'|'.join(option.choices)}]" if option.choices else option.metavar
-        assert f"{option.flag} {values} " in shown
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_fits_and_describes_each_option(verb: str) -> None:
+    result = python("-m", "pipeline", verb, "--help", COLUMNS="200")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    entries = dict(re.findall(r"^  (?:-h, )?(--[a-z-]+) (.*(?:\n {10,}.*)*)", result.stdout, re.M))
+    for option in VERBS[verb].options:
+        kind, _, about = re.sub(r"(?<=\w-)\n +", "", entries[option.flag]).partition("  ")
+        text = " ".join(about.split())
+        assert kind.startswith("[") if option.choices and option is not options.CALIBRATOR else kind.isprintable()
+        assert kind and all(choice in kind or f" {choice}" in text for choice in option.choices)
+        assert re.match(r"[A-Z][^.]+", text) and option.help in text
         default = f"; default: {option.default}" if option.default else ""
-        assert f"[env var: {option.name}{default}]" in shown
-
-
-def test_help_fits_100_columns_on_a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    longest = max(options.CALIBRATOR.choices, key=len)
-    for verb in VERBS:
-        lines = [line for line in help_of(verb).splitlines() if longest not in line]
-        assert max(map(len, lines)) <= 100
+        assert text.endswith(f". [env var: {option.name}{default}]")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["engine", "--help"], ["engine", "-h"]], ids=str)
@@ -96,9 +96,9 @@ def test_every_verb_has_its_function(verb: str) -> None:
 
 
 def test_verb_modules_are_imported_only_through_the_table() -> None:
-    """`pipeline.__main__` and `pipeline.cli` import no module of a verb: `--help` would import what it needs."""
+    """`pipeline.cli` imports no module of a verb: `--help` would import its dependencies."""
     modules = {verb.module for verb in VERBS.values()}
-    for path in (ROOT / "pipeline" / "__main__.py", *(ROOT / "pipeline" / "cli").glob("*.py")):
+    for path in (ROOT / "pipeline" / "cli").glob("*.py"):
         imports = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ImportFrom)]
         assert {node.module for node in imports} & modules == set(), path
 
@@ -135,6 +135,42 @@ def test_a_variable_that_the_verb_does_not_read_is_no_part_of_its_request(monkey
     monkeypatch.setenv("TARGET", "cpu")
     assert parse(["tune"])[options.PLACEMENT] is None
     assert parse(["placement"])[options.TARGET].name == "coreml"
+
+
+def test_an_error_in_a_variable_of_the_environment_names_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = "; TARGET is set in the environment: unset it or give TARGET on the command line"
+    known = "^TARGET=orin: no such target; Known: jetson, .*, iphone"
+
+    def error(*arguments: str) -> str:
+        request = parse(["engine", *arguments])
+        with pytest.raises(BadRequest) as refused, naming_origin(request.inherited):
+            read(request)
+        return str(refused.value)
+
+    monkeypatch.setenv("TARGET", "orin")
+    assert re.fullmatch(known + re.escape(origin), error())
+    assert re.fullmatch(known, error("--target", "orin"))
+    assert re.fullmatch("BATCH=0: expected a whole number from 1 to 256", error("--target", "cpu", "--batch", "0"))
+    monkeypatch.setenv("EDGELINE_TYPED", "TARGET")  # make exports variables of its command line
+    assert re.fullmatch(known, error())
+    monkeypatch.delenv("EDGELINE_TYPED")
+    monkeypatch.setenv("TARGET", "onnxruntime")
+    assert error("--interface", "image").endswith(
+        "not supported by TARGET=onnxruntime; use TARGET=coreml, or leave INTERFACE out" + origin
+    )
+
+
+@pytest.mark.parametrize("verb", ["tune", "placement", "engine", "models"])
+def test_a_variable_of_the_environment_without_effect_is_a_warning(
+    verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PLACEMENT", "conv")
+    monkeypatch.setenv("TARGET", "jetson")
+    monkeypatch.setattr(sys, "argv", ["pipeline", verb])
+    parse()
+    unread = {"tune": "PLACEMENT=conv", "placement": "TARGET=jetson"}.get(verb)
+    sentence = f"{unread}, set in the environment, has no effect on make {verb}"
+    assert caplog.messages == ([sentence] if unread else [])
 
 
 def test_typed_variables_are_judged_for_a_process_and_not_for_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

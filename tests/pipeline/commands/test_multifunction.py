@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import BadRequest
-from pipeline.__main__ import main
+from pipeline.cli.main import main
 from pipeline.commands import multifunction
 from pipeline.run import Run
 from pipeline.stages.compiled import compiled as compiled_step

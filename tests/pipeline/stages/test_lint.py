@@ -1,4 +1,4 @@
-"""Every rule finds what it is for, at its line, and lets pass what only looks like it."""
+"""Lint rules: each fault is found at its line, and near misses pass."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHANNELS = 32
 
 
 class Net(nn.Module):
-    """An embedding of 2x2 pixels, something with it that a subclass does, mean, linear."""
+    """An embedding of 2x2 pixels, an operation of the subclass, mean, linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class LateNorm(nn.Module):
 
 
 class Norms(nn.Module):
-    """After a convolution, and before unpadded ones: both are absorbed."""
+    """Norms after a convolution, and before unpadded convolutions: both are folded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class Grouped(nn.Module):
 
 
 class Depthwise(nn.Module):
-    """With 12 channels that its input has, too: the layer that made them is at fault."""
+    """Depthwise convolution with the 12 channels of its input: the finding names the layer that produces them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class Normalized(nn.Module):
 
 
 class SafelyNormalized(nn.Module):
-    """And a small number that guards nothing."""
+    """Normalization with a safe epsilon, and a small number that is not a divisor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.normalize(x, eps=1e-6) + 1e-12
@@ -297,7 +297,7 @@ def linted(inner: type[nn.Module]) -> list[Finding]:
 
 
 def marked(rule: str) -> str:
-    """The line of this file that ends in the name of the rule."""
+    """Return the number of the line of this file that ends in the name of the rule."""
     (number,) = (number for number, line in enumerate(SOURCE, 1) if line.endswith(f"  # {rule}"))
     return f"tests/pipeline/stages/test_lint.py:{number}"
 
@@ -338,7 +338,7 @@ def test_an_epsilon_that_fp16_does_not_have_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("inner", NEAR_MISSES, ids=lambda inner: inner.__name__)
-def test_a_near_miss_is_none(inner: type[nn.Module]) -> None:
+def test_a_near_miss_has_no_finding(inner: type[nn.Module]) -> None:
     assert linted(inner) == []
 
 
@@ -349,7 +349,7 @@ def test_every_rule_is_tested_here() -> None:
     assert len({rule.name for rule in RULES}) == len(RULES)
 
 
-def test_the_folded_graph_and_the_program_are_told_the_same() -> None:
+def test_the_folded_graph_and_the_program_have_the_same_findings() -> None:
     network = around(LateNorm)().eval()
     assert lint(traced(network, SIDE)) == lint(exported_program.export(network, SIDE))
 
@@ -362,7 +362,7 @@ def test_linting_leaves_the_program_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in exported.state_dict.items())
 
 
-def test_a_program_that_was_stored_is_told_the_same(tmp_path: Path) -> None:
+def test_a_stored_program_has_the_same_findings(tmp_path: Path) -> None:
     exported = exported_program.export(around(SixAxes)().eval(), SIDE)
     exported_program.save(exported, tmp_path / "program.pt2")
     assert lint(exported_program.load(tmp_path / "program.pt2")) == lint(exported) != []
@@ -372,7 +372,7 @@ def test_a_program_that_was_stored_is_told_the_same(tmp_path: Path) -> None:
 
 
 class Gathers(nn.Module):
-    """One line, three modules."""
+    """Three modules with the same line of code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ class Gathers(nn.Module):
         return self.three(self.two(self.one(x)))  # type: ignore[no-any-return]
 
 
-def test_the_same_line_is_told_once() -> None:
+def test_each_line_has_one_finding() -> None:
     (finding,) = linted(Gathers)
     assert (finding.count, finding.module, finding.line) == (3, "middle.one", marked("gather"))
     assert finding.modules == ("middle.one", "middle.two", "middle.three")
@@ -395,7 +395,7 @@ class ManyWidths(nn.Sequential):
         super().__init__(*(nn.Conv2d(*pair, 1) for pair in itertools.pairwise(widths)))
 
 
-def test_different_details_of_one_line_are_listed_up_to_a_few() -> None:
+def test_different_details_of_one_line_are_listed_up_to_a_limit() -> None:
     (finding,) = linted(ManyWidths)
     assert finding.reason.startswith("9 channels, 10 channels, 11 channels, 12 channels, ...: ")
     assert finding.count == 6
@@ -431,7 +431,7 @@ def test_a_shape_that_depends_on_values_is_found() -> None:
     assert found["dynamic-shape"].reason.startswith("index of a shape that depends on values: ")
 
 
-def test_a_batch_that_joins_another_axis_is_no_dynamic_shape() -> None:
+def test_merging_the_batch_into_a_second_axis_is_no_dynamic_shape() -> None:
     assert linted(LargeHeads) == []  # reshape(-1, ...)
 
 
@@ -439,7 +439,7 @@ def test_a_batch_that_joins_another_axis_is_no_dynamic_shape() -> None:
 
 
 class Branches(Net):
-    """`side` sees nothing but zeros: the gate of its branch is closed."""
+    """Network whose branch `side` has only zeros as inputs, as its gate is closed."""
 
     def __init__(self, gate: float) -> None:
         super().__init__()
@@ -467,7 +467,7 @@ def fixed(prepared: GraphModule, *, skip: FakeQuant | None = None) -> GraphModul
 
 
 def of_side(prepared: GraphModule, place: int) -> FakeQuant:
-    """The quantizer of the input (0) or the weight (1) of `side`."""
+    """Return the quantizer of the input (0) or the weight (1) of `side`."""
     layers = [node for node in prepared.graph.nodes if node.target is torch.ops.aten.conv2d.default]
     found = prepared.get_submodule(str(layers[1].args[place].target))
     assert isinstance(found, FakeQuant)
@@ -478,7 +478,7 @@ def converted(prepared: GraphModule) -> list[Finding]:
     return lint(exported_program.export(convert_pt2e(prepared), SIDE))
 
 
-def test_what_was_calibrated_is_not_found() -> None:
+def test_calibrated_quantizers_have_no_findings() -> None:
     prepared = observed()
     assert lint(prepared) == []
     assert lint(fixed(prepared)) == []
@@ -506,7 +506,7 @@ def test_a_branch_that_saw_nothing_but_zeros_is_found() -> None:
 def test_a_quantizer_whose_range_was_never_fixed_is_found_in_the_converted_program(place: int, what: str) -> None:
     prepared = observed()
     left_out = of_side(prepared, place)
-    if place:  # so many scales as a weight of that shape must have
+    if place:  # one scale per output channel
         left_out.scale.resize_(CHANNELS).fill_(1)
         left_out.zero_point.resize_(CHANNELS).zero_()
     (finding,) = converted(fixed(prepared, skip=left_out))
@@ -525,7 +525,7 @@ def test_a_channel_of_zeros_in_a_weight_is_not_found() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -0.5, 2.0**-15, 1e6])
-def test_a_scale_that_fp16_cannot_carry_is_found(value: float) -> None:
+def test_a_scale_beyond_fp16_is_found(value: float) -> None:
     prepared = fixed(observed())
     of_side(prepared, 0).scale.fill_(value)
     (finding,) = lint(prepared)
@@ -541,7 +541,7 @@ def test_wrong_scales_of_single_channels_are_found_in_the_converted_program() ->
     assert finding.reason.startswith("weight scale 1e-07 and 2 more: ")
 
 
-def test_the_scales_that_the_rules_know_are_those_of_the_quantizers() -> None:
+def test_the_scales_in_the_rules_equal_those_of_the_quantizers() -> None:
     from pipeline.stages import lint as linting
 
     quantizer = PerTensorFakeQuant(dtype=torch.int8, qscheme=torch.per_tensor_symmetric, quant_min=-128, quant_max=127)
@@ -582,7 +582,7 @@ def exported(network: nn.Module, out: Path) -> None:
     export(exported_program.export(network.eval(), SIDE), images, {"model": "toy", "size": SIDE}, out)
 
 
-def test_what_has_errors_is_not_exported(tmp_path: Path) -> None:
+def test_a_network_with_errors_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed) as raised:
         exported(around(SixAxes)(), tmp_path)
     (finding,) = linted(SixAxes)
@@ -599,7 +599,7 @@ def test_warnings_are_counted_in_one_line_of_an_export(tmp_path: Path, caplog: p
 
 
 def faulty(classes: int) -> nn.Module:
-    """A network for the command: one error and one warning."""
+    """Return a network with one error and one warning, for the command."""
 
     class Faulty(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -614,7 +614,7 @@ from dataclasses import replace
 import models
 spec = models.ALL["convmixer_mini"]
 models.ALL["faulty"] = replace(spec, name="faulty", network="tests.pipeline.stages.test_lint:faulty")
-from pipeline.__main__ import main
+from pipeline.cli.main import main
 sys.exit(main(["lint-model", "--model", "faulty", "--size", "16", "--target", sys.argv[1]]))
 """
 
@@ -642,7 +642,7 @@ def test_the_command_ends_with_4_where_there_are_errors() -> None:
     )
 
 
-def test_the_command_warns_of_what_another_target_refuses() -> None:
+def test_the_command_warns_of_operators_that_a_different_target_refuses() -> None:
     result = python("-c", COMMAND, "cpu")
     answer = json.loads(result.stdout.splitlines()[-1])
     assert (result.returncode, answer["errors"], answer["warnings"]) == (0, 0, 2), result.stderr
@@ -651,7 +651,7 @@ def test_the_command_warns_of_what_another_target_refuses() -> None:
 
 
 @pytest.mark.parametrize(("size", "expected"), [("", 64), ("32", 32)])
-def test_the_command_lints_at_the_published_size_unless_told_another(size: str, expected: int) -> None:
+def test_the_command_lints_at_the_published_size_by_default(size: str, expected: int) -> None:
     result = python("-m", "pipeline", "lint-model", "--model", "convmixer_mini", "--size", size)
     answer = json.loads(result.stdout.splitlines()[-1])
     assert (result.returncode, answer["errors"], answer["size"]) == (0, 0, expected)
