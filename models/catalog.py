@@ -114,7 +114,7 @@ def _coatnet() -> Iterator[ModelSpec]:
         ("coatnet_1", 42_225_776, 8_238_879_744, 83.3, paper),
         ("coatnet_2", 74_684_744, 15_502_290_944, 84.1, paper),
         ("coatnet_3", 166_966_264, 34_372_257_792, 84.5, paper),
-        ("coatnet_4", 275_425_288, 60_235_941_888, None, f"{paper} has it at 384 pixels and above alone"),
+        ("coatnet_4", 275_425_288, 60_235_941_888, None, f"{paper} has it at 384 pixels and above only"),
         ("coatnet_0_rw", 27_435_562, 4_406_300_928, 82.40, timm),
         ("coatnet_1_rw", 41_721_502, 7_992_160_512, 83.62, timm),
         ("coatnet_2_rw", 73_868_400, 15_019_256_832, 86.58, timm),

@@ -178,7 +178,7 @@ def private_of_others(source: str, layer: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
-def test_no_layer_uses_private_names_of_another_layer(path: Path) -> None:
+def test_no_layer_uses_private_names_of_other_layers(path: Path) -> None:
     assert private_of_others(path.read_text(), path.relative_to(ROOT).parts[0]) == set()
 
 

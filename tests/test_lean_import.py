@@ -73,7 +73,7 @@ def test_listings_and_errors_import_no_framework_and_are_fast(arguments: list[st
     assert quickest("-m", "pipeline", *arguments, below=BE_SECONDS) < BE_SECONDS
 
 
-def test_the_key_of_every_engine_is_known_without_a_framework(tmp_path: Path) -> None:
+def test_the_key_of_every_engine_is_computed_without_a_framework(tmp_path: Path) -> None:
     result = python("-c", KEYS, str(tmp_path), *HEAVY)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == []

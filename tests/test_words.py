@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 GENERATED = {".git", ".venv", "build", "__pycache__"}  # and every other folder whose name begins with a dot, but .ci
-OTHERS = {"LICENSE", "requirements.lock"}  # not our words
+OTHERS = {"LICENSE", "requirements.lock"}  # texts of others
 
-# Spelled apart, so that this file does not say them either.
+# Spelled apart, so that this file does not contain them.
 UNWANTED = {
-    "a folder of somebody's machine": re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)(?:/|\b)"),
+    "a folder of one machine": re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)(?:/|\b)"),
     "a mark for later": re.compile(r"\b(?:TO" r"DO|FIX" r"ME|X" r"XX)\b"),
 }
 
@@ -39,7 +39,7 @@ def named(path: Path) -> str:
 @pytest.mark.parametrize("path", TEXTS, ids=named)
 def test_no_file_contains_paths_of_the_development_machine(path: Path) -> None:
     text = path.read_text(errors="replace")
-    found = {what: match[0] for what, pattern in UNWANTED.items() if (match := pattern.search(text))}
+    found = {kind: match[0] for kind, pattern in UNWANTED.items() if (match := pattern.search(text))}
     assert found == {}
 
 
@@ -53,10 +53,10 @@ def test_every_module_opens_with_a_sentence(path: Path) -> None:
 
 
 def test_the_patterns_match_their_examples() -> None:
-    said = {
-        "a folder of somebody's machine": ["see /" + "work/main/x", "cd /" + "root"],
+    examples = {
+        "a folder of one machine": ["see /" + "work/main/x", "cd /" + "root"],
         "a mark for later": ["# TO" + "DO later"],
     }
-    for what, sentences in said.items():
-        assert all(UNWANTED[what].search(sentence) for sentence in sentences), what
+    for kind, sentences in examples.items():
+        assert all(UNWANTED[kind].search(sentence) for sentence in sentences), kind
     assert not any(pattern.search("the framework/tests in models/workbench") for pattern in UNWANTED.values())

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries, which need no download."""
+"""The handwritten digits of scikit-learn, which need no download."""
 
 from __future__ import annotations
 

@@ -49,9 +49,9 @@ def prove(run: Run, root: Path) -> dict[str, object]:
             report = checked({name: store.get(needed).path for name, needed in step.inputs.items()})
     except CheckFailed as error:
         if "modules" in error.answer:
-            tell(error.answer)
+            log_report(error.answer)
         raise
-    tell(report)
+    log_report(report)
     return identity(artifact) | {"files": artifact.files()} | report
 
 
@@ -139,7 +139,7 @@ def _refuse(differing: Sequence[Row], files: Mapping[str, Path], report: Mapping
         raise CheckFailed(f"{row}{more}; delete {folder} and run the same command again to rebuild it", answer=report)
 
 
-def tell(report: Mapping[str, Any]) -> None:
+def log_report(report: Mapping[str, Any]) -> None:
     """Log the counts of modules for each artifact, then the modules that are not identical."""
     from pipeline.stages.qparams_parity import VERDICTS
 

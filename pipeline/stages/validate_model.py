@@ -499,9 +499,7 @@ def _exported(model: External, network: nn.Module, size: int) -> ExportedProgram
             with contextlib.redirect_stderr(io.StringIO()):  # torch prints the partial graph to stderr
                 return exported_program.export(copy.deepcopy(network), size)
         except GuardOnDataDependentSymNode as error:
-            why = (
-                "a Python `if`, `while`, `assert` or a shape depends on what a tensor holds; use torch.where, or a mask"
-            )
+            why = "a Python `if`, `while`, `assert` or a shape depends on tensor values; use torch.where, or a mask"
             raise model.refusal(f"torch.export cannot trace it: {model.place(error)}{why}") from error
         except UserError as error:
             raise model.refusal(

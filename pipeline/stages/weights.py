@@ -116,7 +116,7 @@ def _save(model: nn.Module, history: History | None, out: Path) -> None:
 
     from calibration.data import training_history
 
-    # The format knows neither tensors that share memory nor strides.
+    # The format supports neither tensors that share memory nor strides.
     state = {name: tensor.clone(memory_format=contiguous_format) for name, tensor in model.state_dict().items()}
     save_file(state, out / "weights.safetensors", dict(training_history.metadata(history) or {}) or None)
 

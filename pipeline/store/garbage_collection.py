@@ -152,7 +152,7 @@ def _scratch(root: Path, days: int) -> Iterator[Garbage]:
             if _owner(path).exists():
                 yield _item(path, "of an artifact that is finished")
             elif age >= days * _DAY:
-                yield _item(path, f"of a build that nobody went on with for {age / _DAY:.0f} days")
+                yield _item(path, f"of an interrupted build that was not resumed for {age / _DAY:.0f} days")
 
 
 def _kept_apart(root: Path) -> Iterator[Garbage]:

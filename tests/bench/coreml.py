@@ -3,11 +3,11 @@
     python -m tests.bench.coreml [MODEL ...]
 
 Small models are trained on the digits and run on all 360 test images; the others have random weights, their published
-size, and 8 crops of photographs. A row is one recipe: bytes of the package, how many operators it has, how many of them
-were held one by one against torch (and the least agreement of a float one; integers that tipped as ties), and what the
-whole package says: decibels and equal answers against the float model in torch, top-1 of both. Each row is a process
-of its own, and goes through the stages of `make engine` but for the budget of accuracy. A second table counts the
-operators of all these packages: each is one that the evaluator knows, or its row has failed.
+size, and 8 crops of photographs. A row is one recipe: bytes of the package, number of operators, number of operators
+compared with torch one by one (with the least SNR of a float operator, and the number of integers that are ties), SNR
+and agreement of the logits with the float model in torch, top-1 of both. Each row is a separate process with the stages
+of `make engine`, without the accuracy budget. A second table counts the operators of all packages; the evaluator
+supports each of them, or its row has failed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> int:
             for recipe in request.recipes:
                 # Random weights have nothing that training could keep.
                 if size == "small" or recipe != "int8_qat":
-                    operators = _told(name, recipe, size, request.store)
+                    operators = _print_row(name, recipe, size, request.store)
                     failed += operators is None
                     uses.update(operators or {})
                     packages.update((operators or {}).keys())
@@ -91,7 +91,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _told(name: str, recipe: str, size: str, store: Path) -> dict[str, int] | None:
+def _print_row(name: str, recipe: str, size: str, store: Path) -> dict[str, int] | None:
     """Print a row and return the operators of its package; None if no package was built."""
     command = [sys.executable, "-m", "tests.bench.coreml", name, "--store", str(store), "--cell", recipe, size]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -4,9 +4,9 @@
     python -m tests.bench.faults alarms [MODEL ...] [--seeds 0 1 2] [--recipes ...] [--targets ...]
 
 `plants` exports each model, plants one fault of every kind of `tests.support.faults` at a time (in the ONNX graph for
-cpu and onnxruntime, in the torch program for coreml), builds, and proves the result operator by operator. A cell says
-`named` where the operator that was changed is the first to be named, `found` where another is, `MISSED` where none is,
-and `-` where the graph has no place for the fault.
+cpu and onnxruntime, in the torch program for coreml), builds, and proves the result operator by operator. A cell is
+`named` if the first reported operator is the changed one, `found` if it is a different one, `MISSED` if there is none,
+and `-` if the graph has no place for the fault.
 
 `alarms` builds engines from the command line's own stages and counts those that verification refuses by parity or
 noise; a refusal by the accuracy budget is counted apart. Weights, exports and engines stay in build/bench-faults, and a

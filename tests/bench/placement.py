@@ -54,10 +54,10 @@ def main() -> int:
         return 0
     print(_ROW.format("model", "px", "form", *_FIGURES), flush=True)
     rows = [(name, form) for name in request.models or MODELS for form in models.ALL[name].forms]
-    return 1 if sum([_told(name, form, request) for name, form in rows]) else 0
+    return 1 if sum([_print_row(name, form, request) for name, form in rows]) else 0
 
 
-def _told(name: str, form: str, request: argparse.Namespace) -> int:
+def _print_row(name: str, form: str, request: argparse.Namespace) -> int:
     """Print the row of one package, built in a separate process, and return whether it failed."""
     command = [sys.executable, "-m", "tests.bench.placement", name, "--form", form, "--recipe", request.recipe]
     command += ["--store", str(request.store), *["--small"] * request.small]

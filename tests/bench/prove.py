@@ -38,7 +38,7 @@ def main() -> int:
     request = parser.parse_args()
     process_setup.settle()
     print(_ROW.format("model", "recipe", "artifact", *VERDICTS, "compared", "seconds"), flush=True)
-    return max([_told(_run(name, request), request.store) for name in request.models])
+    return max([_print_comparison(_run(name, request), request.store) for name in request.models])
 
 
 def _run(name: str, request: argparse.Namespace) -> Run:
@@ -53,7 +53,7 @@ def _run(name: str, request: argparse.Namespace) -> Run:
     )
 
 
-def _told(run: Run, store: Path) -> int:
+def _print_comparison(run: Run, store: Path) -> int:
     """Print the comparison of one run, and return its exit code."""
     started, code = time.monotonic(), 0
     try:

@@ -51,7 +51,7 @@ def answers(rows: list[list[int]]) -> tuple[Logits, Labels]:
     return np.eye(len(rows), dtype=np.float32)[[answer for found in rows for answer in found]], labels
 
 
-def test_a_confusion_table_has_a_row_for_each_class_and_a_column_for_each_answer() -> None:
+def test_a_confusion_table_has_a_row_for_each_class_and_a_column_for_each_prediction() -> None:
     logits, labels = answers([[0, 0, 1], [1], [0, 2]])
     assert confusion(logits, labels, 3).tolist() == [[2, 1, 0], [0, 1, 0], [1, 0, 1]]
 

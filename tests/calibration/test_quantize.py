@@ -289,7 +289,7 @@ def test_the_same_seed_makes_the_same_bits(trained: nn.Module, ptq: Quantized, q
         assert all(torch.equal(tensor, first.program.state_dict[name]) for name, tensor in again.items())
 
 
-def test_another_seed_draws_other_images(trained: nn.Module, ptq: Quantized) -> None:
+def test_a_different_seed_draws_different_images(trained: nn.Module, ptq: Quantized) -> None:
     other = made(copy.deepcopy(trained), PTQ, seed=1)
     assert programs.scales(other.program.module()) != programs.scales(ptq.program.module())
 

@@ -42,7 +42,7 @@ def test_equal_noise_gives_no_alarm(seed: int) -> None:
     assert not found.exceeds
 
 
-def test_changed_answers_within_the_noise_are_ties_and_never_counted() -> None:
+def test_changed_predictions_within_the_noise_are_ties_and_never_counted() -> None:
     """At 20 dB, tens of 5,000 predictions change: a limit of one change would refuse every network."""
     clean, noisy = logits(5000, 20)
     found = stick(20).distance(clean, noisy)
@@ -50,7 +50,7 @@ def test_changed_answers_within_the_noise_are_ties_and_never_counted() -> None:
     assert found.changed <= 1 and not found.exceeds
 
 
-def test_changed_answers_beyond_the_noise_are_counted() -> None:
+def test_changed_predictions_beyond_the_noise_are_counted() -> None:
     clean, noisy = logits(1000, 60)
     noisy[:20] = -clean[:20]
     found = stick(60).distance(clean, noisy)

@@ -405,7 +405,7 @@ def test_unknown_keys_are_named(state: State) -> None:
     ("name", "shape", "expected"),
     [("0.weight", (4, 3, 5, 5), "(4, 3, 3, 3)"), ("0.bias", (8,), "(4,)"), ("3.weight", (5, 9), "(5, 4)")],
 )
-def test_another_shape_is_named(state: State, name: str, shape: tuple[int, ...], expected: str) -> None:
+def test_a_different_shape_is_named(state: State, name: str, shape: tuple[int, ...], expected: str) -> None:
     sentence = f"WEIGHTS={{path}}: `{name}` has shape {shape}, this model expects {expected}; check MODEL"
     with pytest.raises(BadRequest, match=exactly(sentence, FILE)):
         checkpoint.load_into(network(), {**state, name: torch.zeros(shape)}, FILE)
@@ -419,7 +419,7 @@ def test_a_refused_checkpoint_leaves_the_model_as_it_was(state: State) -> None:
     assert_same(model.state_dict(), before)
 
 
-def test_another_number_of_classes_leaves_the_head_and_nothing_else_to_train(state: State) -> None:
+def test_a_different_number_of_classes_leaves_only_the_head_to_train(state: State) -> None:
     model = network(classes=9)
     before = model.get_parameter("3.weight").clone()
     assert checkpoint.load_into(model, state, FILE, head={"3.bias", "3.weight"}) == ("3.bias", "3.weight")

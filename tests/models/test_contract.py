@@ -116,7 +116,7 @@ def test_multiplications_are_counted_exactly_attention_products_included(spec: M
 
 
 @every_model
-def test_another_number_of_classes_changes_the_classifiers_alone(spec: ModelSpec) -> None:
+def test_a_different_number_of_classes_changes_only_the_classifiers(spec: ModelSpec) -> None:
     few, many = built(spec, 3).state_dict(), built(spec, 7).state_dict()
     assert few.keys() == many.keys()
     changed = {name for name in few if few[name].shape != many[name].shape}

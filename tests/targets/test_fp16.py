@@ -140,7 +140,7 @@ def test_a_report_has_their_number_and_reasons(tmp_path: Path) -> None:
     assert any(reason.startswith("overflows FP16 (peak ") and "half_networks.py:" in reason for reason in reasons)
 
 
-def test_another_float32_constant_is_a_stray(tmp_path: Path) -> None:
+def test_an_unlisted_float32_constant_is_a_stray(tmp_path: Path) -> None:
     export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
     typed = typed_onnx(export)
     del typed.metadata_props[:]

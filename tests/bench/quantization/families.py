@@ -46,7 +46,7 @@ def main() -> None:
     request = parser.parse_args()
     process_setup.settle()
     for name in request.models or MODELS:
-        _told(name, Store(request.store), request.weights)
+        _print_rows(name, Store(request.store), request.weights)
 
 
 def trained(name: str, store: Store, folder: Path | None) -> tuple[Run, Ptq, nn.Module]:
@@ -71,7 +71,7 @@ def trained(name: str, store: Store, folder: Path | None) -> tuple[Run, Ptq, nn.
     return run, ptq, model
 
 
-def _told(name: str, store: Store, folder: Path | None) -> None:
+def _print_rows(name: str, store: Store, folder: Path | None) -> None:
     from calibration.ptq.sensitivity import by_kind, errors_db, operators_of, partly
     from calibration.quantize import calibrated
     from calibration.training.fit import evaluate

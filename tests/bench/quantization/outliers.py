@@ -5,8 +5,8 @@ channels of the same network, whose float logits are unchanged.
 
 The small variant of every family on the digits at 64 pixels, in torch, on the test part; float weights are trained
 where the store has none. `minmax` is plain post-training quantization: ranges from the extremes, without corrections;
-`int8_ptq` is the recipe. Decibels are of the logits against float. The last lines name what was missed: int8_ptq more
-than POINTS below float, or fewer than COLLAPSED networks that `minmax` loses more than COLLAPSE points of.
+`int8_ptq` is the recipe. Decibels are of the logits against float. The last lines name missed goals: int8_ptq more than
+POINTS below float, or fewer than COLLAPSED networks on which `minmax` loses more than COLLAPSE points.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     process_setup.settle()
     names = request.models or MODELS
     print(_ROW.format("model", "channels", "float", "minmax", "int8_ptq", "corrections, dB on calibration images"))
-    losses = {name: _told(name, Store(request.store), request.weights, request.seed) for name in names}
+    losses = {name: _print_rows(name, Store(request.store), request.weights, request.seed) for name in names}
     missed = [f"{name}: int8_ptq is {own:.2f} points below float" for name, (_, own) in losses.items() if own > POINTS]
     collapsed = [name for name, (plain, _) in losses.items() if plain > COLLAPSE]
     if len(collapsed) < COLLAPSED:
@@ -51,7 +51,7 @@ def main() -> None:
     print("\n".join(f"missed: {each}" for each in missed) or "nothing missed")
 
 
-def _told(name: str, store: Store, folder: Path | None, seed: int) -> tuple[float, float]:
+def _print_rows(name: str, store: Store, folder: Path | None, seed: int) -> tuple[float, float]:
     """Print two rows, and return the points of top-1 that `minmax` and int8_ptq lose with outliers."""
     from tests.support.outliers import spread
 

@@ -68,10 +68,10 @@ def main() -> int:
     for asked in request.models or MODELS:
         name, _, given = asked.partition("=")
         store, weights = Store(request.store), Path(given) if given else None
-        _told(name, name, weights, store)
+        _print_rows(name, name, weights, store)
         if request.outliers:
             with TemporaryDirectory() as folder:
-                _told(f"{name} outliers", name, _rescaled(name, weights, store, Path(folder)), store)
+                _print_rows(f"{name} outliers", name, _rescaled(name, weights, store, Path(folder)), store)
     return 0
 
 
@@ -91,7 +91,7 @@ def _rescaled(name: str, weights: Path | None, store: Store, folder: Path) -> Pa
     return made
 
 
-def _told(label: str, name: str, weights: Path | None, store: Store) -> None:
+def _print_rows(label: str, name: str, weights: Path | None, store: Store) -> None:
     run = _run(name, weights, "onnxruntime", "fp32")
     plain = store.get(exported(run)).path / "model.onnx"
     parts = {part: run.images(part) for part in ("train", "val", "test")}

@@ -100,7 +100,7 @@ def test_statistics_do_not_grow_with_the_number_of_images() -> None:
     assert seen.histogram.counts.sum() == 200_000
 
 
-def test_counting_goes_on_beyond_what_float32_can_count() -> None:
+def test_counts_are_exact_beyond_the_integers_of_float32() -> None:
     histogram = Histogram()
     histogram.add(torch.ones(1))
     histogram.counts[-1] = 2**24

@@ -24,7 +24,7 @@ SIDE, TOKENS = 16, 16
 
 
 class Masked(nn.Module):
-    """Attention over 16 tokens whose fourth may attend to none; the answer depends on that token alone."""
+    """Attention over 16 tokens whose fourth may attend to none; the logits depend on that token only."""
 
     def __init__(self, kind: str, *, heads: bool = True) -> None:
         super().__init__()

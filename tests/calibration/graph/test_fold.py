@@ -110,7 +110,7 @@ def test_a_norm_that_two_convolutions_read_becomes_part_of_both() -> None:
         lambda m, x: m.a(nn.functional.max_pool2d(m.norm(x), 2)),  # a negative gamma turns the order around
     ],
 )
-def test_a_norm_with_another_reader_stays(call: Callable[[Any, Tensor], Tensor]) -> None:
+def test_a_norm_with_a_consumer_other_than_a_convolution_stays(call: Callable[[Any, Tensor], Tensor]) -> None:
     assert norms(folded(Net(call, norm=nn.BatchNorm2d(3), a=nn.Conv2d(3, 3, 1)))) == 1
 
 

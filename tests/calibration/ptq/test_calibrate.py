@@ -95,7 +95,7 @@ def test_two_forced_images_are_calibrated_without_a_choice() -> None:
     assert report["calibrator"] == "mse" and report["held_out_images"] == 0
 
 
-def test_products_and_additions_have_names_of_their_own() -> None:
+def test_products_and_additions_have_distinct_names() -> None:
     from calibration.qdq_placement import parse
 
     names = [each["name"] for each in calibrated(replace(PTQ, placement=parse("all")))[1]["ranges"]]

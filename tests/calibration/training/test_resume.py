@@ -46,7 +46,7 @@ def test_a_damaged_file_raises_a_warning_and_training_restarts(
     assert caplog.messages == [f"{checkpoint.path} is damaged; training restarts from the beginning"]
 
 
-def test_another_training_does_not_go_on_from_it(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_different_training_does_not_resume_from_it(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint.save(STATE)
     with caplog.at_level(logging.WARNING, "edgeline"):
         assert Checkpoint(path=checkpoint.path, identity="another").load() is None

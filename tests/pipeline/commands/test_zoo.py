@@ -103,7 +103,7 @@ def test_a_process_that_dies_is_a_row_too(tmp_path: Path) -> None:
     assert "| nobody | all |" in (tmp_path / "zoo" / "zoo.md").read_text()
 
 
-def test_an_unknown_name_is_answered_before_anything_is_built(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_before_anything_is_built(tmp_path: Path) -> None:
     found = python("-m", "pipeline", "zoo", "--models", "swin_tiny mobilevit_xt", "--store", str(tmp_path))
     assert found.returncode == 2
     error = json.loads(found.stdout.splitlines()[-1])["error"]

@@ -30,12 +30,12 @@ def test_the_interval_is_agresti_and_mins() -> None:
     assert high == pytest.approx(6.459, abs=2e-3)
 
 
-def test_equal_answers_still_have_an_uncertainty_that_shrinks_with_images() -> None:
+def test_equal_predictions_still_have_an_uncertainty_that_shrinks_with_images() -> None:
     few, many = loss(*paired(0, 0, 50)).interval, loss(*paired(0, 0, 5000)).interval
     assert few[0] < 0 < few[1] and few[1] > 50 * many[1] > 0
 
 
-def test_images_that_both_get_wrong_count_for_nothing_but_their_number() -> None:
+def test_images_that_both_models_get_wrong_only_add_to_the_number_of_images() -> None:
     before, after, labels = paired(3, 1, 100)
     labels[50:60] = 1
     assert (loss(before, after, labels).worse, loss(before, after, labels).better) == (3, 1)

@@ -1,4 +1,4 @@
-"""A calibration is cached under all that it depends on: each ingredient changes its key."""
+"""Cache keys of calibrations: each ingredient changes the key."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_schedule_of_training_through_rounding_changes_the_key_of_its_progra
     assert weights(tuned[1]).key == weights(trained).key
 
 
-def test_the_weights_of_a_file_are_told_by_its_content(tmp_path: Path) -> None:
+def test_a_weights_file_is_identified_by_its_content(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("one", "same", "other")]
     for path, content in zip(paths, (b"1", b"1", b"2"), strict=True):
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Of two computations of one model, the first tensor that differs is named: that of the layer that was damaged."""
+"""Divergence: the first tensor that differs between two executions of a model is the output of the damaged layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def images(float_export: Export) -> npt.NDArray[np.float32]:
 
 
 def layer_outputs(model: ModelProto) -> dict[str, str]:
-    """The weight that each layer multiplies by -> the tensor that it computes, in order of execution."""
+    """Return the output tensor of each layer by the name of its weight, in order of execution."""
     makers = {name: node for node in model.graph.node for name in node.output}
     stored = {tensor.name for tensor in model.graph.initializer}
     found = {}
@@ -41,7 +41,7 @@ def layer_outputs(model: ModelProto) -> dict[str, str]:
 
 
 def damaged(export: Export, path: Path, weight: str) -> Export:
-    """A copy of `export` with the signs of one weight changed."""
+    """Return a copy of `export` with one weight negated."""
     shutil.copytree(export.path, path)
     model = onnx.load(export.onnx)
     (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == weight]
@@ -56,7 +56,7 @@ def export(request: pytest.FixtureRequest) -> Export:
     return found
 
 
-def test_an_export_parts_from_the_program_nowhere(export: Export, images: npt.NDArray[np.float32]) -> None:
+def test_a_correct_export_has_no_divergence(export: Export, images: npt.NDArray[np.float32]) -> None:
     assert export_divergence(export, images) == "no tensor that ONNX Runtime and torch share is below 30 dB"
 
 
@@ -77,7 +77,7 @@ def test_the_output_of_a_damaged_layer_is_named(
 
 
 @pytest.mark.parametrize("layer", [0, 4, 9])
-def test_an_engine_of_a_damaged_graph_is_seen_through(
+def test_an_engine_of_a_damaged_graph_has_a_divergence(
     float_export: Export, images: npt.NDArray[np.float32], tmp_path: Path, layer: int
 ) -> None:
     outputs = layer_outputs(onnx.load(float_export.onnx))
@@ -89,16 +89,14 @@ def test_an_engine_of_a_damaged_graph_is_seen_through(
     assert re.fullmatch(rf"cpu first differs from ONNX Runtime at tensor `{outputs[weight]}` \(-?[\d.]+ dB\)", found)
 
 
-def test_a_good_engine_parts_from_the_export_nowhere(
-    export: Export, images: npt.NDArray[np.float32], tmp_path: Path
-) -> None:
+def test_a_correct_engine_has_no_divergence(export: Export, images: npt.NDArray[np.float32], tmp_path: Path) -> None:
     cpu = targets.ALL["cpu"]
     cpu.build(export, tmp_path)
     found = engine_divergence(cpu, export, tmp_path, images)
     assert found == "no tensor that cpu and ONNX Runtime share is below 30 dB"
 
 
-def test_both_sides_show_the_logits_and_most_tensors_by_one_name(
+def test_both_models_have_common_names_for_the_logits_and_most_tensors(
     export: Export, images: npt.NDArray[np.float32]
 ) -> None:
     program, graph = torch_tensors(export.program, images), onnx_tensors(export.onnx, images)

@@ -1,4 +1,4 @@
-"""The exported files describe the same numbers, in the one form of INT8 that every runtime reads."""
+"""ONNX export: the graph matches the torch program, with INT8 as explicit Q/DQ pairs that every runtime supports."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sample(export: Export) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.floa
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_export_is_these_files(made: Export) -> None:
+def test_an_export_has_a_fixed_set_of_files(made: Export) -> None:
     names = {path.name for path in made.path.iterdir()}
     assert names == {
         "model.pt2",
@@ -87,7 +87,7 @@ def test_input_and_output_have_their_names_and_only_the_batch_is_dynamic(made: E
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_any_number_of_images_is_computed_as_the_torch_program_does(made: Export, count: int) -> None:
+def test_any_batch_size_matches_the_torch_program(made: Export, count: int) -> None:
     images, logits = sample(made)
     assert snr_db(logits[:count], reference_logits(made.onnx, images[:count])) > 60
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_a_float_export_holds_no_integers(float_export: Export) -> None:
 def test_quantizers_are_explicit_and_around_the_layers_alone(model: ModelProto) -> None:
     counts = Counter(node.op_type for node in nodes(model, *QUANTIZERS))
     assert counts == {"QuantizeLinear": len(LAYERS), "DequantizeLinear": 2 * len(LAYERS)}
-    assert {entry.domain for entry in model.opset_import} == {""}  # no operator of a vendor's, no QLinearConv
+    assert {entry.domain for entry in model.opset_import} == {""}  # no vendor operator, no QLinearConv
     assert not nodes(model, "QLinearConv", "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger")
 
 
@@ -158,7 +158,7 @@ def test_scales_json_holds_the_scales_of_each_layer_of_the_graph(int8_export: Ex
     assert tuple(scales) == LAYERS
 
 
-def test_scales_are_fp16_numbers_so_that_a_half_precision_graph_carries_the_same(int8_export: Export) -> None:
+def test_scales_are_fp16_numbers_and_equal_in_a_half_precision_graph(int8_export: Export) -> None:
     for layer in int8_export.scales().values():
         assert isinstance(layer, dict)
         scales = np.array([layer["activation"], *layer["weight"]])
@@ -168,7 +168,7 @@ def test_scales_are_fp16_numbers_so_that_a_half_precision_graph_carries_the_same
 # --- Simplification -------------------------------------------------------------------------------------------------
 
 
-def test_the_simplified_graph_computes_what_the_converted_one_does(float_export: Export) -> None:
+def test_the_simplified_graph_matches_the_converted_graph(float_export: Export) -> None:
     converted = exporting._onnx_program(programs.export(seeded(Hybrid).eval(), SIDE))
     plain = exporting._with_dynamic_batch(converted.model_proto)
     simplified = exporting._simplified(plain)
@@ -197,7 +197,7 @@ def replaced(model: ModelProto, name: str, change: Callable[[npt.NDArray[Any]], 
 
 
 def alone(model: ModelProto, node: NodeProto, index: int) -> str:
-    """Give `node` a constant of its own for one input, which others may share; return its name."""
+    """Replace an input of `node`, which may be shared, by a copy of the constant; return its name."""
     (shared,) = [tensor for tensor in model.graph.initializer if tensor.name == node.input[index]]
     own = model.graph.initializer.add()
     own.CopyFrom(shared)
@@ -218,12 +218,12 @@ def checked(export: Export, model: ModelProto) -> None:
     exporting._check_quantizers(model, programs.scales(programs.load(export.program).module()), SHARED)
 
 
-def test_a_good_graph_passes(int8_export: Export, model: ModelProto) -> None:
+def test_a_correct_graph_passes(int8_export: Export, model: ModelProto) -> None:
     checked(int8_export, model)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_another_scale_is_found(int8_export: Export, model: ModelProto, which: int) -> None:
+def test_a_changed_scale_is_found(int8_export: Export, model: ModelProto, which: int) -> None:
     node = weight_and_activation(model)[which]
     replaced(model, alone(model, node, 1), lambda scale: (scale * np.float32(1.01)).astype(np.float32))
     with pytest.raises(CheckFailed, match=r"^the ONNX export has \d+ quantized layers, .*scales that do not match"):
@@ -231,7 +231,7 @@ def test_another_scale_is_found(int8_export: Export, model: ModelProto, which: i
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
-def test_another_zero_point_is_found(int8_export: Export, model: ModelProto, kind: str) -> None:
+def test_a_changed_zero_point_is_found(int8_export: Export, model: ModelProto, kind: str) -> None:
     node = nodes(model, kind)[0]
     replaced(model, alone(model, node, 2), lambda zero: (zero + 1).astype(np.int8))
     sentence = rf"^{node.name} of the ONNX export has a zero point that is not int8 0; TensorRT refuses it$"
@@ -273,7 +273,7 @@ Conversion = Callable[[ModelProto], None]
 
 
 def converting(step: str, change: Conversion, monkeypatch: pytest.MonkeyPatch, recipe: Any, path: Path) -> None:
-    """Export the toy with a step of the conversion, `_with_dynamic_batch` or `_simplified`, that changes its graph."""
+    """Export the toy with a changed conversion step, `_with_dynamic_batch` or `_simplified`."""
     right = getattr(exporting, step)
 
     def wrong(model: ModelProto) -> ModelProto:
@@ -287,7 +287,7 @@ def converting(step: str, change: Conversion, monkeypatch: pytest.MonkeyPatch, r
 
 @pytest.mark.parametrize("recipe", ["fp32", "int8"])
 @pytest.mark.parametrize("step", ["_with_dynamic_batch", "_simplified"])
-def test_a_conversion_that_changes_the_model_is_not_exported_and_its_operator_named(
+def test_a_conversion_that_changes_the_model_is_refused_with_the_operator(
     step: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(model: ModelProto) -> None:
@@ -302,7 +302,7 @@ def test_a_conversion_that_changes_the_model_is_not_exported_and_its_operator_na
 def test_a_wrong_graph_is_found_end_to_end_where_no_tensor_has_a_name(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With rounding of activations the toy's logits are 50 dB apart, and a bias that is off by 1 % drowns in it."""
+    """With rounding of activations the toy's logits are 50 dB apart, which hides an error of 1 % in a bias."""
 
     def change(model: ModelProto) -> None:
         replaced(model, "head.bias", lambda bias: bias + np.float32(0.01))
@@ -312,7 +312,7 @@ def test_a_wrong_graph_is_found_end_to_end_where_no_tensor_has_a_name(
         converting("_with_dynamic_batch", change, monkeypatch, recipe, tmp_path)
 
 
-def test_onnxsim_is_held_to_the_graph_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_onnxsim_is_compared_with_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(model: ModelProto) -> None:
         replaced(model, "head.bias", lambda bias: bias + np.float32(0.01))
 

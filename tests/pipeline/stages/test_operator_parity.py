@@ -1,4 +1,4 @@
-"""Conversions are proven operator by operator: right ones pass, every planted fault is found and its operator named."""
+"""Operator parity: correct conversions pass, and each planted fault is found with its operator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.toys import toy_export
 
 pytestmark = pytest.mark.slow
 
-INTEGER_FAULTS = {"two channels' scales swapped", "saturation off by one"}  # that a float graph has no place for
+INTEGER_FAULTS = {"two channels' scales swapped", "saturation off by one"}  # which a float graph does not have
 
 
 @pytest.fixture(params=["float", "int8"])
@@ -52,7 +52,7 @@ def checked(export: Export, forced: operator_parity.Forced, float_type: FloatTyp
 
 
 def planted(export: Export, path: Path, plant: faults.Plant) -> tuple[Export, str]:
-    """A copy of `export` with a fault in its ONNX graph, and the tensor whose operator is wrong."""
+    """Return a copy of `export` with a fault in its ONNX graph, and the output of the wrong operator."""
     import shutil
 
     shutil.copytree(export.path, path)
@@ -70,21 +70,21 @@ def openvino_graph(export: Export, path: Path) -> operator_parity.Forced:
     return partial(cpu.forced, path)
 
 
-def test_a_right_export_has_equal_integers_and_floats(export: Export) -> None:
+def test_a_correct_export_has_equal_integers_and_floats(export: Export) -> None:
     found = checked(export, partial(forced_evaluation.onnx_tensors, export.onnx))
     assert found["operators"] >= 30
     assert found["least_db"] > 110
     assert (found["integers"] > 0) == (export.precision == "int8")
 
 
-def test_a_right_openvino_model_has_equal_integers_and_floats(export: Export, tmp_path: Path) -> None:
+def test_a_correct_openvino_model_has_equal_integers_and_floats(export: Export, tmp_path: Path) -> None:
     found = checked(export, openvino_graph(export, tmp_path / "engine"))
     assert found["operators"] >= 30
     assert found["least_db"] > 100
     assert (found["integers"] > 0) == (export.precision == "int8")
 
 
-def test_a_right_graph_in_half_precision_differs_by_its_rounding(export: Export, tmp_path: Path) -> None:
+def test_a_correct_graph_in_half_precision_differs_by_its_rounding(export: Export, tmp_path: Path) -> None:
     from targets.onnx.graph import to_fp16
 
     onnx.save(to_fp16(onnx.load(export.onnx)), tmp_path / "half.onnx")
@@ -131,7 +131,7 @@ def test_a_planted_fault_is_named_in_half_precision(fault: str, int8_export: Exp
         checked(int8_export, partial(forced_evaluation.onnx_tensors, tmp_path / "half.onnx"), "f16")
 
 
-def test_a_fault_is_found_once_and_not_in_every_operator_behind_it(int8_export: Export, tmp_path: Path) -> None:
+def test_a_fault_is_found_once_and_not_in_later_operators(int8_export: Export, tmp_path: Path) -> None:
     copy, tensor = planted(int8_export, tmp_path / "copy", faults.bias_missing)
     program = programs.load(copy.program).module()
     expected = operator_parity.reference(program, query(copy), copy.tensors())
@@ -144,7 +144,7 @@ def test_a_fault_is_found_once_and_not_in_every_operator_behind_it(int8_export: 
 
 
 class Rounding(torch.nn.Module):
-    """Quantize and dequantize what a convolution, or a ReLU behind it, computes."""
+    """Quantize and dequantize the output of a convolution, or of a ReLU after it."""
 
     def __init__(self, relu: bool) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ def test_a_wrong_operator_that_stays_in_float32_is_found(tmp_path: Path) -> None
 
 
 def test_a_sum_whose_terms_cancel_is_measured_against_its_terms() -> None:
-    """The mean of what was centred before is nothing but the noise of sums."""
+    """The mean of a centred tensor is rounding noise."""
 
     class Centred(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -237,7 +237,7 @@ def test_a_sum_whose_terms_cancel_is_measured_against_its_terms() -> None:
     assert [each.name for each in operator_parity.compare(expected, found).diverging()] == names[-1:]
 
 
-def test_one_wrong_channel_of_many_is_measured_by_itself() -> None:
+def test_the_error_is_that_of_the_noisiest_channel() -> None:
     expected = np.random.default_rng(0).normal(size=(1, 1000, 8, 8)).astype(np.float32)
     found = expected.copy()
     found[:, 17] *= 1.01

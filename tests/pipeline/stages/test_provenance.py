@@ -1,4 +1,4 @@
-"""What is said of an engine to those who use it: nothing that is not known."""
+"""Provenance of an engine: paper, origin of the weights, and published accuracy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_network_that_cites_nothing_has_no_paper() -> None:
     assert paper(SPEC) is None
 
 
-def test_weights_are_said_to_be_what_they_are(tmp_path: Path) -> None:
+def test_the_origin_of_weights_is_described(tmp_path: Path) -> None:
     def weights(**changes: object) -> str:
         return facts(tiny_run(**changes), "k", ACCURACY).weights  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny network: every recipe on every target that this machine executes, and what is shared."""
+"""All stages with a tiny network: each recipe on each target that this machine executes, and shared artifacts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TEST_IMAGES = len(Colours().labels("test"))
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("recipe", EVERYWHERE)
-def test_one_call_makes_a_verified_engine(shared: Path, recipe: str, target: str) -> None:
+def test_a_single_call_builds_a_verified_engine(shared: Path, recipe: str, target: str) -> None:
     answer = make_engine(tiny_run(recipe, target), shared)
     assert answer.keys() >= {"artifact", "key", "cached", "files"} | VERIFIED
     assert (answer["executed"], answer["why_not"] is None) == ((target != "null"),) * 2
@@ -64,7 +64,7 @@ def test_one_call_makes_a_verified_engine(shared: Path, recipe: str, target: str
     assert again == {name: value for name, value in answer.items() if name != "cached"}
 
 
-def test_the_report_tells_of_every_step_in_order(shared: Path) -> None:
+def test_the_report_lists_every_step_in_order(shared: Path) -> None:
     path = Store(shared).get(engine_step(tiny_run("int8_ptq", "cpu"))).path
     report = json.loads((path / "report.json").read_text())
     assert report.keys() == {*VERIFIED, "steps", "inspected", "per_class", "confusion"}
@@ -88,7 +88,7 @@ def test_the_report_tells_of_every_step_in_order(shared: Path) -> None:
     assert report["inspected"]["weighted_layers_by_precision"].keys() & {"i8", "u8"}
 
 
-def test_an_engine_holds_all_that_its_device_needs(shared: Path) -> None:
+def test_an_engine_holds_all_files_for_its_device(shared: Path) -> None:
     path = Store(shared).get(engine_step(tiny_run("int8_ptq", "cpu"))).path
     assert sorted(Store(shared).get(engine_step(tiny_run("int8_ptq", "cpu"))).files()) == [
         "engine.json",
@@ -143,7 +143,7 @@ def test_every_stage_is_a_hit_the_second_time(shared: Path, caplog: pytest.LogCa
     assert hits == ["weights", "quantized", "exported", "compiled", "engine"]
 
 
-def test_explain_tells_hits_from_builds_and_builds_nothing(shared: Path) -> None:
+def test_explain_distinguishes_hits_from_builds_and_builds_nothing(shared: Path) -> None:
     make_engine(tiny_run("fp32", "null"), shared)
     before = sorted(shared.rglob("*"))
     told = make_explain(tiny_run("fp32", "null", batch=3), shared)["stages"]
@@ -166,7 +166,7 @@ def test_a_batch_that_does_not_divide_the_test_part_sees_every_image(shared: Pat
     assert (answer["images"], answer["top1"]) == (TEST_IMAGES, 100)
 
 
-def test_calibrate_keeps_the_choices_of_a_recipe_that_trains(shared: Path) -> None:
+def test_calibrate_keeps_the_options_of_a_training_recipe(shared: Path) -> None:
     choices: dict[str, Any] = {"rounding": "nearest", "calibrator": "minmax"}
     trains, calibrates = (
         replace(run, recipe=with_ptq(run.recipe, **choices)) for run in map(tiny_run, ("int8_qat", "int8_ptq"))
@@ -182,7 +182,7 @@ def test_calibrate_and_qat_stop_after_quantization(shared: Path) -> None:
         assert answer["key"] == quantized(tiny_run(recipe, "cpu")).key
 
 
-def test_qat_and_float_training_take_the_epochs_that_are_asked_for(tmp_path: Path) -> None:
+def test_qat_and_float_training_take_the_requested_epochs(tmp_path: Path) -> None:
     training, tuning = Schedule(epochs=2, rate=0.01), Schedule(epochs=3)
     run = tiny_run("int8_ptq", "cpu", training=training, tuning=tuning)
     answer = make_qat(run, tmp_path)
@@ -192,7 +192,7 @@ def test_qat_and_float_training_take_the_epochs_that_are_asked_for(tmp_path: Pat
     assert isinstance(answer["float_top1"], float)
 
 
-def test_calibrate_gives_the_top1_of_the_float_model_beside_its_own(
+def test_calibrate_reports_the_top1_of_the_float_and_the_quantized_model(
     shared: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tiny_run("int8_ptq", "cpu")
@@ -203,7 +203,7 @@ def test_calibrate_gives_the_top1_of_the_float_model_beside_its_own(
     assert "in torch: top-1" in caplog.text and ", float 100.00 %" in caplog.text
 
 
-def test_verify_looks_at_the_engine_again(shared: Path) -> None:
+def test_verify_executes_the_engine_again(shared: Path) -> None:
     answer = make_verify(tiny_run("int8_ptq", "onnxruntime"), shared)
     assert answer.keys() >= {"artifact", "key", "cached", "files"} | VERIFIED
     assert (answer["executed"], answer["by"], answer["top1"]) == (True, "onnxruntime", 100)
@@ -232,7 +232,7 @@ def test_a_target_without_a_device_cannot_be_timed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", [make_engine, make_verify, make_profile, make_explain])
-def test_a_target_that_cannot_be_built_for_here_builds_nothing(verb: object, tmp_path: Path) -> None:
+def test_a_target_without_a_toolchain_builds_nothing(verb: object, tmp_path: Path) -> None:
     with pytest.raises(CannotRunHere, match=r"torch_tensorrt.*use TARGET=nvidia or TARGET=rtx"):
         verb(tiny_run("fp32", "torch_tensorrt"), tmp_path)  # type: ignore[operator]
     assert list(tmp_path.iterdir()) == []
@@ -248,7 +248,7 @@ def test_a_build_that_fails_names_its_cause_and_publishes_nothing(tmp_path: Path
     assert [path.name for path in tmp_path.rglob("*") if not path.name.startswith(".lock")] == ["weights"]
 
 
-def test_the_sample_that_travels_is_from_the_validation_part(shared: Path) -> None:
+def test_the_sample_in_a_bundle_is_from_the_validation_part(shared: Path) -> None:
     exported = Store(shared).get(exported_step(tiny_run("fp32"))).path
     with np.load(exported / "sample.npz") as sample:
         expected, _ = next(tiny_run().images("val").batches(16))
@@ -258,7 +258,7 @@ def test_the_sample_that_travels_is_from_the_validation_part(shared: Path) -> No
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a user whose home and temporary folder are empty; caches are where the Makefile puts them."""
+    """Return an environment with an empty home and temporary folder, and with caches where the Makefile puts them."""
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()

@@ -1,4 +1,4 @@
-"""What a network of somebody else's is asked before it is trained, and what is said where it does not keep to that."""
+"""Validation of user-supplied models before training: each violation is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Net(nn.Module):
     def forward(self, x):
         f = self.features(x)
 """
-AT = HEAD.count("\n")  # the last line of HEAD; what a test adds comes after it
+AT = HEAD.count("\n")  # the last line of HEAD; tests add lines after it
 
 
 def model(folder: Path, forward: str, init: str = "", module: str = "") -> External:
-    """A network whose forward ends in `forward`, from a line `AT + 1` on."""
+    """Return the spec of a network whose forward ends in `forward`, from line `AT + 1` on."""
     text = HEAD.replace("8, classes)\n", f"8, classes)\n        {init}\n") if init else HEAD
     lines = "".join(f"        {line}\n" for line in forward.splitlines())
     folder.mkdir(exist_ok=True)
@@ -73,13 +73,13 @@ def refused(spec: External, classes: int | None = 10) -> str:
     return said.removeprefix(f"MODEL={spec.asked}: ")
 
 
-def test_a_network_that_keeps_to_it_passes(tmp_path: Path) -> None:
+def test_a_valid_network_passes(tmp_path: Path) -> None:
     spec = model(tmp_path, "return self.head(f)")
     validate_model.check(spec, 32, 10)
     validate_model.check_trace(spec, 32)
 
 
-def test_our_own_are_taken_at_their_word() -> None:
+def test_built_in_models_are_not_validated() -> None:
     validate_model.check(SPEC, 0, 10)  # a size at which it could not be run
     validate_model.check_trace(SPEC, 0)
 
@@ -109,7 +109,7 @@ def test_our_own_are_taken_at_their_word() -> None:
         ("return self.head(f).detach()", r"^its logits do not depend on trainable parameters$"),
         (
             "if f.sum() > 0:\n    f = -f\nreturn self.head(f)",
-            rf"^torch\.export cannot trace it: \S*net\.py, line {AT + 1}: a Python `if`, .* on what a tensor holds",
+            rf"^torch\.export cannot trace it: \S*net\.py, line {AT + 1}: a Python `if`, .* on tensor values",
         ),
         ("assert f.isfinite().all()\nreturn self.head(f)", rf"line {AT + 1}: a Python `if`, `while`, `assert`"),
         (
@@ -123,7 +123,7 @@ def test_our_own_are_taken_at_their_word() -> None:
         ("f = f + 1 if x.shape[0] == 2 else f\nreturn self.head(f)", r"with a dynamic batch size: Python code uses"),
     ],
 )
-def test_what_breaks_it_is_one_sentence(
+def test_each_violation_is_refused_in_one_sentence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], forward: str, sentence: str
 ) -> None:
     said = refused(model(tmp_path, forward))
@@ -131,16 +131,16 @@ def test_what_breaks_it_is_one_sentence(
     assert capfd.readouterr() == ("", "")  # torch would print its graph
 
 
-def test_without_data_any_number_of_logits_will_do(tmp_path: Path) -> None:
+def test_without_data_any_number_of_logits_is_accepted(tmp_path: Path) -> None:
     validate_model.check_trace(model(tmp_path, "return f"), 32)
 
 
-def test_without_data_the_rest_is_asked_all_the_same(tmp_path: Path) -> None:
+def test_without_data_all_other_checks_are_made(tmp_path: Path) -> None:
     said = refused(model(tmp_path, "return self.head(f).mean(0)"), None)
     assert said.endswith("expected logits (2, classes)")
 
 
-def test_a_mask_of_infinities_is_no_weight(tmp_path: Path) -> None:
+def test_infinities_in_a_persistent_buffer_are_refused(tmp_path: Path) -> None:
     mask = 'self.register_buffer("mask", torch.full((8,), -torch.inf)'
     forward = "return self.head(f + self.mask.exp())"
     said = refused(model(tmp_path, forward, f"{mask})"))
@@ -151,7 +151,7 @@ def test_a_mask_of_infinities_is_no_weight(tmp_path: Path) -> None:
     validate_model.check(model(tmp_path / "other", forward, f"{mask}, persistent=False)"), 32, 10)
 
 
-def test_the_linter_speaks_before_the_training(tmp_path: Path) -> None:
+def test_lint_errors_are_reported_before_the_training(tmp_path: Path) -> None:
     spec = model(
         tmp_path, "f = nn.functional.unfold(x, 16, stride=16).mean(2)\nreturn self.head(f[:, :8] + self.features(x))"
     )
@@ -166,7 +166,7 @@ def test_an_operator_that_onnx_lacks_is_named_before_the_training(tmp_path: Path
         validate_model.check(spec, 32, 10)
 
 
-# --- The same answer, whenever and however often it is asked --------------------------------------------------------
+# --- Determinism ----------------------------------------------------------------------------------------------------
 
 RANDOM = "in evaluation it is random: "
 AGAIN = r"in evaluation its logits of the same images change from run to run \(-?[\d.]+ dB\)"
@@ -177,7 +177,7 @@ TRACE = r"its trace by torch\.export gives other logits \(-?[\d.]+ dB\)"
 @pytest.mark.parametrize(
     ("init", "forward", "sentence"),
     [
-        # Operators that draw numbers.
+        # Random operators.
         ("", "f = nn.functional.dropout(f, 0.3)", rf"{RANDOM}`dropout` at \S*net\.py:{AT + 1}; make it depend on"),
         ("", "f = nn.functional.dropout2d(x, 0.3).mean((2, 3)) @ torch.ones(3, 8)", rf"{RANDOM}`feature_dropout` at"),
         ("", "f = f + 0.1 * torch.randn_like(f)", rf"{RANDOM}`randn_like` at \S*net\.py:{AT + 1}; "),
@@ -196,7 +196,7 @@ TRACE = r"its trace by torch\.export gives other logits \(-?[\d.]+ dB\)"
             "f = self.drop(f)",
             rf"{RANDOM}`dropout` at \S*net\.py:{AT + 2} in `drop`; ",
         ),
-        # Numbers that Python draws or counts.
+        # Random numbers and counters in Python.
         ("", "import random\nf = f * random.random()", rf"{AGAIN}: Python code draws random numbers or counts calls"),
         ("", "import numpy\nf = f + torch.from_numpy(numpy.random.rand(8)).float()", AGAIN),
         ("", "import time\nf = f + time.perf_counter() % 1", AGAIN),
@@ -206,7 +206,7 @@ TRACE = r"its trace by torch\.export gives other logits \(-?[\d.]+ dB\)"
             rf"{AGAIN}: `calls` changed; an engine keeps no state between queries",
         ),
         ("self.seen = []", "self.seen.append(1)\nf = f * len(self.seen)", rf"{AGAIN}: `seen\[\d\]`.* changed"),
-        # What is not in the state dict, or taken from the first images.
+        # State outside the state dict, or initialized from the first images.
         ("self.pattern = torch.randn(8)", "f = f + self.pattern", rf"{REBUILT}: `pattern` differs and is not in the"),
         ("self.pattern = 0.01 * torch.randn(8)", "f = f + self.pattern", rf"{REBUILT}: `pattern` differs"),
         ("self.parts = {'a': [torch.randn(8)]}", "f = f + self.parts['a'][0]", rf"{REBUILT}: `parts\['a'\]\[0\]` diff"),
@@ -237,7 +237,7 @@ TRACE = r"its trace by torch\.export gives other logits \(-?[\d.]+ dB\)"
             "self.mean = f.detach().mean(0) if self.mean is None else self.mean\nf = f - self.mean",
             rf"{REBUILT}|{TRACE}|other logits",
         ),
-        # What depends on the rest of the batch.
+        # Logits that depend on the other images of the batch.
         ("", "f = f - f.mean(0)", r"in evaluation its logits of an image depend on the other images of the batch"),
         ("", "f = f.softmax(0)", r"in evaluation its logits of an image depend on the other images of the batch"),
         (
@@ -245,7 +245,7 @@ TRACE = r"its trace by torch\.export gives other logits \(-?[\d.]+ dB\)"
             "f = self.norm(f)",
             r"in evaluation its logits of an image depend on|Expected more than 1 value per channel",
         ),
-        # What changes the images, or a buffer.
+        # In-place changes of the images, or of a buffer.
         (
             "",
             "x *= 2\nf = self.features(x)",
@@ -270,7 +270,7 @@ TRACE = r"its trace by torch\.export gives other logits \(-?[\d.]+ dB\)"
         ("self.seen = nn.Buffer(torch.zeros(8))", "self.seen = self.seen + 1", r"it changes its buffer `seen`"),
     ],
 )
-def test_an_answer_that_depends_on_more_than_the_image_is_refused(
+def test_logits_that_depend_on_more_than_the_image_are_refused(
     tmp_path: Path, init: str, forward: str, sentence: str
 ) -> None:
     spec = model(tmp_path, f"{forward}\nreturn self.head(f)", init)
@@ -302,11 +302,11 @@ def test_an_answer_that_depends_on_more_than_the_image_is_refused(
         ("self.register_parameter('p', None); self.none = None", "f = f"),
     ],
 )
-def test_what_only_looks_like_it_passes(tmp_path: Path, init: str, forward: str) -> None:
+def test_near_misses_pass(tmp_path: Path, init: str, forward: str) -> None:
     validate_model.check_trace(model(tmp_path, f"{forward}\nreturn self.head(f)", init), 32)
 
 
-def test_a_counter_without_effect_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_counter_without_effect_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     validate_model.check_trace(model(tmp_path, "self.calls += 1\nreturn self.head(f)", "self.calls = 0"), 32)
     assert any(
         message.endswith("in evaluation it changes `calls`; an engine keeps nothing between two queries")
@@ -314,11 +314,11 @@ def test_a_counter_without_effect_is_told(tmp_path: Path, caplog: pytest.LogCapt
     )
 
 
-# --- Nothing is left switched ---------------------------------------------------------------------------------------
+# --- Global state ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_what_a_forward_leaves_switched_is_refused(tmp_path: Path, name: str) -> None:
+def test_global_switches_that_a_forward_changes_are_refused(tmp_path: Path, name: str) -> None:
     before = guard.settings()
     said = refused(model(tmp_path, f"{SWITCHES[name]}\nreturn self.head(f)"), None)
     assert said.startswith(
@@ -342,11 +342,11 @@ def test_what_a_forward_leaves_switched_is_refused(tmp_path: Path, name: str) ->
         ),
     ],
 )
-def test_a_mode_that_a_forward_leaves_switched_is_refused(tmp_path: Path, forward: str, sentence: str) -> None:
+def test_a_training_mode_that_a_forward_changes_is_refused(tmp_path: Path, forward: str, sentence: str) -> None:
     assert re.search(sentence, refused(model(tmp_path, forward), None))
 
 
-def test_the_generators_go_on_as_if_nothing_had_been_drawn(tmp_path: Path) -> None:
+def test_the_random_generators_are_restored(tmp_path: Path) -> None:
     spec = model(tmp_path, "return self.head(f)")
 
     def state() -> tuple[object, ...]:
@@ -357,7 +357,7 @@ def test_the_generators_go_on_as_if_nothing_had_been_drawn(tmp_path: Path) -> No
     assert state() == before
 
 
-# --- Whatever its code does -----------------------------------------------------------------------------------------
+# --- Failures of the user's code ------------------------------------------------------------------------------------
 
 
 HOSTILE = [
@@ -386,7 +386,7 @@ for number, (forward, _) in enumerate(tests.HOSTILE):
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Return the refusal of each hostile forward. A process of its own runs them, as a command does: they send signals
+    """Return the refusal of each hostile forward. They run in a separate process, as in a command: they send signals
     and exit.
     """
     result = python("-W", "ignore", "-c", REFUSALS, str(tmp_path_factory.mktemp("hostile")))
@@ -396,26 +396,26 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 
 
 @pytest.mark.parametrize(("forward", "sentence"), HOSTILE)
-def test_whatever_its_forward_does_is_one_sentence(refusals: dict[int, str], forward: str, sentence: str) -> None:
+def test_any_failure_of_a_forward_is_one_sentence(refusals: dict[int, str], forward: str, sentence: str) -> None:
     said = refusals[HOSTILE.index((forward, sentence))]
     assert re.search(sentence.replace("LINE", str(AT + 1)), said), said
 
 
-def test_what_cannot_be_copied_is_refused(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
     said = refused(model(tmp_path, "return self.head(f)", "self.file = open(__file__)"), None)
     assert said.startswith("it cannot be copied (copy.deepcopy): TypeError: cannot pickle")
 
 
 @pytest.mark.parametrize("norm", ["utils.weight_norm", "utils.spectral_norm", "utils.parametrizations.weight_norm"])
-def test_norms_of_weights_pass(tmp_path: Path, norm: str) -> None:
+def test_weight_and_spectral_norms_pass(tmp_path: Path, norm: str) -> None:
     validate_model.check(model(tmp_path, "return self.head(f)", f"self.conv = nn.{norm}(self.conv)"), 32, 10)
 
 
-# --- Pictures -------------------------------------------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------------------------------------------
 
 
 def pictures(folder: Path) -> Images:
-    """Black, white and grey ones, in two classes."""
+    """Return a folder of black, white and grey images in two classes."""
     for label in ("a", "b"):
         for index, value in enumerate([128] * 10 + [0, 255]):
             (folder / label).mkdir(parents=True, exist_ok=True)
@@ -428,20 +428,20 @@ def pictures(folder: Path) -> Images:
     ("forward", "value"),
     [("return self.head(f / (x - 128 / 255).abs().amax((2, 3)).max(1, keepdim=True)[0])", "inf|nan")],
 )
-def test_the_picture_whose_answer_is_no_number_is_named(tmp_path: Path, forward: str, value: str) -> None:
+def test_the_image_whose_logits_are_not_finite_is_named(tmp_path: Path, forward: str, value: str) -> None:
     spec = model(tmp_path / "code", forward)
     found = pictures(tmp_path / "data")
     with pytest.raises(BadRequest, match=rf"its logits are not finite: -?({value}) for \w+/\d\d-128\.png; expec"):
         validate_model.check(spec, 32, 2, pictures=found)
 
 
-def test_statistics_that_nothing_was_trained_with_are_no_reason(tmp_path: Path) -> None:
+def test_untrained_batch_norm_statistics_are_accepted(tmp_path: Path) -> None:
     init = "self.norm = nn.BatchNorm1d(8); self.far = nn.BatchNorm1d(8)"
     spec = model(tmp_path, "return self.head(self.far(self.norm(f * 1e25) * 1e25))", init)
     validate_model.check_trace(spec, 32)
 
 
-def test_the_logits_of_all_pictures_are_looked_at(tmp_path: Path) -> None:
+def test_the_logits_of_all_images_are_checked(tmp_path: Path) -> None:
     found = pictures(tmp_path)
     logits = np.zeros((len(found), 2), np.float32)
     assert validate_model.unfinite(found, logits) is None
@@ -455,7 +455,7 @@ def test_the_logits_of_all_pictures_are_looked_at(tmp_path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OneBlank(Colours):
-    """Coloured noise, and one picture of one colour."""
+    """Dataset of coloured noise with one uniform image."""
 
     part: str = "test"
 
@@ -469,7 +469,7 @@ class OneBlank(Colours):
 
 
 @pytest.mark.parametrize("part", ["test", "val"])
-def test_an_answer_of_the_trained_network_that_is_no_number_is_told_with_its_picture(tmp_path: Path, part: str) -> None:
+def test_logits_of_the_trained_network_that_are_not_finite_are_refused(tmp_path: Path, part: str) -> None:
     spread = "(x - x[:, :, :1, :1]).abs().amax((1, 2, 3))[:, None]"
     spec = model(tmp_path / "code", f"return self.head(f) if self.training else self.head(f) / {spread}")
     run = replace(tiny_run("fp32", model=spec), data=OneBlank(part=part))
@@ -478,7 +478,7 @@ def test_an_answer_of_the_trained_network_that_is_no_number_is_told_with_its_pic
         Store(tmp_path / "store").get(weights(run))
 
 
-def test_a_checkpoint_of_another_network_is_refused_before_anything_else(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_different_network_is_refused_first(tmp_path: Path) -> None:
     spec = model(tmp_path / "code", "raise ValueError('asked')")
     torch.save({"conv.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "w.pt")
     step = weights(replace(tiny_run("fp32", model=spec), weights=tmp_path / "w.pt"))
@@ -488,7 +488,7 @@ def test_a_checkpoint_of_another_network_is_refused_before_anything_else(tmp_pat
         Store(tmp_path / "store").get(step)
 
 
-def test_the_network_is_asked_with_the_weights_that_were_loaded(tmp_path: Path) -> None:
+def test_the_network_is_validated_with_the_loaded_weights(tmp_path: Path) -> None:
     spec = model(tmp_path / "code", "return self.head(f / self.scale)", "self.scale = nn.Parameter(torch.ones(8))")
     state = spec.build(4).state_dict()
     torch.save({**state, "scale": torch.zeros(8)}, tmp_path / "w.pt")
@@ -501,7 +501,7 @@ MINIS = [name for name in models.ALL if name.endswith("_mini")]
 
 
 @pytest.mark.parametrize("name", MINIS)
-def test_our_own_networks_keep_to_it(tmp_path: Path, name: str) -> None:
+def test_networks_of_the_catalog_are_valid(tmp_path: Path, name: str) -> None:
     module, _, function = models.ALL[name].network.partition(":")
     (tmp_path / "ours.py").write_text(f"from {module} import {function}\n")
     spec = external.find(f"{tmp_path / 'ours.py'}:{function}")
@@ -544,7 +544,7 @@ def test_an_operator_that_core_ml_refuses_is_named_for_core_ml_alone(tmp_path: P
         ("y = y.reshape(-1, 2, 4, 4, 4, 2, 8).transpose(3, 4).reshape(-1, 8, 16, 16)", "rank"),
     ],
 )
-def test_what_core_ml_alone_refuses_is_an_error_for_it_alone(tmp_path: Path, line: str, rule: str) -> None:
+def test_an_operator_that_only_core_ml_refuses_is_an_error_for_it_only(tmp_path: Path, line: str, rule: str) -> None:
     spec = model(tmp_path, f"y = self.conv(x)\n{line}\nreturn self.head(y.mean((2, 3)))")
     with pytest.raises(CheckFailed, match=rf"net\.py:{AT + 2}: error: {rule}: .*: TARGET=coreml: "):
         validate_model.check(spec, 32, 4, run=coreml(spec))
@@ -552,18 +552,18 @@ def test_what_core_ml_alone_refuses_is_an_error_for_it_alone(tmp_path: Path, lin
         validate_model.check(spec, 32, 4, run=replace(coreml(spec), target=targets.ALL[name]))
 
 
-def test_a_network_that_core_ml_takes_passes(tmp_path: Path) -> None:
+def test_a_network_that_core_ml_supports_passes(tmp_path: Path) -> None:
     spec = model(tmp_path, "return self.head(f)")
     validate_model.check(spec, 32, 4, run=coreml(spec))
     validate_model.check_target(coreml(spec))
 
 
-def test_a_layer_without_a_shape_is_no_layer_yet(tmp_path: Path) -> None:
+def test_a_lazy_layer_is_refused(tmp_path: Path) -> None:
     said = refused(model(tmp_path, "return self.late(f)", "self.late = nn.LazyLinear(10)"))
     assert said.startswith("`late.weight` of the new network has no shape yet")
 
 
-def test_a_fault_in_a_file_beside_it_is_named(tmp_path: Path) -> None:
+def test_a_fault_in_an_imported_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "my_part.py").write_text("def twice(x):\n    return x if x.sum() > 0 else 2 * x\n")
     said = refused(model(tmp_path, "return self.head(twice(f))", module="\nfrom my_part import twice\n"))
     assert re.search(r"my_part\.py, line 2: a Python `if`", said)

@@ -1,4 +1,4 @@
-"""Wrong artifacts: each is refused with the step and the tensor where it goes wrong, and nothing of it is published."""
+"""Verification refuses wrong artifacts with the first wrong step and tensor, and publishes nothing of them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def not_numbers(weights: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class WrongOnnx(OnnxRuntimeTarget):
-    """Compiles, and then changes the weights of the last layer."""
+    """Target that compiles, and then changes the weights of the last layer."""
 
     name: str = "wrong-onnx"
     change: Change = negated
@@ -67,7 +67,7 @@ class WrongOnnx(OnnxRuntimeTarget):
 
 @dataclass(frozen=True, slots=True)
 class WronglyFused(OnnxRuntimeTarget):
-    """Compiles the right graph, and executes it with noise of a third of the logits' size."""
+    """Target that compiles the correct graph, and executes it with noise of a third of the logits' magnitude."""
 
     name: str = "wrongly-fused"
 
@@ -85,7 +85,7 @@ class WronglyFused(OnnxRuntimeTarget):
 
 @dataclass(frozen=True, slots=True)
 class WrongBundle(NullTarget):
-    """Cannot build here; its bundle holds a graph whose last weights are `change` of the export's."""
+    """Target without a toolchain; the graph in its bundle has `change` of the export's weights in the last layer."""
 
     name: str = "wrong-bundle"
     change: Change = np.copy
@@ -103,7 +103,7 @@ class WrongBundle(NullTarget):
 
 @dataclass(frozen=True, slots=True)
 class WrongOpenVino(CpuTarget):
-    """Compiles, and then negates the largest float tensor of the weights file."""
+    """Target that compiles, and then negates the largest float tensor of the weights file."""
 
     name: str = "wrong-openvino"
 
@@ -118,7 +118,7 @@ class WrongOpenVino(CpuTarget):
 
 @dataclass(frozen=True, slots=True)
 class WrongCoreML(CoreMLTarget):
-    """Converts another program than the export's: its last convolution has the other sign."""
+    """Target that converts a changed program, with the last convolution negated."""
 
     name: str = "wrong-coreml"
 
@@ -134,7 +134,7 @@ class WrongCoreML(CoreMLTarget):
 
 @dataclass(frozen=True, slots=True)
 class RoughCoreML(CoreMLTarget):
-    """Converts what it is given, and computes the whole of it wrongly."""
+    """Target that converts the export correctly, and evaluates the package wrongly."""
 
     name: str = "rough-coreml"
 
@@ -148,7 +148,7 @@ class RoughCoreML(CoreMLTarget):
 
 @dataclass(frozen=True, slots=True)
 class TwoUnits(OnnxRuntimeTarget):
-    """Can be held to one of two units, of which `wrong` turns every answer over."""
+    """Target with two compute units; on the unit `wrong`, all logits are negated."""
 
     name: str = "two-units"
     wrong: str = ""
@@ -176,26 +176,26 @@ def change_last_weight(path: Path, change: Change) -> None:
 
 
 def refused(run: Run, shared: Path) -> str:
-    """What is said of a run whose engine, and nothing before it, must be refused."""
+    """Return the error of a run whose engine is refused, and whose earlier stages are accepted."""
     store = Store(shared)
     step = deliverable(run)
     with pytest.raises(CheckFailed) as caught:
         make_engine(run, shared)
     assert caught.value.exit_code == 4
     assert not store.has(step)
-    assert not list((shared / step.stage).glob(f"*{store.path(step).name}/**/*")), "something half-made was left"
+    assert not list((shared / step.stage).glob(f"*{store.path(step).name}/**/*")), "an incomplete artifact was left"
     assert all(store.has(needed) for needed in step.inputs.values())
     return str(caught.value)
 
 
-def test_an_engine_that_computes_something_else_is_refused_naming_the_operator(shared: Path) -> None:
+def test_an_engine_that_does_not_match_is_refused_with_the_operator(shared: Path) -> None:
     said = refused(tiny_run("fp32", WrongOnnx()), shared)
     assert re.match(
         r"operator `logits` of wrong-onnx's graph does not match the torch program on the same inputs: ", said
     )
 
 
-def test_an_openvino_model_is_looked_into_as_well(shared: Path) -> None:
+def test_a_wrong_openvino_model_is_refused_with_the_operator(shared: Path) -> None:
     said = refused(tiny_run("fp32", WrongOpenVino()), shared)
     assert re.match(r"operator `conv2d_1` of wrong-openvino's graph does not match the torch program", said), said
 
@@ -206,14 +206,14 @@ def test_the_operator_is_found_where_a_query_is_larger_than_the_test_part(recipe
     assert said.startswith("operator `logits` of wrong-onnx's graph")
 
 
-def test_an_engine_that_computes_no_numbers_is_refused(shared: Path) -> None:
+def test_an_engine_whose_logits_are_nan_is_refused(shared: Path) -> None:
     said = refused(tiny_run("fp32", WrongOnnx(name="no-numbers", change=not_numbers)), shared)
     assert re.match(r"operator `logits` of no-numbers's graph does not match .*: -200\.0 dB", said)
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "int8_ptq"])
-def test_a_fault_that_no_operator_shows_is_found_end_to_end(recipe: str, shared: Path) -> None:
-    """A runtime that fuses wrongly: every operator of its graph is right by itself."""
+def test_a_fault_of_no_single_operator_is_found_end_to_end(recipe: str, shared: Path) -> None:
+    """A runtime that fuses wrongly: each operator of its graph matches."""
     said = refused(tiny_run(recipe, WronglyFused()), shared)
     assert re.match(r"wrongly-fused does not match onnxruntime, on the export: -?\d+\.\d dB, where two correct", said)
     assert re.search(
@@ -221,7 +221,7 @@ def test_a_fault_that_no_operator_shows_is_found_end_to_end(recipe: str, shared:
     )
 
 
-def test_every_unit_that_a_target_can_be_held_to_answers_the_test_part(shared: Path) -> None:
+def test_every_compute_unit_runs_the_test_part(shared: Path) -> None:
     answer = make_engine(tiny_run("fp32", TwoUnits()), shared)
     report = json.loads((Path(str(answer["artifact"])) / "report.json").read_text())
     assert list(report["units"]) == ["ALL", "SLOW"]
@@ -229,7 +229,7 @@ def test_every_unit_that_a_target_can_be_held_to_answers_the_test_part(shared: P
     assert report["inspected"]["parity"]["two-units"]["operators"] > 5
 
 
-def test_a_unit_that_answers_otherwise_is_named(shared: Path) -> None:
+def test_a_compute_unit_whose_predictions_differ_is_named(shared: Path) -> None:
     said = refused(tiny_run("fp32", TwoUnits(name="one-wrong", wrong="SLOW")), shared)
     assert re.match(
         r"one-wrong on SLOW does not match one-wrong: -6\.0 dB, where .* and \d+ of 48 predictions changed", said
@@ -263,19 +263,19 @@ def test_a_bundle_with_a_wrong_graph_is_refused(shared: Path) -> None:
     assert said.startswith("operator `logits` of the bundle's graph does not match the torch program")
 
 
-def test_a_core_ml_package_that_computes_something_else_is_refused_naming_its_operator(shared: Path) -> None:
+def test_a_core_ml_package_that_does_not_match_is_refused_with_the_operator(shared: Path) -> None:
     said = refused(tiny_run("fp16", WrongCoreML()), shared)
     assert re.match(r"conv2d_1\S* of the Core ML package \(conv\), computed from torch's inputs, does not match", said)
 
 
-def test_a_core_ml_package_that_is_right_in_its_parts_alone_is_refused_saying_so(shared: Path) -> None:
+def test_a_core_ml_package_whose_operators_match_only_one_by_one_is_refused(shared: Path) -> None:
     said = refused(tiny_run("fp16", RoughCoreML()), shared)
     assert "reference evaluator does not match onnxruntime, on the export" in said
     assert said.endswith("computed without FP16 rounding, matches torch: try RECIPE=fp32")
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8_ptq", "palette4"])
-def test_a_core_ml_package_is_computed_without_a_mac(recipe: str, shared: Path) -> None:
+def test_a_core_ml_package_is_evaluated_without_a_mac(recipe: str, shared: Path) -> None:
     run = tiny_run(recipe, "coreml")
     if not run.target.not_executed():
         pytest.skip("this is a Mac, which computes it itself")
@@ -300,7 +300,7 @@ def test_a_bundle_is_no_engine(verb: Callable[[Run, Path], object], shared: Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """A finished run, and copies of what its verification reads."""
+    """A finished run, and copies of the files that its verification reads."""
 
     run: Run
     export: Export
@@ -311,7 +311,7 @@ class Finished:
         return verify(self.run, self.export, self.engine, self.before).content()
 
     def doctor(self, stage: str, **arrays: npt.NDArray[Any]) -> None:
-        """Replace what a stage says of the test part."""
+        """Replace arrays in the test results of a stage."""
         path = self.before[stage] / "test.npz"
         with np.load(path) as found:
             changed = dict(found) | arrays
@@ -346,7 +346,7 @@ def test_an_engine_within_its_budget_passes(finished: Finished) -> None:
 
 
 def test_an_artifact_that_loses_too_much_accuracy_is_refused(finished: Finished) -> None:
-    """As if the float model had been right about labels that nobody could guess."""
+    """The labels are random, and the float model predicts all of them."""
     labels = np.random.default_rng(0).integers(0, 4, len(finished.test_part("weights")["labels"]))
     finished.doctor("weights", labels=labels, logits=np.eye(4, dtype=np.float32)[labels])
     with pytest.raises(
@@ -361,7 +361,7 @@ def test_an_artifact_that_loses_too_much_accuracy_is_refused(finished: Finished)
 
 @pytest.mark.parametrize(("wrong", "passes"), [(1, True), (2, False)])
 def test_one_image_is_always_within_the_budget(finished: Finished, wrong: int, passes: bool) -> None:
-    """One of 48 images is two points, more than the one point that is allowed: it says nothing yet."""
+    """One of 48 images is two points: a loss of one image is accepted although the budget is one point."""
     labels, logits = finished.test_part("weights")["labels"].copy(), finished.test_part("weights")["logits"].copy()
     labels[:wrong] = (labels[:wrong] + 1) % 4
     logits[:wrong] = np.eye(4, dtype=np.float32)[labels[:wrong]] * 10
@@ -382,7 +382,7 @@ def test_a_larger_budget_lets_more_pass(finished: Finished) -> None:
     assert generous.verify()["float_top1"] == 100
 
 
-def test_an_export_that_left_the_torch_program_is_refused_naming_the_tensor(finished: Finished) -> None:
+def test_an_export_that_does_not_match_the_torch_program_is_refused_with_the_tensor(finished: Finished) -> None:
     import onnx
     from onnx import numpy_helper
 
@@ -395,7 +395,7 @@ def test_an_export_that_left_the_torch_program_is_refused_naming_the_tensor(fini
 
 
 @pytest.mark.parametrize(("noise_db", "passes"), [(130, True), (15, False)])
-def test_a_step_may_be_as_far_from_the_step_before_as_two_right_executions_are(
+def test_the_tolerance_of_a_step_is_the_difference_of_two_correct_executions(
     finished: Finished, noise_db: float, passes: bool
 ) -> None:
     logits = finished.test_part("quantized")["logits"]
@@ -424,7 +424,7 @@ def test_the_report_holds_the_noise_the_ties_and_the_interval(finished: Finished
     assert set(report["inspected"]["parity"]) == {"export", "onnxruntime"}
 
 
-def test_a_quantized_program_without_numbers_is_refused(finished: Finished) -> None:
+def test_a_quantized_program_whose_logits_are_nan_is_refused(finished: Finished) -> None:
     logits = finished.test_part("quantized")["logits"]
     finished.doctor("quantized", logits=np.full_like(logits, np.nan))
     with pytest.raises(CheckFailed, match=r"does not match torch quantized: -200.0 dB"):

@@ -1,4 +1,4 @@
-"""Garbage collection: what goes, what stays, and that nothing goes unasked or under a process that uses it."""
+"""Garbage collection: unused artifacts are listed, and removed only on request and if no process uses them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def toy(label: str, *, stage: str = "toys", inputs: Mapping[str, Step] | None = 
 
 @pytest.fixture(autouse=True)
 def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has built nothing itself."""
+    """Start each test without locks of this process on artifacts."""
     monkeypatch.setattr(in_use, "_held", {})
 
 
@@ -45,13 +45,13 @@ def built(store: Store, step: Step) -> Path:
 
 
 def names(root: Path, days: int | None = None) -> dict[str, str]:
-    """What can go and why, apart from locks and records, which go with their artifacts."""
+    """Return the reasons of garbage by name, without locks and records, which are removed with their artifacts."""
     found = {item.path.name: item.why for item in garbage(root, days)}
     return {name: why for name, why in found.items() if not name.startswith((".lock-", ".checked-"))}
 
 
 def aged(path: Path, days: float) -> None:
-    """As if `path` had been made, and used, `days` ago."""
+    """Set the times of `path` so that it was built and last used `days` ago."""
     moment = time.time() - days * DAY
     for file in (path, *path.rglob("*"), in_use.lock_file(path)):
         if file.exists():
@@ -73,11 +73,11 @@ def test_a_store_in_order_has_no_garbage(tmp_path: Path) -> None:
     assert names(tmp_path / "nowhere") == {}
 
 
-def test_what_a_newer_version_replaces_goes_with_what_only_it_was_made_from(tmp_path: Path) -> None:
+def test_a_replaced_artifact_is_garbage_with_the_inputs_that_only_it_uses(tmp_path: Path) -> None:
     store = Store(tmp_path)
     old_source, new_source = toy("source", versions={"torch": "1"}), toy("source", versions={"torch": "2"})
     old, new = (toy("engine", inputs={"weights": source}, seed=3) for source in (old_source, new_source))
-    other = toy("engine", inputs={"weights": old_source}, seed=4)  # asks for something else, and stays
+    other = toy("engine", inputs={"weights": old_source}, seed=4)  # has other parameters, and stays
     paths = {name: built(store, step) for name, step in (("old", old), ("new", new))}
     assert names(tmp_path) == {
         store.path(old_source).name: f"replaced by {store.path(new_source).name}",
@@ -87,7 +87,7 @@ def test_what_a_newer_version_replaces_goes_with_what_only_it_was_made_from(tmp_
     assert names(tmp_path) == {paths["old"].name: f"replaced by {paths['new'].name}"}
 
 
-def test_age_counts_from_the_last_use_and_only_where_it_is_asked(tmp_path: Path) -> None:
+def test_age_counts_from_the_last_use_and_only_with_days(tmp_path: Path) -> None:
     store = Store(tmp_path)
     source = toy("source")
     young, old = toy("young", inputs={"a": source}, seed=1), toy("old", inputs={"a": source}, seed=2)
@@ -97,13 +97,13 @@ def test_age_counts_from_the_last_use_and_only_where_it_is_asked(tmp_path: Path)
         aged(store.path(step), 10)
     assert names(tmp_path) == {}
     assert names(tmp_path, 11) == {}
-    found = names(tmp_path, 9)  # the source is what the young one is made from
+    found = names(tmp_path, 9)  # the recent artifact uses the source
     assert found == {store.path(old).name: "not used for 10 days"}
     store.get(old)
     assert names(tmp_path, 9) == {}
 
 
-def test_scratch_goes_unless_something_can_go_on_from_it(tmp_path: Path) -> None:
+def test_scratch_is_garbage_unless_a_build_can_resume_from_it(tmp_path: Path) -> None:
     store, step, other = Store(tmp_path), toy("one"), toy("two")
     path = built(store, step)
     for left in (path.with_name(f".building-{store.path(other).name}"), resumable(Path(f"{path.parent}/.building-x"))):
@@ -112,12 +112,12 @@ def test_scratch_goes_unless_something_can_go_on_from_it(tmp_path: Path) -> None
     assert names(tmp_path) == {f".building-{store.path(other).name}": "left by a build that was killed"}
     assert ".resume-x" in names(tmp_path, 0)
     aged(path.with_name(".resume-x"), 31)
-    assert names(tmp_path)[".resume-x"] == "of a build that nobody went on with for 31 days"
+    assert names(tmp_path)[".resume-x"] == "of an interrupted build that was not resumed for 31 days"
     resumable(path.with_name(f".building-{path.name}")).mkdir()
     assert names(tmp_path)[f".resume-{path.name}"] == "of an artifact that is finished"
 
 
-def test_removing_frees_what_was_said_and_keeps_the_rest_whole(tmp_path: Path) -> None:
+def test_removal_frees_the_reported_bytes_and_damages_no_other_artifact(tmp_path: Path) -> None:
     store = Store(tmp_path)
     good, damaged = toy("good"), toy("damaged")
     built(store, good)
@@ -136,7 +136,7 @@ def test_removing_frees_what_was_said_and_keeps_the_rest_whole(tmp_path: Path) -
     assert names(tmp_path) == {}
 
 
-def test_bytes_that_another_artifact_shares_do_not_come_free(tmp_path: Path) -> None:
+def test_bytes_of_shared_files_are_not_counted_as_freed(tmp_path: Path) -> None:
     store = Store(tmp_path)
     old, new = toy("one", versions={"a": "1"}), toy("one", versions={"a": "2"})
     path, kept = built(store, old), built(store, new)
@@ -159,7 +159,7 @@ time.sleep(60)
 """
 
 
-def test_what_a_live_process_uses_stays_until_it_ends(tmp_path: Path) -> None:
+def test_artifacts_in_use_by_a_process_stay_until_it_ends(tmp_path: Path) -> None:
     store = Store(tmp_path)
     old, new = toy("one", versions={"a": "1"}), toy("one", versions={"a": "2"})
     built(store, old)
@@ -176,7 +176,7 @@ def test_what_a_live_process_uses_stays_until_it_ends(tmp_path: Path) -> None:
     assert not store.has(old) and store.has(new)
 
 
-def test_what_a_live_process_builds_stays(tmp_path: Path) -> None:
+def test_scratch_of_a_running_build_stays(tmp_path: Path) -> None:
     (tmp_path / "toys" / ".building-x").mkdir(parents=True)
     with (tmp_path / "toys" / ".lock-x").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -184,7 +184,7 @@ def test_what_a_live_process_builds_stays(tmp_path: Path) -> None:
     assert {item.path.name for item in garbage(tmp_path)} == {".building-x", ".lock-x"}
 
 
-def test_the_command_line_lists_first_and_removes_when_asked(tmp_path: Path) -> None:
+def test_the_command_lists_by_default_and_removes_with_apply(tmp_path: Path) -> None:
     scratch = tmp_path / "toys" / ".building-x"
     scratch.mkdir(parents=True)
     (scratch / "half").write_bytes(bytes(10))

@@ -1,4 +1,4 @@
-"""A full disk, for real: a small file system in memory that is filled up before a stage is built on it."""
+"""Full disks: stages are built on a small file system in memory that is filled up first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BYTES = 4 << 20
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
+    """Mount a file system of 4 MiB and return its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={BYTES}", "tmpfs", str(folder)]
@@ -57,7 +57,7 @@ def fill(disk: Path, *, leaving: int) -> Path:
         ("compiled", "fp32", "coreml"),  # coremltools
     ],
 )
-def test_a_disk_that_fills_up_in_a_library_is_said_and_loses_nothing(
+def test_a_disk_that_fills_up_in_a_library_is_reported_and_no_artifact_is_lost(
     shared: Path, disk: Path, stage: str, recipe: str, target: str, leaving: int
 ) -> None:
     steps = {step.stage: step for step in engine(tiny_run(recipe, target)).chain()}
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up_in_a_library_is_said_and_loses_nothing(
     assert all(store.has(needed) for needed in step.chain())
 
 
-def test_the_command_line_says_it_and_goes_on_when_there_is_room(disk: Path, tmp_path: Path) -> None:
+def test_the_command_reports_a_full_disk_and_resumes_when_there_is_room(disk: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     import models
@@ -113,7 +113,7 @@ def test_the_command_line_says_it_and_goes_on_when_there_is_room(disk: Path, tmp
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_full_disk_is_known_by_what_libraries_say_of_it(tmp_path: Path, error: Exception, full: bool) -> None:
+def test_a_full_disk_is_recognized_by_the_messages_of_libraries(tmp_path: Path, error: Exception, full: bool) -> None:
     assert (storage_errors.refusal(error, tmp_path) is not None) is full
 
 
@@ -125,14 +125,14 @@ def test_a_cause_counts_as_the_error_itself(tmp_path: Path) -> None:
     )
 
 
-def test_without_room_a_failed_write_needs_no_reason_but_a_fault_stays_one(disk: Path) -> None:
+def test_without_room_a_failed_write_is_a_full_disk_but_a_programming_error_is_not(disk: Path) -> None:
     fill(disk, leaving=0)
     assert storage_errors.refusal(RuntimeError("basic_ios::clear: iostream error"), disk / "new" / "file") is not None
     assert storage_errors.refusal(TypeError("unsupported operand"), disk) is None
     assert storage_errors.refusal(CheckFailed("2 of 360 answers changed"), disk) is None
 
 
-def test_a_store_that_can_only_be_read_is_read(shared: Path, disk: Path) -> None:
+def test_a_read_only_store_can_be_read(shared: Path, disk: Path) -> None:
     step = weights(tiny_run("fp32"))
     shutil.copytree(Store(shared).get(step).path, Store(disk).path(step))
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -141,4 +141,4 @@ def test_a_store_that_can_only_be_read_is_read(shared: Path, disk: Path) -> None
     assert store.explain(step) == ["nothing that it depends on has changed"]
     with pytest.raises(OSError, match="Read-only file system") as error:
         store.get(quantized(tiny_run("fp32")))
-    assert error.value.errno == errno.EROFS  # which the command line puts into a sentence
+    assert error.value.errno == errno.EROFS  # which the command line reports

@@ -1,4 +1,4 @@
-"""The memory of the pipeline: what is part of a key, and that artifacts are built once and published whole."""
+"""Store: ingredients of cache keys, atomic publication, damage, and concurrent builds."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def keys(run: Run) -> dict[str, str]:
 
 
 def changed(before: Run, after: Run) -> list[str]:
-    """The stages whose keys differ, in their order."""
+    """Return the stages whose keys differ, in order."""
     one, other = keys(before), keys(after)
     assert tuple(one) == tuple(other) == STAGES
     return [stage for stage in STAGES if one[stage] != other[stage]]
 
 
 def left(root: Path) -> list[str]:
-    """What lies in a store, apart from its locks and the records of its checks."""
+    """Return the files of a store, without locks and records of checks."""
     found = (path for path in root.rglob("*") if not path.name.startswith((".lock-", ".checked-")))
     return sorted(str(path.relative_to(root)) for path in found)
 
@@ -94,7 +94,7 @@ def test_targets_with_the_same_arithmetic_share_training() -> None:
     assert changed(tiny_run(target="cpu"), tiny_run(target="null")) == ["compiled", "engine"]
 
 
-def test_a_target_with_another_arithmetic_has_a_training_of_its_own() -> None:
+def test_targets_with_different_arithmetic_do_not_share_training() -> None:
     assert changed(tiny_run(target="cpu"), tiny_run(target="onnxruntime"))[0] == "quantized"
     plainer = OnnxRuntimeTarget(scheme=replace(OnnxRuntimeTarget().scheme, per_channel_weights=False))
     assert changed(tiny_run(), tiny_run(target=plainer)) == ["quantized", "exported", "compiled", "engine"]
@@ -106,7 +106,7 @@ def test_both_float_recipes_share_one_export() -> None:
     assert exported(tiny_run("fp32")).label == exported(tiny_run("fp16")).label
 
 
-def test_another_recipe_rebuilds_from_quantization_on() -> None:
+def test_a_different_recipe_rebuilds_from_quantization_on() -> None:
     assert changed(tiny_run("int8_ptq"), tiny_run("int8_qat")) == ["quantized", "exported", "compiled", "engine"]
 
 
@@ -130,9 +130,7 @@ def test_a_retuned_recipe_rebuilds_from_quantization_on() -> None:
     ],
     ids=str,
 )
-def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(
-    changes: dict[str, Any], expected: tuple[str, ...]
-) -> None:
+def test_a_change_rebuilds_only_dependent_stages(changes: dict[str, Any], expected: tuple[str, ...]) -> None:
     assert changed(tiny_run(), tiny_run(**changes)) == list(expected)
 
 
@@ -141,13 +139,13 @@ def test_a_budget_that_may_keep_modules_in_float_quantizes_again() -> None:
     assert changed(run, replace(run, recipe=budgeted(run.recipe, Budget(value=0.5)))) == list(STAGES[1:])
 
 
-def test_an_engine_that_tells_what_was_published_of_its_model_is_told_of_an_erratum() -> None:
+def test_a_changed_published_figure_rebuilds_only_engines_that_contain_it() -> None:
     model = tiny_run().model
     corrected = replace(model, top1=71.0, source="an erratum")
     assert changed(tiny_run(target="coreml"), tiny_run(target="coreml", model=corrected)) == ["engine"]
 
 
-def test_a_weights_file_counts_by_its_content_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_weights_file_is_identified_by_its_content_and_not_its_path(tmp_path: Path) -> None:
     one, copy, other = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt"))
     one.write_bytes(b"weights")
     copy.write_bytes(b"weights")
@@ -168,7 +166,7 @@ def test_a_weights_file_counts_by_its_content_wherever_it_lies(tmp_path: Path) -
         ("openvino", STAGES[3:]),
     ],
 )
-def test_another_version_of_a_tool_rebuilds_what_it_made(
+def test_a_different_version_of_a_tool_rebuilds_its_artifacts(
     package: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = keys(tiny_run(target="cpu"))
@@ -209,7 +207,7 @@ print(json.dumps({step.stage: step.key for step in engine(run).chain()}))
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, to be edited."""
+    """Return a copy of the sources, to be edited."""
     root = tmp_path_factory.mktemp("source")
     for layer in ("pipeline", "targets", "calibration", "models"):
         shutil.copytree(ROOT / layer, root / layer, ignore=shutil.ignore_patterns("__pycache__"))
@@ -309,7 +307,7 @@ def test_the_code_of_a_stage_is_part_of_its_key(
     assert tuple(stage for stage in STAGES if keys_before[stage] != after[stage]) == expected
 
 
-NETWORK = models.ALL["mobilevit_xs"]  # the tiny network stands in a module that imports the whole pipeline
+NETWORK = models.ALL["mobilevit_xs"]  # the module of the tiny network imports the whole pipeline
 
 
 def test_no_stage_has_the_file_of_a_later_one_in_its_key() -> None:
@@ -319,15 +317,15 @@ def test_no_stage_has_the_file_of_a_later_one_in_its_key() -> None:
         assert f"pipeline.stages.{step.stage}" in code_of(step)
 
 
-# The file of a stage is digested without its imports: what it imports and its key lacks, because nothing of it is left
-# in the artifact.
+# Modules that a stage imports and its key lacks, since they do not affect the artifact. The file of a stage is digested
+# without its imports.
 UNTRACKED = {"pipeline.store.store", "pipeline.stages.validate_model"}
 # Imported to choose between stages, and for parameters, which are in the key.
 UNBUILT = {"engine": {"pipeline.stages.bundle"}, "bundle": {"pipeline.stages.compiled"}}
 
 
 @pytest.mark.parametrize("target", ["cpu", "coreml", "nvidia"])
-def test_what_a_stage_imports_is_in_its_key_or_in_that_of_an_input(target: str) -> None:
+def test_the_imports_of_a_stage_are_in_its_key_or_in_that_of_an_input(target: str) -> None:
     run = tiny_run(target=target, model=NETWORK)
     for step in (bundle(run) if isinstance(run.target, Bundles) else engine(run)).chain():
         known = set().union(*(code_of(needed) for needed in step.chain()))
@@ -341,7 +339,7 @@ def code_of(step: Step) -> set[str]:
 
 
 def imported_by(file: str) -> set[str]:
-    """The modules of ours that a file imports, in functions too."""
+    """Return the project's modules that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse((ROOT / file).read_bytes())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -349,8 +347,8 @@ def imported_by(file: str) -> set[str]:
     return {name for name in found if (ROOT / (name.replace(".", "/") + ".py")).is_file()}
 
 
-def test_code_is_imported_from_where_it_stands() -> None:
-    """Digests do not follow what a package re-exports: a stage would not see that it has changed."""
+def test_code_is_imported_from_the_defining_module() -> None:
+    """Digests do not follow re-exports of packages: a change would not rebuild the stage."""
     for file in (
         file for layer in ("pipeline", "targets", "calibration", "models") for file in (ROOT / layer).rglob("*.py")
     ):
@@ -372,12 +370,12 @@ class Described:
 
 
 @pytest.mark.parametrize("value", [Path("somewhere"), {1: "one"}, {"a": {2, 3}}, len, b"bytes", Described], ids=repr)
-def test_a_key_refuses_what_it_cannot_describe(value: object) -> None:
+def test_a_key_refuses_types_without_a_description(value: object) -> None:
     with pytest.raises(TypeError, match="cannot be part of an artifact key; use numbers, strings"):
         plain({"value": value})
 
 
-def test_what_two_objects_are_not_compared_by_is_not_part_of_a_key() -> None:
+def test_fields_that_are_not_compared_are_not_part_of_a_key() -> None:
     assert plain(Described(size=1, note="one")) == plain(Described(size=1)) != plain(Described(size=2))
 
 
@@ -403,7 +401,7 @@ def reversed_order(value: object) -> object:
 
 @settings(deadline=None)
 @given(value=values)
-def test_the_order_in_which_something_is_described_does_not_matter(value: object) -> None:
+def test_the_order_of_a_description_does_not_matter(value: object) -> None:
     assert plain(reversed_order(value)) == plain(value) == value
     assert toy(value=reversed_order(value)).key == toy(value=value).key
 
@@ -444,7 +442,7 @@ def test_the_chain_names_each_step_once_inputs_first() -> None:
     assert [step.label for step in last.chain()] == ["first", "second", "last"]
 
 
-def test_the_manifest_tells_what_went_in_and_the_digest_of_every_file(tmp_path: Path) -> None:
+def test_the_manifest_has_the_ingredients_and_the_digest_of_every_file(tmp_path: Path) -> None:
     step = toy(inputs={"source": toy(label="source")}, samples=7)
     artifact = Store(tmp_path).get(step)
     manifest = json.loads((artifact.path / MANIFEST).read_text())
@@ -473,7 +471,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, failure: type[BaseExcepti
     assert not Store(tmp_path).has(toy(explode))
 
 
-def test_what_a_build_can_go_on_from_outlives_its_failure_and_goes_when_it_is_published(tmp_path: Path) -> None:
+def test_resumable_state_outlives_a_failed_build_and_is_removed_on_publication(tmp_path: Path) -> None:
     found: list[bool] = []
 
     def build(inputs: Mapping[str, Path], out: Path) -> None:
@@ -487,7 +485,7 @@ def test_what_a_build_can_go_on_from_outlives_its_failure_and_goes_when_it_is_pu
     store, other = Store(tmp_path), toy(build, seed=1)
     with pytest.raises(KeyboardInterrupt):
         store.get(toy(build))
-    artifact = store.get(other)  # of the same label: what is left is of one key alone
+    artifact = store.get(other)  # of the same label: the remains belong to a single key
     assert store.get(toy(build)).files() == {} and artifact.files() == {}
     assert found == [False, False, True]
     assert not [name for name in left(tmp_path) if "resume" in name]
@@ -496,7 +494,7 @@ def test_what_a_build_can_go_on_from_outlives_its_failure_and_goes_when_it_is_pu
 def test_a_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:
     store = Store(tmp_path)
     path = store.get(toy()).path
-    (path / MANIFEST).unlink()  # as somebody leaves it who is interrupted while deleting
+    (path / MANIFEST).unlink()  # as after an interrupted deletion
     assert not store.has(toy())
     assert not store.get(toy()).cached
     assert store.has(toy())
@@ -512,14 +510,14 @@ def flipped(file: Path) -> None:
 
 
 def flipped_in_secret(file: Path) -> None:
-    """With the size and the mtime that it had."""
+    """Flip a bit, and restore size and mtime."""
     before = file.stat()
     flipped(file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def replaced(file: Path) -> None:
-    """By another file of the same size and mtime."""
+    """Replace a file by a different file of the same size and mtime."""
     before, other = file.stat(), file.with_name("other")
     other.write_bytes(file.read_bytes())
     flipped(other)
@@ -551,7 +549,7 @@ DAMAGES = (flipped, flipped_in_secret, replaced, truncated, emptied, Path.unlink
 
 @pytest.mark.parametrize("damaged", DAMAGES)
 def test_no_damage_to_a_file_of_a_run_is_silent(shared: Path, tmp_path: Path, damaged: Callable[[Path], None]) -> None:
-    """Every file of every stage: some 20, in as many ways as there are parameters."""
+    """Each file of each stage, about 20, is damaged in the way of the parameter."""
     step = engine(tiny_run())
     Store(shared).get(step)
     seen = 0
@@ -592,14 +590,14 @@ def test_a_file_that_is_not_the_artifacts_is_damage(tmp_path: Path) -> None:
     assert str(store.damage(toy())) == "folder/more: expected no such file, found a file of 5 bytes"
 
 
-def test_the_manifest_of_another_key_is_damage(tmp_path: Path) -> None:
+def test_a_manifest_with_a_different_key_is_damage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     one, other = toy(seed=1), toy(seed=2)
     shutil.copytree(store.get(one).path, store.path(other))
     assert str(store.damage(other)) == f"{MANIFEST}: expected key {other.key}, found key {one.key}"
 
 
-def test_damage_is_said_kept_apart_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_reported_quarantined_and_repaired(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path)
     path = store.get(toy()).path
     good = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != MANIFEST}
@@ -620,7 +618,7 @@ def test_damage_is_said_kept_apart_and_mended(tmp_path: Path, caplog: pytest.Log
     assert store.get(toy()).cached
 
 
-def test_an_artifact_that_comes_back_otherwise_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rebuilt_artifact_that_differs_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def build(inputs: Mapping[str, Path], out: Path) -> None:
         (out / "same").touch()
         (out / "now").write_text(str(time.monotonic_ns()))
@@ -632,7 +630,7 @@ def test_an_artifact_that_comes_back_otherwise_is_said_to(tmp_path: Path, caplog
     assert caplog.messages[-1] == "toys       differs from what was published before in now"
 
 
-def test_a_damaged_input_is_mended_before_it_is_used(tmp_path: Path) -> None:
+def test_a_damaged_input_is_rebuilt_before_it_is_used(tmp_path: Path) -> None:
     source = toy(label="source")
 
     def copy(inputs: Mapping[str, Path], out: Path) -> None:
@@ -644,7 +642,7 @@ def test_a_damaged_input_is_mended_before_it_is_used(tmp_path: Path) -> None:
     assert store.has(source)
 
 
-def test_an_input_that_changes_while_it_is_used_is_mended_and_used_again(tmp_path: Path) -> None:
+def test_an_input_that_changes_while_it_is_used_is_rebuilt_and_used_again(tmp_path: Path) -> None:
     source, store, seen = toy(label="source", inputs={"a": toy(label="first")}), Store(tmp_path), list[str]()
 
     def build(inputs: Mapping[str, Path], out: Path) -> None:
@@ -671,7 +669,9 @@ def test_a_disk_that_keeps_changing_inputs_is_given_up(tmp_path: Path) -> None:
     assert not Store(tmp_path).has(last)
 
 
-def test_what_is_whole_is_read_once_and_then_by_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_is_hashed_once_and_then_checked_by_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, read = Store(tmp_path), list[str]()
     store.get(toy())
     digest = integrity.file_digest
@@ -693,14 +693,14 @@ def test_what_is_whole_is_read_once_and_then_by_its_metadata(tmp_path: Path, mon
     assert store.has(toy()) and len(read) == 6
 
 
-def test_a_step_whose_files_are_shared_leaves_the_other_whole(shared: Path) -> None:
+def test_hard_links_to_an_artifact_are_no_damage(shared: Path) -> None:
     """An engine's files are hard links to those that were compiled: a new link changes the ctime of both."""
     store, step = Store(shared), engine(tiny_run())
     store.get(step)
     assert all(store.has(needed) for needed in step.chain())
 
 
-def test_a_damaged_input_does_not_spread_into_another_recipe(shared: Path, tmp_path: Path) -> None:
+def test_a_damaged_input_is_not_used_for_a_different_recipe(shared: Path, tmp_path: Path) -> None:
     before, after = (quantized(tiny_run(recipe)) for recipe in ("fp32", "int8_ptq"))
     good = Store(shared).get(after)
     for step in before.chain():
@@ -716,10 +716,10 @@ def test_a_damaged_input_does_not_spread_into_another_recipe(shared: Path, tmp_p
 
 
 @pytest.mark.parametrize("verb", [make_engine, make_verify])
-def test_a_command_mends_whatever_stage_is_damaged(
+def test_a_command_rebuilds_the_damaged_stage(
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, verb: Callable[[Run, Path], dict[str, object]]
 ) -> None:
-    """Also where the engine itself is whole, so that nothing but the file would have been missed."""
+    """Also if the engine itself is undamaged."""
     run, store = tiny_run(), Store(tmp_path)
     chain = list(engine(run).chain())
     Store(shared).get(chain[-1])
@@ -740,7 +740,7 @@ def test_a_command_mends_whatever_stage_is_damaged(
         assert set(manifest["files"]) - same <= TIMED.get(stage, set())
 
 
-# What holds seconds, or when it was made.
+# Files with durations or times of creation.
 TIMED: dict[str, set[str]] = {"weights": {"report.json"}, "quantized": {"report.json"}, "engine": {"report.json"}}
 
 
@@ -762,7 +762,7 @@ def test_a_weights_file_that_changes_while_it_is_read_makes_no_artifact(tmp_path
     assert not Store(tmp_path / "store").has(step)
 
 
-def test_processes_that_find_the_same_damage_mend_it_once(processes: Processes) -> None:
+def test_processes_that_find_the_same_damage_rebuild_once(processes: Processes) -> None:
     out, _ = processes.start().communicate(timeout=30)
     path = processes.store / "toys" / out.split()[1]
     flipped_in_secret(path / "whole")
@@ -800,7 +800,7 @@ def test_modes_are_those_that_the_umask_leaves(tmp_path: Path, umask: int) -> No
 # --- Explanations ---------------------------------------------------------------------------------------------------
 
 
-def test_explain_names_what_changed(tmp_path: Path) -> None:
+def test_explain_names_the_changed_ingredients(tmp_path: Path) -> None:
     store = Store(tmp_path)
     source = toy(label="source")
     assert store.explain(toy()) == ["it was never built"]
@@ -824,7 +824,7 @@ def test_explain_compares_with_the_latest_of_the_same_label(tmp_path: Path) -> N
     assert store.explain(toy(seed=4)) == ["seed was 2, is 4"]
 
 
-def test_labels_may_hold_what_a_pattern_would_read_as_its_own(tmp_path: Path) -> None:
+def test_labels_may_hold_pattern_characters(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.get(toy(label="[cats] *?", seed=1))
     assert store.explain(toy(label="[cats] *?", seed=2)) == ["seed was 1, is 2"]
@@ -861,7 +861,7 @@ print(artifact.cached, artifact.path.name, sorted(artifact.files()))
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """Builders of one artifact, each a process of its own, that take as long as the file `slow` exists."""
+    """Processes that build the same artifact while the file `slow` exists."""
 
     root: Path
 
@@ -932,7 +932,7 @@ def test_a_killed_build_publishes_nothing_and_the_next_call_cleans_up(processes:
     assert left(processes.store) == ["toys", f"toys/{name}", f"toys/{name}/{MANIFEST}", f"toys/{name}/whole"]
 
 
-def test_whoever_waits_for_a_killed_build_takes_over(processes: Processes) -> None:
+def test_a_process_that_waits_for_a_killed_build_takes_over(processes: Processes) -> None:
     processes.slow.touch()
     killed = processes.start()
     processes.wait_for_build(1)

@@ -101,7 +101,7 @@ def test_a_comparison_ends_when_its_time_is_used() -> None:
     assert 2.0 <= pair["a"].world.now_ns / 1e9 < 2.0 + 0.5  # the last round, and the warm-up, which does not count
 
 
-def test_every_round_times_every_engine_in_an_order_of_its_own() -> None:
+def test_every_round_times_every_engine_in_a_new_order() -> None:
     trio = sessions(0, 0.001, 7.0, 6.0, 5.0)
     found = compare(trio, IMAGES, PLAN)
     order = trio["a"].world.order[3:]  # after the warm-up
@@ -173,7 +173,7 @@ def test_a_drift_of_a_twentieth_is_none() -> None:
     ("low", "high", "vague"),
     [(0.9, 1.2, True), (0.99, 1.03, False), (1.01, 1.6, False), (0.5, 0.9, False), (0.9, 1.01, False)],
 )
-def test_an_interval_is_vague_where_it_is_wide_and_holds_both_answers(low: float, high: float, vague: bool) -> None:
+def test_an_interval_is_vague_if_it_is_wide_and_contains_both_verdicts(low: float, high: float, vague: bool) -> None:
     assert Speedup(ratio=(low * high) ** 0.5, low=low, high=high, rounds=20).vague is vague
 
 

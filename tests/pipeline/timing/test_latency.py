@@ -61,7 +61,7 @@ def test_the_warm_up_is_run_first_and_forgotten() -> None:
     assert session.asked == [5, 4, 4]
 
 
-def test_no_warm_up_asks_for_none() -> None:
+def test_a_warm_up_of_zero_queries_runs_none() -> None:
     session = ScriptedSession(repeat(MS))
     time_session(session, IMAGES, TimingPlan(warmup=0, min_queries=4, min_seconds=0, chunk=4))
     assert session.asked == [4]

@@ -52,7 +52,7 @@ def test_data_with_equal_names_and_different_content_has_different_digests() -> 
     assert one.weights != other.weights  # trained on other images
 
 
-def test_a_checkpoint_is_known_by_its_content_and_not_by_its_name(tmp_path: Path) -> None:
+def test_a_checkpoint_is_identified_by_its_content_and_not_its_name(tmp_path: Path) -> None:
     (tmp_path / "one.pt").write_bytes(b"abc")
     (tmp_path / "copy.pt").write_bytes(b"abc")
     (tmp_path / "other.pt").write_bytes(b"abd")
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_known_by_its_content_and_not_by_its_name(tmp_path: Path
     assert other.weights != one.weights
 
 
-def test_training_again_with_another_seed_gives_other_weights() -> None:
+def test_training_again_with_a_different_seed_gives_different_weights() -> None:
     one, other, drawn = (identity(tiny_run(**changes)) for changes in ({}, {"seed": 1}, {"trained": False}))
     assert len({one.weights, other.weights, drawn.weights}) == 3
     assert (one.weights_from, drawn.weights_from) == ("trained on colours", "random")

@@ -42,7 +42,7 @@ def accept(recipe: Recipe, deployment: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_recipe_has_a_system_of_its_own(name: str) -> None:
+def test_every_recipe_has_an_oldest_system(name: str) -> None:
     expected = "iOS17" if name in FIRST else "iOS18"
     assert system_of(asked(ALL[name])).name == expected
     accept(ALL[name], None)
@@ -94,7 +94,7 @@ def test_too_old_a_system_is_refused_with_the_required_one(recipe: str, message:
         ("42", ""),
     ],
 )
-def test_an_unknown_system_gets_the_nearest_and_the_known(deployment: str, hint: str) -> None:
+def test_an_unknown_system_is_refused_with_the_nearest_and_all_systems(deployment: str, hint: str) -> None:
     with pytest.raises(BadRequest) as refused:
         accept(ALL["fp16"], deployment)
     assert str(refused.value) == f"DEPLOYMENT={deployment}: no such system; {hint}Known: {', '.join(NAMES)}"

@@ -190,7 +190,7 @@ def test_a_missing_operator_is_named(merged: Path, parts: dict[str, Part]) -> No
         multifunction_package.check("fp16_16", shorter, expected)
 
 
-def test_another_description_of_the_outputs_is_named(damaged: Path, parts: dict[str, Part]) -> None:
+def test_a_different_description_of_the_outputs_is_named(damaged: Path, parts: dict[str, Part]) -> None:
     spec = coreml_package.read(damaged / PACKAGE).spec
     (function,) = (each for each in spec.description.functions if each.name == "fp16_16")
     function.output[0].type.multiArrayType.shape[1] = 5

@@ -85,7 +85,7 @@ def test_a_layer_that_differs_is_found_where_it_is_and_no_other_is_blamed(
         found.check(precision=precision)
 
 
-def test_another_scale_shows_as_integers_that_no_tie_explains(
+def test_a_changed_scale_causes_differences_beyond_ties(
     made: dict[Precision, tuple[Export, Path]], image: Tensor, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)

@@ -331,7 +331,7 @@ def test_a_package_that_core_ml_refuses_raises_an_error_with_its_reason(
         pass
 
 
-def test_a_package_newer_than_core_ml_has_its_own_error(mac: type[Proxy], packages: dict[Interface, Path]) -> None:
+def test_a_package_newer_than_core_ml_has_a_specific_error(mac: type[Proxy], packages: dict[Interface, Path]) -> None:
     """coremltools reports this only at the first prediction."""
     mac.newest = 6
     message = r"did not load .*mlpackage, which has specification version \d: update macOS, or build it for an older"

@@ -182,7 +182,7 @@ def test_importing_the_target_imports_nothing_heavy() -> None:
     assert found.stdout.strip() == "set()"
 
 
-def test_toolchain_is_known_without_importing_it() -> None:
+def test_the_toolchain_is_determined_without_importing_it() -> None:
     assert TARGET.toolchain().keys() == {"coremltools", "torch"}
     assert TARGET.missing() is None
 
@@ -303,7 +303,7 @@ def test_a_package_for_older_systems_is_refused(int8: tuple[Export, Path]) -> No
         TARGET.inspect(export, engine)
 
 
-def test_another_batch_is_refused(int8: tuple[Export, Path]) -> None:
+def test_a_different_batch_is_refused(int8: tuple[Export, Path]) -> None:
     export, engine = int8
     with pytest.raises(CheckFailed, match=r"inputs of .*\[1, 3, 16, 16\].*, expected .*\[2, 3, 16, 16\]"):
         TARGET.inspect(dataclasses.replace(export, batch=2), engine)

@@ -415,7 +415,7 @@ def test_a_compressed_constant_that_no_layer_owns_is_named(made: Made) -> None:
 # Faults of coremltools
 
 
-def test_coremltools_still_draws_bars_of_its_own(made: Made, capfd: pytest.CaptureFixture[str]) -> None:
+def test_coremltools_still_draws_progress_bars(made: Made, capfd: pytest.CaptureFixture[str]) -> None:
     """When this fails, check whether `one_bar_for_weights` is still needed."""
     coremltools = import_coremltools()
     from coremltools.optimize import coreml as optimize

@@ -56,7 +56,7 @@ class Added(nn.Module):
 
 
 class Parts(nn.Module):
-    """Channels that are cut, joined in another order, padded and pooled."""
+    """Channels that are cut, joined in a different order, padded and pooled."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = torch.split(x, C // 2, 1)

@@ -537,7 +537,7 @@ def test_coremltools_still_folds_quantized_scalars_in_int8(tmp_path: Path) -> No
 # What coremltools prints
 
 
-def test_coremltools_still_warns_about_what_it_is_given() -> None:
+def test_coremltools_still_warns_about_its_input() -> None:
     """When this fails, drop the message from `_EXPECTED`."""
     found = subprocess.run(
         [sys.executable, "-c", "import coremltools"], capture_output=True, text=True, check=True

@@ -69,7 +69,7 @@ def test_coordinates_are_columns_before_rows_in_three_units() -> None:
     assert sampled("nearest", "unnormalized", [(0.4, 0), (0.6, 0)]) == [1, 2]
 
 
-def test_padding_has_its_own_value_or_is_made_of_the_image() -> None:
+def test_padding_is_a_constant_or_made_of_the_image() -> None:
     outside = [(-1.0, 0.0), (-2.0, 0.0), (4.0, 3.0)]
     assert sampled("nearest", "unnormalized", outside) == [9, 9, 9]
     assert sampled("bilinear", "unnormalized", [(-0.5, 0)]) == [5]  # half way from 9 to 1

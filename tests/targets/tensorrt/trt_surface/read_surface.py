@@ -1,6 +1,6 @@
 """List the members of the classes in NVIDIA's TensorRT bindings, without a GPU and without TensorRT's libraries.
 
-PyPI carries the bindings of each version as a small wheel; only the libraries behind it are missing. Shared objects
+PyPI has the bindings of each version as a small wheel; only the libraries behind it are missing. Shared objects
 that merely define the symbols which the bindings look up at import are enough to import and introspect them.
 To add a version, or to read all of them again after `CLASSES` grew (Linux, gcc; 8.6.1 is named `tensorrt-bindings`,
 10.x `tensorrt-cu12-bindings`, 11.x `tensorrt-cu13-bindings`):
