@@ -194,7 +194,8 @@ recipe.ALL
     assert private_of_others(source, "targets") == set()
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
+# The runner is imported as `targets.runner` on the host and as `runner` on devices.
+@pytest.mark.parametrize("path", [path for path in FILES if "targets/runner/" not in named(path)], ids=named)
 def test_imports_are_absolute_so_that_each_module_has_one_name(path: Path) -> None:
     relative = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ImportFrom)]
     assert [node.lineno for node in relative if node.level] == []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import CheckFailed
+from targets import runner
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export
 from targets.tensorrt import rtx
 from targets.tensorrt.target import (
@@ -30,7 +31,7 @@ from targets.tensorrt.target import (
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-SCRIPT = "build_engine.py"
+RUNNER = "runner"  # the folder of the package, also in bundles
 _WEAK_GRAPH = "model_weak.onnx"
 
 # The lowest signal-to-quantization-noise ratio of the weakly typed graph against the export, in dB. Both graphs have
@@ -66,7 +67,7 @@ class BoardTarget(TensorRtTarget):
         model.onnx        strongly typed, for TensorRT 10 and later; compiled by TensorRT-RTX where that is installed
         model_weak.onnx   float32 in opset 17, for TensorRT 8.x
         sample.npz, scales.json, model.json    copied from the export
-        build_engine.py   a copy of `build_engine.py`
+        runner/           a copy of `targets.runner`, which builds and runs the engine: `python3 -m runner`
         bundle.json       description of the bundle, sha256 of every other file, and trtexec commands
 
         Raises CheckFailed where NVIDIA's importer rejects the graph, or the logits of the weakly typed graph do not
@@ -83,7 +84,7 @@ class BoardTarget(TensorRtTarget):
             onnx.save(weak, out / _WEAK_GRAPH)
         for name in ("scales.json", "model.json", "sample.npz"):
             shutil.copyfile(export.path / name, out / name)
-        shutil.copyfile(Path(__file__).with_name("build_engine.py"), out / SCRIPT)
+        copy_runner(out / RUNNER)
         description = {
             "target": self.name,
             "precision": export.precision,
@@ -98,9 +99,21 @@ class BoardTarget(TensorRtTarget):
             **facts,
             "trtexec": trtexec_commands(self.trtexec, export),
             "versions": _versions(),
-            "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())},
+            "sha256": _digests(out),
         }
         (out / "bundle.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def copy_runner(folder: Path) -> None:
+    """Copy the modules of `targets.runner` into a new folder."""
+    folder.mkdir()
+    for module in sorted(Path(runner.__file__ or "").parent.glob("*.py")):
+        shutil.copyfile(module, folder / module.name)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def trtexec_commands(trtexec: str, export: Export) -> dict[str, str]:

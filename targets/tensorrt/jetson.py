@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import CannotRunHere
-from targets.tensorrt.bundle import SCRIPT, BoardTarget
+from targets.tensorrt.bundle import RUNNER, BoardTarget
 from targets.tensorrt.target import find_gpu
 
 _RELEASE = Path("/etc/nv_tegra_release")  # every JetPack has this file; containers on it may not
@@ -27,7 +27,7 @@ class JetsonTarget(BoardTarget):
         if importlib.util.find_spec(self.package) is None:
             return (
                 "the tensorrt package is not importable; on a Jetson it comes with JetPack (`sudo apt install "
-                "python3-libnvinfer`), for the system's python3: run the bundle's script with that python3"
+                "python3-libnvinfer`), for the system's python3: run the bundle's runner with that python3"
             )
         try:
             find_gpu()
@@ -36,7 +36,7 @@ class JetsonTarget(BoardTarget):
         return None
 
     def next_command(self, bundle: Path) -> str:
-        there = f"cd {shlex.quote(bundle.name)} && python3 {SCRIPT}"
+        there = f"cd {shlex.quote(bundle.name)} && python3 -m {RUNNER}"
         return f"scp -r {shlex.quote(str(bundle))} <user>@<jetson>: && ssh <user>@<jetson> {shlex.quote(there)}"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import CannotRunHere
-from targets.tensorrt.bundle import SCRIPT, BoardTarget
+from targets.tensorrt.bundle import RUNNER, BoardTarget
 from targets.tensorrt.target import find_gpu
 
 
@@ -29,7 +29,7 @@ class NvidiaTarget(BoardTarget):
     def next_command(self, bundle: Path) -> str:
         # In a copy, since the script writes files and artifacts in the store must not change.
         copy = shlex.quote(bundle.name)
-        return f"cp -r {shlex.quote(str(bundle))} {copy} && cd {copy} && python3 {SCRIPT}"
+        return f"cp -r {shlex.quote(str(bundle))} {copy} && cd {copy} && python3 -m {RUNNER}"
 
 
 TARGET = NvidiaTarget()

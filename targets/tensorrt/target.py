@@ -1,7 +1,7 @@
 """TensorRT on the host: prepare the ONNX graph, build the engine, and check the graph and the header of the engine.
 
-One class serves `tensorrt` 8.5 to 11 and `tensorrt_rtx`. Building and execution are implemented in `build_engine.py`,
-which also runs on the device; this module translates the exceptions of `build_engine.py` into the errors of the
+One class serves `tensorrt` 8.5 to 11 and `tensorrt_rtx`. Building and execution are implemented in `targets.runner`,
+which also runs on the device; this module translates the exceptions of `targets.runner` into the errors of the
 pipeline.
 """
 
@@ -25,7 +25,7 @@ from calibration.scheme import SHARED, Scheme
 from models.errors import BadRequest, CannotRunHere, CheckFailed
 from targets.base import Export, Session
 from targets.onnx.index import LAYOUT_OPERATORS, Index, axis, dequantized, drop_unused_constants
-from targets.tensorrt import build_engine
+from targets.runner import cuda, errors, tensorrt_engine
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -39,7 +39,7 @@ _WEAK_OPSET, _WEAK_IR = 17, 8
 _WEAK = "weak"  # value of the metadata entry `typing` of a weakly typed graph
 
 _LEVELS = {"INFO": logging.DEBUG, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
-_ERRORS = {build_engine.Damaged: BadRequest, build_engine.Unable: CannotRunHere, build_engine.Rejected: CheckFailed}
+_ERRORS = {errors.Damaged: BadRequest, errors.Unable: CannotRunHere, errors.Rejected: CheckFailed}
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class TensorRtTarget:
 
     def build(self, export: Export, out: Path) -> None:
         trt = importlib.import_module(self.package)
-        graph = typed_onnx(export) if build_engine.strongly_typed(trt) else weak_onnx(export)
+        graph = typed_onnx(export) if tensorrt_engine.strongly_typed(trt) else weak_onnx(export)
         onnx_bytes = graph.SerializeToString()
         plan = build_plan(trt, onnx_bytes, precision=export.precision, batch=export.batch)
         (out / GRAPH).write_bytes(onnx_bytes)
@@ -105,14 +105,14 @@ class TensorRtTarget:
             raise CannotRunHere(why_not)
         trt = importlib.import_module(self.package)
         plan = (engine / ENGINE).read_bytes()
-        with explained(), closing(build_engine.Execution(trt, plan, build_engine.find_cuda(), _say)) as execution:
+        with explained(), closing(tensorrt_engine.Execution(trt, plan, cuda.find_cuda(), _say)) as execution:
             yield execution
 
 
-def find_gpu() -> build_engine.Gpu:
+def find_gpu() -> cuda.Gpu:
     """Return the first NVIDIA GPU, as its driver reports it. Raises CannotRunHere without a driver or a GPU."""
     with explained():
-        return build_engine.find_cuda().gpu()
+        return cuda.find_cuda().gpu()
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -140,15 +140,15 @@ def build_plan(
     *,
     precision: Precision,
     batch: int,
-    workspace_bytes: int = build_engine.WORKSPACE_BYTES,
+    workspace_bytes: int = tensorrt_engine.WORKSPACE_BYTES,
 ) -> bytes:
     """Compile a serialized graph (`typed_onnx` or `weak_onnx`) into a plan with the module `trt`; see
-    `build_engine.build`.
+    `tensorrt_engine.build`.
 
     Raises CheckFailed, quoting NVIDIA's message, where the importer or the builder rejects the graph.
     """
     with explained():
-        built = build_engine.build(
+        built = tensorrt_engine.build(
             trt, onnx, precision=precision, batch=batch, say=_say, workspace_bytes=workspace_bytes
         )
     return built.plan
@@ -156,10 +156,10 @@ def build_plan(
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Translate exceptions of `build_engine`, which imports nothing of Edgeline, into the errors of the pipeline."""
+    """Translate exceptions of `targets.runner`, which imports nothing of Edgeline, into the errors of the pipeline."""
     try:
         yield
-    except build_engine.Refused as e:
+    except errors.Refused as e:
         raise _ERRORS[type(e)](str(e)) from e
 
 

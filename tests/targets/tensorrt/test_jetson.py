@@ -15,8 +15,11 @@ import pytest
 
 from calibration.recipe import Precision
 from models.errors import CheckFailed
+from targets import runner
 from targets.base import Bundles, Export
-from targets.tensorrt import build_engine, bundle, jetson, nvidia, rtx
+from targets.runner import bundle as runner_bundle
+from targets.runner import errors
+from targets.tensorrt import bundle, jetson, nvidia, rtx
 from tests.support.tiny_export import IMAGES, SIZE, tiny_export
 
 needs_rtx = pytest.mark.skipif(rtx.TARGET.missing() is not None, reason=str(rtx.TARGET.missing()))
@@ -31,7 +34,7 @@ def bundled(tmp_path: Path, precision: Precision = "int8") -> Path:
 
 def run_script(bundle: Path, *, tensorrt: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a bundle's script as on a board: without site-packages, or with the module `tensorrt` of this source."""
-    command = [sys.executable, "-S", str(bundle / "build_engine.py")]
+    command = [sys.executable, "-S", "-m", "runner"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if tensorrt is not None:
         command.remove("-S")
@@ -39,16 +42,19 @@ def run_script(bundle: Path, *, tensorrt: str | None = None) -> subprocess.Compl
         stand_in.mkdir()
         (stand_in / "tensorrt.py").write_text(tensorrt)
         environment["PYTHONPATH"] = str(stand_in)
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=bundle, env=environment)
 
 
 @needs_rtx
 def test_a_bundle_has_a_description_and_the_importer_that_accepted_it(tmp_path: Path) -> None:
     bundle = bundled(tmp_path)
     found = json.loads((bundle / "bundle.json").read_text())
-    packed = {"build_engine.py", "model.json", "model.onnx", "model_weak.onnx", "sample.npz", "scales.json"}
+    packed = {"runner", "model.json", "model.onnx", "model_weak.onnx", "sample.npz", "scales.json"}
     assert {file.name for file in bundle.iterdir()} == {*packed, "bundle.json"}
-    assert found["sha256"] == {name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in packed}
+    files = {file.relative_to(bundle).as_posix(): file for file in bundle.rglob("*") if file.is_file()}
+    digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    assert found["sha256"] | {"bundle.json": digests["bundle.json"]} == digests
+    assert "runner/__main__.py" in digests
     assert (found["precision"], found["batch"], found["size"]) == ("int8", 2, SIZE)
     assert (found["input"], found["output"], found["quantized_layers"]) == ("image", "logits", 2)
     assert found["graphs"] == {"strong": "model.onnx", "weak": "model_weak.onnx"}
@@ -86,10 +92,10 @@ def test_the_next_command_survives_spaces() -> None:
     copy, there = jetson.TARGET.next_command(bundle).split(" && ssh <user>@<jetson> ")
     assert shlex.split(copy) == ["scp", "-r", str(bundle), "<user>@<jetson>:"]
     (remote,) = shlex.split(there)
-    assert shlex.split(remote) == ["cd", "it's", "&&", "python3", "build_engine.py"]
+    assert shlex.split(remote) == ["cd", "it's", "&&", "python3", "-m", "runner"]
     copied, entered, run = (shlex.split(part) for part in nvidia.TARGET.next_command(bundle).split(" && "))
     assert (copied, entered) == (["cp", "-r", str(bundle), "it's"], ["cd", "it's"])
-    assert run == ["python3", "build_engine.py"]
+    assert run == ["python3", "-m", "runner"]
 
 
 def test_elsewhere_than_on_a_jetson_the_bundle_is_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -153,9 +159,9 @@ def Builder(logger): raise TypeError("factory function returned nullptr")
 
 def test_a_model_without_a_weak_graph_names_the_reason() -> None:
     bundle = {"graphs": {"strong": "model.onnx", "weak": None}, "why_no_weak_graph": "Gelu came with opset 20"}
-    assert build_engine._graph(bundle, True) == "model.onnx"
-    with pytest.raises(build_engine.Unable, match="needs a weakly typed graph, which the bundle lacks: Gelu came with"):
-        build_engine._graph(bundle, False)
+    assert runner_bundle._graph(bundle, True) == "model.onnx"
+    with pytest.raises(errors.Unable, match="needs a weakly typed graph, which the bundle lacks: Gelu came with"):
+        runner_bundle._graph(bundle, False)
 
 
 def test_the_script_compares_logits_with_the_metrics_of_the_reports() -> None:
@@ -166,28 +172,32 @@ def test_the_script_compares_logits_with_the_metrics_of_the_reports() -> None:
     draw = np.random.default_rng(0)
     expected = draw.normal(size=(IMAGES, 4)).astype(np.float32)
     found = expected + draw.normal(size=expected.shape).astype(np.float32)
-    assert build_engine.compare(expected, found) == {
+    assert runner_bundle.compare(expected, found) == {
         "images": IMAGES,
         "snr_db": round(snr_db(expected, found), 1),
         "agreement": round(agreement(expected, found), 1),
     }
-    assert build_engine.compare(expected, expected)["snr_db"] == snr_db(expected, expected)
+    assert runner_bundle.compare(expected, expected)["snr_db"] == snr_db(expected, expected)
 
 
-def test_the_script_is_python_3_8_and_needs_nothing_but_numpy_and_tensorrt() -> None:
-    source = Path(build_engine.__file__).read_text()
+MODULES = sorted(Path(runner.__file__ or "").parent.glob("*.py"))
+
+
+def test_the_runner_is_python_3_8_and_needs_nothing_but_numpy_and_the_runtimes() -> None:
     imported = set()
-    for node in ast.walk(ast.parse(source, feature_version=(3, 8))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(str(node.module).split(".")[0])
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text(), feature_version=(3, 8))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).split(".")[0])
     assert imported - sys.stdlib_module_names == {"numpy", "tensorrt"}
 
 
-def test_the_script_calls_nothing_newer_than_python_3_8() -> None:
+@pytest.mark.parametrize("module", [file for file in MODULES if file.stem != "__init__"], ids=lambda file: file.stem)
+def test_the_runner_calls_nothing_newer_than_python_3_8(module: Path) -> None:
     """The syntax check misses later methods and operators; common ones are listed here."""
-    tree = ast.parse(Path(build_engine.__file__).read_text())
+    tree = ast.parse(module.read_text())
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not attributes & {"removeprefix", "removesuffix", "cache", "file_digest", "is_relative_to", "bit_count"}
     keywords = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}

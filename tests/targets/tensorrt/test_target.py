@@ -26,7 +26,8 @@ from models.errors import CannotRunHere, CheckFailed
 from targets.base import Export
 from targets.onnx.graph import with_batch
 from targets.onnx.reference import reference_logits
-from targets.tensorrt import build_engine, rtx
+from targets.runner import bundle, cuda, errors, tensorrt_engine
+from targets.tensorrt import rtx
 from targets.tensorrt import target as tensorrt_target
 from targets.tensorrt.target import build_plan, read_plan_header, typed_onnx, weak_onnx
 from tests.support.tiny_export import SIZE, tiny_export
@@ -222,12 +223,12 @@ def test_the_timing_cache_of_a_different_board_is_replaced() -> None:
         return timings == b""
 
     config = SimpleNamespace(create_timing_cache=lambda contents: contents, set_timing_cache=set_timing_cache)
-    build_engine._set_timing_cache(config, b"of another board")
+    tensorrt_engine._set_timing_cache(config, b"of another board")
     assert used == [b"of another board", b""]
 
 
 def test_messages_that_differ_only_in_numbers_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    logger = build_engine.make_logger(SimpleNamespace(ILogger=Toy), tensorrt_target._say)
+    logger = tensorrt_engine.make_logger(SimpleNamespace(ILogger=Toy), tensorrt_target._say)
     with caplog.at_level(logging.DEBUG):
         for layer in range(40):
             logger.log(Severity.WARNING, f"layer {layer}:\n no scale")
@@ -265,7 +266,7 @@ def test_without_a_gpu_the_report_states_that_the_engine_was_not_executed(
 def test_the_gpu_must_be_one_that_the_engine_has_kernels_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
 ) -> None:
-    monkeypatch.setattr(tensorrt_target, "find_gpu", lambda: build_engine.Gpu("some GPU", capability))
+    monkeypatch.setattr(tensorrt_target, "find_gpu", lambda: cuda.Gpu("some GPU", capability))
     why_not = rtx.TARGET.not_executed()
     assert why_not is None if runs else why_not is not None and "some GPU has compute capability" in why_not
 
@@ -423,13 +424,11 @@ def ignore(severity: str, message: str) -> None:
 def test_a_session_copies_images_to_the_gpu_and_logits_back(dynamic: bool) -> None:
     driver, engine = ToyDriver(), ToyEngine(dynamic=dynamic)
     images = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
-    with closing(build_engine.Execution(toy_tensorrt(engine), b"", build_engine.Cuda(driver), ignore)) as session:
+    with closing(tensorrt_engine.Execution(toy_tensorrt(engine), b"", cuda.Cuda(driver), ignore)) as session:
         assert session.batch == 2
         sums = images.reshape(2, -1).sum(1)
         np.testing.assert_allclose(session.infer(images), np.stack((sums, -sums), 1), rtol=1e-5)
-        with pytest.raises(
-            build_engine.Rejected, match=r"the images have shape \(1, 3, 4, 4\); the engine expects \(2,"
-        ):
+        with pytest.raises(errors.Rejected, match=r"the images have shape \(1, 3, 4, 4\); the engine expects \(2,"):
             session.infer(images[:1])
     assert not driver.memory and driver.calls[-1] == "cuStreamDestroy_v2"
 
@@ -437,7 +436,7 @@ def test_a_session_copies_images_to_the_gpu_and_logits_back(dynamic: bool) -> No
 def test_compute_alone_is_timed_between_two_events_of_the_gpu() -> None:
     driver, engine = ToyDriver(), ToyEngine()
     images = np.zeros((2, 3, 4, 4), np.float32)
-    with closing(build_engine.Execution(toy_tensorrt(engine), b"", build_engine.Cuda(driver), ignore)) as session:
+    with closing(tensorrt_engine.Execution(toy_tensorrt(engine), b"", cuda.Cuda(driver), ignore)) as session:
         driver.calls.clear()
         assert session.latencies_ns(images, 3) == [250_000] * 3
         assert engine.runs == 3
@@ -448,30 +447,28 @@ def test_compute_alone_is_timed_between_two_events_of_the_gpu() -> None:
 
 def test_any_number_of_images_is_run_in_whole_queries() -> None:
     images = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1) * np.ones((5, 3, 4, 4), np.float32)
-    with closing(
-        build_engine.Execution(toy_tensorrt(ToyEngine()), b"", build_engine.Cuda(ToyDriver()), ignore)
-    ) as session:
-        assert build_engine.run_all(session, images)[:, 0].tolist() == [0, 48, 96, 144, 192]
+    with closing(tensorrt_engine.Execution(toy_tensorrt(ToyEngine()), b"", cuda.Cuda(ToyDriver()), ignore)) as session:
+        assert bundle.run_all(session, images)[:, 0].tolist() == [0, 48, 96, 144, 192]
 
 
 def test_an_engine_that_does_not_load_is_explained() -> None:
-    with pytest.raises(build_engine.Unable, match=r"does not load the engine on Toy: .* build it again here"):
-        build_engine.Execution(toy_tensorrt(None), b"", build_engine.Cuda(ToyDriver()), ignore)
-    with pytest.raises(build_engine.Rejected, match=r"logits of the engine is HALF; expected float32"):
-        build_engine.Execution(toy_tensorrt(ToyEngine(output="HALF")), b"", build_engine.Cuda(ToyDriver()), ignore)
+    with pytest.raises(errors.Unable, match=r"does not load the engine on Toy: .* build it again here"):
+        tensorrt_engine.Execution(toy_tensorrt(None), b"", cuda.Cuda(ToyDriver()), ignore)
+    with pytest.raises(errors.Rejected, match=r"logits of the engine is HALF; expected float32"):
+        tensorrt_engine.Execution(toy_tensorrt(ToyEngine(output="HALF")), b"", cuda.Cuda(ToyDriver()), ignore)
 
 
 def test_a_gpu_without_memory_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ToyEngine()
     monkeypatch.setattr(engine, "create_execution_context", lambda: None)
-    with pytest.raises(build_engine.Unable, match="Toy has not enough memory to run the engine"):
-        build_engine.Execution(toy_tensorrt(engine), b"", build_engine.Cuda(ToyDriver()), ignore)
+    with pytest.raises(errors.Unable, match="Toy has not enough memory to run the engine"):
+        tensorrt_engine.Execution(toy_tensorrt(engine), b"", cuda.Cuda(ToyDriver()), ignore)
 
 
 def test_a_driver_without_a_gpu_is_no_gpu() -> None:
-    assert build_engine.Cuda(ToyDriver()).gpu() == build_engine.Gpu("Toy", (8, 7))
-    with pytest.raises(build_engine.Unable, match="no NVIDIA GPU: the driver is there and found none"):
-        build_engine.Cuda(ToyDriver(gpus=0))
+    assert cuda.Cuda(ToyDriver()).gpu() == cuda.Gpu("Toy", (8, 7))
+    with pytest.raises(errors.Unable, match="no NVIDIA GPU: the driver is there and found none"):
+        cuda.Cuda(ToyDriver(gpus=0))
 
 
 # --- The API of TensorRT versions that cannot be installed here
@@ -479,7 +476,7 @@ def test_a_driver_without_a_gpu_is_no_gpu() -> None:
 SURFACES = {
     file.stem: json.loads(file.read_text()) for file in sorted((Path(__file__).parent / "trt_surface").glob("*.json"))
 }
-# How build_engine.py names its objects, and so what their attributes are looked up in.
+# How tensorrt_engine.py names its objects, and so what their attributes are looked up in.
 OBJECTS = {
     "builder": "Builder",
     "config": "IBuilderConfig",
@@ -526,21 +523,21 @@ def uses(file: Path) -> dict[tuple[str, str], bool]:
 @pytest.mark.parametrize("version", SURFACES)
 def test_every_attribute_exists_in_every_tensorrt_or_is_checked_first(version: str) -> None:
     surface = SURFACES[version]
-    for (owner, member), guarded in uses(Path(build_engine.__file__)).items():
+    for (owner, member), guarded in uses(Path(tensorrt_engine.__file__)).items():
         assert owner in surface, f"TensorRT {version} has no {owner}; if it has, add it to read_surface.CLASSES"
         assert guarded or not member or member in surface[owner], f"TensorRT {version} has no {owner}.{member}"
 
 
 @pytest.mark.parametrize("file", ["target.py", "bundle.py", "rtx.py", "nvidia.py", "jetson.py"])
 def test_only_the_file_that_is_held_to_the_surfaces_touches_tensorrt(file: str) -> None:
-    tree = ast.parse(Path(build_engine.__file__).with_name(file).read_text())
+    tree = ast.parse(Path(tensorrt_target.__file__).with_name(file).read_text())
     attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert {name for name in attributes if name.startswith("trt.")} <= {"trt.__version__"}
 
 
 def test_the_surfaces_cover_the_versions_on_boards() -> None:
     assert list(SURFACES) == ["10.16.1.11", "10.3.0", "11.4.0.106", "8.6.1"]
-    found = uses(Path(build_engine.__file__))
+    found = uses(Path(tensorrt_engine.__file__))
     assert found["IExecutionContext", "execute_async_v3"] is False
     assert found["BuilderFlag", "INT8"] is True
     assert len(found) > 40
@@ -559,10 +556,10 @@ def test_flags_follow_the_tensorrt_version(version: str, flags: set[str], allowe
     names = ("NetworkDefinitionCreationFlag", "BuilderFlag")
     trt = SimpleNamespace(**{name: enum.IntEnum(name, SURFACES[version][name], start=0) for name in names})
     creation = trt.NetworkDefinitionCreationFlag
-    assert {flag.name for flag in creation if build_engine.network_flags(trt) >> flag & 1} == flags
+    assert {flag.name for flag in creation if tensorrt_engine.network_flags(trt) >> flag & 1} == flags
     given: list[str] = []
     config = SimpleNamespace(set_flag=lambda flag: given.append(flag.name))
-    build_engine._allow_small_types(trt, config, "fp32")
+    tensorrt_engine._allow_small_types(trt, config, "fp32")
     assert given == []
-    build_engine._allow_small_types(trt, config, "int8")
+    tensorrt_engine._allow_small_types(trt, config, "int8")
     assert given == allowed

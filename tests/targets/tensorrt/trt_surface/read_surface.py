@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# What targets/tensorrt/build_engine.py and targets/tensorrt/target.py touch.
+# What targets/runner/tensorrt_engine.py and targets/tensorrt/target.py touch.
 CLASSES = (
     "Builder",
     "BuilderFlag",

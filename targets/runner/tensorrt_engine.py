@@ -1,0 +1,296 @@
+"""TensorRT engines: building from ONNX, and execution on the first GPU.
+
+One code path serves `tensorrt` 8.5 to 11 and `tensorrt_rtx`. Differences between versions are detected with `hasattr`,
+never by version number.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import Rejected, Unable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from .cuda import Cuda
+
+    Floats = npt.NDArray[np.float32]
+    Say = Callable[[str, str], None]  # log callback: severity ("WARNING", "ERROR", ...), message
+
+# An upper limit, not a reservation. A mobile model needs a few MB; on a Jetson, GPU and CPU share the memory.
+WORKSPACE_BYTES = 1 << 30
+
+
+class Built(NamedTuple):
+    plan: bytes
+    timing_cache: bytes | None  # None unless `build` was called with a timing cache
+
+
+def build(
+    trt: Any,
+    onnx: bytes,
+    *,
+    precision: str,
+    batch: int,
+    say: Say,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    timing_cache: bytes | None = None,
+    detailed: bool = False,
+) -> Built:
+    """Compile a serialized ONNX graph with the TensorRT module `trt` (`tensorrt` 8.5 to 11, or `tensorrt_rtx`).
+
+    With strong typing (10 and later), `onnx` states the type of every tensor and `precision` has no effect. With weak
+    typing (8.x), `onnx` is float32 with Q/DQ and `precision` sets the builder flags FP16 and INT8. TF32 stays enabled,
+    TensorRT's default. A dynamic batch gets an optimization profile of 1 to `batch` images. An empty `timing_cache`
+    starts a new cache; a cache of a different GPU or TensorRT version is replaced. `detailed` keeps layer details in
+    the engine for the engine inspector.
+
+    Raises Rejected, quoting TensorRT's message, where the importer or the builder rejects the graph, and Unable where
+    TensorRT does not start.
+    """
+    logger = make_logger(trt, say)
+    builder = _builder(trt, logger)
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, logger)  # must exist until the plan is built: it owns the network's weights
+    if not parser.parse(onnx):
+        raise Rejected(_refusal(parser))
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    if detailed:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    _allow_small_types(trt, config, precision)
+    _add_profile(builder, network, config, batch)
+    if timing_cache is not None:
+        _set_timing_cache(config, timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    logger.summarize()
+    if plan is None:
+        raise Rejected(f"TensorRT {trt.__version__} parsed the graph but built no engine: {_last_error(logger)}")
+    timings = None if timing_cache is None else config.get_timing_cache()
+    return Built(bytes(plan), None if timings is None else bytes(timings.serialize()))
+
+
+def _builder(trt: Any, logger: Any) -> Any:
+    try:
+        return trt.Builder(logger)
+    except (TypeError, RuntimeError) as e:  # pybind11 raises these where a constructor returns null
+        reason = _last_error(logger, otherwise=str(e))
+        raise Unable(f"TensorRT {trt.__version__} does not start on this machine: {reason}") from e
+
+
+def strongly_typed(trt: Any) -> bool:
+    """Return whether networks are strongly typed: optional in TensorRT 10, always in 11 and RTX, never in 8.x."""
+    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def network_flags(trt: Any) -> int:
+    """Return the flags of `create_network`: explicit batch and strong typing, where this TensorRT has them."""
+    flags = 0
+    if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):  # required by 8.x, ignored by 10, removed in 11
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return flags
+
+
+def make_logger(trt: Any, say: Say) -> Any:
+    """Return a TensorRT logger that passes each distinct warning and error to `say` once.
+
+    Messages that differ only in numbers count as the same message. `summarize()` reports how many repetitions were
+    dropped; the attribute `errors` keeps every error.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.counts: collections.Counter[str] = collections.Counter()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in ("INFO", "VERBOSE"):
+                return
+            if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                self.errors.append(message)
+            kind = re.sub(r"\d+", "#", message.strip())
+            self.counts[kind] += 1
+            if self.counts[kind] == 1:
+                say(severity.name, _one_line(message))
+
+        def summarize(self) -> None:
+            for kind, count in self.counts.items():
+                if count > 1:
+                    say("INFO", f"{count - 1} more like: {_one_line(kind)}")
+            self.counts.clear()
+
+    return Logger()
+
+
+def _allow_small_types(trt: Any, config: Any, precision: str) -> None:
+    if strongly_typed(trt) or not hasattr(trt.BuilderFlag, "FP16") or not hasattr(trt.BuilderFlag, "INT8"):
+        return
+    if precision in ("fp16", "int8"):
+        config.set_flag(trt.BuilderFlag.FP16)
+    if precision == "int8":
+        config.set_flag(trt.BuilderFlag.INT8)
+
+
+def _add_profile(builder: Any, network: Any, config: Any, batch: int) -> None:
+    profile = builder.create_optimization_profile()
+    dynamic = False
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shape = tuple(tensor.shape)
+        if -1 in shape:
+            dynamic = True
+            largest = tuple(batch if side == -1 else side for side in shape)
+            smallest = tuple(1 if side == -1 else side for side in shape)
+            profile.set_shape(tensor.name, smallest, largest, largest)
+    if dynamic:
+        config.add_optimization_profile(profile)
+
+
+def _set_timing_cache(config: Any, contents: bytes) -> None:
+    timings = config.create_timing_cache(contents)
+    if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
+        # Written on a different GPU or by a different TensorRT version, or damaged: start with an empty cache.
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
+
+
+def _refusal(parser: Any) -> str:
+    """Describe the first error of the ONNX importer: node, operator, and the importer's message."""
+    error = parser.get_error(0)
+    node = f"node {error.node()}" if error.node() >= 0 else "the file"
+    if hasattr(error, "node_name") and error.node_name():
+        node = f"node {error.node_name()!r}"
+    operator = f" ({error.node_operator()})" if hasattr(error, "node_operator") and error.node_operator() else ""
+    message = re.sub(r"^Assertion failed: ", "", _one_line(error.desc()))
+    if message in ("", "false"):  # an assertion without a message; `func` is the function that contains it
+        message = f"{error.func()} does not support it"
+    others = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
+    return f"NVIDIA's ONNX importer refuses {node}{operator}: {message}{others}"
+
+
+def _last_error(logger: Any, otherwise: str = "it gave no reason") -> str:
+    return _one_line(logger.errors[-1] if logger.errors else otherwise)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+class Execution:
+    """An engine on the GPU with its buffers: one float32 input, one float32 output, `batch` images per query."""
+
+    def __init__(self, trt: Any, plan: bytes, cuda: Cuda, say: Say) -> None:
+        self._cuda = cuda
+        cuda.attach()
+        self._logger = make_logger(trt, say)
+        self._runtime = trt.Runtime(self._logger)
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise Unable(
+                f"TensorRT {trt.__version__} does not load the engine on {cuda.gpu().name}: an engine runs only with "
+                "the TensorRT version and GPU it was built with; build it again here"
+            )
+        self._engine = engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        if len(names) != 2 or len(inputs) != 1:
+            raise Rejected(f"the engine has the inputs and outputs {', '.join(names)}; expected one input, one output")
+        for name in names:
+            if engine.get_tensor_dtype(name) != trt.DataType.FLOAT:
+                raise Rejected(f"{name} of the engine is {engine.get_tensor_dtype(name)}; expected float32")
+        self._input = inputs[0]
+        self._output = next(name for name in names if name != self._input)
+        self._context = context = engine.create_execution_context()
+        if context is None:
+            raise Unable(f"{cuda.gpu().name} has not enough memory to run the engine: {_last_error(self._logger)}")
+        shape = tuple(engine.get_tensor_shape(self._input))
+        if -1 in shape:
+            shape = tuple(engine.get_tensor_profile_shape(self._input, 0)[2])  # the maximum of the profile
+            context.set_input_shape(self._input, shape)
+        self._shapes = {self._input: shape, self._output: tuple(context.get_tensor_shape(self._output))}
+        self._stream = cuda.stream()
+        self._buffers = {name: cuda.allocate(4 * _product(shape)) for name, shape in self._shapes.items()}
+        for name, address in self._buffers.items():
+            context.set_tensor_address(name, address)
+
+    @property
+    def batch(self) -> int:
+        return int(self._shapes[self._input][0])
+
+    def infer(self, images: Floats) -> Floats:
+        """Run one query of exactly `batch` preprocessed images (batch, 3, H, W) and return logits (batch, classes)."""
+        import numpy as np
+
+        logits = np.empty(self._shapes[self._output], np.float32)
+        self._upload(images)
+        self._enqueue()
+        self._cuda.download(self._buffers[self._output], logits, self._stream)
+        self._cuda.synchronize(self._stream)
+        return logits
+
+    def latencies_ns(self, images: Floats, count: int) -> list[int]:
+        """Run `count` queries one after the other and return the GPU time of each, in nanoseconds.
+
+        The time is taken between two CUDA events around `execute_async_v3`: it includes the kernels and the gaps in
+        which the GPU waits for the CPU to launch the next kernel. It excludes copies of images and logits (the images
+        are copied once, before the first query) and the CPU time before the first kernel. Each query starts on an idle
+        GPU. No CUDA graph is used: compare with `trtexec --noCudaGraph` (11) or without `--useCudaGraph` (10 and
+        earlier).
+        """
+        self._upload(images)
+        self._cuda.synchronize(self._stream)
+        start, end = self._cuda.event(), self._cuda.event()
+        try:
+            return [self._timed_ns(start, end) for _ in range(count)]
+        finally:
+            self._cuda.destroy_event(start)
+            self._cuda.destroy_event(end)
+
+    def layers(self, trt: Any) -> str:
+        """Return the engine inspector's description of every layer, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+    def close(self) -> None:
+        self._cuda.synchronize(self._stream)
+        del self._context, self._engine, self._runtime  # in this order, before the memory that they refer to
+        for address in self._buffers.values():
+            self._cuda.free(address)
+        self._cuda.destroy_stream(self._stream)
+
+    def _timed_ns(self, start: int, end: int) -> int:
+        self._cuda.record(start, self._stream)
+        self._enqueue()
+        self._cuda.record(end, self._stream)
+        return self._cuda.elapsed_ns(start, end)
+
+    def _upload(self, images: Floats) -> None:
+        import numpy as np
+
+        if images.shape != self._shapes[self._input]:
+            raise Rejected(f"the images have shape {images.shape}; the engine expects {self._shapes[self._input]}")
+        self._query = np.ascontiguousarray(images, np.float32)  # kept alive: the copy is asynchronous
+        self._cuda.upload(self._query, self._buffers[self._input], self._stream)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream):
+            raise Unable(f"TensorRT did not run the engine: {_last_error(self._logger)}")
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
