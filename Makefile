@@ -51,7 +51,7 @@ READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call sta
 DOCS := .cache/docs-$(shell cksum < requirements-docs.lock | cut -d' ' -f1)
 
 VERBS := engine multifunction zoo calibrate qat tune sensitivity profile verify prove dashboard explain lint-model \
-         placement models targets gc
+         placement models targets devices doctor gc
 BENCHES := bench bench-coreml bench-speed bench-quantizers bench-calibration bench-families bench-outliers bench-seeds \
            bench-real bench-prove bench-qat bench-qat-gain bench-store bench-half bench-dashboard bench-faults
 OTHERS := fuzz check test lint docs licenses
@@ -106,6 +106,8 @@ placement: ## operators that cannot run, or run slowly, on the Neural Engine
 ##@ List
 models: ## models with parameters, MACs and published accuracy
 targets: ## targets, and what this machine lacks for each
+devices: ## devices of devices.toml with their state
+doctor: ## check what engines need on DEVICE, with remedies
 
 ##@ Maintain
 gc: ## list unfinished, replaced and damaged artifacts; APPLY=yes deletes them
@@ -212,7 +214,7 @@ licenses:
 
 system-packages:
 	@if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
-	 $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
+	 $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium openssh-server
 
 clean:
 	rm -rf $(VENV) .cache build .mypy_cache .ruff_cache .pytest_cache

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from models.errors import escaped
-from targets.host import threads
+from targets.runner.cpu import threads
 
 _CHATTY = ("torch", "torchao", "onnxscript", "onnx_ir", "coremltools", "openvino", "sqlalchemy", "httpx2")
 

@@ -40,6 +40,7 @@ class Run:
     max_drop: Budget = DEFAULT  # accuracy budget of the artifact, relative to the float model
     training: Schedule = DEFAULT_SCHEDULE  # of float training
     tuning: Schedule = DEFAULT_SCHEDULE  # of quantization-aware training; a Qat recipe has the same
+    device: str = "local"  # name of the machine that builds and executes engines
     verdict: bool = False  # time an INT8 engine against the float engines, and recommend one of them
 
     def images(self, part: Part) -> Images:

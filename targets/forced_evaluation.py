@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from targets.base import INPUT_NAME
-from targets.host import threads
+from targets.runner.cpu import threads
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +11,10 @@ from tempfile import TemporaryDirectory
 from calibration.family_placements import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import AFFINE, Scheme
-from targets.base import INPUT_NAME, Export
-from targets.host import HostSession, threads
-from targets.onnx.reference import new_session
+from targets.base import Export, Session
+from targets.devices.machine import LOCAL, Machine
+from targets.runner.cpu import threads
+from targets.runner.runtimes import OnnxRuntime
 
 _INTEGER = re.compile("QLinear|QGemm|.*Integer")  # such as QLinearConv and MatMulIntegerToFloat
 
@@ -27,17 +25,16 @@ class OnnxRuntimeTarget:
     summary: str = "ONNX Runtime on this machine's CPU"
     scheme: Scheme = AFFINE
     processor: Runtime = "cpu"
+    machine: Machine = LOCAL
 
     def missing(self) -> str | None:
-        return (
-            None if importlib.util.find_spec("onnxruntime") else "the onnxruntime package is missing: run `make setup`"
-        )
+        return self.machine.runtime("onnxruntime").missing
 
     def not_executed(self) -> str | None:
         return self.missing()
 
     def toolchain(self) -> dict[str, str]:
-        return {"onnxruntime": importlib.metadata.version("onnxruntime")}
+        return {"onnxruntime": self.machine.runtime("onnxruntime").version}
 
     def float_type(self, precision: Precision) -> FloatType:
         return "f16" if precision == "fp16" else "f32"  # int8: the CPU provider has no FP16 arithmetic
@@ -61,7 +58,7 @@ class OnnxRuntimeTarget:
         model = onnx.load(engine / "model.onnx")
         onnx.checker.check_model(model, full_check=True)
         kept = float32_operators(model)
-        return {"threads": threads(), "operators": len(model.graph.node), **described(kept)}
+        return {"threads": self.machine.threads(), "operators": len(model.graph.node), **described(kept)}
 
     def half(self) -> bool:
         return False
@@ -78,7 +75,7 @@ class OnnxRuntimeTarget:
 
         with TemporaryDirectory() as scratch:
             optimized = Path(scratch) / "optimized.onnx"
-            new_session(engine / "model.onnx", fuse_integers=True, optimized=optimized)
+            OnnxRuntime().session(str(engine / "model.onnx"), threads(), optimized=str(optimized))
             executed = onnx.load(optimized).graph.node
         # Where ONNX Runtime changes the data layout of a convolution, it appends `_token_` and a number to its name.
         integers = {node.name.partition("_token_")[0] for node in executed if _INTEGER.match(node.op_type)}
@@ -91,11 +88,8 @@ class OnnxRuntimeTarget:
     def graph(self, engine: Path) -> Path | None:
         return engine / "model.onnx"
 
-    @contextmanager
-    def open(self, engine: Path) -> Iterator[HostSession]:
-        session = new_session(engine / "model.onnx", fuse_integers=True)
-        batch = session.get_inputs()[0].shape[0]
-        yield HostSession(batch=batch, run=lambda images: session.run(None, {INPUT_NAME: images})[0])
+    def open(self, engine: Path) -> AbstractContextManager[Session]:
+        return self.machine.open("onnxruntime", engine)
 
 
 TARGET = OnnxRuntimeTarget()

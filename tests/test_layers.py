@@ -186,7 +186,8 @@ def test_private_uses_are_found() -> None:
     source = """
 from calibration import recipe
 from targets import _host, host
-from targets.host import _quota, threads
+from targets.host import _quota
+from targets.runner.cpu import threads
 host._cores()
 recipe.ALL
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import calibration.recipe
@@ -16,7 +17,6 @@ import targets
 from calibration import accuracy_budget, qdq_placement
 from calibration.qdq_placement import Placement
 from calibration.recipe import CALIBRATORS, ROUNDINGS, Recipe, Rounding
-from models.errors import BadRequest
 from models.external import loader as external
 from models.spec import Form, ModelSpec
 from pipeline.cli.values import Parse, choice, optional, pair, pick, positive, switch, text, unnamed, whole, words
@@ -79,12 +79,6 @@ def recipe(name: str, value: str) -> Recipe:
 def recipes(name: str, value: str) -> list[str]:
     """Parse a list of recipe names. Raises BadRequest if a recipe does not exist."""
     return [recipe(name, word).name for word in words(name, value)]
-
-
-def device(name: str, value: str) -> str:
-    if value != "local":
-        raise BadRequest(f"{name}={value}: no such device; only `local` is supported")
-    return value
 
 
 def _integer(low: int, high: int, **declared: Any) -> Any:
@@ -235,10 +229,19 @@ VERDICT: Final[Option[bool]] = Option(
 DEVICE: Final[Option[str]] = Option(
     name="DEVICE",
     default="local",
-    parse=device,
-    choices=("local",),
+    parse=text,
+    metavar="NAME",
     group=_BUILD,
-    help="Machine that runs the engine.",
+    help="Machine that builds and runs the engine: `local`, or a device of DEVICES.",
+)
+DEVICES: Final[Option[Path]] = Option(
+    name="DEVICES",
+    default="devices.toml",
+    parse=lambda _name, value: Path(value).expanduser(),
+    metavar="FILE",
+    kind="file",
+    group=_BUILD,
+    help="Devices that are reached over SSH, one table each.",
 )
 
 CALIBRATOR: Final[Option[str]] = Option(
@@ -348,7 +351,7 @@ PREPROCESSING: Final = (MEAN, STD, CROP, INTERPOLATION, BACKGROUND)
 # PROGRAM: options up to the quantized program; RUN: options up to the engine.
 PROGRAM: Final[Options] = (
     *(MODEL, WEIGHTS, DATA, LABELS, SIZE, *PREPROCESSING, SEED),
-    *(RECIPE, TARGET, FORM, MAX_DROP, DEVICE),
+    *(RECIPE, TARGET, FORM, MAX_DROP, DEVICE, DEVICES),
     *(CALIBRATOR, ROUNDING, PLACEMENT, FORCE, EPOCHS, RATE),
 )
 RUN: Final[Options] = (*PROGRAM, BATCH, HALF, *OF_TARGETS)

@@ -23,6 +23,7 @@ from pipeline.cli.values import digits, nearest
 from pipeline.run import Run
 from pipeline.store import integrity
 from targets.base import NO_OPTIONS, Customizes, Options, Target
+from targets.devices.attached import attached
 
 T = TypeVar("T")
 
@@ -55,11 +56,11 @@ class Request:
 
 def read(request: Request) -> Run:
     """Convert `request` to a run. Raises BadRequest if a name or value is invalid."""
-    model, recipe, target = request[options.MODEL], request[options.RECIPE], request[options.TARGET]
+    model, recipe, device = request[options.MODEL], request[options.RECIPE], request[options.DEVICE]
+    target = attached(request[options.TARGET], device, request[options.DEVICES])
     seed = request[options.SEED]
     data = calibration.data.load.load(request[options.DATA], seed, request[options.LABELS])
     preprocess = preprocess_of(request, model, data.preprocess(model))
-    request[options.DEVICE]
     batch = request[options.BATCH]
     recipe = adjusted(with_ptq(recipe, placement=family_placements.default(model.family, target.processor)), request)
     file, key = checkpoint.split(request[options.WEIGHTS])
@@ -72,6 +73,7 @@ def read(request: Request) -> Run:
         model=model,
         recipe=recipe,
         target=target,
+        device=device,
         data=data,
         preprocess=preprocess,
         weights=weights_of(model, file) if file else None,

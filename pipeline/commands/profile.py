@@ -15,7 +15,8 @@ from pipeline.reports.verification_report import VerificationReport
 from pipeline.run import Run
 from pipeline.store.store import Artifact
 from targets.base import HasUnits, Session
-from targets.host import padded, threads
+from targets.devices.machine import machine_of
+from targets.host import padded
 
 if TYPE_CHECKING:
     from pipeline.timing.latency import Conditions, TimingPlan
@@ -49,10 +50,10 @@ def profile(run: Run, root: Path) -> Answer:
 
 def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:
     """Yield one row, or one row per set of compute units. Each is loaded, run once, warmed up and timed separately."""
-    from pipeline.timing.latency import ON_UNITS, STANDARD, Conditions
+    from pipeline.timing.latency import ON_UNITS, STANDARD
 
     images = padded(next(run.images("val").batches(run.batch))[0].numpy(), run.batch)
-    before = Conditions.now()
+    before = _conditions(run)
     if not isinstance(run.target, HasUnits):
         with run.target.open(artifact.path) as session:
             yield _measurement(run, artifact, session, images, STANDARD, before)
@@ -63,7 +64,15 @@ def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:
             row = _doubted(_measurement(run, artifact, on_unit, images, ON_UNITS, before, unit), on_unit.doubt)
             load_ms = None if on_unit.load_ns is None else on_unit.load_ns / 1e6
             yield replace(row, load_ms=load_ms, first_ms=first_ns / 1e6, plan=tuple(on_unit.plan()))
-        before = Conditions.now()
+        before = _conditions(run)
+
+
+def _conditions(run: Run) -> Conditions | dict[str, object]:
+    """Return the conditions of this machine, or the telemetry of the device that runs the engine."""
+    from pipeline.timing.latency import Conditions
+
+    machine = machine_of(run.target)
+    return Conditions.now() if machine.local else machine.telemetry()
 
 
 def _doubted(row: Row, doubt: str | None) -> Row:
@@ -78,7 +87,7 @@ def _measurement(
     session: Session,
     images: Images,
     plan: TimingPlan,
-    before: Conditions,
+    before: Conditions | dict[str, object],
     unit: str | None = None,
 ) -> Row:
     from pipeline.timing.latency import Conditions, summarize, time_session
@@ -86,32 +95,37 @@ def _measurement(
     from pipeline.timing.results_db import Row
 
     samples = time_session(session, images, plan)
-    after = Conditions.now()
+    after = _conditions(run)
+    here = (before, after) if isinstance(before, Conditions) and isinstance(after, Conditions) else (None, None)
     report = VerificationReport.read(artifact.path)
     on_unit = report.units.get(unit) if unit else None
     return Row(
         model=run.model.name,
         family=run.model.family,
         target=run.target.name,
-        device="local",
+        device=run.device,
         recipe=run.recipe.name,
         precision=run.recipe.precision,
         size=run.preprocess.size,
         batch=run.batch,
-        threads=threads() if "threads" in report.inspected else None,  # now, not at verification
+        threads=machine_of(run.target).threads() if "threads" in report.inspected else None,  # now, not at verification
         unit=unit,
         artifact_key=artifact.key,
         artifact_path=str(artifact.path),
         method=plan.method(),
-        summary=summarize(samples, plan, before=before, after=after),
+        summary=summarize(samples, plan, before=here[0], after=here[1]),
         samples_ns=tuple(samples),
         versions=run.target.toolchain(),
-        conditions={"before": asdict(before), "after": asdict(after)},
+        conditions={"before": _plain(before), "after": _plain(after)},
         top1=(on_unit or report.accuracy).top1,
         float_top1=report.accuracy.float_top1,
         agreement=(on_unit or report).agreement,
         identity=identity_of(run),
     )
+
+
+def _plain(conditions: Conditions | dict[str, object]) -> dict[str, object]:
+    return conditions if isinstance(conditions, dict) else asdict(conditions)
 
 
 def _latency(row: Row) -> Answer:

@@ -30,7 +30,8 @@ from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store, plain
 from pipeline.timing.interleaved import Comparison, ComparisonPlan, Speedup, compare
 from targets.base import Accounts
-from targets.host import in_queries, padded, threads
+from targets.host import in_queries, padded
+from targets.runner.cpu import threads
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from targets.base import INPUT_NAME
-from targets.host import in_queries, threads
+from targets.host import in_queries
+from targets.runner.cpu import threads
 
 if TYPE_CHECKING:
     from targets.base import Images, Logits
@@ -22,7 +23,7 @@ def reference(model: Path | bytes) -> Callable[[Images], Logits]:
     It computes operators as ONNX defines them: every Q/DQ pair rounds, all other operators compute in float. Input: any
     number of images (N, 3, S, S), whether the graph has a dynamic or a fixed batch. Output: logits (N, classes).
     """
-    session = new_session(model, fuse_integers=False)
+    session = plain_session(model)
     fixed = session.get_inputs()[0].shape[0]
     batch = fixed if isinstance(fixed, int) else _REFERENCE_BATCH
     return lambda images: in_queries(lambda query: session.run(None, {INPUT_NAME: query})[0], batch, images)
@@ -35,23 +36,12 @@ def reference_logits(model: Path | bytes, images: Images) -> Logits:
 
 def plain_session(model: Path | bytes) -> Any:
     """Return an onnxruntime.InferenceSession that computes operators as `reference` does."""
-    return new_session(model, fuse_integers=False)
-
-
-def new_session(model: Path | bytes, *, fuse_integers: bool, optimized: Path | None = None) -> Any:
-    """Create a CPU session. `fuse_integers` fuses Q/DQ into INT8 operators.
-
-    `optimized`: file to write the graph to that is executed, after optimization.
-    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    if optimized:
-        options.optimized_model_filepath = str(optimized)
     options.intra_op_num_threads = threads()
     options.log_severity_level = 3  # errors
-    if not fuse_integers:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # reference sessions are never timed
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # reference sessions are never timed
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +15,18 @@ from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
 from models.errors import CheckFailed
 from targets import forced_evaluation
-from targets.base import INPUT_NAME, Export
-from targets.host import HostSession, threads
+from targets.base import INPUT_NAME, Export, Session
+from targets.devices.machine import LOCAL, Machine
 from targets.macs import of_convolution, of_product
+from targets.runner.cpu import threads
+from targets.runner.runtimes import OpenVino
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from targets.base import Images, Logits
+    from targets.base import Images
 
 _OPTIONS = "engine.json"
-_CPUINFO = Path("/proc/cpuinfo")
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +37,19 @@ class CpuTarget:
     summary: str = "OpenVINO on this machine's CPU"
     scheme: Scheme = SHARED
     processor: Runtime = "cpu"
+    machine: Machine = LOCAL
 
     def missing(self) -> str | None:
-        return None if importlib.util.find_spec("openvino") else "the openvino package is missing: run `make setup`"
+        return self.machine.runtime("openvino").missing
 
     def not_executed(self) -> str | None:
         return self.missing()
 
     def toolchain(self) -> dict[str, str]:
-        return {"openvino": importlib.metadata.version("openvino"), "half": half_precision()}
+        return {"openvino": self.machine.runtime("openvino").version, "half": self.machine.half()}
 
     def float_type(self, precision: Precision) -> FloatType:
-        return "f32" if precision == "fp32" else half_precision()
+        return "f32" if precision == "fp32" else self.machine.half()
 
     def build(self, export: Export, out: Path) -> None:
         import onnx
@@ -63,7 +63,7 @@ class CpuTarget:
         # OpenVINO converts to uint8, is padded with 0 instead of the zero point (MobileViT's fusions: 17 dB instead of
         # 40).
         source = onnx.load(export.onnx)
-        hint = "f32" if export.precision == "fp32" else half_precision()  # the precision of layers that are not INT8
+        hint = "f32" if export.precision == "fp32" else self.machine.half()  # the precision of layers that are not INT8
         if hint == "f16":  # bfloat16 has the range of float32
             source = limited(source, ranges_of(export).sentinels)
             if kept_in_float32(source, export):
@@ -79,24 +79,18 @@ class CpuTarget:
         (out / _OPTIONS).write_text(json.dumps(options, indent=1) + "\n")
 
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
-        compiled = _compiled(engine)
-        precisions: dict[str, int] = {}
-        for node in compiled.get_runtime_model().get_ops():
-            info = node.get_rt_info()
-            if info["layerType"].astype(str) in {"Convolution", "FullyConnected", "MatMul"}:
-                precision = info["runtimePrecision"].astype(str)
-                precisions[precision] = precisions.get(precision, 0) + 1
+        inspected = self.machine.inspect("openvino", engine)
+        precisions = inspected["weighted_layers_by_precision"]
         integers = precisions.get("i8", 0) + precisions.get("u8", 0)
         if export.precision == "int8" and not integers:
             raise CheckFailed(
                 f"{engine}: OpenVINO executes no layer in INT8 ({precisions}); this CPU may lack INT8 instructions, "
                 "use RECIPE=fp32"
             )
-        hint = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
-        return {"threads": threads(), "precision_hint": hint, "weighted_layers_by_precision": precisions}
+        return {"threads": self.machine.threads(), **inspected}
 
     def half(self) -> bool:
-        return half_precision() != "f32"
+        return self.machine.half() != "f32"
 
     def macs(self, engine: Path) -> dict[str, int]:
         products = dict(_products(engine))
@@ -111,16 +105,8 @@ class CpuTarget:
     def graph(self, engine: Path) -> Path | None:
         return None
 
-    @contextmanager
-    def open(self, engine: Path) -> Iterator[HostSession]:
-        compiled = _compiled(engine)
-        request = compiled.create_infer_request()
-
-        def run(images: Images) -> Logits:
-            logits: Logits = request.infer({INPUT_NAME: images}, share_inputs=True)[0]
-            return logits
-
-        yield HostSession(batch=int(compiled.input(0).shape[0]), run=run)
+    def open(self, engine: Path) -> AbstractContextManager[Session]:
+        return self.machine.open("openvino", engine)
 
     def forced(
         self, engine: Path, given: Mapping[str, npt.NDArray[Any]], wanted: Collection[str]
@@ -141,17 +127,6 @@ class CpuTarget:
             model.add_outputs(name)
         results = _compiled(engine, model).create_infer_request().infer({INPUT_NAME: images})
         return {name: value.copy() for output, value in results.items() for name in output.get_names() if name in shown}
-
-
-def half_precision() -> FloatType:
-    """Return OpenVINO's name of the fastest 16-bit float type of this CPU: `bf16` or `f16`; `f32` where it has none.
-
-    bfloat16 needs AVX512-BF16 or AMX, FP16 needs AVX512-FP16 or Arm. The CPU flags are read from /proc/cpuinfo.
-    """
-    flags = set(_CPUINFO.read_text().split()) if _CPUINFO.exists() else set()
-    if {"amx_fp16", "avx512_fp16", "asimdhp", "fphp"} & flags and "amx_bf16" not in flags:
-        return "f16"
-    return "bf16" if {"amx_bf16", "avx512_bf16"} & flags else "f32"
 
 
 def _macs(node: Any, products: Mapping[str, int]) -> int:
@@ -177,12 +152,7 @@ def _products(engine: Path) -> Iterator[tuple[str, int]]:
 
 
 def _compiled(engine: Path, model: Any = None) -> Any:
-    import openvino
-
-    options = json.loads((engine / _OPTIONS).read_text())
-    return openvino.Core().compile_model(
-        model or _read(engine), "CPU", {**options, "INFERENCE_NUM_THREADS": str(threads())}
-    )
+    return OpenVino().compiled(engine, threads(), model)
 
 
 def _read(engine: Path) -> Any:

@@ -59,7 +59,8 @@ class BoardTarget(TensorRtTarget):
 
     def toolchain(self) -> dict[str, str]:
         """Return the versions of TensorRT and of TensorRT-RTX, which compiles the graphs of bundles as a check."""
-        return TensorRtTarget.toolchain(self) | rtx.TARGET.toolchain()
+        own = TensorRtTarget.toolchain(self)
+        return own | rtx.TARGET.toolchain() if self.machine.local else own
 
     def bundle(self, export: Export, out: Path) -> None:
         """Write the graphs, the script that compiles them, and the data that the engine is verified with, into `out`.

@@ -22,6 +22,9 @@ class JetsonTarget(BoardTarget):
     trtexec: str = "/usr/src/tensorrt/bin/trtexec"  # JetPack leaves it off the PATH
 
     def missing(self) -> str | None:
+        if not self.machine.local:
+            runtime = self.machine.runtime(self.package)
+            return runtime.missing or runtime.not_executed
         if not _on_jetson():
             return "this machine is not a Jetson, where TensorRT comes with JetPack: copy the bundle to a Jetson"
         if importlib.util.find_spec(self.package) is None:

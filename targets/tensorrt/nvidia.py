@@ -18,6 +18,9 @@ class NvidiaTarget(BoardTarget):
     summary: str = "TensorRT on discrete NVIDIA GPUs; without one, a bundle to build the engine from"
 
     def missing(self) -> str | None:
+        if not self.machine.local:
+            runtime = self.machine.runtime(self.package)
+            return runtime.missing or runtime.not_executed
         if importlib.util.find_spec(self.package) is None:
             return "the tensorrt package is not importable: `pip install tensorrt` on a machine with an NVIDIA GPU"
         try:

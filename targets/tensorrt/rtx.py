@@ -24,6 +24,9 @@ class RtxTarget(TensorRtTarget):
     capabilities: tuple[tuple[int, int], ...] = _CAPABILITIES
 
     def missing(self) -> str | None:
+        if not self.machine.local:
+            runtime = self.machine.runtime(self.package)
+            return runtime.missing
         if sys.platform not in ("linux", "win32") or platform.machine() not in ("x86_64", "AMD64"):
             return (
                 f"TensorRT-RTX supports only x86-64 Linux and Windows; this machine is {platform.machine()} "

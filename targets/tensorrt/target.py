@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 from calibration.family_placements import Runtime
 from calibration.recipe import FloatType, Precision
 from calibration.scheme import SHARED, Scheme
-from models.errors import BadRequest, CannotRunHere, CheckFailed
+from models.errors import CannotRunHere, CheckFailed
 from targets.base import Export, Session
+from targets.devices.machine import LOCAL, Machine, explained
 from targets.onnx.index import LAYOUT_OPERATORS, Index, axis, dequantized, drop_unused_constants
-from targets.runner import cuda, errors, tensorrt_engine
+from targets.runner import cuda, tensorrt_engine
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -39,7 +40,6 @@ _WEAK_OPSET, _WEAK_IR = 17, 8
 _WEAK = "weak"  # value of the metadata entry `typing` of a weakly typed graph
 
 _LEVELS = {"INFO": logging.DEBUG, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
-_ERRORS = {errors.Damaged: BadRequest, errors.Unable: CannotRunHere, errors.Rejected: CheckFailed}
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,11 @@ class TensorRtTarget:
     capabilities: tuple[tuple[int, int], ...] = ()
     scheme: Scheme = SHARED
     processor: Runtime = "accelerator"
+    machine: Machine = LOCAL
 
     def not_executed(self) -> str | None:
+        if not self.machine.local:
+            return self._not_executed_there()
         if importlib.util.find_spec(self.package) is None:
             return f"the {self.package} package is not importable here"
         try:
@@ -66,12 +69,25 @@ class TensorRtTarget:
             return str(e)
         if not self.capabilities or gpu.capability in self.capabilities:
             return None
+        return self._wrong_gpu(gpu.name, gpu.capability)
+
+    def _not_executed_there(self) -> str | None:
+        runtime = self.machine.runtime(self.package)
+        if runtime.missing or runtime.not_executed or not self.capabilities:
+            return runtime.missing or runtime.not_executed
+        return None if runtime.capability in self.capabilities else self._wrong_gpu(runtime.gpu, runtime.capability)
+
+    def _wrong_gpu(self, name: str | None, capability: tuple[int, ...]) -> str:
         return (
-            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, but engines of {self.runtime} run "
-            f"on {', '.join(map(_dotted, self.capabilities))}; use TARGET=nvidia to build for this GPU"
+            f"{name} has compute capability {_dotted(capability)}, but engines of {self.runtime} run on "
+            f"{', '.join(map(_dotted, self.capabilities))}; use TARGET=nvidia to build for this GPU"
         )
 
     def toolchain(self) -> dict[str, str]:
+        if not self.machine.local:
+            runtime = self.machine.runtime(self.package)
+            on = {} if self.capabilities else {"capability": _dotted(runtime.capability)}
+            return {self.package: runtime.version, **on}
         version = installed_version(self.package)
         return {} if version is None else {self.package: version}
 
@@ -79,6 +95,9 @@ class TensorRtTarget:
         return "f32" if precision == "fp32" else "f16"
 
     def build(self, export: Export, out: Path) -> None:
+        if not self.machine.local:
+            self._build_there(export, out)
+            return
         trt = importlib.import_module(self.package)
         graph = typed_onnx(export) if tensorrt_engine.strongly_typed(trt) else weak_onnx(export)
         onnx_bytes = graph.SerializeToString()
@@ -86,9 +105,16 @@ class TensorRtTarget:
         (out / GRAPH).write_bytes(onnx_bytes)
         (out / ENGINE).write_bytes(plan)
 
+    def _build_there(self, export: Export, out: Path) -> None:
+        import onnx
+
+        strong = self.machine.runtime(self.package).strongly_typed
+        onnx.save(typed_onnx(export) if strong else weak_onnx(export), out / GRAPH)
+        self.machine.build(self.package, out, {"precision": export.precision, "batch": export.batch})
+
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         header = read_plan_header(engine / ENGINE)
-        _check_made_by(header, self.runtime, installed_version(self.package))
+        _check_made_by(header, self.runtime, self.toolchain().get(self.package))
         facts = check_graph(export, engine / GRAPH)
         plan = (engine / ENGINE).read_bytes()
         # The plan contains kernel names as plain text. TensorRT-RTX 1.7 names its fused attention kernels `gemm_mha`.
@@ -98,15 +124,11 @@ class TensorRtTarget:
     def graph(self, engine: Path) -> Path | None:
         return engine / GRAPH
 
-    @contextmanager
-    def open(self, engine: Path) -> Iterator[Session]:
+    def open(self, engine: Path) -> AbstractContextManager[Session]:
         why_not = self.not_executed()
         if why_not is not None:
             raise CannotRunHere(why_not)
-        trt = importlib.import_module(self.package)
-        plan = (engine / ENGINE).read_bytes()
-        with explained(), closing(tensorrt_engine.Execution(trt, plan, cuda.find_cuda(), _say)) as execution:
-            yield execution
+        return self.machine.open(self.package, engine)
 
 
 def find_gpu() -> cuda.Gpu:
@@ -115,8 +137,8 @@ def find_gpu() -> cuda.Gpu:
         return cuda.find_cuda().gpu()
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
+def _dotted(capability: tuple[int, ...]) -> str:
+    return ".".join(map(str, capability))
 
 
 def installed_version(package: str) -> str | None:
@@ -152,15 +174,6 @@ def build_plan(
             trt, onnx, precision=precision, batch=batch, say=_say, workspace_bytes=workspace_bytes
         )
     return built.plan
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Translate exceptions of `targets.runner`, which imports nothing of Edgeline, into the errors of the pipeline."""
-    try:
-        yield
-    except errors.Refused as e:
-        raise _ERRORS[type(e)](str(e)) from e
 
 
 def _say(severity: str, message: str) -> None:

@@ -40,7 +40,9 @@ from pipeline.stages.weights import weights as weights_step
 from pipeline.store.store import Store
 from pipeline.timing.interleaved import compare
 from targets.base import INPUT_NAME, Session
-from targets.host import HostSession, in_queries, threads
+from targets.host import in_queries
+from targets.runner import cpu
+from targets.runner.cpu import HostSession, threads
 
 if TYPE_CHECKING:
     from targets.base import Images
@@ -186,7 +188,7 @@ def _in_openvino(model: Path) -> HostSession:
     import openvino
 
     options: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": targets.openvino.target.half_precision(),
+        "INFERENCE_PRECISION_HINT": cpu.half_precision(),
         "PERFORMANCE_HINT": "LATENCY",
     }
     options |= {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(threads())}

@@ -30,10 +30,10 @@ from pipeline.stages.verify import verify
 from pipeline.store.store import MANIFEST, Store
 from targets.base import Export
 from targets.coreml.target import CoreMLTarget
-from targets.host import HostSession
 from targets.null import NullTarget
 from targets.onnxruntime import OnnxRuntimeTarget
 from targets.openvino.target import CpuTarget
+from targets.runner.cpu import HostSession
 from tests.support.tiny import tiny_run
 
 if TYPE_CHECKING:

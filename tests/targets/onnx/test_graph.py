@@ -13,9 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration.metrics import snr_db
 from targets.base import Export
-from targets.host import HostSession, padded, threads
+from targets.host import padded
 from targets.onnx.graph import to_fp16, with_batch, with_biases_apart, with_own_quantizers, with_unsigned_activations
-from targets.onnx.reference import new_session, reference_logits
+from targets.onnx.reference import reference_logits
+from targets.runner.cpu import HostSession, threads
+from targets.runner.runtimes import OnnxRuntime
 from tests.support.tiny import SIDE
 from tests.support.toys import CLASSES
 
@@ -216,7 +218,7 @@ def product_with_bias() -> onnx.ModelProto:
 
 def executed(model: onnx.ModelProto, folder: Path) -> set[str]:
     """Return the operators of the graph that ONNX Runtime executes."""
-    new_session(model.SerializeToString(), fuse_integers=True, optimized=folder / "executed.onnx")
+    OnnxRuntime().session(model.SerializeToString(), threads(), optimized=str(folder / "executed.onnx"))
     return {node.op_type for node in onnx.load(folder / "executed.onnx").graph.node}
 
 

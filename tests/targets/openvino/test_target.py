@@ -18,8 +18,9 @@ from pipeline.stages.divergence import onnx_tensors
 from targets.base import Export, Probes
 from targets.onnx.graph import with_own_quantizers
 from targets.onnx.reference import reference_logits
-from targets.openvino import target as openvino_target
-from targets.openvino.target import TARGET, half_precision
+from targets.openvino.target import TARGET
+from targets.runner import cpu
+from targets.runner.cpu import half_precision
 from tests.support.half_networks import GeneralizedMean, net
 from tests.support.toys import CLASSES, LAYERS, toy_export
 
@@ -97,18 +98,18 @@ def test_half_precision_is_the_16_bit_type_of_the_processor(
 ) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(openvino_target, "_CPUINFO", file)
+    monkeypatch.setattr(cpu, "_CPUINFO", file)
     assert half_precision() == expected
     assert TARGET.toolchain()["half"] == expected
 
 
 def test_a_system_without_processor_information_uses_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_target, "_CPUINFO", tmp_path / "nothing")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "nothing")
     assert half_precision() == "f32"
 
 
 def test_operators_that_exceed_fp16_are_computed_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_target, "half_precision", lambda: "f16")
+    monkeypatch.setattr(cpu, "half_precision", lambda: "f16")
     export = toy_export(tmp_path, "fp16", network=net(GeneralizedMean))
     TARGET.build(export, tmp_path)
     assert TARGET.inspect(export, tmp_path)["precision_hint"] == "f32"

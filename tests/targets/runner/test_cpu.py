@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from targets.host import threads
+from targets.runner.cpu import threads
 from tests.support.tiny import ROOT
 
 HERE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -62,7 +62,9 @@ def test_without_control_groups_the_affinity_counts(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_an_affinity_limits_the_threads() -> None:
-    script = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from targets.host import threads; "
+    script = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from targets.runner.cpu import threads; "
+    )
     result = subprocess.run(
         [sys.executable, "-c", script + "print(threads())"], cwd=ROOT, capture_output=True, text=True, check=True
     )

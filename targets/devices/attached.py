@@ -1,0 +1,55 @@
+"""Targets on devices: a target whose engines are built and executed by the runner on a device."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import targets
+from models.errors import BadRequest
+from targets.base import Target
+from targets.devices import inventory
+from targets.devices.connection import Connection, over_ssh
+from targets.devices.inventory import LOCAL, Device
+from targets.devices.machine import RemoteMachine, runs_on_devices
+
+T = TypeVar("T", bound=Target)
+
+
+def attached(target: T, name: str, file: Path) -> T:
+    """Return `target` for the device `name` in `file`; unchanged for `local`. Opens no connection.
+
+    Raises BadRequest if the device does not exist or does not have the target.
+    """
+    if name == LOCAL:
+        return target
+    device = inventory.find(file, name)
+    if target.name not in device.targets:
+        raise BadRequest(
+            f"DEVICE={name}: {file} has no `{target.name}` in its targets ({', '.join(device.targets)}); add it if the "
+            f"device has the runtime, or use TARGET={device.targets[0] if device.targets else 'onnxruntime'}"
+        )
+    return on(target, device)
+
+
+def on(target: T, device: Device) -> T:
+    """Return `target` for `device`. Raises BadRequest if the target runs on this machine only."""
+    able = [each.name for each in targets.ALL.values() if runs_on_devices(each)]
+    if target.name not in able:
+        raise BadRequest(
+            f"DEVICE={device.name}: TARGET={target.name} runs on this machine only; targets that run on devices: "
+            f"{', '.join(able)}"
+        )
+    return dataclasses.replace(target, machine=machine_of(device))  # type: ignore[type-var]
+
+
+@functools.cache
+def machine_of(device: Device) -> RemoteMachine:
+    """Return the machine of a device. The first request opens its connection; the end of the process closes it."""
+    machine = RemoteMachine(lambda: Connection(partial(over_ssh, device), f"DEVICE={device.name}"))
+    atexit.register(machine.close)
+    return machine

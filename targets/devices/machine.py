@@ -1,0 +1,334 @@
+"""Machines that execute engines: this one, in this process, or a device, through the runner there.
+
+Both have the same interface, and both execute engines with `targets.runner.runtimes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from calibration.recipe import FloatType
+from models.errors import BadRequest, CannotRunHere, CheckFailed, EdgelineError
+from targets.devices.connection import Connection, Dropped
+from targets.runner import cpu, errors, runtimes
+from targets.runner.files import digest_of
+
+if TYPE_CHECKING:
+    from targets.base import Images, Logits, Session
+
+T = TypeVar("T")
+_CHUNK: Final = 1 << 20  # bytes of a file in one message
+_ATTEMPTS: Final = 3  # to repeat a request over a new connection
+_ERRORS: Final[Mapping[type[errors.Refused], type[EdgelineError]]] = {
+    errors.Damaged: BadRequest,
+    errors.Unable: CannotRunHere,
+    errors.Rejected: CheckFailed,
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeFacts:
+    """A runtime on a machine: its version, and the GPU that it uses."""
+
+    version: str = "missing"
+    missing: str | None = None  # why engines cannot be built
+    not_executed: str | None = None  # why engines cannot be executed
+    strongly_typed: bool = True  # of TensorRT's networks
+    gpu: str | None = None
+    capability: tuple[int, ...] = ()  # compute capability of the GPU
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> RuntimeFacts:
+        """Return the facts in a description by `targets.runner.runtimes.described`."""
+        values = {item.name: described[item.name] for item in fields(cls) if item.name in described}
+        return cls(**values | {"capability": tuple(values.get("capability", ()))})
+
+
+class Machine(Protocol):
+    """A machine that builds and executes engines. `runtime` is a name of `targets.runner.runtimes.RUNTIMES`."""
+
+    @property
+    def local(self) -> bool: ...
+
+    def runtime(self, runtime: str) -> RuntimeFacts:
+        """Return the version of a runtime and the device that it uses."""
+        ...
+
+    def threads(self) -> int:
+        """Return the number of threads for inference on the CPU."""
+        ...
+
+    def half(self) -> FloatType:
+        """Return the fastest 16-bit float type of the CPU; f32 if it has none."""
+        ...
+
+    def build(self, runtime: str, folder: Path, options: Mapping[str, object]) -> None:
+        """Compile the graph in `folder` and add the compiled files to it. Raises CheckFailed if it is rejected."""
+        ...
+
+    def inspect(self, runtime: str, engine: Path) -> dict[str, Any]:
+        """Return the runtime's description of an engine."""
+        ...
+
+    def open(self, runtime: str, engine: Path) -> contextlib.AbstractContextManager[Session]:
+        """Load an engine."""
+        ...
+
+    def telemetry(self) -> dict[str, Any]:
+        """Return clocks, temperatures and load at this moment."""
+        ...
+
+
+class ThisMachine:
+    """The machine that this process runs on."""
+
+    local = True
+
+    def runtime(self, runtime: str) -> RuntimeFacts:
+        if importlib.util.find_spec(runtime) is None:
+            return RuntimeFacts(missing=f"the {runtime} package is missing: run `make setup`")
+        return RuntimeFacts.of(runtimes.described(runtime))
+
+    def threads(self) -> int:
+        return cpu.threads()
+
+    def half(self) -> FloatType:
+        half: FloatType = cpu.half_precision()  # type: ignore[assignment]
+        return half
+
+    def build(self, runtime: str, folder: Path, options: Mapping[str, object]) -> None:
+        with explained():
+            runtimes.runtime(runtime).build(folder, options, _say)
+
+    def inspect(self, runtime: str, engine: Path) -> dict[str, Any]:
+        with explained():
+            inspected: dict[str, Any] = runtimes.runtime(runtime).inspect(engine, self.threads())
+        return inspected
+
+    @contextmanager
+    def open(self, runtime: str, engine: Path) -> Iterator[Session]:
+        with explained():
+            session = runtimes.runtime(runtime).open_engine(engine, self.threads(), _say)
+            with contextlib.closing(session):
+                yield session
+
+    def telemetry(self) -> dict[str, Any]:
+        from targets.runner.telemetry import snapshot
+
+        return snapshot()
+
+
+LOCAL: Final = ThisMachine()
+
+
+def machine_of(target: object) -> Machine:
+    """Return the machine that builds and executes the engines of a target."""
+    machine: Machine = target.machine if runs_on_devices(target) else LOCAL  # type: ignore[attr-defined]
+    return machine
+
+
+def runs_on_devices(target: object) -> bool:
+    """Return whether the engines of a target can be built and executed on a device."""
+    return isinstance(getattr(target, "machine", None), ThisMachine | RemoteMachine)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Translate exceptions of `targets.runner`, which imports nothing of Edgeline, into the errors of the pipeline."""
+    try:
+        yield
+    except errors.Refused as error:
+        raise _ERRORS.get(type(error), CannotRunHere)(str(error)) from error
+
+
+def _say(severity: str, message: str) -> None:
+    levels = {"INFO": logging.DEBUG, "WARNING": logging.WARNING}
+    log.log(levels.get(severity, logging.ERROR), "TensorRT: %s", message)
+
+
+class RemoteMachine:
+    """A device. `connect` opens a connection to its runner; a lost connection is opened again.
+
+    Files are sent once: the runner keeps them by their SHA-256, and an interrupted upload continues where it ended. A
+    build continues on the device while the connection is lost, and its result is collected later.
+    """
+
+    local = False
+
+    def __init__(self, connect: Callable[[], Connection]) -> None:
+        self._connect = connect
+        self._connection: Connection | None = None
+        self._runtimes: dict[str, RuntimeFacts] = {}
+
+    def request(self, fields: Mapping[str, object], attachments: Mapping[str, Any] | None = None) -> Any:
+        """Return the reply to a request, and its attachments. A request whose connection is lost is repeated."""
+        return self._repeated(lambda connection: connection.request(fields, attachments))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of the device: see `targets.runner.facts`."""
+        return dict(self._machine["facts"])
+
+    @functools.cached_property
+    def _machine(self) -> Mapping[str, Any]:
+        reply, _ = self.request({"op": "facts"})
+        return dict(reply)
+
+    def runtime(self, runtime: str) -> RuntimeFacts:
+        if runtime not in self._runtimes:
+            reply, _ = self.request({"op": "runtime", "runtime": runtime})
+            self._runtimes[runtime] = RuntimeFacts.of(reply)
+        return self._runtimes[runtime]
+
+    def threads(self) -> int:
+        return int(self._machine["threads"])
+
+    def half(self) -> FloatType:
+        half: FloatType = self._machine["half"]
+        return half
+
+    def telemetry(self) -> dict[str, Any]:
+        reply, _ = self.request({"op": "telemetry"})
+        return dict(reply["telemetry"])
+
+    def build(self, runtime: str, folder: Path, options: Mapping[str, object]) -> None:
+        fields = {"op": "build", "runtime": runtime, "options": dict(options)}
+
+        def built(connection: Connection) -> Mapping[str, str]:
+            reply, _ = connection.request({**fields, "files": _sent(connection, folder)})
+            for name, digest in reply["files"].items():
+                _receive(connection, digest, folder / Path(name).name)
+            return dict(reply["files"])
+
+        self._repeated(built)
+
+    def inspect(self, runtime: str, engine: Path) -> dict[str, Any]:
+        def inspected(connection: Connection) -> dict[str, Any]:
+            reply, _ = connection.request({"op": "inspect", "runtime": runtime, "files": _sent(connection, engine)})
+            return dict(reply["inspected"])
+
+        return self._repeated(inspected)
+
+    @contextmanager
+    def open(self, runtime: str, engine: Path) -> Iterator[RemoteSession]:
+        session = RemoteSession(self, runtime, engine)
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def connection(self) -> Connection:
+        """Return the open connection, opening it if needed."""
+        if self._connection is None:
+            self._connection = self._connect()
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection. The next request opens it again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _repeated(self, action: Callable[[Connection], T]) -> T:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return action(self.connection())
+            except Dropped as error:
+                self._connection = None
+                if attempt == _ATTEMPTS:
+                    raise
+                log.warning("%s; connecting again", error)
+        raise AssertionError("unreachable")
+
+
+class RemoteSession:
+    """An engine that is loaded on a device. It is loaded again after a lost connection."""
+
+    def __init__(self, machine: RemoteMachine, runtime: str, engine: Path) -> None:
+        self._machine, self._runtime, self._engine = machine, runtime, engine
+        self._on: Connection | None = None  # the connection in which the engine is loaded
+        self._number = 0
+        self.batch = 0
+        machine._repeated(self._load)
+
+    def infer(self, images: Images) -> Logits:
+        def inferred(connection: Connection) -> Logits:
+            _, values = connection.request({"op": "infer", "session": self._load(connection)}, {"images": images})
+            logits: Logits = values["logits"]
+            return logits
+
+        return self._machine._repeated(inferred)
+
+    def latencies_ns(self, images: Images, count: int) -> list[int]:
+        """Run `count` queries on the device and return the latency of each, measured there: without the connection."""
+
+        def timed(connection: Connection) -> list[int]:
+            fields = {"op": "time", "session": self._load(connection), "count": count}
+            reply, _ = connection.request(fields, {"images": images})
+            return [int(latency) for latency in reply["latencies"]]
+
+        return self._machine._repeated(timed)
+
+    def close(self) -> None:
+        if self._on is not None and self._on is self._machine._connection:
+            with contextlib.suppress(EdgelineError):
+                self._on.request({"op": "close", "session": self._number})
+
+    def _load(self, connection: Connection) -> int:
+        """Return the number of the session in `connection`, loading the engine if it is not loaded there."""
+        if self._on is not connection:
+            fields = {"op": "open", "runtime": self._runtime, "files": _sent(connection, self._engine)}
+            reply, _ = connection.request(fields)
+            self._on, self._number, self.batch = connection, reply["session"], reply["batch"]
+        return self._number
+
+
+def _sent(connection: Connection, folder: Path) -> dict[str, str]:
+    """Send the files of a folder that the device lacks. Returns the digest of each by name."""
+    files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+    digests = {name: digest_of(file) for name, file in files.items()}
+    reply, _ = connection.request({"op": "received", "digests": list(digests.values())})
+    for (name, digest), received in zip(digests.items(), reply["received"], strict=True):
+        if received >= 0:
+            _send(connection, files[name], digest, received)
+    return digests
+
+
+def _send(connection: Connection, file: Path, digest: str, received: int) -> None:
+    """Send the bytes of a file from `received` on."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(received)
+        while True:
+            offset = stream.tell()
+            content = stream.read(_CHUNK)
+            last = offset + len(content) == size
+            fields = {"op": "put", "digest": digest, "offset": offset, "last": last}
+            connection.request(fields, {"content": content})
+            if last:
+                return
+
+
+def _receive(connection: Connection, digest: str, file: Path) -> None:
+    """Write a file of the device to `file`. Raises CannotRunHere if it does not have the digest."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("wb") as stream:
+        while True:
+            fields = {"op": "get", "digest": digest, "offset": stream.tell(), "count": 1 << 22}
+            reply, values = connection.request(fields)
+            stream.write(values["content"])
+            if stream.tell() >= reply["size"] or not values["content"]:
+                break
+    if digest_of(part) != digest:
+        part.unlink()
+        raise Dropped(f"{file.name} was damaged on its way from the device; repeat the command")
+    part.replace(file)

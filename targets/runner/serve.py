@@ -1,0 +1,201 @@
+"""Server of a runner: executes the requests that a host sends over standard input, and replies on standard output.
+
+Requests, each with `op`:
+
+    facts                               the machine: see `facts`; and the runtimes with their versions
+    runtime    runtime                  version of a runtime, or why it is missing
+    telemetry                           clocks, temperatures and load at this moment: see `telemetry`
+    received   digests                  bytes of each file that have arrived; -1 if it is complete
+    put        digest, offset, last     append the attachment `content` to a file
+    get        digest, offset, count    a part of a file
+    build      runtime, files, options  compile an engine; replies with the digests of its files
+    inspect    runtime, files           describe an engine
+    open       runtime, files           load an engine; replies with `session` and `batch`
+    infer      session                  run one query: attachment `images`, replies with `logits`
+    time       session, count           time queries: attachment `images`, replies with `latencies` in nanoseconds
+    close      session
+
+A reply has `ok`; a failed request has `error` and `exit_code` instead. Before its reply, a request may send records
+with `log` and `severity`. Engines are timed by one host at a time: a lock file holds others off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import facts, jobs, messages, runtimes, telemetry
+from .cpu import half_precision, threads
+from .errors import Damaged, Refused, Unable
+from .files import Files
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import IO, TextIO
+
+_CHUNK = 1 << 22  # bytes of a file in one reply
+_WAIT_S, _POLL_S = 600.0, 0.2  # for another host that times engines
+
+
+class Server:
+    """One connection of a host. `folder` keeps files and jobs of all hosts."""
+
+    def __init__(self, source: IO[bytes], sink: IO[bytes], folder: Path) -> None:
+        self._source, self._sink, self._folder = source, sink, folder
+        self._files = Files(folder)
+        self._sessions: dict[int, Any] = {}
+        self._timing: TextIO | None = None  # the lock file, while it is held
+
+    def run(self) -> None:
+        """Execute requests until the host closes the connection."""
+        self._sink.write(messages.GREETING)
+        self._sink.flush()
+        try:
+            while True:
+                try:
+                    fields, attachments = messages.read(self._source)
+                except messages.Broken:
+                    return
+                reply, values = self._execute(fields, attachments)
+                messages.write(self._sink, reply, values)
+        finally:
+            for session in self._sessions.values():
+                session.close()
+
+    def _execute(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        operation = getattr(self, f"_op_{fields.get('op')}", None)
+        if operation is None:
+            return {"error": f"the runner has no operation {fields.get('op')!r}", "exit_code": 3}, None
+        try:
+            reply, values = operation(fields, attachments)
+        except Refused as error:
+            return {"error": str(error), "exit_code": error.exit_code}, None
+        except Exception as error:  # of a runtime: the connection continues
+            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "exit_code": 3}, None
+        return dict(reply, ok=True), values
+
+    def _say(self, severity: str, message: str) -> None:
+        messages.write(self._sink, {"log": message, "severity": severity})
+
+    # --- Machine ----------------------------------------------------------------------------------------------------
+
+    def _op_facts(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        return {"facts": facts.facts(), "threads": threads(), "half": half_precision()}, None
+
+    def _op_runtime(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        return runtimes.described(fields["runtime"]), None
+
+    def _op_telemetry(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        return {"telemetry": telemetry.snapshot()}, None
+
+    # --- Files ------------------------------------------------------------------------------------------------------
+
+    def _op_received(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        return {"received": [self._files.received(digest) for digest in fields["digests"]]}, None
+
+    def _op_put(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], None]:
+        self._files.append(fields["digest"], fields["offset"], attachments["content"], last=fields["last"])
+        return {}, None
+
+    def _op_get(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], dict[str, bytes]]:
+        path = self._files.path(fields["digest"])
+        if not path.exists():
+            raise Damaged(f"the file {fields['digest'][:12]} is not on the device: build the engine again")
+        with path.open("rb") as file:
+            file.seek(fields["offset"])
+            content = file.read(min(fields["count"], _CHUNK))
+        return {"size": path.stat().st_size}, {"content": content}
+
+    # --- Engines ----------------------------------------------------------------------------------------------------
+
+    def _op_build(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        name, names = fields["runtime"], fields["files"]
+        task = {"runtime": name, "files": names, "options": fields["options"], "made by": runtimes.described(name)}
+        key = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+        folder = self._folder / "jobs" / key
+        done = jobs.collected(folder, task, lambda empty: self._files.place(names, empty), self._say)
+        own = {"task.json", "done.json", "lock", "log", "output", *names}
+        built = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in own)
+        return dict(done, files={file.name: self._files.add(file) for file in built}), None
+
+    def _op_inspect(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        engine = self._files.engine(fields["files"])
+        return {"inspected": runtimes.runtime(fields["runtime"]).inspect(engine, threads())}, None
+
+    def _op_open(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        engine = self._files.engine(fields["files"])
+        session = runtimes.runtime(fields["runtime"]).open_engine(engine, threads(), self._say)
+        number = max(self._sessions, default=0) + 1
+        self._sessions[number] = session
+        return {"session": number, "batch": session.batch}, None
+
+    def _op_infer(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        return {}, {"logits": self._session(fields).infer(attachments["images"])}
+
+    def _op_time(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        session = self._session(fields)
+        self._reserve()
+        latencies = session.latencies_ns(attachments["images"], fields["count"])
+        return {"latencies": list(latencies)}, None
+
+    def _op_close(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        self._sessions.pop(fields["session"]).close()
+        if not self._sessions and self._timing:
+            self._timing.close()
+            self._timing = None
+        return {}, None
+
+    def _session(self, fields: Mapping[str, Any]) -> Any:
+        return self._sessions[fields["session"]]
+
+    def _reserve(self) -> None:
+        """Hold the lock of timing until the last session is closed. Raises Unable if another host keeps it."""
+        if self._timing:
+            return
+        lock = (self._folder / "timing.lock").open("a+")
+        deadline, waiting = time.monotonic() + _WAIT_S, False
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                lock.close()
+                raise Unable(
+                    f"another host has been timing engines for {_WAIT_S:.0f} s on this device; try again later"
+                )
+            if not waiting:
+                self._say("INFO", "another host is timing engines on this device; waiting")
+            waiting = True
+            time.sleep(_POLL_S)
+        self._timing = lock
+
+
+def _locked(file: TextIO) -> bool:
+    """Lock a file if no other process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def serve(folder: Path | None = None) -> int:
+    """Serve one host over standard input and output. Other output of this process goes to standard error."""
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # libraries print to standard output
+    Server(sys.stdin.buffer, sink, folder or cache_folder()).run()
+    return 0
+
+
+def cache_folder() -> Path:
+    """Return the folder of files and jobs: `$EDGELINE_CACHE`, or `edgeline` in the user's cache folder."""
+    named = os.environ.get("EDGELINE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(named or os.path.join(base, "edgeline")).expanduser()  # noqa: PTH118
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

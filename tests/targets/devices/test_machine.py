@@ -1,0 +1,199 @@
+"""Machines: engines are built and executed on a device as on this machine, whatever happens to the connection."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import targets
+from models.errors import CannotRunHere, CheckFailed
+from targets.base import Export
+from targets.devices.connection import Connection, Dropped
+from targets.devices.machine import LOCAL, RemoteMachine, machine_of
+from targets.tensorrt import rtx
+from tests.support.tiny_export import SIZE, tiny_export
+
+pytestmark = pytest.mark.slow
+BATCH = 2
+IMAGES = np.random.default_rng(0).normal(size=(BATCH, 3, SIZE, SIZE)).astype(np.float32)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDGELINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Recorded(Connection):
+    """A connection that counts requests, and can be cut before or after a request."""
+
+    def __init__(self, log: list[str], cut: Callable[[str, int], str | None]) -> None:
+        self.log, self.cut = log, cut
+        super().__init__(lambda program: [sys.executable, "-u", "-c", program], "DEVICE=here")
+
+    def request(self, fields: Mapping[str, object], attachments: Mapping[str, Any] | None = None) -> Any:
+        operation = str(fields["op"])
+        self.log.append(operation)
+        when = self.cut(operation, self.log.count(operation))
+        if when == "before":
+            self._process.kill()
+        if when == "during":
+            threading.Timer(0.3, self._process.kill).start()
+        reply = super().request(fields, attachments)
+        if when == "after":
+            self._process.kill()
+        return reply
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def machine(cache: Path, log: list[str]) -> Iterator[RemoteMachine]:
+    made = RemoteMachine(lambda: Recorded(log, lambda *_: None))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    return tiny_export(tmp_path_factory.mktemp("exports") / "export", "int8", batch=BATCH)
+
+
+def built(name: str, machine: RemoteMachine, export: Export, out: Path) -> Any:
+    target = dataclasses.replace(targets.ALL[name], machine=machine)  # type: ignore[type-var]
+    out.mkdir()
+    target.build(export, out)
+    return target
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "cpu"])
+def test_an_engine_computes_the_same_on_a_device(
+    name: str, machine: RemoteMachine, export: Export, tmp_path: Path
+) -> None:
+    target = built(name, machine, export, tmp_path / "engine")
+    local = targets.ALL[name]
+    assert (target.missing(), target.not_executed()) == (None, None)
+    assert target.toolchain() == local.toolchain()
+    assert target.inspect(export, tmp_path / "engine") == local.inspect(export, tmp_path / "engine")
+    with target.open(tmp_path / "engine") as there, local.open(tmp_path / "engine") as here:
+        assert there.batch == here.batch == BATCH
+        np.testing.assert_array_equal(there.infer(IMAGES), here.infer(IMAGES))
+        latencies = there.latencies_ns(IMAGES, 5)
+    assert len(latencies) == 5 and min(latencies) > 0
+
+
+@pytest.mark.skipif(rtx.TARGET.missing() is not None, reason=str(rtx.TARGET.missing()))
+def test_an_engine_is_compiled_on_a_device(machine: RemoteMachine, export: Export, tmp_path: Path) -> None:
+    target = built("rtx", machine, export, tmp_path / "engine")
+    assert {file.name for file in (tmp_path / "engine").iterdir()} == {"model.onnx", "model.engine"}
+    assert target.inspect(export, tmp_path / "engine")["quantized_layers"] == 2
+    assert target.not_executed() == rtx.TARGET.not_executed()
+
+
+def test_files_are_sent_once(machine: RemoteMachine, log: list[str], export: Export, tmp_path: Path) -> None:
+    target = built("onnxruntime", machine, export, tmp_path / "engine")
+    for _ in range(2):
+        with target.open(tmp_path / "engine") as session:
+            session.infer(IMAGES)
+    assert log.count("put") == 1 and log.count("open") == log.count("close") == 2
+
+
+@pytest.mark.parametrize("operation", ["received", "put", "open", "infer", "time"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_lost_connection_is_opened_again(
+    operation: str, when: str, cache: Path, log: list[str], export: Export, tmp_path: Path
+) -> None:
+    machine = RemoteMachine(lambda: Recorded(log, lambda op, n: when if (op, n) == (operation, 1) else None))
+    target = built("onnxruntime", machine, export, tmp_path / "engine")
+    with target.open(tmp_path / "engine") as session, targets.ALL["onnxruntime"].open(tmp_path / "engine") as here:
+        np.testing.assert_array_equal(session.infer(IMAGES), here.infer(IMAGES))
+        assert len(session.latencies_ns(IMAGES, 3)) == 3
+        np.testing.assert_array_equal(session.infer(IMAGES), here.infer(IMAGES))
+    machine.close()
+
+
+def test_a_connection_that_is_always_lost_is_given_up(cache: Path, log: list[str]) -> None:
+    machine = RemoteMachine(lambda: Recorded(log, lambda *_: "before"))
+    with pytest.raises(Dropped, match=r"^DEVICE=here: the connection was lost"):
+        machine.facts()
+    assert log == ["facts"] * 3
+
+
+@pytest.mark.skipif(rtx.TARGET.missing() is not None, reason=str(rtx.TARGET.missing()))
+def test_a_build_continues_while_the_connection_is_lost(
+    cache: Path, log: list[str], export: Export, tmp_path: Path
+) -> None:
+    machine = RemoteMachine(lambda: Recorded(log, lambda op, n: "during" if (op, n) == ("build", 1) else None))
+    built("rtx", machine, export, tmp_path / "engine")
+    assert (tmp_path / "engine" / "model.engine").stat().st_size > 100_000
+    machine.close()
+    (job,) = (cache / "jobs").iterdir()
+    assert log.count("build") == 2
+    machine = RemoteMachine(lambda: Recorded(log, lambda *_: None))
+    before = (job / "done.json").stat().st_mtime_ns
+    built("rtx", machine, export, tmp_path / "again")
+    assert (job / "done.json").stat().st_mtime_ns == before  # collected, not repeated
+    assert (tmp_path / "again" / "model.engine").read_bytes() == (tmp_path / "engine" / "model.engine").read_bytes()
+    machine.close()
+
+
+@pytest.mark.skipif(rtx.TARGET.missing() is not None, reason=str(rtx.TARGET.missing()))
+def test_a_refused_graph_is_one_sentence(machine: RemoteMachine, tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(CheckFailed, match=r"^DEVICE=here: NVIDIA's ONNX importer refuses the file: "):
+        machine.build("tensorrt_rtx", folder, {"precision": "fp16", "batch": 1})
+
+
+def test_a_missing_runtime_is_named(machine: RemoteMachine, tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"")
+    with pytest.raises(CannotRunHere, match=r"^DEVICE=here: the tensorrt package is not importable by .*python"):
+        machine.build("tensorrt", folder, {})
+    assert "is not importable by" in (machine.runtime("tensorrt").missing or "")
+
+
+def test_two_hosts_do_not_time_at_once(cache: Path, log: list[str], export: Export, tmp_path: Path) -> None:
+    machines = [RemoteMachine(lambda: Recorded(log, lambda *_: None)) for _ in range(2)]
+    engine = tmp_path / "engine"
+    first, second = (
+        dataclasses.replace(targets.ALL["onnxruntime"], machine=machine)  # type: ignore[type-var]
+        for machine in machines
+    )
+    built("onnxruntime", machines[0], export, engine)
+    ended: list[float] = []
+
+    def timed_later() -> None:
+        with second.open(engine) as session:
+            session.latencies_ns(IMAGES, 1)
+            ended.append(time.monotonic())
+
+    with first.open(engine) as session:
+        session.latencies_ns(IMAGES, 1)
+        waiting = threading.Thread(target=timed_later)
+        waiting.start()
+        time.sleep(1.0)
+        assert not ended
+        session.latencies_ns(IMAGES, 1)
+        released = time.monotonic()
+    waiting.join(timeout=30)
+    assert ended and ended[0] >= released
+    for machine in machines:
+        machine.close()
+
+
+def test_targets_are_on_this_machine_by_default() -> None:
+    assert all(machine_of(target) is LOCAL for target in targets.ALL.values())
