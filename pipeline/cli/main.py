@@ -77,6 +77,8 @@ def _carry_out(request: Request, answer: Answer) -> None:
     verb = VERBS[request.verb]
     requested = {"model": options.MODEL, "target": options.TARGET, "recipe": options.RECIPE}
     answer |= {"verb": verb.name, **{name: request.given(option) for name, option in requested.items()}}
+    if device := request.given(options.DEVICE):
+        answer |= {"device": device}
     if recipes := request.given(options.RECIPES):
         answer |= {"recipe": recipes}
     if verb.store:

@@ -45,7 +45,7 @@ def profile(run: Run, root: Path) -> Answer:
         _log_latency(row)
         rows.append(row)
     by_unit = {row.unit: _latency(row) | _start(row) for row in rows if row.unit}
-    return identity(artifact) | _latency(rows[0]) | ({"units": by_unit} if by_unit else {})
+    return identity(artifact) | {"by": run.target.name} | _latency(rows[0]) | ({"units": by_unit} if by_unit else {})
 
 
 def _measurements(run: Run, artifact: Artifact) -> Iterator[Row]:

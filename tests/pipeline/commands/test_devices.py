@@ -1,0 +1,111 @@
+"""DEVICE=name: engines are built, verified and timed on a device behind a real SSH server; `devices` and `doctor`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.errors import BadRequest, CannotRunHere
+from pipeline.commands.devices import doctor, list_devices
+from pipeline.commands.engine import engine
+from pipeline.commands.profile import MEASUREMENTS, profile
+from pipeline.commands.verify import verify
+from pipeline.run import Run
+from pipeline.timing.results_db import Results
+from targets.devices import attached
+from tests.support.sshd import Server, needs_sshd, serving
+from tests.support.tiny import python, tiny_run
+
+pytestmark = [pytest.mark.slow, needs_sshd]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("sshd")) as running:
+        yield running
+
+
+@pytest.fixture
+def file(server: Server, tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "devices.toml"
+    path.write_text(server.table() + server.table("off", port=1))
+    yield path
+    attached.machine_of.cache_clear()
+
+
+def on_device(file: Path, target: str, **changes: Any) -> Run:
+    run = tiny_run(target=target, **changes)
+    return replace(run, target=attached.attached(run.target, "loop", file), device="loop")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "cpu"])
+def test_an_engine_is_built_verified_and_timed_on_a_device(file: Path, shared: Path, target: str) -> None:
+    there = engine(on_device(file, target), shared)
+    here = engine(tiny_run(target=target), shared)
+    assert there["executed"] and there["by"] == here["by"]
+    assert (there["top1"], there["agreement"]) == (here["top1"], here["agreement"])
+    assert there["key"] == here["key"]  # the versions are the same, and the name of the device is no part of the key
+    answer = profile(on_device(file, target), shared)
+    (row,) = (row for row in Results(shared / MEASUREMENTS).rows(target=target, device="loop"))
+    assert (row.summary.p50_ms, answer["by"]) == (answer["p50_ms"], target)
+    assert verify(on_device(file, target), shared)["executed"]
+
+
+def test_devices_shows_which_are_reachable_and_why_not(file: Path) -> None:
+    loop, off = list_devices(file)["devices"]
+    assert (loop["name"], loop["reachable"], loop["why_not"]) == ("loop", True, None)
+    assert loop["facts"]["architecture"] and loop["facts"]["runtimes"]["onnxruntime"]
+    assert (off["name"], off["reachable"], off["facts"]) == ("off", False, None)
+    assert "Connection refused; start an SSH server" in off["why_not"]
+
+
+def test_doctor_names_what_is_missing(file: Path, server: Server) -> None:
+    with pytest.raises(CannotRunHere, match=r"^DEVICE=off: connection and Python: DEVICE=off cannot be reached: "):
+        doctor(file, "off")
+    with pytest.raises(CannotRunHere, match=r"^DEVICE=loop: target jetson: .*tensorrt") as raised:
+        doctor(file, "loop")
+    checks = {check["check"]: check["passed"] for check in raised.value.answer["checks"]}
+    assert checks == {
+        "connection and Python": True,
+        "target onnxruntime": True,
+        "target cpu": True,
+        "target rtx": True,
+        "target jetson": False,
+        "disk": True,
+    }
+    file.write_text(server.table(targets=["onnxruntime"]))
+    attached.machine_of.cache_clear()
+    assert all(check["passed"] for check in doctor(file, "loop")["checks"])
+
+
+def test_a_target_that_the_device_does_not_have_is_refused(file: Path) -> None:
+    with pytest.raises(BadRequest, match=r"^DEVICE=loop: .* has no `nvidia` in its targets \(onnxruntime, cpu, rtx, jet"):
+        on_device(file, "nvidia")
+    with pytest.raises(BadRequest, match=r"^DEVICE=loop: .* has no `coreml` in its targets"):
+        on_device(file, "coreml")
+    file.write_text(file.read_text().replace('"jetson"]', '"coreml"]'))
+    with pytest.raises(BadRequest, match=r"^DEVICE=loop: TARGET=coreml runs on this machine only; targets that run on"):
+        on_device(file, "coreml")
+
+
+def command(*arguments: str) -> tuple[int, dict[str, Any]]:
+    result = python("-m", "pipeline", *arguments)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.returncode, json.loads(result.stdout.splitlines()[-1])
+
+
+def test_the_command_line(file: Path, tmp_path: Path) -> None:
+    chosen = ("--device", "loop", "--devices", str(file), "--target", "onnxruntime", "--store", str(tmp_path / "store"))
+    code, answer = command("explain", *chosen, "--model", "mobilenetv2_100")
+    assert (code, answer["device"]) == (0, "loop"), answer
+    code, answer = command("doctor", "--device", "off", "--devices", str(file))
+    assert code == 3 and "cannot be reached" in answer["error"]
+    code, answer = command("devices", "--devices", str(file))
+    assert code == 0 and [device["name"] for device in answer["devices"]] == ["loop", "off"]
+    code, answer = command("engine", "--device", "lop", "--devices", str(file))
+    assert code == 2 and "did you mean loop?" in answer["error"]
