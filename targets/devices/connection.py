@@ -221,8 +221,9 @@ def runner_archive() -> tuple[bytes, str]:
     """Return `targets.runner` as a ZIP archive with the folder `runner`, and its SHA-256. Equal for equal modules."""
     import targets.runner
 
-    buffer = io.BytesIO()
+    folder, buffer = Path(targets.runner.__file__ or "").parent, io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for module in sorted(Path(targets.runner.__file__ or "").parent.glob("*.py")):
-            archive.writestr(zipfile.ZipInfo(f"runner/{module.name}"), module.read_bytes())
+        for module in sorted(folder.rglob("*.py")):
+            name = module.relative_to(folder.parent).as_posix()
+            archive.writestr(zipfile.ZipInfo(name), module.read_bytes())
     return buffer.getvalue(), hashlib.sha256(buffer.getvalue()).hexdigest()

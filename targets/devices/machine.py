@@ -125,7 +125,7 @@ class ThisMachine:
     def telemetry(self) -> dict[str, Any]:
         from targets.runner.telemetry import snapshot
 
-        return snapshot()
+        return dict(snapshot())
 
 
 LOCAL: Final = ThisMachine()

@@ -107,9 +107,7 @@ class BoardTarget(TensorRtTarget):
 
 def copy_runner(folder: Path) -> None:
     """Copy the modules of `targets.runner` into a new folder."""
-    folder.mkdir()
-    for module in sorted(Path(runner.__file__ or "").parent.glob("*.py")):
-        shutil.copyfile(module, folder / module.name)
+    shutil.copytree(Path(runner.__file__ or "").parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _digests(folder: Path) -> dict[str, str]:

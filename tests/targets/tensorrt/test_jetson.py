@@ -180,7 +180,7 @@ def test_the_script_compares_logits_with_the_metrics_of_the_reports() -> None:
     assert runner_bundle.compare(expected, expected)["snr_db"] == snr_db(expected, expected)
 
 
-MODULES = sorted(Path(runner.__file__ or "").parent.glob("*.py"))
+MODULES = sorted(Path(runner.__file__ or "").parent.rglob("*.py"))
 
 
 def test_the_runner_is_python_3_8_and_needs_nothing_but_numpy_and_the_runtimes() -> None:

@@ -1,0 +1,222 @@
+"""Telemetry: sensors of boards and a PC as trees of files, series of samples, and this machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from targets.runner.system import sensors
+from targets.runner.telemetry import Sampler, Snapshot, snapshot, summarize
+from tests.support import boards
+
+
+def known(root: Path) -> dict[str, Any]:
+    """Return the values of a snapshot that are not None."""
+    return {name: value for name, value in snapshot(root, 0.0).items() if value is not None}
+
+
+def test_orin_has_clocks_rails_and_counters_in_sysfs(tmp_path: Path) -> None:
+    assert known(boards.orin(tmp_path)) == {
+        "cpu_mhz": {"0-3": 1728.0, "4-7": 1958.4},
+        "governor": {"0-3": "schedutil", "4-7": "schedutil"},
+        "gpu_mhz": 612.0,
+        "gpu_load": 0.987,
+        "temperatures_c": {"cpu-thermal": 52.968, "gpu-thermal": 47.625},
+        "power_mw": {"VDD_IN": 4984 * 1856 / 1000, "VDD_CPU_GPU_CV": 4976 * 500 / 1000},
+        "board_power_mw": 4984 * 1856 / 1000,
+        "throttle_events": {"oc1": 0, "oc2": 15, "oc3": 37},
+        "throttle_states": {
+            "cpu-throttle-alert": 0,
+            "gpu-throttle-alert": 1,
+            "VDD_IN crit_alarm": 0,
+            "VDD_CPU_GPU_CV max_alarm": 1,
+        },
+        "fan_pwm": {"pwmfan": 128},
+        "fan_rpm": {"pwm_tach": 2140},
+    }
+
+
+def test_thor_measures_the_power_of_the_board(tmp_path: Path) -> None:
+    assert known(boards.thor(tmp_path)) == {
+        "gpu_mhz": 1575.0,
+        "emc_mhz": 2750.0,
+        "power_mw": {"VDD_GPU": 4906 * 400 / 1000, "VIN": 19780.0},
+        "board_power_mw": 19780.0,
+    }
+
+
+# Rails of iio in JetPack 4: names of the files as in https://github.com/rbonghi/jetson_stats, jtop/core/power.py; rails
+# and their power as in the line of a TX2 in its tests/tegrastats. The fan: https://github.com/open-rdc/orne-box/
+# issues/16.
+def test_tx2_has_rails_in_iio(tmp_path: Path) -> None:
+    device = "sys/bus/i2c/drivers/ina3221x/0-0041/iio:device1"
+    zone = "sys/class/thermal/thermal_zone"
+    boards.write(
+        boards.tx2(tmp_path),
+        {
+            f"{device}/rail_name_0": "VDD_IN",
+            f"{device}/in_power0_input": 1383,
+            f"{device}/rail_name_1": "VDD_CPU",
+            f"{device}/in_power1_input": 153,
+            f"{zone}0/type": "BCPU-therm",
+            f"{zone}0/temp": 30000,
+            f"{zone}5/type": "PMIC-Die",
+            f"{zone}5/temp": 100000,
+            "sys/devices/pwm-fan/target_pwm": 255,
+            "sys/class/thermal/cooling_device1/type": "gpu-balanced",
+            "sys/class/thermal/cooling_device1/cur_state": 2,
+        },
+    )
+    assert known(tmp_path) == {
+        "cpu_mhz": {"0-5": 2035.2},
+        "governor": {"0-5": "schedutil"},
+        "gpu_mhz": 114.75,
+        "emc_mhz": 1600.0,
+        "temperatures_c": {"BCPU-therm": 30.0},
+        "power_mw": {"VDD_IN": 1383.0, "VDD_CPU": 153.0},
+        "board_power_mw": 1383.0,
+        "throttle_states": {"gpu-balanced": 2},
+        "fan_pwm": {"pwm-fan": 255},
+    }
+
+
+def test_the_power_of_a_board_without_an_input_rail_is_unknown() -> None:
+    agx_orin = {"VDD_GPU_SOC": 2340.0, "VDD_CPU_CV": 390.0, "VIN_SYS_5V0": 4025.0, "VDDQ_VDD2_1V8AO": 301.0}
+    assert sensors.board_power_mw(agx_orin) is None
+    assert sensors.board_power_mw({"POM_5V_IN": 933.0, "POM_5V_GPU": 0.0}) == 933.0
+    assert sensors.board_power_mw(None) is None
+
+
+# Names of the files: Linux, Documentation/hwmon/k10temp.rst and drivers/thermal/intel/therm_throt.c.
+def test_a_pc_has_processor_temperatures_and_counts_of_throttling(tmp_path: Path) -> None:
+    boards.write(
+        tmp_path,
+        {
+            "proc/loadavg": "0.52 0.58 0.59 1/467 12345",
+            "sys/class/hwmon/hwmon2/name": "k10temp",
+            "sys/class/hwmon/hwmon2/temp1_input": 45125,
+            "sys/class/hwmon/hwmon2/temp1_label": "Tctl",
+            "sys/class/hwmon/hwmon3/name": "nvme",
+            "sys/class/hwmon/hwmon3/temp1_input": 30000,
+            "sys/class/thermal/thermal_zone0/type": "acpitz",
+            "sys/class/thermal/thermal_zone0/temp": 27800,
+            "sys/class/thermal/thermal_zone1/type": "acpitz",
+            "sys/class/thermal/thermal_zone1/temp": 29800,
+            "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": 3,
+            "sys/devices/system/cpu/cpu10/thermal_throttle/core_throttle_count": 4,
+        },
+    )
+    assert known(tmp_path) == {
+        "load_1min": 0.52,
+        "temperatures_c": {"acpitz": 27.8, "acpitz#2": 29.8, "k10temp Tctl": 45.125},
+        "throttle_events": {"cpu": 7},
+    }
+
+
+LINE = "CPU [0%@729,off] EMC_FREQ 43%@2133 GR3D_FREQ 63%@[621] cpu@53.968C VDD_IN 12479mW/12479mW VDD_SOC 2817mW/2817mW"
+
+
+def test_tegrastats_completes_what_sysfs_lacks(tmp_path: Path) -> None:
+    boards.write(
+        tmp_path, {"sys/class/thermal/thermal_zone0/type": "tj", "sys/class/thermal/thermal_zone0/temp": 40000}
+    )
+    boards.program(tmp_path, "usr/bin/tegrastats", f"echo '{LINE}'; exec sleep 60")
+    assert known(tmp_path) == {
+        "cpu_mhz": {"0": 729.0},
+        "gpu_mhz": 621.0,
+        "gpu_load": 0.63,
+        "emc_mhz": 2133.0,
+        "temperatures_c": {"tj": 40.0},
+        "power_mw": {"VDD_IN": 12479.0, "VDD_SOC": 2817.0},
+        "board_power_mw": 12479.0,
+    }
+
+
+def test_tegrastats_is_not_started_where_sysfs_has_all(tmp_path: Path) -> None:
+    boards.program(boards.orin(tmp_path), "usr/bin/tegrastats", f"touch {tmp_path}/started; echo '{LINE}'")
+    assert known(tmp_path)["gpu_mhz"] == 612.0
+    assert not (tmp_path / "started").exists()
+
+
+def stat(root: Path, user: int, idle: int) -> None:
+    boards.write(root, {"proc/stat": f"cpu  {user} 0 0 {idle} 0 0 0 0 0 0\ncpu0 1 0 0 1 0 0 0 0 0 0"})
+
+
+def test_busy_is_the_share_of_time_since_the_previous_sample(tmp_path: Path) -> None:
+    stat(tmp_path, 1000, 9000)
+    with Sampler(60.0, tmp_path) as sampler:
+        stat(tmp_path, 1300, 9100)
+    busy = sampler.series()["values"]["busy"]
+    assert busy == {"start": 0.75, "end": 0.75, "minimum": 0.75, "maximum": 0.75, "mean": 0.75}
+
+
+EMPTY: Any = dict.fromkeys(Snapshot.__annotations__)
+
+
+def test_energy_is_the_area_below_the_power() -> None:
+    samples: list[Any] = [
+        (10.0, {**EMPTY, "power_mw": {"VDD_IN": 1000.0}, "throttle_events": {"oc3": 5}}),
+        (
+            11.0,
+            {**EMPTY, "power_mw": {"VDD_IN": 3000.0}, "gpus": [{"power_mw": 7, "throttle_reasons": ["sw_power_cap"]}]},
+        ),
+        (
+            14.0,
+            {**EMPTY, "power_mw": {"VDD_IN": 2000.0}, "throttle_events": {"oc3": 9}, "governor": {"0-3": "powersave"}},
+        ),
+    ]
+    series = summarize(samples)
+    assert (series["seconds"], series["samples"]) == (4.0, 3)
+    assert series["energy_mj"]["power_mw.VDD_IN"] == 2000.0 * 1 + 2500.0 * 3
+    power = series["values"]["power_mw.VDD_IN"]
+    assert power == {"start": 1000.0, "end": 2000.0, "minimum": 1000.0, "maximum": 3000.0, "mean": 9500.0 / 4}
+    events = series["values"]["throttle_events.oc3"]
+    assert events["end"] - events["start"] == 4
+    assert series["values"]["gpus.0.power_mw"]["mean"] == 7
+    assert series["energy_mj"]["gpus.0.power_mw"] == 0.0, "one sample has no duration"
+    assert series["seen"] == {"gpus.0.throttle_reasons": ["sw_power_cap"], "governor.0-3": ["powersave"]}
+
+
+def test_a_series_without_samples_is_empty() -> None:
+    assert summarize([]) == {"seconds": 0.0, "samples": 0, "values": {}, "seen": {}, "energy_mj": {}}
+
+
+def test_the_sampler_encloses_the_measurement(tmp_path: Path) -> None:
+    boards.orin(tmp_path)
+    with Sampler(0.02, tmp_path) as sampler:
+        boards.write(tmp_path, {"sys/class/devfreq/17000000.gpu/cur_freq": 918000000})
+        deadline = time.monotonic() + 20.0
+        while sampler.series()["samples"] < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        boards.write(tmp_path, {"sys/class/hwmon/hwmon3/oc3_event_cnt": 40})
+    series = sampler.series()
+    assert series["samples"] >= 5, "the first, at least three of the thread, and the last"
+    assert series["values"]["gpu_mhz"]["start"] == 612.0
+    assert series["values"]["gpu_mhz"]["maximum"] == 918.0
+    assert series["values"]["throttle_events.oc3"]["end"] == 40
+    constant = 4984 * 1856 / 1000
+    assert series["energy_mj"]["board_power_mw"] == pytest.approx(constant * series["seconds"])
+    count = series["samples"]
+    time.sleep(0.1)
+    assert sampler.series()["samples"] == count, "the thread has ended"
+
+
+def test_the_sampler_ends_with_a_failed_measurement(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Sampler(60.0, tmp_path) as sampler:
+        raise ZeroDivisionError
+    assert sampler.series()["samples"] == 2
+
+
+def test_of_an_empty_root_nothing_is_known(tmp_path: Path) -> None:
+    assert known(tmp_path) == {}
+
+
+def test_this_machine_is_sampled_in_json() -> None:
+    state = snapshot(interval_s=0.2)
+    assert json.loads(json.dumps(state)) == state
+    assert state.keys() == Snapshot.__annotations__.keys()
+    assert state["busy"] is not None and 0.0 <= state["busy"] <= 1.0
