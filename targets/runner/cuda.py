@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Gpu(NamedTuple):
     name: str
     capability: tuple[int, int]  # (8, 7) is Orin
+    memory_bytes: int  # on a Jetson, the memory of the board
 
 
 class Cuda:
@@ -31,16 +32,19 @@ class Cuda:
     def __init__(self, library: Any) -> None:
         self._library = library
         self._call("cuInit", ctypes.c_uint(0))
-        count, self._device = ctypes.c_int(), ctypes.c_int()
+        count = ctypes.c_int()
         self._call("cuDeviceGetCount", ctypes.byref(count))
         if count.value == 0:
             raise Unable("no NVIDIA GPU: the driver is there and found none")
-        self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(0))
+        self._devices = [self._open(index) for index in range(count.value)]
+        self._device = self._devices[0]
 
     def gpu(self) -> Gpu:
-        name = ctypes.create_string_buffer(256)
-        self._call("cuDeviceGetName", name, ctypes.c_int(256), self._device)
-        return Gpu(name.value.decode(), (self._attribute(75), self._attribute(76)))  # COMPUTE_CAPABILITY_MAJOR, _MINOR
+        return self._describe(self._device)
+
+    def gpus(self) -> list[Gpu]:
+        """Describe all GPUs, the first included."""
+        return [self._describe(device) for device in self._devices]
 
     def attach(self) -> None:
         """Make the primary context current in this thread.
@@ -109,9 +113,21 @@ class Cuda:
     def destroy_event(self, event: int) -> None:
         self._call("cuEventDestroy_v2", ctypes.c_void_p(event))
 
-    def _attribute(self, code: int) -> int:
+    def _open(self, index: int) -> ctypes.c_int:
+        device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
+        return device
+
+    def _describe(self, device: ctypes.c_int) -> Gpu:
+        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+        self._call("cuDeviceGetName", name, ctypes.c_int(256), device)
+        self._call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+        capability = self._attribute(75, device), self._attribute(76, device)  # COMPUTE_CAPABILITY_MAJOR, _MINOR
+        return Gpu(name.value.decode(), capability, memory.value)
+
+    def _attribute(self, code: int, device: ctypes.c_int) -> int:
         value = ctypes.c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(code), self._device)
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(code), device)
         return value.value
 
     def _call(self, name: str, *arguments: Any) -> None:

@@ -7,7 +7,6 @@ compiles a graph into an engine where the runtime compiles on the device.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cpu import HostSession
 from .errors import Refused, Unable
+from .system.packages import module_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -164,10 +164,5 @@ def described(name: str) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str:
-    """Return the version of an importable package, from its metadata where it has some."""
-    for distribution in (package, f"{package}_cu13", f"{package}_cu12", f"{package}_bindings"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return str(getattr(importlib.import_module(package), "__version__", "unknown"))
+    """Return the version of an importable package; it is imported only where neither metadata nor its source has it."""
+    return module_version(package) or str(getattr(importlib.import_module(package), "__version__", "unknown"))

@@ -266,7 +266,7 @@ def test_without_a_gpu_the_report_states_that_the_engine_was_not_executed(
 def test_the_gpu_must_be_one_that_the_engine_has_kernels_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
 ) -> None:
-    monkeypatch.setattr(tensorrt_target, "find_gpu", lambda: cuda.Gpu("some GPU", capability))
+    monkeypatch.setattr(tensorrt_target, "find_gpu", lambda: cuda.Gpu("some GPU", capability, 8 << 30))
     why_not = rtx.TARGET.not_executed()
     assert why_not is None if runs else why_not is not None and "some GPU has compute capability" in why_not
 
@@ -328,6 +328,10 @@ class ToyDriver:
 
     def cuDeviceGetName(self, name: Any, size: Any, device: Any) -> int:
         name.value = b"Toy"
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory: Any, device: Any) -> int:
+        memory._obj.value = 8 << 30
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, code: Any, device: Any) -> int:
@@ -466,7 +470,7 @@ def test_a_gpu_without_memory_is_explained(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_driver_without_a_gpu_is_no_gpu() -> None:
-    assert cuda.Cuda(ToyDriver()).gpu() == cuda.Gpu("Toy", (8, 7))
+    assert cuda.Cuda(ToyDriver()).gpu() == cuda.Gpu("Toy", (8, 7), 8 << 30)
     with pytest.raises(errors.Unable, match="no NVIDIA GPU: the driver is there and found none"):
         cuda.Cuda(ToyDriver(gpus=0))
 
