@@ -222,8 +222,8 @@ def runner_archive() -> tuple[bytes, str]:
     import targets.runner
 
     folder, buffer = Path(targets.runner.__file__ or "").parent, io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for module in sorted(folder.rglob("*.py")):
             name = module.relative_to(folder.parent).as_posix()
-            archive.writestr(zipfile.ZipInfo(name), module.read_bytes())
+            archive.writestr(zipfile.ZipInfo(name), module.read_bytes(), zipfile.ZIP_DEFLATED)
     return buffer.getvalue(), hashlib.sha256(buffer.getvalue()).hexdigest()
