@@ -17,7 +17,7 @@ from models.errors import BadRequest, CannotRunHere
 from targets.devices import connection, inventory
 from targets.devices.connection import Connection, Dropped, over_ssh
 from targets.devices.inventory import Device
-from tests.support.sshd import Server, needs_sshd, serving
+from tests.support.devices.sshd import Server, needs_sshd, serving
 
 pytestmark = pytest.mark.slow
 

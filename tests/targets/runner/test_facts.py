@@ -21,7 +21,7 @@ from targets.runner.facts import Facts, facts
 from targets.runner.system import jetson, packages
 from targets.runner.system.reading import cpu_list, output
 from targets.runner.telemetry import Snapshot
-from tests.support import boards
+from tests.support.devices import boards
 
 
 def release(root: Path, line: str) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from targets.runner.system.tegrastats import Tegrastats, parse_tegrastats
-from tests.support import boards
+from tests.support.devices import boards
 
 MIB = 1 << 20
 

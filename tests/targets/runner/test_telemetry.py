@@ -11,7 +11,7 @@ import pytest
 
 from targets.runner.system import sensors
 from targets.runner.telemetry import Sampler, Snapshot, snapshot, summarize
-from tests.support import boards
+from tests.support.devices import boards
 
 
 def known(root: Path) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""`make models` and `make targets`: list the models and the targets."""
+"""`make models`: list the models."""
 
 from __future__ import annotations
 
 import models
-import targets
 from pipeline.cli import table
 from pipeline.commands.artifacts import Answer
 
@@ -34,17 +33,3 @@ def list_models() -> Answer:
         cells.append((spec.name, spec.family, spec.parameters / 1e6, spec.macs / 1e6, spec.preprocess.size, top1))
     table.log(columns, cells)
     return {"models": rows}
-
-
-def list_targets() -> Answer:
-    """Return the targets, each with the reason if its engines cannot be built or executed on this machine."""
-    columns = (table.text("target"), table.text("state"), table.text("runtime and devices"))
-    rows, cells = [], []
-    for target in targets.ALL.values():
-        reason = target.missing()
-        rows.append({"name": target.name, "ready": reason is None, "why_not": reason})
-        cells.append((target.name, "ready" if reason is None else "not ready", target.summary))
-        if reason or (reason := target.not_executed()):
-            cells.append(("", "", reason))
-    table.log(columns, cells)
-    return {"targets": rows}
