@@ -49,7 +49,7 @@ LEAN = {
     ),
     *(f"calibration/graph/{name}.py" for name in ("qparams", "source_lines")),
     *(f"models/{name}.py" for name in ("catalog", "checkpoint", "errors", "hub", "spec")),
-    *(f"models/external/{name}.py" for name in ("guard", "loader")),
+    *(f"models/external/{name}.py" for name in ("guard", "loader", "user_files")),
 }
 OF_TORCH = {
     path.relative_to(ROOT).as_posix()
