@@ -15,7 +15,7 @@ from pipeline.reports.verification_report import VerificationReport
 from pipeline.run import Run
 from pipeline.store.store import Artifact
 from targets.base import HasUnits, Session
-from targets.devices.machine import machine_of
+from targets.devices.machine import RemoteSession, machine_of
 from targets.host import padded
 
 if TYPE_CHECKING:
@@ -116,12 +116,17 @@ def _measurement(
         summary=summarize(samples, plan, before=here[0], after=here[1]),
         samples_ns=tuple(samples),
         versions=run.target.toolchain(),
-        conditions={"before": _plain(before), "after": _plain(after)},
+        conditions={"before": _plain(before), "after": _plain(after), **_during(session)},
         top1=(on_unit or report.accuracy).top1,
         float_top1=report.accuracy.float_top1,
         agreement=(on_unit or report).agreement,
         identity=identity_of(run),
     )
+
+
+def _during(session: Session) -> dict[str, object]:
+    """Return the conditions of a device while the session was timed, as `during`."""
+    return {"during": session.conditions()} if isinstance(session, RemoteSession) else {}
 
 
 def _plain(conditions: Conditions | dict[str, object]) -> dict[str, object]:

@@ -50,6 +50,10 @@ def on(target: T, device: Device) -> T:
 @functools.cache
 def machine_of(device: Device) -> RemoteMachine:
     """Return the machine of a device. The first request opens its connection; the end of the process closes it."""
-    machine = RemoteMachine(lambda: Connection(partial(over_ssh, device), f"DEVICE={device.name}"))
+    machine = RemoteMachine(
+        lambda: Connection(partial(over_ssh, device), f"DEVICE={device.name}"),
+        power_mode=device.power_mode,
+        lock_clocks=device.lock_clocks,
+    )
     atexit.register(machine.close)
     return machine

@@ -159,14 +159,17 @@ def _say(severity: str, message: str) -> None:
 class RemoteMachine:
     """A device. `connect` opens a connection to its runner; a lost connection is opened again.
 
+    `power_mode` and `lock_clocks` are settings of a Jetson while engines are timed.
+
     Files are sent once: the runner keeps them by their SHA-256, and an interrupted upload continues where it ended. A
     build continues on the device while the connection is lost, and its result is collected later.
     """
 
     local = False
 
-    def __init__(self, connect: Callable[[], Connection]) -> None:
+    def __init__(self, connect: Callable[[], Connection], *, power_mode: str = "", lock_clocks: bool = False) -> None:
         self._connect = connect
+        self.power: Mapping[str, object] = {"power_mode": power_mode, "lock_clocks": lock_clocks}
         self._connection: Connection | None = None
         self._runtimes: dict[str, RuntimeFacts] = {}
 
@@ -272,11 +275,19 @@ class RemoteSession:
         """Run `count` queries on the device and return the latency of each, measured there: without the connection."""
 
         def timed(connection: Connection) -> list[int]:
-            fields = {"op": "time", "session": self._load(connection), "count": count}
+            fields = {"op": "time", "session": self._load(connection), "count": count, **self._machine.power}
             reply, _ = connection.request(fields, {"images": images})
             return [int(latency) for latency in reply["latencies"]]
 
         return self._machine._repeated(timed)
+
+    def conditions(self) -> dict[str, Any] | None:
+        """Return clocks, temperatures, power and load of the device since the first timed query: see
+        `targets.runner.telemetry.Series`.
+        """
+        reply, _ = self._machine.request({"op": "conditions"})
+        conditions: dict[str, Any] | None = reply["conditions"]
+        return conditions
 
     def close(self) -> None:
         if self._on is not None and self._on is self._machine._connection:

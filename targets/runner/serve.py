@@ -12,35 +12,35 @@ Requests, each with `op`:
     inspect    runtime, files           describe an engine
     open       runtime, files           load an engine; replies with `session` and `batch`
     infer      session                  run one query: attachment `images`, replies with `logits`
-    time       session, count           time queries: attachment `images`, replies with `latencies` in nanoseconds
+    time       session, count,          time queries: attachment `images`, replies with `latencies` in nanoseconds
+               power_mode, lock_clocks  (settings for the turn, see `turn`)
+    conditions                          clocks, temperatures, power and load since the first timed query
     close      session
 
 A reply has `ok`; a failed request has `error` and `exit_code` instead. Before its reply, a request may send records
-with `log` and `severity`. Engines are timed by one host at a time: a lock file holds others off.
+with `log` and `severity`. Engines are timed by one host at a time: see `turn`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import facts, jobs, messages, runtimes, telemetry
 from .cpu import half_precision, threads
-from .errors import Damaged, Refused, Unable
+from .errors import Damaged, Refused
 from .files import Files
+from .turn import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import IO, TextIO
+    from typing import IO
 
 _CHUNK = 1 << 22  # bytes of a file in one reply
-_WAIT_S, _POLL_S = 600.0, 0.2  # for another host that times engines
 
 
 class Server:
@@ -50,7 +50,7 @@ class Server:
         self._source, self._sink, self._folder = source, sink, folder
         self._files = Files(folder)
         self._sessions: dict[int, Any] = {}
-        self._timing: TextIO | None = None  # the lock file, while it is held
+        self._turn: Turn | None = None  # while engines are timed
 
     def run(self) -> None:
         """Execute requests until the host closes the connection."""
@@ -67,6 +67,7 @@ class Server:
         finally:
             for session in self._sessions.values():
                 session.close()
+            self._end_turn()
 
     def _execute(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         operation = getattr(self, f"_op_{fields.get('op')}", None)
@@ -140,46 +141,27 @@ class Server:
 
     def _op_time(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         session = self._session(fields)
-        self._reserve()
+        if self._turn is None:
+            self._turn = Turn(self._folder, fields["power_mode"], fields["lock_clocks"], self._say)
         latencies = session.latencies_ns(attachments["images"], fields["count"])
         return {"latencies": list(latencies)}, None
 
     def _op_close(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
         self._sessions.pop(fields["session"]).close()
-        if not self._sessions and self._timing:
-            self._timing.close()
-            self._timing = None
+        if not self._sessions:
+            self._end_turn()
         return {}, None
+
+    def _op_conditions(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        return {"conditions": self._turn.conditions() if self._turn else None}, None
+
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            turn, self._turn = self._turn, None
+            turn.end()
 
     def _session(self, fields: Mapping[str, Any]) -> Any:
         return self._sessions[fields["session"]]
-
-    def _reserve(self) -> None:
-        """Hold the lock of timing until the last session is closed. Raises Unable if another host keeps it."""
-        if self._timing:
-            return
-        lock = (self._folder / "timing.lock").open("a+")
-        deadline, waiting = time.monotonic() + _WAIT_S, False
-        while not _locked(lock):
-            if time.monotonic() > deadline:
-                lock.close()
-                raise Unable(
-                    f"another host has been timing engines for {_WAIT_S:.0f} s on this device; try again later"
-                )
-            if not waiting:
-                self._say("INFO", "another host is timing engines on this device; waiting")
-            waiting = True
-            time.sleep(_POLL_S)
-        self._timing = lock
-
-
-def _locked(file: TextIO) -> bool:
-    """Lock a file if no other process has locked it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
 
 
 def serve(folder: Path | None = None) -> int:

@@ -53,6 +53,8 @@ def test_an_engine_is_built_verified_and_timed_on_a_device(file: Path, shared: P
     answer = profile(on_device(file, target), shared)
     (row,) = (row for row in Results(shared / MEASUREMENTS).rows(target=target, device="loop"))
     assert (row.summary.p50_ms, answer["by"]) == (answer["p50_ms"], target)
+    during: Any = row.conditions["during"]
+    assert during["samples"] >= 1
     assert verify(on_device(file, target), shared)["executed"]
 
 
