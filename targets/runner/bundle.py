@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,9 @@ def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, obje
     trt = _tensorrt()
     graph = _graph(bundle, strongly_typed(trt))
     cache = folder / "timing.cache"
+    why_not = why_not_executed()
+    if why_not is not None:
+        say("WARNING", f"the engine will be built, but not run on the sample images: {why_not}")
     say("INFO", f"TensorRT {trt.__version__} compiles {graph} ({bundle['precision']}); this takes minutes on a Jetson")
     started = time.monotonic()
     built = build(
@@ -73,25 +77,40 @@ def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, obje
         "precision": bundle["precision"],
         "batch": bundle["batch"],
         "seconds": round(seconds, 1),
-        **try_engine(trt, built.plan, folder, say),
+        **(try_engine(trt, built.plan, folder, say) if why_not is None else _not_executed(why_not)),
     }
+
+
+def why_not_executed() -> str | None:
+    """Return why this machine cannot run engines, with a remedy; None if it can."""
+    try:
+        import numpy  # noqa: F401
+    except ImportError as e:
+        return (
+            f"numpy is not importable by {sys.executable} ({e}): install it, on a Jetson with `sudo apt install "
+            "python3-numpy`, and run this command again"
+        )
+    try:
+        find_cuda()
+    except Unable as e:
+        return str(e)
+    return None
+
+
+def _not_executed(why_not: str) -> dict[str, object]:
+    return {"executed": False, "why_not": f"not executed: {why_not}"}
 
 
 def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, object]:
     """Run the sample images through the engine and compare its logits with the logits of the torch program.
 
-    Returns `executed`, and either the comparison (see `compare`) or, as `why_not`, why the engine was not executed.
-    Raises Rejected where a logit is NaN or infinite.
+    Returns the GPU and the comparison (see `compare`). Raises Unable without a GPU, and Rejected where a logit is NaN
+    or infinite.
     """
-    try:
-        import numpy
-    except ImportError:
-        return {"executed": False, "why_not": "not executed: numpy is not importable"}
-    try:
-        cuda = find_cuda()
-        gpu = cuda.gpu()
-    except Unable as e:
-        return {"executed": False, "why_not": f"not executed: {e}"}
+    import numpy
+
+    cuda = find_cuda()
+    gpu = cuda.gpu()
     with numpy.load(folder / "sample.npz") as sample:
         images, expected = sample["images"], sample["logits"]
     execution = Execution(trt, plan, cuda, say)
@@ -110,7 +129,8 @@ def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, objec
         "why_not": None,
         "gpu": gpu.name,
         "compute_capability": "{}.{}".format(*gpu.capability),
-    } | {**compare(expected, logits)}
+        **compare(expected, logits),
+    }
 
 
 def run_all(execution: Execution, images: Floats) -> Floats:

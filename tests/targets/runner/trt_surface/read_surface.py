@@ -6,7 +6,7 @@ To add a version, or to read all of them again after `CLASSES` grew (Linux, gcc;
 10.x `tensorrt-cu12-bindings`, 11.x `tensorrt-cu13-bindings`):
 
     pip download --no-deps -d /tmp/trt tensorrt-cu12-bindings==10.3.0
-    python tests/targets/tensorrt/trt_surface/read_surface.py /tmp/trt/*.whl
+    python tests/targets/runner/trt_surface/read_surface.py /tmp/trt/*.whl
 
 Each wheel becomes one <version>.json beside this file: class -> its members, in alphabetical order.
 """

@@ -1,0 +1,197 @@
+"""Building of a bundle's engine by its runner, in a process of its own as on a device."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from targets import runner
+from targets.runner import bundle as runner_bundle
+from targets.runner import cuda, errors, tensorrt_engine
+from targets.tensorrt import rtx
+from tests.support.tiny_export import IMAGES
+from tests.targets.runner.board import Board, bundled, expected_logits, needs_gcc, python_3_8
+from tests.targets.runner.toy_gpu import ToyDriver, ToyEngine, ignore, toy_tensorrt
+
+FOLDER = Path(runner.__file__ or "").parent
+MODULES = sorted(FOLDER.rglob("*.py"))
+needs_rtx = pytest.mark.skipif(rtx.TARGET.missing() is not None, reason=str(rtx.TARGET.missing()))
+OLDEST = python_3_8()
+needs_3_8 = pytest.mark.skipif(OLDEST is None, reason="no Python 3.8 in pyenv or on PATH")
+interpreters = pytest.mark.parametrize(
+    "python",
+    [
+        pytest.param(sys.executable, id="this"),
+        pytest.param(OLDEST, id="3.8", marks=needs_3_8),
+    ],
+)
+
+
+def run_script(bundle: Path) -> subprocess.CompletedProcess[str]:
+    """Run a bundle's runner without site-packages."""
+    command = [sys.executable, "-S", "-m", "runner"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=bundle, env=environment)
+
+
+def has_numpy(python: str) -> bool:
+    return subprocess.run([python, "-c", "import numpy"], capture_output=True, check=False).returncode == 0
+
+
+@needs_gcc
+@interpreters
+def test_an_engine_is_built_and_compared_with_the_sample(tmp_path: Path, python: str) -> None:
+    if not has_numpy(python):
+        pytest.skip(f"{python} has no numpy")
+    bundle = bundled(tmp_path)
+    settings = {"logits": expected_logits(bundle, tmp_path / "board", noise=0.01)}
+    board = Board(folder=tmp_path / "board", python=python, settings=settings)
+    answer = board.run(bundle)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout.splitlines()[-1])
+    assert (found["executed"], found["why_not"], found["images"], found["agreement"]) == (True, None, IMAGES, 100.0)
+    assert 30 < found["snr_db"] < 80
+    assert (found["gpu"], found["compute_capability"]) == ("Orin (stand-in)", "8.7")
+    assert len([call for call in board.calls() if call == ["execute_async_v3"]]) == 3  # 5 images, 2 per query
+    assert json.loads((bundle / "layers.json").read_text())["Layers"] == []
+
+
+@needs_gcc
+@interpreters
+@pytest.mark.parametrize("version", ["8.6.2", "10.3.0", "11.4.1"])
+def test_an_engine_is_built_without_numpy_and_this_is_reported_first(tmp_path: Path, python: str, version: str) -> None:
+    bundle = bundled(tmp_path)
+    board = Board(folder=tmp_path / "board", python=python, settings={"version": version})
+    (tmp_path / "board" / "modules").mkdir(parents=True)
+    (tmp_path / "board" / "modules" / "numpy.py").write_text("raise ImportError('numpy was built for another Python')")
+    answer = board.run(bundle)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout.splitlines()[-1])
+    assert found["executed"] is False and "`sudo apt install python3-numpy`" in found["why_not"]
+    first, second = answer.stderr.splitlines()[:2]
+    assert first.startswith("warning: the engine will be built, but not run on the sample images: numpy is not impor")
+    assert second.startswith(f"info: TensorRT {version} compiles ")
+    assert ["build_serialized_network"] in board.calls()
+    assert found["sha256"] == hashlib.sha256((bundle / "model.engine").read_bytes()).hexdigest()
+
+
+@interpreters
+def test_every_module_of_the_runner_is_imported(python: str) -> None:
+    """The syntax check of `ast` misses annotations and decorators that are computed at import."""
+    names = [
+        ".".join(module.relative_to(FOLDER.parent).with_suffix("").parts)
+        for module in MODULES
+        if module.stem not in ("__init__", "__main__")
+    ]
+    command = [python, "-c", f"import {', '.join(names)}"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER.parent)
+    assert answer.returncode == 0, answer.stderr
+
+
+@needs_rtx
+def test_tensorrt_rtx_builds_the_engine_of_a_bundle(tmp_path: Path) -> None:
+    bundle = bundled(tmp_path)
+    source = "from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n"
+    answer = Board(folder=tmp_path / "board", source=source, gpu=False).run(bundle)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout.splitlines()[-1])
+    engine = (bundle / "model.engine").read_bytes()
+    assert (found["bytes"], found["sha256"]) == (len(engine), hashlib.sha256(engine).hexdigest())
+    assert (found["graph"], found["precision"], found["batch"]) == ("model.onnx", "int8", 2)
+    assert found["executed"] or found["why_not"].startswith("not executed: ")
+    assert run_script(bundle).returncode == 3  # what it wrote is no damage: all that is missing is tensorrt
+
+
+def test_the_script_refuses_a_damaged_bundle(tmp_path: Path) -> None:
+    bundle = bundled(tmp_path)
+    with (bundle / "model.onnx").open("ab") as graph:
+        graph.write(b"!")
+    answer = run_script(bundle)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    (sentence,) = answer.stderr.splitlines()
+    assert sentence.startswith("model.onnx of the bundle") and sentence.endswith("copy the whole bundle again")
+    (bundle / "sample.npz").unlink()
+    (bundle / "model.onnx").unlink()
+    assert "model.onnx of the bundle" in run_script(bundle).stderr
+    (bundle / "bundle.json").write_text("{")
+    assert "bundle.json cannot be read" in run_script(bundle).stderr
+
+
+def test_without_tensorrt_the_script_names_its_package(tmp_path: Path) -> None:
+    answer = run_script(bundled(tmp_path))
+    assert (answer.returncode, answer.stdout) == (3, "")
+    (sentence,) = answer.stderr.splitlines()
+    assert "tensorrt package is not importable" in sentence and "python3-libnvinfer" in sentence
+
+
+def test_a_tensorrt_that_does_not_start_is_explained(tmp_path: Path) -> None:
+    broken = """
+__version__ = "10.3.0"
+class NetworkDefinitionCreationFlag: STRONGLY_TYPED = 1
+class ILogger: pass
+def Builder(logger): raise TypeError("factory function returned nullptr")
+"""
+    answer = Board(folder=tmp_path / "board", source=broken, gpu=False).run(bundled(tmp_path))
+    assert answer.returncode == 3
+    assert "TensorRT 10.3.0 does not start on this machine: factory function returned nullptr" in answer.stderr
+
+
+def test_a_model_without_a_weak_graph_names_the_reason() -> None:
+    bundle = {"graphs": {"strong": "model.onnx", "weak": None}, "why_no_weak_graph": "Gelu came with opset 20"}
+    assert runner_bundle._graph(bundle, True) == "model.onnx"
+    with pytest.raises(errors.Unable, match="needs a weakly typed graph, which the bundle lacks: Gelu came with"):
+        runner_bundle._graph(bundle, False)
+
+
+def test_the_script_compares_logits_with_the_metrics_of_the_reports() -> None:
+    import numpy as np
+
+    from calibration.metrics import agreement, snr_db
+
+    draw = np.random.default_rng(0)
+    expected = draw.normal(size=(IMAGES, 4)).astype(np.float32)
+    found = expected + draw.normal(size=expected.shape).astype(np.float32)
+    assert runner_bundle.compare(expected, found) == {
+        "images": IMAGES,
+        "snr_db": round(snr_db(expected, found), 1),
+        "agreement": round(agreement(expected, found), 1),
+    }
+    assert runner_bundle.compare(expected, expected)["snr_db"] == snr_db(expected, expected)
+
+
+def test_the_runner_is_python_3_8_and_needs_nothing_but_numpy_and_the_runtimes() -> None:
+    imported = set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text(), feature_version=(3, 8))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(str(node.module).split(".")[0])
+    assert imported - sys.stdlib_module_names == {"numpy", "tensorrt"}
+
+
+@pytest.mark.parametrize("module", [file for file in MODULES if file.stem != "__init__"], ids=lambda file: file.stem)
+def test_the_runner_calls_nothing_newer_than_python_3_8(module: Path) -> None:
+    """The syntax check misses later methods and operators; common ones are listed here."""
+    tree = ast.parse(module.read_text())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"removeprefix", "removesuffix", "cache", "file_digest", "is_relative_to", "bit_count"}
+    keywords = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
+    assert not keywords & {"strict", "slots", "kw_only", "encoding_errors"}
+    first = next(node for node in tree.body if isinstance(node, ast.ImportFrom))
+    assert first.module == "__future__"  # else `str | None` in a signature is computed, which takes 3.10
+
+
+def test_any_number_of_images_is_run_in_whole_queries() -> None:
+    images = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1) * np.ones((5, 3, 4, 4), np.float32)
+    with closing(tensorrt_engine.Execution(toy_tensorrt(ToyEngine()), b"", cuda.Cuda(ToyDriver()), ignore)) as session:
+        assert runner_bundle.run_all(session, images)[:, 0].tolist() == [0, 48, 96, 144, 192]
