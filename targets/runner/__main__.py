@@ -1,11 +1,11 @@
 """Build the TensorRT engine of a bundle, with the TensorRT of this machine.
 
-    cd <bundle> && python3 -m runner [--workspace-mib 1024]
+    cd <bundle> && python3 -m runner [build] [--workspace-mib 1024]
 
 Checks every file against bundle.json, writes model.engine, runs the images of sample.npz through it and compares the
-logits with the logits of the torch program. The last line of stdout is one JSON object; all other output goes to
-stderr. Exit codes: 0 done; 2 the bundle is damaged; 3 this machine cannot build or run the engine; 4 TensorRT rejected
-the graph, or the engine computes NaN or infinity.
+logits with the logits of the torch program. The last line of stdout is one JSON object, also in result.json; all other
+output goes to stderr. Exit codes: 0 done; 2 the bundle is damaged; 3 this machine cannot build or run the engine; 4
+TensorRT rejected the graph, or the logits differ by more than bundle.json allows.
 
 Needs Python 3.8, TensorRT 8.5 or later and, to run the sample, numpy and an NVIDIA GPU: JetPack includes all of them.
 The host imports this package as `targets.runner`: engines are built and run by the same code everywhere.
@@ -27,17 +27,31 @@ def _to_stderr(severity: str, message: str) -> None:
     print(f"{severity.lower()}: {message}", file=sys.stderr)
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python3 -m runner", description=(__doc__ or "").split("\n", 1)[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="build the engine and run the sample images (the default)")
+    build.add_argument("--workspace-mib", type=int, default=WORKSPACE_BYTES >> 20, help="GPU memory for building")
+    build.set_defaults(run=_build)
+    return parser
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    result = build_bundle(Path(__file__).resolve().parent.parent, arguments.workspace_mib << 20, _to_stderr)
+    print(json.dumps(result))
+    return 0
+
+
 def main() -> int:
-    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    options.add_argument("--workspace-mib", type=int, default=WORKSPACE_BYTES >> 20, help="GPU memory for building")
-    arguments = options.parse_args()
+    words = sys.argv[1:]
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+        words = ["build", *words]
+    arguments = _parser().parse_args(words)
     try:
-        result = build_bundle(Path(__file__).resolve().parent.parent, arguments.workspace_mib << 20, _to_stderr)
+        return int(arguments.run(arguments))
     except Refused as e:
         print(e, file=sys.stderr)
         return e.exit_code
-    print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cuda import find_cuda
 from .errors import Damaged, Rejected, Unable
-from .tensorrt_engine import Execution, build, strongly_typed
+from .tensorrt_engine import Execution, build, load, strongly_typed
 
 if TYPE_CHECKING:
     from .tensorrt_engine import Floats, Say
@@ -32,7 +33,7 @@ def verified_bundle(folder: Path) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise Damaged(f"{name} of the bundle {folder} is missing: copy the whole bundle again")
-        actual = hashlib.sha256(file.read_bytes()).hexdigest()
+        actual = _sha256(file.read_bytes())
         if actual != expected:
             raise Damaged(
                 f"{name} of the bundle {folder} was changed or damaged (sha256 {actual[:12]}..., expected "
@@ -42,19 +43,20 @@ def verified_bundle(folder: Path) -> dict[str, Any]:
 
 
 def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, object]:
-    """Build the engine of the bundle in `folder` and run its sample; return the JSON object that the command prints.
+    """Build the engine of the bundle in `folder`, run its sample, and return the JSON object that the command prints.
 
+    Writes `model.engine`, `timing.cache`, `result.json` with the returned object and, where the sample was run,
+    `layers.json`. An engine whose logits differ too much becomes `rejected.engine` instead of `model.engine`.
     Raises Damaged, Unable or Rejected.
     """
     bundle = verified_bundle(folder)
-    trt = _tensorrt()
+    trt = load("tensorrt")
     graph = _graph(bundle, strongly_typed(trt))
-    cache = folder / "timing.cache"
     why_not = why_not_executed()
     if why_not is not None:
         say("WARNING", f"the engine will be built, but not run on the sample images: {why_not}")
     say("INFO", f"TensorRT {trt.__version__} compiles {graph} ({bundle['precision']}); this takes minutes on a Jetson")
-    started = time.monotonic()
+    cache, started = folder / "timing.cache", time.time()
     built = build(
         trt,
         (folder / graph).read_bytes(),
@@ -65,20 +67,37 @@ def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, obje
         timing_cache=cache.read_bytes() if cache.exists() else b"",
         detailed=True,
     )
-    seconds = time.monotonic() - started
-    _write(folder / "model.engine", built.plan)
+    seconds = time.time() - started
     _write(cache, built.timing_cache or b"")
-    return {
-        "engine": str(folder / "model.engine"),
+    _write(folder / "unverified.engine", built.plan)
+    executed = try_engine(trt, built.plan, folder, say) if why_not is None else {}
+    why_rejected = _why_rejected(executed, bundle["least"]) if executed else None
+    engine = folder / ("model.engine" if why_rejected is None else "rejected.engine")
+    (folder / "unverified.engine").replace(engine)
+    result = {
+        "engine": str(engine),
         "bytes": len(built.plan),
-        "sha256": hashlib.sha256(built.plan).hexdigest(),
+        "sha256": _sha256(built.plan),
         "tensorrt": trt.__version__,
         "graph": graph,
+        "graph_sha256": bundle["sha256"][graph],
+        "bundle_sha256": _sha256((folder / "bundle.json").read_bytes()),
         "precision": bundle["precision"],
         "batch": bundle["batch"],
+        "settings": built.settings,
+        "versions": {"python": platform.python_version(), **versions()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(seconds, 1),
-        **(try_engine(trt, built.plan, folder, say) if why_not is None else _not_executed(why_not)),
+        "executed": why_not is None,
+        "why_not": None if why_not is None else f"not executed: {why_not}",
+        **executed,
+        "least": bundle["least"],
+        "why_rejected": why_rejected,
     }
+    _write(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    if why_rejected is not None:
+        raise Rejected(f"{why_rejected}; the engine was kept as {engine}")
+    return result
 
 
 def why_not_executed() -> str | None:
@@ -97,15 +116,23 @@ def why_not_executed() -> str | None:
     return None
 
 
-def _not_executed(why_not: str) -> dict[str, object]:
-    return {"executed": False, "why_not": f"not executed: {why_not}"}
+def versions() -> dict[str, str]:
+    """Return the versions of numpy and of CUDA in the NVIDIA driver, where this machine has them."""
+    found = {}
+    try:
+        import numpy
+
+        found["numpy"] = numpy.__version__
+        found["cuda_driver"] = find_cuda().driver_version()
+    except (ImportError, Unable):
+        pass
+    return found
 
 
 def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, object]:
     """Run the sample images through the engine and compare its logits with the logits of the torch program.
 
-    Returns the GPU and the comparison (see `compare`). Raises Unable without a GPU, and Rejected where a logit is NaN
-    or infinite.
+    Returns the GPU and the comparison (see `compare`). Raises Unable where the GPU does not run the engine.
     """
     import numpy
 
@@ -119,14 +146,7 @@ def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, objec
         _write(folder / "layers.json", execution.layers(trt).encode())
     finally:
         execution.close()
-    if not numpy.isfinite(logits).all():
-        raise Rejected(
-            f"the engine computes NaN or infinity on {gpu.name} with TensorRT {trt.__version__}: build the bundle "
-            "again with RECIPE=fp32 to see whether FP16 overflows"
-        )
     return {
-        "executed": True,
-        "why_not": None,
         "gpu": gpu.name,
         "compute_capability": "{}.{}".format(*gpu.capability),
         **compare(expected, logits),
@@ -147,8 +167,8 @@ def run_all(execution: Execution, images: Floats) -> Floats:
 def compare(expected: Floats, actual: Floats) -> dict[str, object]:
     """Compare logits (images, classes) with the expected logits.
 
-    Returns `snr_db`, the signal-to-noise ratio in decibels, and `agreement`, the percentage of images whose top-1
-    class is the same.
+    Returns `snr_db`, the signal-to-noise ratio in decibels (None where a logit is NaN or infinite), and `agreement`,
+    the percentage of images whose top-1 class is the same.
     """
     import numpy as np
 
@@ -156,18 +176,25 @@ def compare(expected: Floats, actual: Floats) -> dict[str, object]:
     noise = float(np.square(np.subtract(expected, actual, dtype=np.float64)).sum())
     snr_db = _IDENTICAL_DB if noise == 0 else float(10 * np.log10(max(signal, 1e-300) / noise))
     agreement = float((expected.argmax(1) == actual.argmax(1)).mean() * 100)
-    return {"images": len(actual), "snr_db": round(snr_db, 1), "agreement": round(agreement, 1)}
+    return {
+        "images": len(actual),
+        "snr_db": round(snr_db, 1) if np.isfinite(actual).all() else None,
+        "agreement": round(agreement, 1),
+    }
 
 
-def _tensorrt() -> Any:
-    try:
-        import tensorrt
-    except ImportError as e:
-        raise Unable(
-            f"the tensorrt package is not importable here ({e}): install it, on a Jetson with `sudo apt install "
-            "python3-libnvinfer`, elsewhere with `python3 -m pip install tensorrt`"
-        ) from e
-    return tensorrt
+def _why_rejected(executed: dict[str, Any], least: dict[str, float]) -> str | None:
+    """Return why a comparison (see `compare`) fails; None if it reaches `least`, as `snr_db` and `agreement`."""
+    remedy = "build the bundle again with RECIPE=fp32 to see whether the precision is the cause"
+    if executed["snr_db"] is None:
+        return f"the engine computes NaN or infinity on {executed['gpu']}: {remedy}, such as an overflow of FP16"
+    if executed["snr_db"] >= least["snr_db"] and executed["agreement"] >= least["agreement"]:
+        return None
+    return (
+        f"the engine does not match the torch program on {executed['gpu']}: {executed['snr_db']} dB signal-to-noise "
+        f"ratio and {executed['agreement']} % equal predictions on {executed['images']} images, expected at least "
+        f"{least['snr_db']} dB and {least['agreement']} %: {remedy}"
+    )
 
 
 def _graph(bundle: dict[str, Any], strong: bool) -> str:
@@ -175,6 +202,10 @@ def _graph(bundle: dict[str, Any], strong: bool) -> str:
     if graph is None:
         raise Unable(f"this TensorRT needs a weakly typed graph, which the bundle lacks: {bundle['why_no_weak_graph']}")
     return str(graph)
+
+
+def _sha256(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()
 
 
 def _write(file: Path, contents: bytes) -> None:

@@ -46,6 +46,12 @@ class Cuda:
         """Describe all GPUs, the first included."""
         return [self._describe(device) for device in self._devices]
 
+    def driver_version(self) -> str:
+        """Return the newest version of CUDA that the driver supports, such as 12.6."""
+        version = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(version))
+        return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
     def attach(self) -> None:
         """Make the primary context current in this thread.
 
@@ -135,7 +141,16 @@ class Cuda:
         if status == 100:  # CUDA_ERROR_NO_DEVICE
             raise Unable("no NVIDIA GPU: the driver is there and found none")
         if status != 0:
-            raise Unable(f"the NVIDIA driver refused {name} with CUDA error {status}")
+            raise Unable(f"the NVIDIA driver refused {name} with CUDA error {status}{self._described(status)}")
+
+    def _described(self, status: int) -> str:
+        """Return the name of an error and its description, as the driver gives them."""
+        texts = []
+        for function in ("cuGetErrorName", "cuGetErrorString"):
+            text = ctypes.c_char_p()
+            if getattr(self._library, function)(ctypes.c_int(status), ctypes.byref(text)) == 0 and text.value:
+                texts.append(text.value.decode())
+        return f" ({': '.join(texts)})" if texts else ""
 
 
 def find_cuda() -> Cuda:

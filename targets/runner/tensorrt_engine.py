@@ -7,9 +7,12 @@ never by version number.
 from __future__ import annotations
 
 import collections
+import importlib
 import re
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .cuda import find_cuda
 from .errors import Rejected, Unable
 
 if TYPE_CHECKING:
@@ -27,8 +30,43 @@ if TYPE_CHECKING:
 WORKSPACE_BYTES = 1 << 30
 
 
+# Libraries without which an installed TensorRT does not import, with the remedies.
+_CUDA = "install the CUDA and cuDNN that this TensorRT needs, on a Jetson with `sudo apt install nvidia-jetpack`"
+_TENSORRT = "install TensorRT's libraries, on a Jetson with `sudo apt install nvidia-jetpack`"
+_LIBRARIES = {
+    "libnvdla_compiler": "`sudo apt install nvidia-l4t-dla-compiler`; start a container with --runtime nvidia",
+    "libcuda.so": "install the NVIDIA driver; start a container with --runtime nvidia",
+    "libcublas": _CUDA,
+    "libcudart": _CUDA,
+    "libcudnn": _CUDA,
+    "libnvinfer": _TENSORRT,
+    "libnvonnxparser": _TENSORRT,
+}
+
+
+def load(package: str) -> Any:
+    """Import `tensorrt` or `tensorrt_rtx`.
+
+    Raises Unable, with a remedy, where the package is missing or is there and does not import.
+    """
+    try:
+        return importlib.import_module(package)
+    except (ImportError, OSError) as e:
+        if isinstance(e, ModuleNotFoundError) and e.name == package:
+            raise Unable(
+                f"the {package} package is not importable by {sys.executable}: install it, on a Jetson with `sudo apt "
+                "install python3-libnvinfer` for the system's python3, elsewhere with `python3 -m pip install "
+                f"{package}`"
+            ) from e
+        reason = _one_line(str(e))
+        remedies = [remedy for library, remedy in _LIBRARIES.items() if library in reason]
+        remedy = remedies[0] if remedies else "install it again, for this Python"
+        raise Unable(f"the {package} package is there, but does not import ({reason}): {remedy}") from e
+
+
 class Built(NamedTuple):
     plan: bytes
+    settings: dict[str, object]  # that the engine was built with
     timing_cache: bytes | None  # None unless `build` was called with a timing cache
 
 
@@ -64,7 +102,7 @@ def build(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     if detailed:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    _allow_small_types(trt, config, precision)
+    flags = _allow_small_types(trt, config, precision)
     _add_profile(builder, network, config, batch)
     if timing_cache is not None:
         _set_timing_cache(config, timing_cache)
@@ -73,15 +111,28 @@ def build(
     if plan is None:
         raise Rejected(f"TensorRT {trt.__version__} parsed the graph but built no engine: {_last_error(logger)}")
     timings = None if timing_cache is None else config.get_timing_cache()
-    return Built(bytes(plan), None if timings is None else bytes(timings.serialize()))
+    settings: dict[str, object] = {
+        "typing": "strong" if strongly_typed(trt) else "weak",
+        "flags": flags,
+        "workspace_bytes": workspace_bytes,
+    }
+    return Built(bytes(plan), settings, None if timings is None else bytes(timings.serialize()))
 
 
 def _builder(trt: Any, logger: Any) -> Any:
     try:
         return trt.Builder(logger)
     except (TypeError, RuntimeError) as e:  # pybind11 raises these where a constructor returns null
-        reason = _last_error(logger, otherwise=str(e))
-        raise Unable(f"TensorRT {trt.__version__} does not start on this machine: {reason}") from e
+        reason = _last_error(logger, otherwise=_one_line((logger.warnings or [str(e)])[-1]))
+        raise Unable(f"TensorRT {trt.__version__} does not start on this machine: {reason}{_why_no_gpu()}") from e
+
+
+def _why_no_gpu() -> str:
+    try:
+        find_cuda()
+    except Unable as e:
+        return f"; {e}"
+    return ""
 
 
 def strongly_typed(trt: Any) -> bool:
@@ -103,7 +154,7 @@ def make_logger(trt: Any, say: Say) -> Any:
     """Return a TensorRT logger that passes each distinct warning and error to `say` once.
 
     Messages that differ only in numbers count as the same message. `summarize()` reports how many repetitions were
-    dropped; the attribute `errors` keeps every error.
+    dropped; the attributes `errors` and `warnings` keep every message.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
@@ -111,12 +162,15 @@ def make_logger(trt: Any, say: Say) -> Any:
             trt.ILogger.__init__(self)
             self.counts: collections.Counter[str] = collections.Counter()
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity.name in ("INFO", "VERBOSE"):
                 return
             if severity.name in ("ERROR", "INTERNAL_ERROR"):
                 self.errors.append(message)
+            else:
+                self.warnings.append(message)
             kind = re.sub(r"\d+", "#", message.strip())
             self.counts[kind] += 1
             if self.counts[kind] == 1:
@@ -131,13 +185,17 @@ def make_logger(trt: Any, say: Say) -> Any:
     return Logger()
 
 
-def _allow_small_types(trt: Any, config: Any, precision: str) -> None:
+def _allow_small_types(trt: Any, config: Any, precision: str) -> list[str]:
+    """Set the builder flags of `precision` for weak typing, and return their names."""
     if strongly_typed(trt) or not hasattr(trt.BuilderFlag, "FP16") or not hasattr(trt.BuilderFlag, "INT8"):
-        return
-    if precision in ("fp16", "int8"):
-        config.set_flag(trt.BuilderFlag.FP16)
-    if precision == "int8":
-        config.set_flag(trt.BuilderFlag.INT8)
+        return []
+    if precision == "fp32":
+        return []
+    config.set_flag(trt.BuilderFlag.FP16)
+    if precision == "fp16":
+        return ["FP16"]
+    config.set_flag(trt.BuilderFlag.INT8)
+    return ["FP16", "INT8"]
 
 
 def _add_profile(builder: Any, network: Any, config: Any, batch: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.errors import CannotRunHere
 from targets.tensorrt.bundle import RUNNER, BoardTarget
-from targets.tensorrt.target import find_gpu
+from targets.tensorrt.target import find_gpu, why_not_importable
 
 _RELEASE = Path("/etc/nv_tegra_release")  # every JetPack has this file; containers on it may not
 _DEVICE_TREE = Path("/proc/device-tree/compatible")
@@ -36,7 +36,7 @@ class JetsonTarget(BoardTarget):
             find_gpu()
         except CannotRunHere as e:
             return f"{e}; in a container, start it with --runtime nvidia"
-        return None
+        return why_not_importable(self.package)
 
     def next_command(self, bundle: Path) -> str:
         there = f"cd {shlex.quote(bundle.name)} && python3 -m {RUNNER}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.errors import CannotRunHere
 from targets.tensorrt.bundle import RUNNER, BoardTarget
-from targets.tensorrt.target import find_gpu
+from targets.tensorrt.target import find_gpu, why_not_importable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class NvidiaTarget(BoardTarget):
             find_gpu()
         except CannotRunHere as e:
             return f"{e}; TensorRT compiles on the GPU that runs the engine: copy the bundle to that machine"
-        return None
+        return why_not_importable(self.package)
 
     def next_command(self, bundle: Path) -> str:
         # In a copy, since the script writes files and artifacts in the store must not change.

@@ -8,7 +8,6 @@ pipeline.
 from __future__ import annotations
 
 import collections
-import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -26,7 +25,7 @@ from models.errors import CannotRunHere, CheckFailed
 from targets.base import Export, Session
 from targets.devices.machine import LOCAL, Machine, explained
 from targets.onnx.index import LAYOUT_OPERATORS, Index, axis, dequantized, drop_unused_constants
-from targets.runner import cuda, tensorrt_engine
+from targets.runner import cuda, errors, tensorrt_engine
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -98,7 +97,8 @@ class TensorRtTarget:
         if not self.machine.local:
             self._build_there(export, out)
             return
-        trt = importlib.import_module(self.package)
+        with explained():
+            trt = tensorrt_engine.load(self.package)
         graph = typed_onnx(export) if tensorrt_engine.strongly_typed(trt) else weak_onnx(export)
         onnx_bytes = graph.SerializeToString()
         plan = build_plan(trt, onnx_bytes, precision=export.precision, batch=export.batch)
@@ -135,6 +135,15 @@ def find_gpu() -> cuda.Gpu:
     """Return the first NVIDIA GPU, as its driver reports it. Raises CannotRunHere without a driver or a GPU."""
     with explained():
         return cuda.find_cuda().gpu()
+
+
+def why_not_importable(package: str) -> str | None:
+    """Import `tensorrt` or `tensorrt_rtx`; return why it does not import, with a remedy, or None if it does."""
+    try:
+        tensorrt_engine.load(package)
+    except errors.Unable as e:
+        return str(e)
+    return None
 
 
 def _dotted(capability: tuple[int, ...]) -> str:

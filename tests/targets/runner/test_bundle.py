@@ -25,6 +25,7 @@ from tests.targets.runner.toy_gpu import ToyDriver, ToyEngine, ignore, toy_tenso
 FOLDER = Path(runner.__file__ or "").parent
 MODULES = sorted(FOLDER.rglob("*.py"))
 needs_rtx = pytest.mark.skipif(rtx.TARGET.missing() is not None, reason=str(rtx.TARGET.missing()))
+REMEDY = "build the bundle again with RECIPE=fp32 to see whether the precision is the cause"
 OLDEST = python_3_8()
 needs_3_8 = pytest.mark.skipif(OLDEST is None, reason="no Python 3.8 in pyenv or on PATH")
 interpreters = pytest.mark.parametrize(
@@ -133,16 +134,109 @@ def test_without_tensorrt_the_script_names_its_package(tmp_path: Path) -> None:
     assert "tensorrt package is not importable" in sentence and "python3-libnvinfer" in sentence
 
 
-def test_a_tensorrt_that_does_not_start_is_explained(tmp_path: Path) -> None:
-    broken = """
-__version__ = "10.3.0"
-class NetworkDefinitionCreationFlag: STRONGLY_TYPED = 1
-class ILogger: pass
-def Builder(logger): raise TypeError("factory function returned nullptr")
-"""
-    answer = Board(folder=tmp_path / "board", source=broken, gpu=False).run(bundled(tmp_path))
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("libnvdla_compiler.so: cannot open shared object file", "`sudo apt install nvidia-l4t-dla-compiler`"),
+        ("libcublas.so.11: cannot open shared object file", "install the CUDA and cuDNN"),
+        ("libcuda.so.1: cannot open shared object file", "start a container with --runtime nvidia"),
+        ("libnvinfer.so.8: cannot open shared object file", "install TensorRT's libraries"),
+        ("undefined symbol: _ZN8nvinfer1", "install it again, for this Python"),
+    ],
+)
+def test_a_tensorrt_that_does_not_import_has_a_remedy(tmp_path: Path, error: str, remedy: str) -> None:
+    board = Board(folder=tmp_path / "board", source=f"raise ImportError({error!r})", gpu=False)
+    answer = board.run(bundled(tmp_path))
+    assert (answer.returncode, answer.stdout) == (3, "")
+    (sentence,) = answer.stderr.splitlines()
+    assert sentence.startswith(f"the tensorrt package is there, but does not import ({error}): ") and remedy in sentence
+    assert "python3-libnvinfer" not in sentence
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, "CUDA initialization failure with error: 35"),
+        (
+            {"LIBCUDA_INIT": "803"},
+            "CUDA initialization failure with error: 35; the NVIDIA driver refused cuInit with CUDA error 803 "
+            "(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: system has unsupported display driver / cuda driver combination)",
+        ),
+        ({"LIBCUDA_INIT": "100"}, "CUDA initialization failure with error: 35; no NVIDIA GPU: the driver is there"),
+        ({"LIBCUDA_INIT": "46"}, "the NVIDIA driver refused cuInit with CUDA error 46"),
+    ],
+)
+def test_a_tensorrt_that_does_not_start_is_explained_by_the_driver(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    settings = {"start_error": "CUDA initialization failure with error: 35"}
+    board = Board(folder=tmp_path / "board", settings=settings, environment=environment)
+    answer = board.run(bundled(tmp_path))
     assert answer.returncode == 3
-    assert "TensorRT 10.3.0 does not start on this machine: factory function returned nullptr" in answer.stderr
+    assert answer.stderr.splitlines()[-1].startswith("TensorRT 10.3.0 does not start on this machine: ")
+    assert reason in answer.stderr.splitlines()[-1] and "nullptr" not in answer.stderr
+
+
+@needs_gcc
+def test_the_result_is_written_beside_the_engine(tmp_path: Path) -> None:
+    bundle = bundled(tmp_path)
+    settings = {"version": "8.6.2", "logits": expected_logits(bundle, tmp_path / "board")}
+    answer = Board(folder=tmp_path / "board", settings=settings).run(bundle, "build", "--workspace-mib", "64")
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads((bundle / "result.json").read_text())
+    assert found == json.loads(answer.stdout.splitlines()[-1])
+    assert found["versions"]["cuda_driver"] == "12.6" and {"python", "numpy"} <= set(found["versions"])
+    assert found["settings"] == {"typing": "weak", "flags": ["FP16", "INT8"], "workspace_bytes": 64 << 20}
+    for name, file in (
+        ("sha256", "model.engine"),
+        ("graph_sha256", "model_weak.onnx"),
+        ("bundle_sha256", "bundle.json"),
+    ):
+        assert found[name] == hashlib.sha256((bundle / file).read_bytes()).hexdigest()
+    assert (found["snr_db"], found["agreement"], found["why_rejected"]) == (200.0, 100.0, None)
+    assert found["started"].endswith("Z") and found["seconds"] >= 0
+    assert {"unverified.engine", "rejected.engine"} & {file.name for file in bundle.iterdir()} == set()
+
+
+@needs_gcc
+def test_an_engine_that_computes_only_zeros_is_rejected(tmp_path: Path) -> None:
+    bundle = bundled(tmp_path)
+    answer = Board(folder=tmp_path / "board").run(bundle)
+    assert (answer.returncode, answer.stdout) == (4, "")
+    assert "does not match the torch program on Orin (stand-in): 0.0 dB signal-to-noise ratio and " in answer.stderr
+    assert f"expected at least 12.0 dB and 75.0 %: {REMEDY}" in answer.stderr
+    assert (bundle / "rejected.engine").exists() and not (bundle / "model.engine").exists()
+    found = json.loads((bundle / "result.json").read_text())
+    assert found["snr_db"] == 0.0 and found["why_rejected"] in answer.stderr
+    assert found["engine"].endswith("rejected.engine")
+
+
+@needs_gcc
+def test_an_engine_that_computes_nan_is_rejected(tmp_path: Path) -> None:
+    bundle = bundled(tmp_path)
+    settings = {"logits": expected_logits(bundle, tmp_path / "board", noise=float("nan"))}
+    answer = Board(folder=tmp_path / "board", settings=settings).run(bundle)
+    assert (answer.returncode, answer.stdout) == (4, "")
+    assert "the engine computes NaN or infinity on Orin (stand-in): " + REMEDY in answer.stderr
+    assert json.loads((bundle / "result.json").read_text())["snr_db"] is None
+
+
+@pytest.mark.parametrize(
+    ("snr_db", "agreement", "rejected"),
+    [(12.0, 75.0, False), (11.9, 100.0, True), (30.0, 74.9, True), (200.0, 100.0, False)],
+)
+def test_both_bars_of_a_bundle_hold(snr_db: float, agreement: float, rejected: bool) -> None:
+    executed = {"gpu": "Orin", "images": 16, "snr_db": snr_db, "agreement": agreement}
+    why_rejected = runner_bundle._why_rejected(executed, {"snr_db": 12.0, "agreement": 75.0})
+    assert (why_rejected is not None) is rejected
+
+
+def test_a_command_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    board = Board(folder=tmp_path / "board", gpu=False)
+    answer = board.run(bundled(tmp_path), "compile")
+    assert answer.returncode == 2 and "invalid choice: 'compile'" in answer.stderr
+    assert "build the engine" in board.run(tmp_path / "my bundle", "--help").stdout
 
 
 def test_a_model_without_a_weak_graph_names_the_reason() -> None:
@@ -168,7 +262,7 @@ def test_the_script_compares_logits_with_the_metrics_of_the_reports() -> None:
     assert runner_bundle.compare(expected, expected)["snr_db"] == snr_db(expected, expected)
 
 
-def test_the_runner_is_python_3_8_and_needs_nothing_but_numpy_and_the_runtimes() -> None:
+def test_the_runner_is_python_3_8_and_imports_nothing_but_numpy() -> None:
     imported = set()
     for module in MODULES:
         for node in ast.walk(ast.parse(module.read_text(), feature_version=(3, 8))):
@@ -176,7 +270,7 @@ def test_the_runner_is_python_3_8_and_needs_nothing_but_numpy_and_the_runtimes()
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(str(node.module).split(".")[0])
-    assert imported - sys.stdlib_module_names == {"numpy", "tensorrt"}
+    assert imported - sys.stdlib_module_names == {"numpy"}
 
 
 @pytest.mark.parametrize("module", [file for file in MODULES if file.stem != "__init__"], ids=lambda file: file.stem)
@@ -185,6 +279,8 @@ def test_the_runner_calls_nothing_newer_than_python_3_8(module: Path) -> None:
     tree = ast.parse(module.read_text())
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not attributes & {"removeprefix", "removesuffix", "cache", "file_digest", "is_relative_to", "bit_count"}
+    joined = [node.op for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.left, ast.Dict)]
+    assert not joined  # `{} | {}` takes 3.9
     keywords = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
     assert not keywords & {"strict", "slots", "kw_only", "encoding_errors"}
     first = next(node for node in tree.body if isinstance(node, ast.ImportFrom))

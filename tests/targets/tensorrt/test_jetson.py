@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from calibration.recipe import Precision
-from models.errors import CheckFailed
-from targets.base import Bundles, Export
+from models.errors import CannotRunHere, CheckFailed
+from targets.base import Bundles
+from targets.runner import cuda
 from targets.tensorrt import bundle, jetson, nvidia, rtx
+from targets.tensorrt import target as tensorrt_target
 from tests.support.tiny_export import SIZE, tiny_export
 
 needs_rtx = pytest.mark.skipif(rtx.TARGET.missing() is not None, reason=str(rtx.TARGET.missing()))
@@ -40,6 +42,7 @@ def test_a_bundle_has_a_description_and_the_importer_that_accepted_it(tmp_path: 
     assert found["graphs"] == {"strong": "model.onnx", "weak": "model_weak.onnx"}
     assert found["accepted_by"] == f"TensorRT-RTX {rtx.TARGET.toolchain()['tensorrt_rtx']} importer"
     assert found["why_not_accepted"] is None
+    assert found["least"] == {"snr_db": 12.0, "agreement": 75.0}
 
 
 def test_a_bundle_is_packed_without_tensorrt_rtx_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,13 +60,12 @@ def test_a_graph_that_nvidia_refuses_is_not_packed(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle.json").exists()
 
 
-def test_the_trtexec_command_is_valid_for_every_version() -> None:
-    commands = bundle.trtexec_commands("trtexec", Export(path=Path(), precision="int8", batch=1))
-    assert "--onnx=model_weak.onnx --int8 --fp16" in commands["8.6"]
-    assert "--onnx=model.onnx --stronglyTyped" in commands["10"] and "--int8" not in commands["10"]
-    assert "--stronglyTyped" not in commands["11"] and "--fp16" not in commands["11"]
-    for command in commands.values():
-        assert {"--useCudaGraph", "--useSpinWait", "--noDataTransfers", "--separateProfileRun"} <= set(command.split())
+def test_trtexec_times_the_engine_that_was_built() -> None:
+    command = bundle.trtexec_command("trtexec").split()
+    assert command[:2] == ["trtexec", "--loadEngine=model.engine"]
+    assert {"--useCudaGraph", "--useSpinWait", "--noDataTransfers", "--separateProfileRun"} <= set(command)
+    written = {argument.split("=")[1] for argument in command if argument.startswith(("--export", "--save"))}
+    assert written == {"times.json", "profile.json"}  # neither the engine nor layers.json
 
 
 def test_the_next_command_survives_spaces() -> None:
@@ -85,3 +87,22 @@ def test_elsewhere_than_on_a_jetson_the_bundle_is_the_way(monkeypatch: pytest.Mo
     (tmp_path / "compatible").write_bytes(b"nvidia,p3768-0000\0nvidia,tegra234\0")
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     assert "it comes with JetPack" in str(jetson.TARGET.missing())
+
+
+@pytest.mark.parametrize("target", [jetson.TARGET, nvidia.TARGET])
+def test_a_tensorrt_that_does_not_import_is_missing_and_named(
+    target: jetson.JetsonTarget | nvidia.NvidiaTarget, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(
+        "raise ImportError('libnvdla_compiler.so: cannot open shared object file: No such file or directory')"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(jetson, "_RELEASE", tmp_path)
+    for module in (jetson, nvidia, tensorrt_target):
+        monkeypatch.setattr(module, "find_gpu", lambda: cuda.Gpu("Orin", (8, 7)))
+    for why_not in (target.missing(), target.not_executed()):
+        assert why_not is not None
+        assert why_not.startswith("the tensorrt package is there, but does not import (libnvdla_compiler.so: cannot")
+        assert "`sudo apt install nvidia-l4t-dla-compiler`" in why_not
+    with pytest.raises(CannotRunHere, match="does not import"):
+        target.build(tiny_export(tmp_path / "export", "fp32"), tmp_path)
