@@ -20,6 +20,7 @@ from models.errors import BadRequest, CannotRunHere, CheckFailed, EdgelineError
 from targets.devices.connection import Connection, Dropped
 from targets.runner import cpu, errors, runtimes
 from targets.runner.files import digest_of
+from targets.runner.tensorrt_engine import STRONG
 
 if TYPE_CHECKING:
     from targets.base import Images, Logits, Session
@@ -43,7 +44,7 @@ class RuntimeFacts:
     version: str = "missing"
     missing: str | None = None  # why engines cannot be built
     not_executed: str | None = None  # why engines cannot be executed
-    strongly_typed: bool = True  # of TensorRT's networks
+    generation: str = STRONG  # of TensorRT
     gpu: str | None = None
     capability: tuple[int, ...] = ()  # compute capability of the GPU
 

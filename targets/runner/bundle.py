@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cuda import find_cuda
 from .errors import Damaged, Rejected, Unable
-from .tensorrt_engine import Execution, build, load, strongly_typed
+from .tensorrt_engine import Execution, build, generation, load
 
 if TYPE_CHECKING:
     from .tensorrt_engine import Floats, Say
@@ -51,7 +51,8 @@ def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, obje
     """
     bundle = verified_bundle(folder)
     trt = load("tensorrt")
-    graph = _graph(bundle, strongly_typed(trt))
+    chosen = _graph(bundle, generation(trt))
+    graph = chosen["file"]
     why_not = why_not_executed()
     if why_not is not None:
         say("WARNING", f"the engine will be built, but not run on the sample images: {why_not}")
@@ -66,6 +67,7 @@ def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, obje
         workspace_bytes=workspace_bytes,
         timing_cache=cache.read_bytes() if cache.exists() else b"",
         detailed=True,
+        float32_layers=chosen["float32_layers"],
     )
     seconds = time.time() - started
     _write(cache, built.timing_cache or b"")
@@ -197,11 +199,13 @@ def _why_rejected(executed: dict[str, Any], least: dict[str, float]) -> str | No
     )
 
 
-def _graph(bundle: dict[str, Any], strong: bool) -> str:
-    graph = bundle["graphs"]["strong" if strong else "weak"]
-    if graph is None:
-        raise Unable(f"this TensorRT needs a weakly typed graph, which the bundle lacks: {bundle['why_no_weak_graph']}")
-    return str(graph)
+def _graph(bundle: dict[str, Any], generation: str) -> dict[str, Any]:
+    """Return the entry of `graphs` in bundle.json for a generation of TensorRT. Raises Unable where it has no file."""
+    graph: dict[str, Any] = bundle["graphs"][generation]
+    if graph["file"] is None:
+        served = [name for name, graph in bundle["graphs"].items() if graph["file"] is not None]
+        raise Unable(f"the bundle serves {', '.join(served)} and not {generation}: {graph['why_not']}")
+    return graph
 
 
 def _sha256(contents: bytes) -> str:

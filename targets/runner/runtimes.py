@@ -98,11 +98,11 @@ class TensorRt:
         self.package = package
 
     def described(self) -> dict[str, Any]:
-        """Return the version, whether networks are strongly typed, and the GPU, or why engines do not run here."""
+        """Return the version, the generation (see `tensorrt_engine`), and the GPU, or why engines do not run here."""
         from .cuda import find_cuda
-        from .tensorrt_engine import strongly_typed
+        from .tensorrt_engine import generation
 
-        described = {"version": version_of(self.package), "strongly_typed": strongly_typed(self.module())}
+        described = {"version": version_of(self.package), "generation": generation(self.module())}
         try:
             gpu = find_cuda().gpu()
         except Unable as error:
@@ -117,23 +117,21 @@ class TensorRt:
         return Execution(self.module(), (engine / "model.engine").read_bytes(), cuda, say)
 
     def build(self, folder: Path, options: Mapping[str, Any], say: Say) -> None:
-        """Compile `model.onnx` in `folder` to `model.engine`. `options`: `precision` and `batch`."""
+        """Compile `model.onnx` in `folder` to `model.engine`. `options`: those of `tensorrt_engine.build`."""
         from .tensorrt_engine import build
 
         built = build(
             self.module(),
             (folder / "model.onnx").read_bytes(),
-            precision=options["precision"],
-            batch=options["batch"],
             say=say,
+            **options,
         )
         (folder / "model.engine").write_bytes(built.plan)
 
     def module(self) -> Any:
-        try:
-            return importlib.import_module(self.package)
-        except ImportError as error:
-            raise Unable(f"the {self.package} package is installed and cannot be imported: {error}") from error
+        from .tensorrt_engine import load
+
+        return load(self.package)
 
 
 RUNTIMES: dict[str, Any] = {

@@ -16,7 +16,7 @@ from .cuda import find_cuda
 from .errors import Rejected, Unable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import numpy as np
     import numpy.typing as npt
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
     Say = Callable[[str, str], None]  # log callback: severity ("WARNING", "ERROR", ...), message
+
+# Generations of TensorRT, each of which compiles a graph of its own.
+STRONG = "TensorRT 10 and later"  # strongly typed: the graph states the type of every tensor
+WEAK = "TensorRT 8.6"  # weakly typed: builder flags enable FP16 and INT8
+PRIMITIVE = "TensorRT 8.5"  # weakly typed, without LayerNormalization
 
 # An upper limit, not a reservation. A mobile model needs a few MB; on a Jetson, GPU and CPU share the memory.
 WORKSPACE_BYTES = 1 << 30
@@ -80,6 +85,7 @@ def build(
     workspace_bytes: int = WORKSPACE_BYTES,
     timing_cache: bytes | None = None,
     detailed: bool = False,
+    float32_layers: Collection[str] = (),
 ) -> Built:
     """Compile a serialized ONNX graph with the TensorRT module `trt` (`tensorrt` 8.5 to 11, or `tensorrt_rtx`).
 
@@ -87,7 +93,7 @@ def build(
     typing (8.x), `onnx` is float32 with Q/DQ and `precision` sets the builder flags FP16 and INT8. TF32 stays enabled,
     TensorRT's default. A dynamic batch gets an optimization profile of 1 to `batch` images. An empty `timing_cache`
     starts a new cache; a cache of a different GPU or TensorRT version is replaced. `detailed` keeps layer details in
-    the engine for the engine inspector.
+    the engine for the engine inspector. `float32_layers` names layers that stay in float32 with weak typing.
 
     Raises Rejected, quoting TensorRT's message, where the importer or the builder rejects the graph, and Unable where
     TensorRT does not start.
@@ -103,6 +109,8 @@ def build(
     if detailed:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     flags = _allow_small_types(trt, config, precision)
+    if flags and float32_layers:
+        flags += _keep_in_float32(trt, network, config, float32_layers)
     _add_profile(builder, network, config, batch)
     if timing_cache is not None:
         _set_timing_cache(config, timing_cache)
@@ -138,6 +146,18 @@ def _why_no_gpu() -> str:
 def strongly_typed(trt: Any) -> bool:
     """Return whether networks are strongly typed: optional in TensorRT 10, always in 11 and RTX, never in 8.x."""
     return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def generation(trt: Any) -> str:
+    """Return the generation of the TensorRT module `trt`: STRONG, WEAK or PRIMITIVE.
+
+    Raises Unable for versions before 8.5.
+    """
+    if strongly_typed(trt):
+        return STRONG
+    if not hasattr(trt.ICudaEngine, "num_io_tensors"):
+        raise Unable(f"TensorRT {trt.__version__} is too old: 8.5 or later is needed, on a Jetson JetPack 5.1 or later")
+    return WEAK if hasattr(trt.INetworkDefinition, "add_normalization") else PRIMITIVE
 
 
 def network_flags(trt: Any) -> int:
@@ -196,6 +216,20 @@ def _allow_small_types(trt: Any, config: Any, precision: str) -> list[str]:
         return ["FP16"]
     config.set_flag(trt.BuilderFlag.INT8)
     return ["FP16", "INT8"]
+
+
+def _keep_in_float32(trt: Any, network: Any, config: Any, names: Collection[str]) -> list[str]:
+    """Constrain the layers called `names` to float32, with their outputs; return the builder flags that this set."""
+    if not hasattr(trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS"):  # removed in TensorRT 11
+        return []
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.name in names and hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
+            layer.precision = trt.DataType.FLOAT
+            for output in range(layer.num_outputs):
+                layer.set_output_type(output, trt.DataType.FLOAT)
+    return ["OBEY_PRECISION_CONSTRAINTS"]
 
 
 def _add_profile(builder: Any, network: Any, config: Any, batch: int) -> None:

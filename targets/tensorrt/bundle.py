@@ -17,6 +17,7 @@ from calibration.recipe import Precision
 from models.errors import CheckFailed
 from targets import runner
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export
+from targets.runner.tensorrt_engine import PRIMITIVE, STRONG, WEAK
 from targets.tensorrt import rtx
 from targets.tensorrt.target import (
     ENGINE,
@@ -26,15 +27,15 @@ from targets.tensorrt.target import (
     check_graph,
     installed_version,
     typed_onnx,
-    weak_onnx,
     why_not_importable,
 )
+from targets.tensorrt.weak_graph import float32_layers, weak_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 RUNNER = "runner"  # the folder of the package, also in bundles
-_WEAK_GRAPH = "model_weak.onnx"
+_WEAK_GRAPH, _PRIMITIVE_GRAPH = "model_weak.onnx", "model_weak_8_5.onnx"
 
 # The lowest signal-to-quantization-noise ratio of the weakly typed graph against the export, in dB. Both graphs have
 # the same operators in the same order, but weights may differ in the last bit: in INT8 a value may round to the
@@ -78,7 +79,8 @@ class BoardTarget(TensorRtTarget):
         """Write the graphs, the script that compiles them, and the data that the engine is verified with, into `out`.
 
         model.onnx        strongly typed, for TensorRT 10 and later; compiled by TensorRT-RTX where that is installed
-        model_weak.onnx   float32 in opset 17, for TensorRT 8.x
+        model_weak.onnx   float32 in opset 17, for TensorRT 8.6, and for 8.5 unless it has LayerNormalization
+        model_weak_8_5.onnx    the same with LayerNormalization as primitive operators, for TensorRT 8.5
         sample.npz, scales.json, model.json    copied from the export
         runner/           a copy of `targets.runner`, which builds and runs the engine: `python3 -m runner`
         bundle.json       description of the bundle, least accuracy, sha256 of every other file, trtexec command
@@ -92,9 +94,8 @@ class BoardTarget(TensorRtTarget):
         onnx.save(typed, out / GRAPH)
         facts = check_graph(export, out / GRAPH)
         accepted_by, why_not_accepted = _acceptance(typed, export)
-        weak, why_no_weak_graph = _weak_graph(export)
-        if weak is not None:
-            onnx.save(weak, out / _WEAK_GRAPH)
+        graphs = {PRIMITIVE: _weak_graph(export, False, out), WEAK: _weak_graph(export, True, out)}
+        graphs[STRONG] = {"file": GRAPH, "why_not": None, "float32_layers": []}
         for name in ("scales.json", "model.json", "sample.npz"):
             shutil.copyfile(export.path / name, out / name)
         copy_runner(out / RUNNER)
@@ -105,8 +106,8 @@ class BoardTarget(TensorRtTarget):
             "size": export.size(),
             "input": INPUT_NAME,
             "output": OUTPUT_NAME,
-            "graphs": {"strong": GRAPH, "weak": None if weak is None else _WEAK_GRAPH},
-            "why_no_weak_graph": why_no_weak_graph,
+            "serves": [generation for generation, graph in graphs.items() if graph["file"] is not None],
+            "graphs": graphs,
             "accepted_by": accepted_by,
             "why_not_accepted": why_not_accepted,
             **facts,
@@ -146,17 +147,31 @@ def _acceptance(typed: ModelProto, export: Export) -> tuple[str | None, str | No
     return f"TensorRT-RTX {trt.__version__} importer", None
 
 
-def _weak_graph(export: Export) -> tuple[ModelProto | None, str | None]:
-    """Return the graph for TensorRT 8.x, compared with the export; or None and why the model has no such graph."""
+def _weak_graph(export: Export, normalization: bool, out: Path) -> dict[str, object]:
+    """Write the graph for TensorRT 8.6 (`normalization`) or 8.5 into `out`, compared with the export.
+
+    Returns its `file`, None where the model has no such graph, `why_not`, and the layers that stay in float32.
+    """
+    import onnx
+
+    try:
+        weak = weak_onnx(export, normalization=normalization)
+    except CheckFailed as e:
+        return {"file": None, "why_not": str(e), "float32_layers": []}
+    pinned = float32_layers(weak)
+    file = _PRIMITIVE_GRAPH if pinned else _WEAK_GRAPH  # without LayerNormalization, one graph serves both
+    _compare(export, weak)
+    onnx.save(weak, out / file)
+    return {"file": file, "why_not": None, "float32_layers": pinned}
+
+
+def _compare(export: Export, weak: ModelProto) -> None:
+    """Raise CheckFailed where the logits of a weakly typed graph on the sample do not match the export."""
     import numpy as np
 
     from calibration.metrics import snr_db
     from targets.onnx.reference import reference_logits
 
-    try:
-        weak = weak_onnx(export)
-    except CheckFailed as e:
-        return None, str(e)
     with np.load(export.path / "sample.npz") as sample:
         images = sample["images"]
     similarity = snr_db(reference_logits(export.onnx, images), reference_logits(weak.SerializeToString(), images))
@@ -165,7 +180,6 @@ def _weak_graph(export: Export) -> tuple[ModelProto | None, str | None]:
             f"the graph for TensorRT 8.x does not match the export: {similarity:.1f} dB signal-to-noise ratio on "
             f"{len(images)} images, expected at least {_LEAST_DB[export.precision]:.0f} dB"
         )
-    return weak, None
 
 
 def _versions() -> dict[str, str]:

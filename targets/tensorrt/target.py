@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +24,14 @@ from calibration.scheme import SHARED, Scheme
 from models.errors import CannotRunHere, CheckFailed
 from targets.base import Export, Session
 from targets.devices.machine import LOCAL, Machine, explained
-from targets.onnx.index import LAYOUT_OPERATORS, Index, axis, dequantized, drop_unused_constants
+from targets.onnx.index import LAYOUT_OPERATORS
 from targets.runner import cuda, errors, tensorrt_engine
+from targets.tensorrt.weak_graph import float32_layers, is_weak, weak_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 GRAPH, ENGINE = "model.onnx", "model.engine"
-
-# The newest opset that TensorRT 8.6's importer reads. From opset 18 on, ReduceMean takes its axes as an input, which
-# this importer ignores: it would average over every axis. Source: onnx/onnx-tensorrt, tag release/8.6-GA,
-# docs/operators.md and builtin_op_importers.cpp.
-_WEAK_OPSET, _WEAK_IR = 17, 8
-_WEAK = "weak"  # value of the metadata entry `typing` of a weakly typed graph
 
 _LEVELS = {"INFO": logging.DEBUG, "WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
 
@@ -99,18 +94,22 @@ class TensorRtTarget:
             return
         with explained():
             trt = tensorrt_engine.load(self.package)
-        graph = typed_onnx(export) if tensorrt_engine.strongly_typed(trt) else weak_onnx(export)
+            generation = tensorrt_engine.generation(trt)
+        graph = graph_for(generation, export)
         onnx_bytes = graph.SerializeToString()
-        plan = build_plan(trt, onnx_bytes, precision=export.precision, batch=export.batch)
+        plan = build_plan(
+            trt, onnx_bytes, precision=export.precision, batch=export.batch, float32_layers=float32_layers(graph)
+        )
         (out / GRAPH).write_bytes(onnx_bytes)
         (out / ENGINE).write_bytes(plan)
 
     def _build_there(self, export: Export, out: Path) -> None:
         import onnx
 
-        strong = self.machine.runtime(self.package).strongly_typed
-        onnx.save(typed_onnx(export) if strong else weak_onnx(export), out / GRAPH)
-        self.machine.build(self.package, out, {"precision": export.precision, "batch": export.batch})
+        graph = graph_for(self.machine.runtime(self.package).generation, export)
+        onnx.save(graph, out / GRAPH)
+        options = {"precision": export.precision, "batch": export.batch, "float32_layers": float32_layers(graph)}
+        self.machine.build(self.package, out, options)
 
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         header = read_plan_header(engine / ENGINE)
@@ -172,15 +171,21 @@ def build_plan(
     precision: Precision,
     batch: int,
     workspace_bytes: int = tensorrt_engine.WORKSPACE_BYTES,
+    float32_layers: Collection[str] = (),
 ) -> bytes:
-    """Compile a serialized graph (`typed_onnx` or `weak_onnx`) into a plan with the module `trt`; see
-    `tensorrt_engine.build`.
+    """Compile a serialized graph (`graph_for`) into a plan with the module `trt`; see `tensorrt_engine.build`.
 
     Raises CheckFailed, quoting NVIDIA's message, where the importer or the builder rejects the graph.
     """
     with explained():
         built = tensorrt_engine.build(
-            trt, onnx, precision=precision, batch=batch, say=_say, workspace_bytes=workspace_bytes
+            trt,
+            onnx,
+            precision=precision,
+            batch=batch,
+            say=_say,
+            workspace_bytes=workspace_bytes,
+            float32_layers=float32_layers,
         )
     return built.plan
 
@@ -208,97 +213,11 @@ def typed_onnx(export: Export) -> ModelProto:
     return fixed if export.precision == "fp32" else typed(fixed, export)
 
 
-def weak_onnx(export: Export) -> ModelProto:
-    """Return the graph for weakly typed TensorRT (8.5, 8.6): float32, opset 17; builder flags enable FP16 and INT8.
-
-        ReduceMean(x, axes)           ->  ReduceMean(x), axes an attribute
-        Split(x), num_outputs         ->  Split(x)
-        int8 weight -> DQ             ->  float32 weight -> Q -> DQ     the integers are the same
-
-    The importers of 8.5 and 8.6 read Q/DQ scales as float32 whatever their type is, so they cannot read the FP16 graph.
-    8.5 has no LayerNormalization: models with attention need 8.6 (source: onnx-tensorrt release/8.5-GA and 8.6-GA).
-    Raises CheckFailed where the model has an operator that opset 17 cannot express, or, in fp16 and int8, an operator
-    that FP16 cannot hold: the builder flags apply to every operator.
-    """
-    import onnx
-
-    from targets.onnx.graph import with_batch
-
-    model = with_batch(onnx.load(export.onnx), export.batch)
-    if export.precision != "fp32":
-        model = _safe_in_half(model, export)
-    constants = Index(model).values
-    for node in model.graph.node:
-        if node.op_type == "ReduceMean":
-            _axes_to_attribute(node, constants)
-        elif node.op_type == "Split":
-            _drop_attributes(node, "num_outputs")  # without it, Split makes equal parts
-    _quantize_in_graph(model, constants)
-    del model.opset_import[:]
-    model.opset_import.append(onnx.helper.make_opsetid("", _WEAK_OPSET))
-    model.ir_version = _WEAK_IR
-    onnx.helper.set_model_props(model, {"typing": _WEAK})
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
-        raise CheckFailed(
-            f"{export.onnx} cannot be converted to opset {_WEAK_OPSET}, the newest that TensorRT 8.x reads: "
-            f"{' '.join(str(e).split())}"
-        ) from e
-    return model
-
-
-def _safe_in_half(model: ModelProto, export: Export) -> ModelProto:
-    """Return `model` with mask constants limited to the range of FP16.
-
-    Raises CheckFailed where the limited graph still has operators that FP16 cannot hold.
-    """
-    from targets.fp16 import sentence, unsafe
-    from targets.onnx.fp16_ranges import limited, operators, ranges_of
-
-    ranges = ranges_of(export)
-    model = limited(model, ranges.sentinels)
-    if overflowing := unsafe(operators(model), ranges):
-        raise CheckFailed(
-            f"FP16 cannot hold {len(overflowing)} operators, and TensorRT 8.x cannot keep single operators in float32: "
-            f"{sentence(overflowing)}; use RECIPE=fp32 with TensorRT 8.x, or use TensorRT 10 or later"
-        )
-    return model
-
-
-def _axes_to_attribute(node: NodeProto, constants: dict[str, Any]) -> None:
-    from onnx import helper
-
-    _drop_attributes(node, "noop_with_empty_axes")
-    if len(node.input) == 2:
-        node.attribute.append(helper.make_attribute("axes", constants[node.input[1]].tolist()))
-        del node.input[1]
-
-
-def _drop_attributes(node: NodeProto, name: str) -> None:
-    kept = [attribute for attribute in node.attribute if attribute.name != name]
-    del node.attribute[:]
-    node.attribute.extend(kept)
-
-
-def _quantize_in_graph(model: ModelProto, constants: dict[str, Any]) -> None:
-    """Replace each int8 constant that a DequantizeLinear reads by its float32 values and a QuantizeLinear."""
-    from onnx import helper, numpy_helper
-
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    for node in nodes:
-        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
-            name = f"{node.output[0]}_float"
-            values = dequantized(constants[node.input[0]], constants[node.input[1]], axis(node))
-            model.graph.initializer.append(numpy_helper.from_array(values, name))
-            quantized = helper.make_node(
-                "QuantizeLinear", [name, *node.input[1:]], [f"{name}_q"], name=f"{node.name}_q", axis=axis(node)
-            )
-            node.input[0] = quantized.output[0]
-            model.graph.node.append(quantized)
-        model.graph.node.append(node)
-    drop_unused_constants(model)
+def graph_for(generation: str, export: Export) -> ModelProto:
+    """Return the graph for a generation of TensorRT, see `tensorrt_engine.generation`."""
+    if generation == tensorrt_engine.STRONG:
+        return typed_onnx(export)
+    return weak_onnx(export, normalization=generation == tensorrt_engine.WEAK)
 
 
 def check_graph(export: Export, file: Path) -> dict[str, object]:
@@ -320,8 +239,7 @@ def check_graph(export: Export, file: Path) -> dict[str, object]:
     layers, scales = quantized_layers(model), len(export.scales())
     if layers != scales:
         raise CheckFailed(f"{file} has {layers} quantized layers, scales.json has {scales}: build again")
-    weak = any(entry.key == "typing" and entry.value == _WEAK for entry in model.metadata_props)
-    half = export.precision != "fp32" and not weak
+    half = export.precision != "fp32" and not is_weak(model)
     unwanted = TensorProto.FLOAT if half else TensorProto.FLOAT16
     kept = float32_operators(model)
     allowed = {name for node in model.graph.node if _is_float32(node, kept) for name in (*node.input, *node.output)}

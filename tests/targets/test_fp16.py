@@ -22,7 +22,8 @@ from targets.base import Export
 from targets.onnx.fp16_emulation import executor, half_reference
 from targets.onnx.fp16_ranges import ranges_of
 from targets.onnx.graph import float32_operators, to_fp16, with_batch
-from targets.tensorrt.target import check_graph, typed_onnx, weak_onnx
+from targets.tensorrt.target import check_graph, typed_onnx
+from targets.tensorrt.weak_graph import weak_onnx
 from tests.support.half_networks import FLUSHED, MASKS, OVERFLOWING, GeneralizedMean, LogSum, net
 from tests.support.toys import toy_export
 

@@ -64,6 +64,7 @@ LayerInformationFormat = _flags("LayerInformationFormat", ["ONELINE", "JSON"])
 
 class Layer:
     num_outputs = 1
+    precision = None  # type: Any
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -209,7 +210,8 @@ class IExecutionContext:
 
 
 class ICudaEngine:
-    num_io_tensors = 2
+    if _VERSION >= (8, 5):
+        num_io_tensors = 2
 
     def get_tensor_name(self, index: int) -> str:
         return ("image", "logits")[index]

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from calibration.recipe import Precision
 from targets import runner
 from targets.runner import bundle as runner_bundle
-from targets.runner import cuda, errors, tensorrt_engine
+from targets.runner import cuda, tensorrt_engine
 from targets.tensorrt import rtx
 from tests.support.tiny_export import IMAGES
 from tests.targets.runner.board import Board, bundled, expected_logits, needs_gcc, python_3_8
@@ -239,11 +240,42 @@ def test_a_command_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     assert "build the engine" in board.run(tmp_path / "my bundle", "--help").stdout
 
 
-def test_a_model_without_a_weak_graph_names_the_reason() -> None:
-    bundle = {"graphs": {"strong": "model.onnx", "weak": None}, "why_no_weak_graph": "Gelu came with opset 20"}
-    assert runner_bundle._graph(bundle, True) == "model.onnx"
-    with pytest.raises(errors.Unable, match="needs a weakly typed graph, which the bundle lacks: Gelu came with"):
-        runner_bundle._graph(bundle, False)
+def test_a_generation_that_the_bundle_does_not_serve_is_named_with_the_reason(tmp_path: Path) -> None:
+    bundle = bundled(tmp_path)
+    description = json.loads((bundle / "bundle.json").read_text())
+    description["graphs"]["TensorRT 8.5"] = {"file": None, "why_not": "no Mish", "float32_layers": []}
+    (bundle / "bundle.json").write_text(json.dumps(description))
+    answer = Board(folder=tmp_path / "board", settings={"version": "8.5.2.2"}, gpu=False).run(bundle)
+    assert (answer.returncode, answer.stdout) == (3, "")
+    assert "the bundle serves TensorRT 8.6, TensorRT 10 and later and not TensorRT 8.5: no Mish" in answer.stderr
+
+
+def test_a_tensorrt_before_8_5_is_refused(tmp_path: Path) -> None:
+    answer = Board(folder=tmp_path / "board", settings={"version": "8.4.1"}, gpu=False).run(bundled(tmp_path))
+    assert answer.returncode == 3
+    assert "TensorRT 8.4.1 is too old: 8.5 or later is needed, on a Jetson JetPack 5.1 or later" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "pinned"),
+    [("8.5.2.2", "int8", True), ("8.5.2.2", "fp32", False), ("8.6.2", "int8", False), ("10.3.0", "int8", False)],
+)
+def test_the_layers_of_a_normalization_stay_in_float32_on_8_5(
+    tmp_path: Path, version: str, precision: Precision, pinned: bool
+) -> None:
+    bundle = bundled(tmp_path, precision)
+    description = json.loads((bundle / "bundle.json").read_text())
+    description["graphs"]["TensorRT 8.5"]["float32_layers"] = ["norm_squared"]
+    (bundle / "bundle.json").write_text(json.dumps(description))
+    settings = {"version": version, "layers": ["conv", "norm_squared", "norm_scaled"]}
+    board = Board(folder=tmp_path / "board", settings=settings, gpu=False)
+    assert board.run(bundle).returncode == 0
+    constraints = [["precision", "norm_squared", "FLOAT"], ["set_output_type", "norm_squared", "FLOAT"]]
+    assert [call for call in board.calls() if call[0] in ("precision", "set_output_type")] == constraints * pinned
+    flags = [flag for name, *arguments in board.calls() if name == "set_flag" for flag in arguments]
+    weak = [] if version == "10.3.0" or precision == "fp32" else ["FP16", "INT8"]
+    assert flags == weak + ["OBEY_PRECISION_CONSTRAINTS"] * pinned
+    assert json.loads((bundle / "result.json").read_text())["settings"]["flags"] == flags
 
 
 def test_the_script_compares_logits_with_the_metrics_of_the_reports() -> None:

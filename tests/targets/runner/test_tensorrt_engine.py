@@ -100,6 +100,7 @@ OBJECTS = {
     "config": "IBuilderConfig",
     "network": "INetworkDefinition",
     "tensor": "ITensor",
+    "layer": "ILayer",
     "profile": "IOptimizationProfile",
     "parser": "OnnxParser",
     "error": "ParserError",
@@ -147,7 +148,7 @@ def test_every_attribute_exists_in_every_tensorrt_or_is_checked_first(version: s
 
 
 def test_the_surfaces_cover_the_versions_on_boards() -> None:
-    assert list(SURFACES) == ["10.16.1.11", "10.3.0", "11.4.0.106", "8.6.1"]
+    assert list(SURFACES) == ["10.16.1.11", "10.3.0", "11.4.0.106", "8.5.2.2", "8.6.1"]
     found = uses(Path(tensorrt_engine.__file__))
     assert found["IExecutionContext", "execute_async_v3"] is False
     assert found["BuilderFlag", "INT8"] is True
@@ -157,6 +158,7 @@ def test_the_surfaces_cover_the_versions_on_boards() -> None:
 @pytest.mark.parametrize(
     ("version", "flags", "allowed"),
     [
+        ("8.5.2.2", {"EXPLICIT_BATCH"}, ["FP16", "INT8"]),
         ("8.6.1", {"EXPLICIT_BATCH"}, ["FP16", "INT8"]),
         ("10.3.0", {"EXPLICIT_BATCH", "STRONGLY_TYPED"}, []),
         ("10.16.1.11", {"EXPLICIT_BATCH", "STRONGLY_TYPED"}, []),
@@ -174,3 +176,19 @@ def test_flags_follow_the_tensorrt_version(version: str, flags: set[str], allowe
     assert given == []
     tensorrt_engine._allow_small_types(trt, config, "int8")
     assert given == allowed
+
+
+@pytest.mark.parametrize(
+    ("version", "generation"),
+    [
+        ("8.5.2.2", tensorrt_engine.PRIMITIVE),
+        ("8.6.1", tensorrt_engine.WEAK),
+        ("10.3.0", tensorrt_engine.STRONG),
+        ("10.16.1.11", tensorrt_engine.STRONG),
+        ("11.4.0.106", tensorrt_engine.STRONG),
+    ],
+)
+def test_the_generation_follows_the_tensorrt_version(version: str, generation: str) -> None:
+    names = ("NetworkDefinitionCreationFlag", "ICudaEngine", "INetworkDefinition")
+    trt = SimpleNamespace(**{name: SimpleNamespace(**dict.fromkeys(SURFACES[version][name])) for name in names})
+    assert tensorrt_engine.generation(trt) == generation

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from onnx import parser
 
@@ -20,11 +19,10 @@ from calibration.recipe import Precision
 from models.errors import CannotRunHere, CheckFailed
 from targets.base import Export
 from targets.onnx.graph import with_batch
-from targets.onnx.reference import reference_logits
 from targets.runner import cuda
 from targets.tensorrt import nvidia, rtx
 from targets.tensorrt import target as tensorrt_target
-from targets.tensorrt.target import build_plan, read_plan_header, typed_onnx, weak_onnx
+from targets.tensorrt.target import build_plan, read_plan_header, typed_onnx
 from tests.support.tiny_export import SIZE, tiny_export
 
 if TYPE_CHECKING:
@@ -62,38 +60,6 @@ def test_the_typed_graph_states_the_type_of_every_constant(
     assert constant_types(model) == types
     shapes = [[side.dim_value for side in v.type.tensor_type.shape.dim] for v in model.graph.input]
     assert shapes == [[2, 3, SIZE, SIZE]]
-
-
-@all_precisions
-def test_the_weakly_typed_graph_matches_the_export(tmp_path: Path, precision: Precision) -> None:
-    export = tiny_export(tmp_path / "export", precision)
-    weak = weak_onnx(export)
-    assert [opset.version for opset in weak.opset_import] == [17]
-    assert "FLOAT16" not in constant_types(weak)
-    with np.load(export.path / "sample.npz") as sample:
-        np.testing.assert_allclose(
-            reference_logits(weak.SerializeToString(), sample["images"]), sample["logits"], rtol=1e-5, atol=1e-5
-        )
-
-
-def test_the_weakly_typed_graph_has_only_operators_of_the_8_6_importer(tmp_path: Path) -> None:
-    weak = weak_onnx(tiny_export(tmp_path / "export", "int8"))
-    (mean,) = [node for node in weak.graph.node if node.op_type == "ReduceMean"]
-    assert len(mean.input) == 1 and {a.name for a in mean.attribute} == {"axes", "keepdims"}
-    constants = {tensor.name for tensor in weak.graph.initializer}
-    dequantized = [node.input[0] for node in weak.graph.node if node.op_type == "DequantizeLinear"]
-    assert len(dequantized) == 4 and not constants & set(dequantized)  # every weight passes a QuantizeLinear
-
-
-def test_an_operator_that_opset_17_lacks_is_named(tmp_path: Path) -> None:
-    import onnx
-
-    export = tiny_export(tmp_path / "export", "fp32")
-    model = onnx.load(export.onnx)
-    next(node for node in model.graph.node if node.name == "relu").op_type = "Gelu"  # opset 20
-    onnx.save(model, export.onnx)
-    with pytest.raises(CheckFailed, match=r"cannot be converted to opset 17, .*Gelu"):
-        weak_onnx(export)
 
 
 # --- Building and reading back
@@ -257,7 +223,7 @@ def test_listing_the_targets_imports_nothing_heavy() -> None:
     assert answer.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("file", ["target.py", "bundle.py", "rtx.py", "nvidia.py", "jetson.py"])
+@pytest.mark.parametrize("file", ["target.py", "weak_graph.py", "bundle.py", "rtx.py", "nvidia.py", "jetson.py"])
 def test_only_the_file_that_is_held_to_the_surfaces_touches_tensorrt(file: str) -> None:
     tree = ast.parse(Path(tensorrt_target.__file__).with_name(file).read_text())
     attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -3,9 +3,10 @@
 PyPI has the bindings of each version as a small wheel; only the libraries behind it are missing. Shared objects
 that merely define the symbols which the bindings look up at import are enough to import and introspect them.
 To add a version, or to read all of them again after `CLASSES` grew (Linux, gcc; 8.6.1 is named `tensorrt-bindings`,
-10.x `tensorrt-cu12-bindings`, 11.x `tensorrt-cu13-bindings`):
+10.x `tensorrt-cu12-bindings`, 11.x `tensorrt-cu13-bindings`; 8.5 is `tensorrt`, with its libraries and for Python 3.8):
 
     pip download --no-deps -d /tmp/trt tensorrt-cu12-bindings==10.3.0
+    pip download --no-deps -d /tmp/trt --python-version 3.8 --only-binary :all: tensorrt==8.5.2.2
     python tests/targets/runner/trt_surface/read_surface.py /tmp/trt/*.whl
 
 Each wheel becomes one <version>.json beside this file: class -> its members, in alphabetical order.
@@ -26,11 +27,13 @@ CLASSES = (
     "Builder",
     "BuilderFlag",
     "DataType",
+    "DeviceType",
     "EngineInspector",
     "IBuilderConfig",
     "ICudaEngine",
     "IExecutionContext",
     "IHostMemory",
+    "ILayer",
     "ILogger",
     "INetworkDefinition",
     "IOptimizationProfile",
@@ -68,11 +71,11 @@ _LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser", "nvparsers")
 
 # Runs in a process of its own, one for each version: two bindings do not fit into one.
 _INTROSPECT = """
-import inspect, json, sys
+import importlib, inspect, json, sys
 sys.path.insert(0, sys.argv[1])
-import tensorrt_bindings as trt
+trt = importlib.import_module(sys.argv[2])
 surface = {"version": trt.__version__}
-for name in sys.argv[2:]:
+for name in sys.argv[3:]:
     found = getattr(trt, name, None)
     if inspect.isclass(found):
         members = getattr(found, "__members__", None)
@@ -84,12 +87,14 @@ print(json.dumps(surface))
 def read(wheel: Path) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(scratch)
-        major = wheel.name.split("-")[1].split(".")[0]
+            bindings = [name for name in archive.namelist() if not Path(name).name.startswith("libnv")]
+            archive.extractall(scratch, bindings)
+        package = "tensorrt_bindings" if (Path(scratch) / "tensorrt_bindings").exists() else "tensorrt"
+        _, version, tag, *_ = wheel.name.split("-")
         for library in _LIBRARIES:
-            _stub(Path(scratch) / f"lib{library}.so.{major}")
+            _stub(Path(scratch) / f"lib{library}.so.{version.split('.')[0]}")
         answer = subprocess.run(
-            [sys.executable, "-c", _INTROSPECT, scratch, *CLASSES],
+            [_python(tag), "-c", _INTROSPECT, scratch, package, *CLASSES],
             env={**os.environ, "LD_LIBRARY_PATH": scratch},
             capture_output=True,
             text=True,
@@ -97,6 +102,12 @@ def read(wheel: Path) -> dict[str, object]:
         )
     found: dict[str, object] = json.loads(answer.stdout)
     return found
+
+
+def _python(tag: str) -> str:
+    """Return the command of the Python that a wheel of the tag `tag`, such as cp38, is for."""
+    minor = int(tag.removeprefix("cp3"))
+    return sys.executable if minor == sys.version_info.minor else f"python3.{minor}"
 
 
 def _stub(library: Path) -> None:
