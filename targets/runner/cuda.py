@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .errors import Unable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import numpy.typing as npt
 
     Floats = npt.NDArray[np.float32]
+
+# Flags of a context, from cuda.h: how a thread waits for the GPU.
+_SCHED_SPIN, _SCHED_MASK = 0x01, 0x07
+_CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, as trtexec captures
 
 
 class Gpu(NamedTuple):
@@ -53,13 +60,23 @@ class Cuda:
         return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
     def attach(self) -> None:
-        """Make the primary context current in this thread.
+        """Make the primary context current in this thread, waiting for the GPU by spinning where it can be chosen.
 
-        The context is never released, since other libraries in the process use it.
+        A thread that sleeps instead wakes up late, which the clock counts. A context that is active already, as that of
+        torch may be, keeps its way of waiting in older drivers. The context is never released, since other libraries in
+        the process use it.
         """
+        with contextlib.suppress(Unable):
+            self._call("cuDevicePrimaryCtxSetFlags_v2", self._device, ctypes.c_uint(_SCHED_SPIN))
         context = ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
         self._call("cuCtxSetCurrent", context)
+
+    def spins(self) -> bool:
+        """Return whether this thread, once attached, waits for the GPU by spinning."""
+        flags = ctypes.c_uint()
+        self._call("cuCtxGetFlags", ctypes.byref(flags))
+        return flags.value & _SCHED_MASK == _SCHED_SPIN
 
     def allocate(self, size: int) -> int:
         """Allocate `size` bytes of GPU memory and return the address."""
@@ -69,6 +86,21 @@ class Cuda:
 
     def free(self, address: int) -> None:
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def pinned(self, shape: tuple[int, ...]) -> Floats:
+        """Return an array in page-locked memory, which the GPU copies without a detour. `unpin` frees it."""
+        import numpy as np
+
+        count = 1
+        for side in shape:
+            count *= side
+        address = ctypes.c_void_p()
+        self._call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(4 * count))
+        floats = (ctypes.c_float * count).from_address(address.value or 0)
+        return np.ctypeslib.as_array(floats).reshape(shape)
+
+    def unpin(self, array: Floats) -> None:
+        self._call("cuMemFreeHost", ctypes.c_void_p(array.ctypes.data))
 
     def upload(self, array: Floats, address: int, stream: int) -> None:
         source = ctypes.c_void_p(array.ctypes.data)
@@ -119,6 +151,40 @@ class Cuda:
     def destroy_event(self, event: int) -> None:
         self._call("cuEventDestroy_v2", ctypes.c_void_p(event))
 
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
+        """Record the work that `enqueue` puts on `stream` as a CUDA graph, without running it.
+
+        Returns the graph, for `launch` and `destroy_graph`. Raises Unable where the driver or the work does not support
+        it; the stream is usable afterwards.
+        """
+        graph = ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(_CAPTURE_THREAD_LOCAL))
+        try:
+            enqueue()
+        except Unable:
+            with contextlib.suppress(Unable):
+                self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+            raise
+        self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+        try:
+            return self._instantiate(graph)
+        finally:
+            self._call("cuGraphDestroy", graph)
+
+    def _instantiate(self, graph: ctypes.c_void_p) -> int:
+        executable = ctypes.c_void_p()
+        if hasattr(self._library, "cuGraphInstantiateWithFlags"):  # CUDA 11.4 and later
+            self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        else:
+            self._call("cuGraphInstantiate_v2", ctypes.byref(executable), graph, None, None, ctypes.c_size_t(0))
+        return executable.value or 0
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
+
+    def destroy_graph(self, graph: int) -> None:
+        self._call("cuGraphExecDestroy", ctypes.c_void_p(graph))
+
     def _open(self, index: int) -> ctypes.c_int:
         device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
@@ -137,7 +203,10 @@ class Cuda:
         return value.value
 
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._library, name)(*arguments)
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise Unable(f"the NVIDIA driver has no {name}: install a newer one")
+        status = function(*arguments)
         if status == 100:  # CUDA_ERROR_NO_DEVICE
             raise Unable("no NVIDIA GPU: the driver is there and found none")
         if status != 0:

@@ -7,9 +7,11 @@ never by version number.
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import re
 import sys
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cuda import find_cuda
@@ -33,6 +35,8 @@ PRIMITIVE = "TensorRT 8.5"  # weakly typed, without LayerNormalization
 
 # An upper limit, not a reservation. A mobile model needs a few MB; on a Jetson, GPU and CPU share the memory.
 WORKSPACE_BYTES = 1 << 30
+
+_IN_FLIGHT = 2  # queries on the stream while timing, as trtexec has
 
 
 # Libraries without which an installed TensorRT does not import, with the remedies.
@@ -316,6 +320,8 @@ class Execution:
         self._buffers = {name: cuda.allocate(4 * _product(shape)) for name, shape in self._shapes.items()}
         for name, address in self._buffers.items():
             context.set_tensor_address(name, address)
+        self._graph: int | None = None
+        self._why_no_graph: str | None = None
 
     @property
     def batch(self) -> int:
@@ -332,23 +338,73 @@ class Execution:
         self._cuda.synchronize(self._stream)
         return logits
 
-    def latencies_ns(self, images: Floats, count: int) -> list[int]:
-        """Run `count` queries one after the other and return the GPU time of each, in nanoseconds.
+    def warm_up(self, seconds: float = 0.2) -> int:
+        """Run queries for at least `seconds`, trtexec's default, so that clocks rise; return their number."""
+        launch = self._launcher()
+        queries, end = 0, time.perf_counter() + seconds
+        while queries == 0 or time.perf_counter() < end:
+            launch()
+            self._cuda.synchronize(self._stream)
+            queries += 1
+        return queries
 
-        The time is taken between two CUDA events around `execute_async_v3`: it includes the kernels and the gaps in
-        which the GPU waits for the CPU to launch the next kernel. It excludes copies of images and logits (the images
-        are copied once, before the first query) and the CPU time before the first kernel. Each query starts on an idle
-        GPU. No CUDA graph is used: compare with `trtexec --noCudaGraph` (11) or without `--useCudaGraph` (10 and
-        earlier).
+    def latencies_ns(self, images: Floats, count: int) -> list[int]:
+        """Run `count` queries and return the GPU time of each, in nanoseconds, by trtexec's method (see `method`).
+
+        The time is taken between two CUDA events around the computation. It excludes copies: the images are copied
+        once, before the first query. The next query is enqueued while a query runs, so that the time excludes the
+        launch from the CPU, unless launching takes longer than computing.
         """
+        launch = self._launcher()
         self._upload(images)
         self._cuda.synchronize(self._stream)
-        start, end = self._cuda.event(), self._cuda.event()
-        try:
-            return [self._timed_ns(start, end) for _ in range(count)]
-        finally:
-            self._cuda.destroy_event(start)
-            self._cuda.destroy_event(end)
+        latencies: list[int] = []
+        with contextlib.ExitStack() as release:
+            slots = [(self._event(release), self._event(release)) for _ in range(_IN_FLIGHT)]
+            for query in range(count + _IN_FLIGHT):
+                start, end = slots[query % _IN_FLIGHT]
+                if query >= _IN_FLIGHT:
+                    latencies.append(self._cuda.elapsed_ns(start, end))
+                if query < count:
+                    self._cuda.record(start, self._stream)
+                    launch()
+                    self._cuda.record(end, self._stream)
+        return latencies
+
+    def end_to_end_ns(self, images: Floats, count: int) -> list[int]:
+        """Run `count` queries one after the other and return the time of each, in nanoseconds, with the copies.
+
+        The time is taken by the clock of the CPU, from images in page-locked memory to logits in page-locked memory.
+        """
+        launch = self._launcher()
+        self._check_shape(images)
+        latencies = []
+        with contextlib.ExitStack() as release:
+            source, sink = self._pinned(self._input, release), self._pinned(self._output, release)
+            source[:] = images
+            for _ in range(count):
+                started = time.perf_counter_ns()
+                self._cuda.upload(source, self._buffers[self._input], self._stream)
+                launch()
+                self._cuda.download(self._buffers[self._output], sink, self._stream)
+                self._cuda.synchronize(self._stream)
+                latencies.append(time.perf_counter_ns() - started)
+        return latencies
+
+    @property
+    def method(self) -> dict[str, object]:
+        """How queries are timed: `cuda_graph` and `why_no_cuda_graph`, `spin`, `transfers`, `timer` and
+        `queries_in_flight`. The CUDA graph is captured at the first use.
+        """
+        self._launcher()
+        return {
+            "timer": "CUDA events around the computation of a query; end to end, the clock of the CPU",
+            "queries_in_flight": _IN_FLIGHT,
+            "cuda_graph": self._graph is not None,
+            "why_no_cuda_graph": self._why_no_graph,
+            "spin": self._cuda.spins(),
+            "transfers": "excluded; end to end, included, from and to page-locked memory",
+        }
 
     def layers(self, trt: Any) -> str:
         """Return the engine inspector's description of every layer, as JSON."""
@@ -357,24 +413,48 @@ class Execution:
 
     def close(self) -> None:
         self._cuda.synchronize(self._stream)
+        if self._graph is not None:
+            self._cuda.destroy_graph(self._graph)
         del self._context, self._engine, self._runtime  # in this order, before the memory that they refer to
         for address in self._buffers.values():
             self._cuda.free(address)
         self._cuda.destroy_stream(self._stream)
 
-    def _timed_ns(self, start: int, end: int) -> int:
-        self._cuda.record(start, self._stream)
-        self._enqueue()
-        self._cuda.record(end, self._stream)
-        return self._cuda.elapsed_ns(start, end)
+    def _launcher(self) -> Callable[[], None]:
+        """Return a function that puts a query on the stream: as a CUDA graph, or where it cannot be captured, plainly.
+
+        One query runs before the capture, since TensorRT initializes in its first query.
+        """
+        if self._graph is None and self._why_no_graph is None:
+            self._enqueue()
+            self._cuda.synchronize(self._stream)
+            try:
+                self._graph = self._cuda.capture(self._stream, self._enqueue)
+            except Unable as e:
+                self._why_no_graph = str(e)
+        graph = self._graph
+        return self._enqueue if graph is None else lambda: self._cuda.launch(graph, self._stream)
+
+    def _event(self, release: contextlib.ExitStack) -> int:
+        event = self._cuda.event()
+        release.callback(self._cuda.destroy_event, event)
+        return event
+
+    def _pinned(self, name: str, release: contextlib.ExitStack) -> Floats:
+        array = self._cuda.pinned(self._shapes[name])
+        release.callback(self._cuda.unpin, array)
+        return array
 
     def _upload(self, images: Floats) -> None:
         import numpy as np
 
-        if images.shape != self._shapes[self._input]:
-            raise Rejected(f"the images have shape {images.shape}; the engine expects {self._shapes[self._input]}")
+        self._check_shape(images)
         self._query = np.ascontiguousarray(images, np.float32)  # kept alive: the copy is asynchronous
         self._cuda.upload(self._query, self._buffers[self._input], self._stream)
+
+    def _check_shape(self, images: Floats) -> None:
+        if images.shape != self._shapes[self._input]:
+            raise Rejected(f"the images have shape {images.shape}; the engine expects {self._shapes[self._input]}")
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream):

@@ -53,7 +53,7 @@ int cuMemcpyDtoHAsync_v2(void *sink, uint64_t source, size_t size, void *stream)
     return 0;
 }
 
-int cuStreamCreate(void **stream, unsigned flags) { *stream = &context_flags; return 0; }
+int cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)7; return 0; }
 int cuStreamSynchronize(void *stream) { return 0; }
 int cuStreamDestroy_v2(void *stream) { return 0; }
 int cuStreamBeginCapture_v2(void *stream, int mode) { return 801; }

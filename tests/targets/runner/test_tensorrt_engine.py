@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import enum
 import json
 import logging
-from contextlib import closing
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from targets.runner import cuda, errors, tensorrt_engine
 from targets.tensorrt import target as tensorrt_target
+from tests.targets.runner.board import libcuda, needs_gcc
 from tests.targets.runner.toy_gpu import Severity, Toy, ToyDriver, ToyEngine, ignore, toy_tensorrt
 
 
@@ -53,7 +58,7 @@ def test_messages_that_differ_only_in_numbers_are_logged_once(caplog: pytest.Log
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_session_copies_images_to_the_gpu_and_logits_back(dynamic: bool) -> None:
     driver, engine = ToyDriver(), ToyEngine(dynamic=dynamic)
-    images = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
+    images = np.random.default_rng(1).normal(size=(2, 3, 4, 4)).astype(np.float32)
     with closing(tensorrt_engine.Execution(toy_tensorrt(engine), b"", cuda.Cuda(driver), ignore)) as session:
         assert session.batch == 2
         sums = images.reshape(2, -1).sum(1)
@@ -63,16 +68,155 @@ def test_a_session_copies_images_to_the_gpu_and_logits_back(dynamic: bool) -> No
     assert not driver.memory and driver.calls[-1] == "cuStreamDestroy_v2"
 
 
-def test_compute_alone_is_timed_between_two_events_of_the_gpu() -> None:
-    driver, engine = ToyDriver(), ToyEngine()
-    images = np.zeros((2, 3, 4, 4), np.float32)
+# --- Timing
+
+
+@contextmanager
+def opened(driver: ToyDriver) -> Iterator[tuple[tensorrt_engine.Execution, ToyEngine]]:
+    engine = ToyEngine(driver=driver)
     with closing(tensorrt_engine.Execution(toy_tensorrt(engine), b"", cuda.Cuda(driver), ignore)) as session:
         driver.calls.clear()
-        assert session.latencies_ns(images, 3) == [250_000] * 3
-        assert engine.runs == 3
-        events = [call for call in driver.calls if call.startswith("cuEvent")]
-    each_query = ["cuEventRecord", "cuEventRecord", "cuEventSynchronize"]
-    assert events == ["cuEventCreate"] * 2 + each_query * 3 + ["cuEventDestroy_v2"] * 2
+        yield session, engine
+
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
+
+
+def test_compute_alone_is_timed_between_two_events_of_the_gpu_with_two_queries_in_flight() -> None:
+    driver = ToyDriver()
+    with opened(driver) as (session, engine):
+        session.warm_up(0)
+        before = engine.runs
+        driver.calls.clear()
+        assert session.latencies_ns(IMAGES, 3) == [250_000] * 3
+        assert engine.runs == before + 3
+        query, waited = ["cuEventRecord", "cuGraphLaunch", "cuEventRecord"], ["cuEventSynchronize"]
+        timed = [call for call in driver.calls if call in (*query, *waited)]
+        assert timed == query * 2 + waited + query + waited * 2
+        assert driver.calls.count("cuMemcpyHtoDAsync_v2") == 1
+        assert driver.calls.count("cuEventCreate") == driver.calls.count("cuEventDestroy_v2") == 4
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_any_number_of_queries_is_timed(count: int) -> None:
+    with opened(ToyDriver()) as (session, _):
+        assert session.latencies_ns(IMAGES, count) == [250_000] * count
+        assert len(session.end_to_end_ns(IMAGES, count)) == count
+
+
+def test_the_graph_is_captured_once_after_a_plain_query() -> None:
+    driver = ToyDriver()
+    with opened(driver) as (session, engine):
+        assert session.method["cuda_graph"] is True and session.method["why_no_cuda_graph"] is None
+        assert engine.runs == 1
+        names = ("cuStreamSynchronize", "cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraph")
+        captured = [call for call in driver.calls if call.startswith(names)]
+        assert captured == [*names[:3], "cuGraphInstantiateWithFlags", "cuGraphDestroy"]
+        session.latencies_ns(IMAGES, 4)
+        assert engine.runs == 5 and driver.calls.count("cuStreamBeginCapture_v2") == 1
+        assert driver.calls.count("cuGraphLaunch") == 4
+    assert driver.calls.count("cuGraphExecDestroy") == 1 and not driver.memory
+
+
+def test_a_driver_before_cuda_11_4_instantiates_the_graph_by_its_older_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def instantiate(driver: ToyDriver, executable: Any, graph: Any, node: None, log: None, size: Any) -> int:
+        assert (node, log, size.value) == (None, None, 0)
+        executable._obj.value = 12
+        return 0
+
+    monkeypatch.delattr(ToyDriver, "cuGraphInstantiateWithFlags")
+    monkeypatch.setattr(ToyDriver, "cuGraphInstantiate_v2", instantiate, raising=False)
+    with opened(driver := ToyDriver()) as (session, _):
+        assert session.method["cuda_graph"] is True
+        session.latencies_ns(IMAGES, 2)
+        assert "cuGraphInstantiate_v2" in driver.calls
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ("cuStreamBeginCapture_v2", "the NVIDIA driver refused cuStreamBeginCapture_v2 with CUDA error 801"),
+        ("cuStreamEndCapture", "the NVIDIA driver refused cuStreamEndCapture with CUDA error 801"),
+        ("cuGraphInstantiateWithFlags", "the NVIDIA driver refused cuGraphInstantiateWithFlags with CUDA error 801"),
+    ],
+)
+def test_without_a_graph_queries_are_enqueued_and_the_reason_is_recorded(call: str, reason: str) -> None:
+    driver = ToyDriver(refuses={call: 801})
+    with opened(driver) as (session, engine):
+        assert session.method["cuda_graph"] is False and session.method["why_no_cuda_graph"] == reason
+        driver.captured = None  # a capture that failed has ended
+        before = engine.runs
+        assert session.latencies_ns(IMAGES, 3) == [250_000] * 3
+        assert engine.runs == before + 3 and "cuGraphLaunch" not in driver.calls
+        assert driver.calls.count(call) == 1  # not tried again
+    assert "cuGraphExecDestroy" not in driver.calls
+
+
+def test_an_engine_that_cannot_be_captured_ends_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = ToyDriver()
+    with opened(driver) as (session, engine):
+        monkeypatch.setattr(engine, "execute_async_v3", lambda stream: driver.captured is None)
+        assert session.method["why_no_cuda_graph"] == "TensorRT did not run the engine: it gave no reason"
+        assert driver.captured is None and driver.calls.count("cuStreamEndCapture") == 1
+
+
+def test_a_driver_without_graphs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ToyDriver, "cuGraphInstantiateWithFlags")
+    with opened(ToyDriver()) as (session, _):
+        assert session.method["why_no_cuda_graph"] == (
+            "the NVIDIA driver has no cuGraphInstantiate_v2: install a newer one"
+        )
+
+
+def test_end_to_end_includes_the_copies_of_each_query() -> None:
+    driver = ToyDriver()
+    with opened(driver) as (session, _):
+        latencies = session.end_to_end_ns(IMAGES, 3)
+        assert len(latencies) == 3 and min(latencies) > 0
+        copies = [call for call in driver.calls if call.startswith(("cuMemcpy", "cuGraphLaunch"))]
+        assert copies == ["cuMemcpyHtoDAsync_v2", "cuGraphLaunch", "cuMemcpyDtoHAsync_v2"] * 3
+        assert driver.calls.count("cuMemAllocHost_v2") == driver.calls.count("cuMemFreeHost") == 2
+        sums = IMAGES.reshape(2, -1).sum(1)
+        np.testing.assert_allclose(session.infer(IMAGES), np.stack((sums, -sums), 1), rtol=1e-5)
+        with pytest.raises(errors.Rejected, match="the images have shape"):
+            session.end_to_end_ns(IMAGES[:1], 3)
+    assert not driver.memory
+
+
+def test_warm_up_lasts_at_least_its_time() -> None:
+    with opened(ToyDriver()) as (session, engine):
+        started = time.perf_counter()
+        queries = session.warm_up(0.05)
+        assert time.perf_counter() - started >= 0.05
+        assert engine.runs == queries + 1 > 1
+
+
+@pytest.mark.parametrize(("refuses", "spins"), [({}, True), ({"cuDevicePrimaryCtxSetFlags_v2": 708}, False)])
+def test_the_thread_spins_unless_the_context_was_active(refuses: dict[str, int], spins: bool) -> None:
+    driver = ToyDriver(refuses=refuses)
+    engine = ToyEngine(driver=driver)
+    with closing(tensorrt_engine.Execution(toy_tensorrt(engine), b"", cuda.Cuda(driver), ignore)) as session:
+        assert session.method["spin"] is spins
+    assert driver.calls.index("cuDevicePrimaryCtxSetFlags_v2") < driver.calls.index("cuDevicePrimaryCtxRetain")
+
+
+@needs_gcc
+def test_every_call_of_the_driver_passes_its_arguments_as_c_does(tmp_path: Path) -> None:
+    driver = cuda.Cuda(ctypes.CDLL(str(libcuda(tmp_path))))
+    with closing(tensorrt_engine.Execution(toy_tensorrt(ToyEngine()), b"", driver, ignore)) as session:
+        assert session.method["spin"] is True
+        assert session.method["why_no_cuda_graph"] == (
+            "the NVIDIA driver refused cuStreamBeginCapture_v2 with CUDA error 801 (CUDA_ERROR_NOT_SUPPORTED: "
+            "operation not supported)"
+        )
+        assert session.warm_up(0.001) > 0
+        elapsed, end_to_end = session.latencies_ns(IMAGES, 20), session.end_to_end_ns(IMAGES, 20)
+        assert min(elapsed) > 0 and max(elapsed) < 10**9 and min(end_to_end) > 0
+        sums = IMAGES.reshape(2, -1).sum(1)
+        np.testing.assert_allclose(session.infer(IMAGES), np.stack((sums, -sums), 1), rtol=1e-5)
+
+
+# --- Errors
 
 
 def test_an_engine_that_does_not_load_is_explained() -> None:

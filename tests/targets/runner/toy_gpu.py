@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,17 +25,73 @@ class Severity(enum.Enum):
 class ToyDriver:
     """Stand-in for libcuda."""
 
-    def __init__(self, gpus: int = 1) -> None:
+    def __init__(self, gpus: int = 1, *, refuses: dict[str, int] | None = None) -> None:
         self.gpus = gpus
+        self.refuses = refuses or {}  # errors by the names of calls
+        self.flags = 0  # of the context
+        self.captured: list[Callable[[], None]] | None = None  # work of the graph that is being captured
+        self.graph: list[Callable[[], None]] = []
         self.memory: dict[int, Any] = {}
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("cuGraphInstantiate"):  # not in every driver
+            raise AttributeError(name)
+        return self._recorded(name, lambda *arguments: 0)
+
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        return self._recorded(name, found) if name.startswith("cu") else found
+
+    def _recorded(self, name: str, function: Callable[..., int]) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
             self.calls.append(name)
-            return 0
+            return self.refuses.get(name) or function(*arguments)
 
         return call
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Run work of a kernel, or add it to the graph that is being captured."""
+        if self.captured is None:
+            work()
+        else:
+            self.captured.append(work)
+
+    def cuStreamBeginCapture_v2(self, stream: Any, mode: Any) -> int:
+        assert mode.value == 1
+        self.captured = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: Any, graph: Any) -> int:
+        assert self.captured is not None
+        self.graph, self.captured = self.captured, None
+        graph._obj.value = 11
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:
+        assert (graph.value, flags.value) == (11, 0)
+        executable._obj.value = 12
+        return 0
+
+    def cuGraphLaunch(self, executable: Any, stream: Any) -> int:
+        assert executable.value == 12
+        for work in self.graph:
+            work()
+        return 0
+
+    def cuDevicePrimaryCtxSetFlags_v2(self, device: Any, flags: Any) -> int:
+        self.flags = flags.value
+        return 0
+
+    def cuCtxGetFlags(self, flags: Any) -> int:
+        flags._obj.value = self.flags | 8  # CU_CTX_MAP_HOST
+        return 0
+
+    def cuMemAllocHost_v2(self, address: Any, size: Any) -> int:
+        return self.cuMemAlloc_v2(address, size)
+
+    def cuMemFreeHost(self, address: Any) -> int:
+        return self.cuMemFree_v2(address)
 
     def cuInit(self, flags: Any) -> int:
         return 0 if self.gpus else 100
@@ -84,7 +141,8 @@ class ToyEngine:
     """Engine for two images (2, 3, 4, 4) whose logits are the sum of each image and its negative. It is also its own
     execution context."""
 
-    def __init__(self, output: str = "FLOAT", dynamic: bool = False) -> None:
+    def __init__(self, output: str = "FLOAT", dynamic: bool = False, driver: ToyDriver | None = None) -> None:
+        self.driver = driver or ToyDriver()
         self.types = {"image": "FLOAT", "logits": output}
         self.names = list(self.types)
         self.num_io_tensors = 2
@@ -120,11 +178,14 @@ class ToyEngine:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 7
+        self.driver.run(self.compute)
+        return True
+
+    def compute(self) -> None:
         self.runs += 1
         images = np.ctypeslib.as_array((ctypes.c_float * 96).from_address(self.addresses["image"])).reshape(2, -1)
         logits = np.ctypeslib.as_array((ctypes.c_float * 4).from_address(self.addresses["logits"])).reshape(2, 2)
         logits[:] = np.stack((images.sum(1), -images.sum(1)), 1)
-        return True
 
 
 def toy_tensorrt(engine: ToyEngine | None) -> SimpleNamespace:
