@@ -28,7 +28,7 @@ def weak_onnx(export: Export, *, normalization: bool = True) -> ModelProto:
 
         ReduceMean(x, axes)                  ->  ReduceMean(x), axes an attribute
         Split(x), num_outputs                ->  Split(x)
-        Resize, keep_aspect_ratio_policy     ->  Resize
+        Resize(x), attributes of opset 18    ->  Resize(x)
         Gelu(x), opset 20                    ->  x * 0.5 * (1 + Erf(x / sqrt 2)), or the formula with Tanh
         int8 weight -> DQ                    ->  float32 weight -> Q -> DQ     the integers are the same
         LayerNormalization(x), for 8.5       ->  ReduceMean, Sub, Pow, ReduceMean, Add, Sqrt, Div, Mul, Add
@@ -195,9 +195,13 @@ def _split(new: _Replacement) -> None:
 
 
 def _resize(new: _Replacement) -> None:
-    """Factors, or `stretch`, which is the default, give the same result without the policy of opset 18."""
-    given = len(new.node.input) > 3 and new.attributes.get("keep_aspect_ratio_policy", b"stretch") != b"stretch"
-    new.keep(list(new.node.input), () if given else ("keep_aspect_ratio_policy",))
+    """Drop attributes of opset 18 that are at their defaults. The policy has no effect on factors."""
+    policy = new.attributes.get("keep_aspect_ratio_policy", b"stretch")
+    dropped = {
+        "antialias": not new.attributes.get("antialias", 0),
+        "keep_aspect_ratio_policy": policy == b"stretch" or len(new.node.input) < 4,
+    }
+    new.keep(list(new.node.input), tuple(name for name, default in dropped.items() if default))
 
 
 def _gelu(new: _Replacement) -> None:

@@ -81,7 +81,7 @@ def test_gelu_becomes_its_formula(tmp_path: Path, attribute: str, primitives: li
 def test_split_and_resize_lose_the_attributes_of_opset_18(tmp_path: Path) -> None:
     body = """
         left, right = Split <axis = 3, num_outputs = 2> (image)
-        wide = Resize <mode = "linear", keep_aspect_ratio_policy = "stretch"> (right, , factors)
+        wide = Resize <mode = "linear", keep_aspect_ratio_policy = "stretch", antialias = 0> (right, , factors)
         logits = Add(wide, image)
     """
     export = export_of(tmp_path, body, "<float[4] factors = {1, 1, 1, 2}>")
@@ -91,10 +91,11 @@ def test_split_and_resize_lose_the_attributes_of_opset_18(tmp_path: Path) -> Non
     assert similarity(export, weak) > 120
 
 
-def test_a_resize_that_keeps_the_aspect_ratio_is_named(tmp_path: Path) -> None:
-    body = 'logits = Resize <mode = "linear", keep_aspect_ratio_policy = "not_larger"> (image, , , sizes)'
+@pytest.mark.parametrize("attribute", ['keep_aspect_ratio_policy = "not_larger"', "antialias = 1"])
+def test_a_resize_that_opset_17_cannot_express_is_named(tmp_path: Path, attribute: str) -> None:
+    body = f'logits = Resize <mode = "linear", {attribute}> (image, , , sizes)'
     export = export_of(tmp_path, body, f"<int64[4] sizes = {{1, 3, {SIZE}, {SIZE}}}>")
-    with pytest.raises(CheckFailed, match=r"cannot be converted to opset 17, .*keep_aspect_ratio_policy"):
+    with pytest.raises(CheckFailed, match=rf"cannot be converted to opset 17, .*{attribute.split()[0]}"):
         weak_onnx(export)
 
 
