@@ -1,6 +1,6 @@
 """Build the TensorRT engine of a bundle, with the TensorRT of this machine.
 
-    cd <bundle> && python3 -m runner [build] [--workspace-mib 1024]
+    cd <bundle> && python3 -m runner [build] [--workspace-mib 1024] [--optimization-level 3] [--dla-core 0]
 
 Checks every file against bundle.json, writes model.engine, runs the images of sample.npz through it and compares the
 logits with the logits of the torch program. The last line of stdout is one JSON object, also in result.json; all other
@@ -20,7 +20,6 @@ from pathlib import Path
 
 from .bundle import build_bundle
 from .errors import Refused
-from .tensorrt_engine import WORKSPACE_BYTES
 
 
 def _to_stderr(severity: str, message: str) -> None:
@@ -31,13 +30,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python3 -m runner", description=(__doc__ or "").split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="build the engine and run the sample images (the default)")
-    build.add_argument("--workspace-mib", type=int, default=WORKSPACE_BYTES >> 20, help="GPU memory for building")
+    build.add_argument(
+        "--workspace-mib", type=_positive, help="GPU memory for building (half of the free memory, at most 1024)"
+    )
+    build.add_argument("--optimization-level", type=int, choices=range(6), help="TensorRT's (3); 5 builds longest")
+    build.add_argument("--dla-core", type=int, choices=range(2), help="run on this DLA core, the rest on the GPU")
     build.set_defaults(run=_build)
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of MiB above 0")
+    return int(text)
+
+
 def _build(arguments: argparse.Namespace) -> int:
-    result = build_bundle(Path(__file__).resolve().parent.parent, arguments.workspace_mib << 20, _to_stderr)
+    options = {
+        "workspace_bytes": None if arguments.workspace_mib is None else arguments.workspace_mib << 20,
+        "optimization_level": arguments.optimization_level,
+        "dla_core": arguments.dla_core,
+    }
+    result = build_bundle(Path(__file__).resolve().parent.parent, options, _to_stderr)
     print(json.dumps(result))
     return 0
 

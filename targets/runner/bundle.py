@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cuda import find_cuda
+from .engine_facts import described
 from .errors import Damaged, Rejected, Unable
 from .tensorrt_engine import Execution, build, generation, load
 
 if TYPE_CHECKING:
-    from .tensorrt_engine import Floats, Say
+    from .tensorrt_engine import Built, Floats, Say
 
 _IDENTICAL_DB = 200.0  # reported for identical logits, as in the host's reports, since JSON has no infinity
 
@@ -42,52 +43,42 @@ def verified_bundle(folder: Path) -> dict[str, Any]:
     return bundle
 
 
-def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, object]:
+def build_bundle(folder: Path, options: dict[str, Any], say: Say) -> dict[str, object]:
     """Build the engine of the bundle in `folder`, run its sample, and return the JSON object that the command prints.
 
-    Writes `model.engine`, `timing.cache`, `result.json` with the returned object and, where the sample was run,
+    `options` are keyword arguments of `tensorrt_engine.build`. Writes `model.engine`, `engine.json` (see
+    `engine_facts`), `timing.cache`, `result.json` with the returned object and, where the sample was run,
     `layers.json`. An engine whose logits differ too much becomes `rejected.engine` instead of `model.engine`.
     Raises Damaged, Unable or Rejected.
     """
     bundle = verified_bundle(folder)
     trt = load("tensorrt")
-    chosen = _graph(bundle, generation(trt))
-    graph = chosen["file"]
+    graph = _graph(bundle, generation(trt))
     why_not = why_not_executed()
     if why_not is not None:
         say("WARNING", f"the engine will be built, but not run on the sample images: {why_not}")
-    say("INFO", f"TensorRT {trt.__version__} compiles {graph} ({bundle['precision']}); this takes minutes on a Jetson")
-    cache, started = folder / "timing.cache", time.time()
-    built = build(
-        trt,
-        (folder / graph).read_bytes(),
-        precision=bundle["precision"],
-        batch=bundle["batch"],
-        say=say,
-        workspace_bytes=workspace_bytes,
-        timing_cache=cache.read_bytes() if cache.exists() else b"",
-        detailed=True,
-        float32_layers=chosen["float32_layers"],
-    )
+    started = time.time()
+    built = _built(trt, folder, bundle, dict(options, float32_layers=graph["float32_layers"]), graph["file"], say)
     seconds = time.time() - started
-    _write(cache, built.timing_cache or b"")
-    _write(folder / "unverified.engine", built.plan)
     executed = try_engine(trt, built.plan, folder, say) if why_not is None else {}
     why_rejected = _why_rejected(executed, bundle["least"]) if executed else None
     engine = folder / ("model.engine" if why_rejected is None else "rejected.engine")
     (folder / "unverified.engine").replace(engine)
-    result = {
+    facts = {
         "engine": str(engine),
         "bytes": len(built.plan),
         "sha256": _sha256(built.plan),
         "tensorrt": trt.__version__,
-        "graph": graph,
-        "graph_sha256": bundle["sha256"][graph],
+        "graph": graph["file"],
+        "graph_sha256": bundle["sha256"][graph["file"]],
         "bundle_sha256": _sha256((folder / "bundle.json").read_bytes()),
         "precision": bundle["precision"],
         "batch": bundle["batch"],
         "settings": built.settings,
         "versions": {"python": platform.python_version(), **versions()},
+    }
+    result = {
+        **facts,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(seconds, 1),
         "executed": why_not is None,
@@ -96,10 +87,31 @@ def build_bundle(folder: Path, workspace_bytes: int, say: Say) -> dict[str, obje
         "least": bundle["least"],
         "why_rejected": why_rejected,
     }
-    _write(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    information = (folder / "layers.json").read_text() if executed else None
+    _write(folder / "engine.json", _json(dict(facts, engine=engine.name, **described(trt.__name__, information))))
+    _write(folder / "result.json", _json(result))
     if why_rejected is not None:
         raise Rejected(f"{why_rejected}; the engine was kept as {engine}")
     return result
+
+
+def _built(trt: Any, folder: Path, bundle: dict[str, Any], options: dict[str, Any], graph: str, say: Say) -> Built:
+    """Compile a graph of the bundle, and write the timing cache and `unverified.engine`."""
+    say("INFO", f"TensorRT {trt.__version__} compiles {graph} ({bundle['precision']}); this takes minutes on a Jetson")
+    cache = folder / "timing.cache"
+    built = build(
+        trt,
+        (folder / graph).read_bytes(),
+        precision=bundle["precision"],
+        batch=bundle["batch"],
+        say=say,
+        timing_cache=cache.read_bytes() if cache.exists() else b"",
+        detailed=True,
+        **options,
+    )
+    _write(cache, built.timing_cache or b"")
+    _write(folder / "unverified.engine", built.plan)
+    return built
 
 
 def why_not_executed() -> str | None:
@@ -206,6 +218,10 @@ def _graph(bundle: dict[str, Any], generation: str) -> dict[str, Any]:
         served = [name for name, graph in bundle["graphs"].items() if graph["file"] is not None]
         raise Unable(f"the bundle serves {', '.join(served)} and not {generation}: {graph['why_not']}")
     return graph
+
+
+def _json(contents: dict[str, object]) -> bytes:
+    return (json.dumps(contents, indent=1) + "\n").encode()
 
 
 def _sha256(contents: bytes) -> str:

@@ -78,6 +78,12 @@ class Cuda:
         self._call("cuCtxGetFlags", ctypes.byref(flags))
         return flags.value & _SCHED_MASK == _SCHED_SPIN
 
+    def free_bytes(self) -> int:
+        """Return the free memory of the GPU; on a Jetson, of the memory that GPU and CPU share."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
     def allocate(self, size: int) -> int:
         """Allocate `size` bytes of GPU memory and return the address."""
         address = ctypes.c_uint64()

@@ -6,6 +6,7 @@ compiles a graph into an engine where the runtime compiles on the device.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -102,7 +103,8 @@ class TensorRt:
         from .cuda import find_cuda
         from .tensorrt_engine import generation
 
-        described = {"version": version_of(self.package), "generation": generation(self.module())}
+        trt = self.module()
+        described = {"version": version_of(self.package), "generation": generation(trt)}
         try:
             gpu = find_cuda().gpu()
         except Unable as error:
@@ -117,16 +119,42 @@ class TensorRt:
         return Execution(self.module(), (engine / "model.engine").read_bytes(), cuda, say)
 
     def build(self, folder: Path, options: Mapping[str, Any], say: Say) -> None:
-        """Compile `model.onnx` in `folder` to `model.engine`. `options`: those of `tensorrt_engine.build`."""
+        """Compile `model.onnx` in `folder` to `model.engine`, and describe the engine in `engine.json`.
+
+        `options`: those of `tensorrt_engine.build`.
+        """
+        from .engine_facts import described
         from .tensorrt_engine import build
 
-        built = build(
-            self.module(),
-            (folder / "model.onnx").read_bytes(),
-            say=say,
-            **options,
-        )
+        trt, graph = self.module(), (folder / "model.onnx").read_bytes()
+        built = build(trt, graph, say=say, detailed=True, **options)
         (folder / "model.engine").write_bytes(built.plan)
+        facts = {
+            "engine": "model.engine",
+            "bytes": len(built.plan),
+            "sha256": hashlib.sha256(built.plan).hexdigest(),
+            self.package: trt.__version__,
+            "graph_sha256": hashlib.sha256(graph).hexdigest(),
+            "precision": options["precision"],
+            "batch": options["batch"],
+            "settings": built.settings,
+            **described(self.package, self._information(trt, built.plan, say)),
+        }
+        (folder / "engine.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def _information(self, trt: Any, plan: bytes, say: Say) -> str | None:
+        """Return the engine inspector's description of the layers; None where the engine cannot be loaded here."""
+        from .cuda import find_cuda
+        from .tensorrt_engine import Execution
+
+        try:
+            execution = Execution(trt, plan, find_cuda(), say)
+        except Unable:
+            return None
+        try:
+            return execution.layers(trt)
+        finally:
+            execution.close()
 
     def module(self) -> Any:
         from .tensorrt_engine import load

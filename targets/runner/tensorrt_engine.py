@@ -18,7 +18,7 @@ from .cuda import find_cuda
 from .errors import Rejected, Unable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -36,6 +36,7 @@ PRIMITIVE = "TensorRT 8.5"  # weakly typed, without LayerNormalization
 # An upper limit, not a reservation. A mobile model needs a few MB; on a Jetson, GPU and CPU share the memory.
 WORKSPACE_BYTES = 1 << 30
 
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|could not be allocated", re.IGNORECASE)
 _IN_FLIGHT = 2  # queries on the stream while timing, as trtexec has
 
 
@@ -86,21 +87,27 @@ def build(
     precision: str,
     batch: int,
     say: Say,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
     timing_cache: bytes | None = None,
     detailed: bool = False,
     float32_layers: Collection[str] = (),
+    batches: Sequence[int] | None = None,
+    optimization_level: int | None = None,
+    dla_core: int | None = None,
 ) -> Built:
     """Compile a serialized ONNX graph with the TensorRT module `trt` (`tensorrt` 8.5 to 11, or `tensorrt_rtx`).
 
     With strong typing (10 and later), `onnx` states the type of every tensor and `precision` has no effect. With weak
     typing (8.x), `onnx` is float32 with Q/DQ and `precision` sets the builder flags FP16 and INT8. TF32 stays enabled,
-    TensorRT's default. A dynamic batch gets an optimization profile of 1 to `batch` images. An empty `timing_cache`
-    starts a new cache; a cache of a different GPU or TensorRT version is replaced. `detailed` keeps layer details in
-    the engine for the engine inspector. `float32_layers` names layers that stay in float32 with weak typing.
+    TensorRT's default. `workspace_bytes`: see `default_workspace`; a build that fails for memory is repeated with a
+    quarter of it. An empty `timing_cache` starts a new cache; a cache of a different GPU or TensorRT version is
+    replaced. `detailed` keeps layer details in the engine for the engine inspector. `float32_layers` names layers that
+    stay in float32 with weak typing. A dynamic batch gets an optimization profile for `batches`, the least, the
+    likeliest and the greatest number of images; without it, from 1 to `batch`. `optimization_level` is TensorRT's, 0
+    to 5. `dla_core` runs on the DLA, with other layers on the GPU.
 
     Raises Rejected, quoting TensorRT's message, where the importer or the builder rejects the graph, and Unable where
-    TensorRT does not start.
+    TensorRT does not start or lacks an option.
     """
     logger = make_logger(trt, say)
     builder = _builder(trt, logger)
@@ -109,26 +116,49 @@ def build(
     if not parser.parse(onnx):
         raise Rejected(_refusal(parser))
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     if detailed:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     flags = _allow_small_types(trt, config, precision)
     if flags and float32_layers:
         flags += _keep_in_float32(trt, network, config, float32_layers)
-    _add_profile(builder, network, config, batch)
+    settings: dict[str, object] = {"typing": "strong" if strongly_typed(trt) else "weak", "flags": flags}
+    settings.update(_add_profile(builder, network, config, batch, batches))
+    if optimization_level is not None:
+        settings.update(_set_level(trt, config, optimization_level))
+    if dla_core is not None:
+        settings.update(_use_dla(trt, builder, network, config, dla_core))
     if timing_cache is not None:
         _set_timing_cache(config, timing_cache)
+    workspace_bytes = default_workspace() if workspace_bytes is None else workspace_bytes
+    plan, settings["workspace_bytes"] = _plan(trt, builder, network, config, logger, workspace_bytes)
+    timings = None if timing_cache is None else config.get_timing_cache()
+    return Built(plan, settings, None if timings is None else bytes(timings.serialize()))
+
+
+def default_workspace() -> int:
+    """Return half of the GPU's free memory, but at most WORKSPACE_BYTES; WORKSPACE_BYTES without a GPU."""
+    try:
+        cuda = find_cuda()
+        cuda.attach()
+        return min(WORKSPACE_BYTES, cuda.free_bytes() // 2)
+    except Unable:
+        return WORKSPACE_BYTES
+
+
+def _plan(trt: Any, builder: Any, network: Any, config: Any, logger: Any, workspace_bytes: int) -> tuple[bytes, int]:
+    """Return the plan and the workspace that it was built with: where memory lacks, a quarter of `workspace_bytes`."""
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     plan = builder.build_serialized_network(network, config)
+    if plan is None and any(map(_OUT_OF_MEMORY.search, logger.errors)):
+        smaller = workspace_bytes // 4
+        logger.say("WARNING", f"memory lacks for a workspace of {workspace_bytes >> 20} MiB: {smaller >> 20} MiB now")
+        workspace_bytes = smaller
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+        plan = builder.build_serialized_network(network, config)
     logger.summarize()
     if plan is None:
         raise Rejected(f"TensorRT {trt.__version__} parsed the graph but built no engine: {_last_error(logger)}")
-    timings = None if timing_cache is None else config.get_timing_cache()
-    settings: dict[str, object] = {
-        "typing": "strong" if strongly_typed(trt) else "weak",
-        "flags": flags,
-        "workspace_bytes": workspace_bytes,
-    }
-    return Built(bytes(plan), settings, None if timings is None else bytes(timings.serialize()))
+    return bytes(plan), workspace_bytes
 
 
 def _builder(trt: Any, logger: Any) -> Any:
@@ -184,6 +214,7 @@ def make_logger(trt: Any, say: Say) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.say = say
             self.counts: collections.Counter[str] = collections.Counter()
             self.errors: list[str] = []
             self.warnings: list[str] = []
@@ -236,19 +267,44 @@ def _keep_in_float32(trt: Any, network: Any, config: Any, names: Collection[str]
     return ["OBEY_PRECISION_CONSTRAINTS"]
 
 
-def _add_profile(builder: Any, network: Any, config: Any, batch: int) -> None:
+def _add_profile(
+    builder: Any, network: Any, config: Any, batch: int, batches: Sequence[int] | None
+) -> dict[str, object]:
+    """Add an optimization profile for the dynamic inputs of `network`, and return it as a setting."""
     profile = builder.create_optimization_profile()
+    sizes = list(batches or (1, batch, batch))
     dynamic = False
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shape = tuple(tensor.shape)
         if -1 in shape:
             dynamic = True
-            largest = tuple(batch if side == -1 else side for side in shape)
-            smallest = tuple(1 if side == -1 else side for side in shape)
-            profile.set_shape(tensor.name, smallest, largest, largest)
+            profile.set_shape(tensor.name, *(tuple(size if side == -1 else side for side in shape) for size in sizes))
     if dynamic:
         config.add_optimization_profile(profile)
+        return {"batches": sizes}
+    if batches is not None:
+        raise Rejected("the graph has a fixed batch: a range of batches needs a graph with a dynamic batch")
+    return {}
+
+
+def _set_level(trt: Any, config: Any, level: int) -> dict[str, object]:
+    if not hasattr(config, "builder_optimization_level"):
+        raise Unable(f"TensorRT {trt.__version__} has no optimization levels, 8.6 and later have: leave the level out")
+    config.builder_optimization_level = level
+    return {"optimization_level": level}
+
+
+def _use_dla(trt: Any, builder: Any, network: Any, config: Any, core: int) -> dict[str, object]:
+    """Run on a DLA core what it supports; return the core and the names of the layers that stay on the GPU."""
+    cores = builder.num_DLA_cores if hasattr(builder, "num_DLA_cores") else 0
+    if core >= cores:
+        raise Unable(f"there is no DLA core {core}: TensorRT {trt.__version__} finds {cores} here; build for the GPU")
+    config.default_device_type = trt.DeviceType.DLA
+    config.DLA_core = core
+    config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    return {"dla_core": core, "layers_on_gpu": [layer.name for layer in layers if not config.can_run_on_DLA(layer)]}
 
 
 def _set_timing_cache(config: Any, contents: bytes) -> None:

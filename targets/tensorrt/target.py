@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,21 +89,6 @@ class TensorRtTarget:
         return "f32" if precision == "fp32" else "f16"
 
     def build(self, export: Export, out: Path) -> None:
-        if not self.machine.local:
-            self._build_there(export, out)
-            return
-        with explained():
-            trt = tensorrt_engine.load(self.package)
-            generation = tensorrt_engine.generation(trt)
-        graph = graph_for(generation, export)
-        onnx_bytes = graph.SerializeToString()
-        plan = build_plan(
-            trt, onnx_bytes, precision=export.precision, batch=export.batch, float32_layers=float32_layers(graph)
-        )
-        (out / GRAPH).write_bytes(onnx_bytes)
-        (out / ENGINE).write_bytes(plan)
-
-    def _build_there(self, export: Export, out: Path) -> None:
         import onnx
 
         graph = graph_for(self.machine.runtime(self.package).generation, export)
@@ -170,10 +155,9 @@ def build_plan(
     *,
     precision: Precision,
     batch: int,
-    workspace_bytes: int = tensorrt_engine.WORKSPACE_BYTES,
-    float32_layers: Collection[str] = (),
+    workspace_bytes: int | None = None,
 ) -> bytes:
-    """Compile a serialized graph (`graph_for`) into a plan with the module `trt`; see `tensorrt_engine.build`.
+    """Compile a serialized graph (`typed_onnx`) into a plan with the module `trt`; see `tensorrt_engine.build`.
 
     Raises CheckFailed, quoting NVIDIA's message, where the importer or the builder rejects the graph.
     """
@@ -185,7 +169,6 @@ def build_plan(
             batch=batch,
             say=_say,
             workspace_bytes=workspace_bytes,
-            float32_layers=float32_layers,
         )
     return built.plan
 

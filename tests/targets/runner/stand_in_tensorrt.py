@@ -11,6 +11,8 @@ Copied into a folder of PYTHONPATH as `tensorrt.py`. STAND_IN_TENSORRT names a J
     start_error   message of an error with which the builder does not start
     build_errors  messages of the errors with which the first builds fail
     dla_cores     number of DLA cores
+    dla_layers    names of the layers that the DLA supports
+    information   JSON object that the engine inspector returns
 """
 
 from __future__ import annotations
@@ -130,6 +132,9 @@ class IBuilderConfig:
 
     def set_flag(self, flag: Any) -> None:
         _record("set_flag", flag.name)
+
+    def can_run_on_DLA(self, layer: Layer) -> bool:
+        return layer.name in SETTINGS["dla_layers"]
 
     def add_optimization_profile(self, profile: Any) -> int:
         return 0

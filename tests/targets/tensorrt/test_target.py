@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import hashlib
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +21,7 @@ from calibration.recipe import Precision
 from models.errors import CannotRunHere, CheckFailed
 from targets.base import Export
 from targets.onnx.graph import with_batch
-from targets.runner import cuda
+from targets.runner import cuda, errors, tensorrt_engine
 from targets.tensorrt import nvidia, rtx
 from targets.tensorrt import target as tensorrt_target
 from targets.tensorrt.target import build_plan, read_plan_header, typed_onnx
@@ -74,6 +76,9 @@ def test_an_engine_is_read_back_from_disk(tmp_path: Path, precision: Precision) 
     assert found["plan_bytes"] == (engine / "model.engine").stat().st_size
     assert found["quantized_layers"] == (2 if precision == "int8" else 0)
     assert rtx.TARGET.graph(engine) == engine / "model.onnx"
+    described = json.loads((engine / "engine.json").read_text())
+    assert described["sha256"] == hashlib.sha256((engine / "model.engine").read_bytes()).hexdigest()
+    assert (described["precision"], described["batch"], described["settings"]["typing"]) == (precision, 2, "strong")
 
 
 def test_layers_that_share_a_weight_are_counted_one_by_one() -> None:
@@ -173,6 +178,21 @@ def test_a_dynamic_batch_gets_a_profile(tmp_path: Path) -> None:
 
     export = tiny_export(tmp_path / "export", "fp32")
     assert build_plan(tensorrt_rtx, export.onnx.read_bytes(), precision="fp32", batch=4)[:4] == b"vtrt"
+
+
+@needs_rtx
+def test_a_range_of_batches_needs_a_dynamic_batch(tmp_path: Path) -> None:
+    import tensorrt_rtx
+
+    export = tiny_export(tmp_path / "export", "fp32", batch=4)
+
+    def settings(graph: bytes) -> dict[str, object]:
+        say, batches = tensorrt_target._say, (1, 2, 8)
+        return tensorrt_engine.build(tensorrt_rtx, graph, precision="fp32", batch=4, say=say, batches=batches).settings
+
+    assert settings(export.onnx.read_bytes())["batches"] == [1, 2, 8]
+    with pytest.raises(errors.Rejected, match="the graph has a fixed batch: a range of batches needs a graph with a"):
+        settings(typed_onnx(export).SerializeToString())
 
 
 # --- Without a GPU, and with the wrong one
