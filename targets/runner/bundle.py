@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from .cuda import find_cuda
 from .engine_facts import described
 from .errors import Damaged, Rejected, Unable
+from .facts import facts
 from .tensorrt_engine import Execution, build, generation, load
 
 if TYPE_CHECKING:
     from .tensorrt_engine import Built, Floats, Say
 
+_QUERIES = 201  # timed after the build, to record a figure; trtexec and the host time longer
 _IDENTICAL_DB = 200.0  # reported for identical logits, as in the host's reports, since JSON has no infinity
 
 
@@ -64,7 +66,7 @@ def build_bundle(folder: Path, options: dict[str, Any], say: Say) -> dict[str, o
     why_rejected = _why_rejected(executed, bundle["least"]) if executed else None
     engine = folder / ("model.engine" if why_rejected is None else "rejected.engine")
     (folder / "unverified.engine").replace(engine)
-    facts = {
+    about = {
         "engine": str(engine),
         "bytes": len(built.plan),
         "sha256": _sha256(built.plan),
@@ -78,7 +80,7 @@ def build_bundle(folder: Path, options: dict[str, Any], say: Say) -> dict[str, o
         "versions": {"python": platform.python_version(), **versions()},
     }
     result = {
-        **facts,
+        **about,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(seconds, 1),
         "executed": why_not is None,
@@ -86,9 +88,10 @@ def build_bundle(folder: Path, options: dict[str, Any], say: Say) -> dict[str, o
         **executed,
         "least": bundle["least"],
         "why_rejected": why_rejected,
+        "device": facts(),
     }
     information = (folder / "layers.json").read_text() if executed else None
-    _write(folder / "engine.json", _json(dict(facts, engine=engine.name, **described(trt.__name__, information))))
+    _write(folder / "engine.json", _json(dict(about, engine=engine.name, **described(trt.__name__, information))))
     _write(folder / "result.json", _json(result))
     if why_rejected is not None:
         raise Rejected(f"{why_rejected}; the engine was kept as {engine}")
@@ -146,7 +149,8 @@ def versions() -> dict[str, str]:
 def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, object]:
     """Run the sample images through the engine and compare its logits with the logits of the torch program.
 
-    Returns the GPU and the comparison (see `compare`). Raises Unable where the GPU does not run the engine.
+    Returns the GPU, the comparison (see `compare`) and the latency (see `latency`). Raises Unable where the GPU does
+    not run the engine.
     """
     import numpy
 
@@ -157,6 +161,7 @@ def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, objec
     execution = Execution(trt, plan, cuda, say)
     try:
         logits = run_all(execution, images)
+        timed = latency(execution, images)
         _write(folder / "layers.json", execution.layers(trt).encode())
     finally:
         execution.close()
@@ -164,6 +169,20 @@ def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, objec
         "gpu": gpu.name,
         "compute_capability": "{}.{}".format(*gpu.capability),
         **compare(expected, logits),
+        "latency": timed,
+    }
+
+
+def latency(execution: Execution, images: Floats) -> dict[str, object]:
+    """Time some queries after a warm-up: the median GPU time and the median time end to end, in ms, and the method."""
+    query = images[[index % len(images) for index in range(execution.batch)]]
+    execution.warm_up()
+    computed, end_to_end = execution.latencies_ns(query, _QUERIES), execution.end_to_end_ns(query, _QUERIES)
+    return {
+        "queries": _QUERIES,
+        "median_ms": sorted(computed)[_QUERIES // 2] / 1e6,
+        "end_to_end_median_ms": sorted(end_to_end)[_QUERIES // 2] / 1e6,
+        **execution.method,
     }
 
 

@@ -137,7 +137,7 @@ def test_a_tensorrt_that_does_not_import_is_missing_and_named(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(jetson, "_RELEASE", tmp_path)
     for module in (jetson, nvidia, tensorrt_target):
-        monkeypatch.setattr(module, "find_gpu", lambda: cuda.Gpu("Orin", (8, 7)))
+        monkeypatch.setattr(module, "find_gpu", lambda: cuda.Gpu("Orin", (8, 7), 8 << 30))
     for why_not in (target.missing(), target.not_executed()):
         assert why_not is not None
         assert why_not.startswith("the tensorrt package is there, but does not import (libnvdla_compiler.so: cannot")
