@@ -99,7 +99,7 @@ def build(
 
     With strong typing (10 and later), `onnx` states the type of every tensor and `precision` has no effect. With weak
     typing (8.x), `onnx` is float32 with Q/DQ and `precision` sets the builder flags FP16 and INT8. TF32 stays enabled,
-    TensorRT's default. `workspace_bytes`: see `default_workspace`; a build that fails for memory is repeated with a
+    TensorRT's default. `workspace_bytes`: see `default_workspace`; a build that runs out of memory is repeated with a
     quarter of it. An empty `timing_cache` starts a new cache; a cache of a different GPU or TensorRT version is
     replaced. `detailed` keeps layer details in the engine for the engine inspector. `float32_layers` names layers that
     stay in float32 with weak typing. A dynamic batch gets an optimization profile for `batches`, the least, the
@@ -146,13 +146,13 @@ def default_workspace() -> int:
 
 
 def _plan(trt: Any, builder: Any, network: Any, config: Any, logger: Any, workspace_bytes: int) -> tuple[bytes, int]:
-    """Return the plan and the workspace that it was built with: where memory lacks, a quarter of `workspace_bytes`."""
+    """Return the plan and the workspace that it was built with: a quarter of `workspace_bytes` if memory ran out."""
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     plan = builder.build_serialized_network(network, config)
     if plan is None and any(map(_OUT_OF_MEMORY.search, logger.errors)):
-        smaller = workspace_bytes // 4
-        logger.say("WARNING", f"memory lacks for a workspace of {workspace_bytes >> 20} MiB: {smaller >> 20} MiB now")
-        workspace_bytes = smaller
+        limit, workspace_bytes = workspace_bytes, workspace_bytes // 4
+        smaller = f"building again with {workspace_bytes >> 20} MiB"
+        logger.say("WARNING", f"out of memory with a workspace of {limit >> 20} MiB: {smaller}")
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
         plan = builder.build_serialized_network(network, config)
     logger.summarize()

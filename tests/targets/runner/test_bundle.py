@@ -266,14 +266,14 @@ def test_the_workspace_is_half_of_the_free_memory_and_at_most_1_gib(tmp_path: Pa
         "Requested amount of GPU memory (1073741824 bytes) could not be allocated.",
     ],
 )
-def test_a_build_that_lacks_memory_is_repeated_with_a_quarter_of_the_workspace(tmp_path: Path, error: str) -> None:
+def test_a_build_that_runs_out_of_memory_is_repeated_with_a_quarter(tmp_path: Path, error: str) -> None:
     bundle = bundled(tmp_path)
     board = Board(folder=tmp_path / "board", settings={"build_errors": [error]}, gpu=False)
     answer = board.run(bundle, "--workspace-mib", "512")
     assert answer.returncode == 0, answer.stderr
     limits = [call[2] for call in board.calls() if call[0] == "set_memory_pool_limit"]
     assert limits == [512 << 20, 128 << 20] and settings_of(bundle)["workspace_bytes"] == 128 << 20
-    assert "warning: memory lacks for a workspace of 512 MiB: 128 MiB now" in answer.stderr
+    assert "warning: out of memory with a workspace of 512 MiB: building again with 128 MiB" in answer.stderr
     twice = Board(folder=tmp_path / "second", settings={"build_errors": [error, error]}, gpu=False).run(bundle)
     assert twice.returncode == 4 and "parsed the graph but built no engine: " in twice.stderr
 
