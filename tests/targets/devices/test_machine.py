@@ -96,7 +96,7 @@ def test_an_engine_computes_the_same_on_a_device(
 @pytest.mark.skipif(rtx.TARGET.missing() is not None, reason=str(rtx.TARGET.missing()))
 def test_an_engine_is_compiled_on_a_device(machine: RemoteMachine, export: Export, tmp_path: Path) -> None:
     target = built("rtx", machine, export, tmp_path / "engine")
-    assert {file.name for file in (tmp_path / "engine").iterdir()} == {"model.onnx", "model.engine"}
+    assert {file.name for file in (tmp_path / "engine").iterdir()} == {"model.onnx", "model.engine", "engine.json"}
     assert target.inspect(export, tmp_path / "engine")["quantized_layers"] == 2
     assert target.not_executed() == rtx.TARGET.not_executed()
 
