@@ -30,7 +30,7 @@ from targets.runner.errors import Damaged, Rejected, Unable
 CONNECT_S: Final = 10  # for the TCP connection and its handshake; the runner must start within 5 s after it
 _START_S: Final = 15.0
 _ALIVE_S, _ALIVE_COUNT = 5, 3  # the client ends a connection that does not respond for 15 s
-_CACHE_VOLUME: Final = '--volume "$HOME/.cache/edgeline:/root/.cache/edgeline"'  # files and jobs outlive the container
+_CACHE_VOLUME: Final = '--volume "$HOME/.cache/edgeline:/edgeline" --env EDGELINE_CACHE=/edgeline'  # outlives it
 _ERRORS: Final[Mapping[int, type[EdgelineError]]] = {
     Damaged.exit_code: BadRequest,
     Unable.exit_code: CannotRunHere,

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .nvml import find_nvml
 from .system import sensors
+from .system.nvml import find_nvml
 from .system.tegrastats import Tegrastats
 
 if TYPE_CHECKING:
-    from .nvml import GpuState, Nvml
+    from .system.nvml import GpuState, Nvml
     from .system.tegrastats import TegrastatsLine
 
 _TEGRASTATS = "usr/bin/tegrastats"

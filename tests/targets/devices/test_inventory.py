@@ -1,4 +1,4 @@
-"""devices.toml: devices by name, and one sentence with the line for each mistake."""
+"""`devices.toml`: devices by name, and one sentence with the line for each mistake."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from targets.runner.errors import Unable
-from targets.runner.nvml import Nvml, find_nvml, throttle_reasons
+from targets.runner.system.nvml import Nvml, find_nvml, throttle_reasons
 from targets.runner.telemetry import snapshot
 
 NOT_SUPPORTED = 3

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from typing import Any, TypedDict
 
-from .errors import Unable
+from ..errors import Unable
 
 # Bits of nvmlDeviceGetCurrentClocksThrottleReasons, under the names that nvidia-smi uses. Source: nvml.h,
 # nvmlClocksEventReason*.
