@@ -26,7 +26,7 @@ from calibration.ptq.adaptive_rounding import (
     round_adaptively,
 )
 from calibration.ptq.bias_correction import correct, restore
-from calibration.ptq.calibrate import calibrate, set_mode, split
+from calibration.ptq.calibrate import CalibrationSplit, calibrate, set_mode
 from calibration.ptq.sensitivity import operators_of, partly
 from calibration.quantize import calibrated, prepare, quantize
 from calibration.recipe import Ptq
@@ -60,7 +60,7 @@ class Kinds(nn.Module):
 
 def ranged(network: nn.Module, scheme: Scheme = SHARED) -> GraphModule:
     prepared = prepare(network.eval(), scheme, SIDE)
-    calibrate(prepared, network, PTQ, images("train"), seed=0)
+    calibrate(prepared, PTQ, CalibrationSplit.draw(network, PTQ, images("train"), seed=0))
     set_mode(prepared, "frozen")
     return prepared
 
@@ -189,7 +189,7 @@ def test_a_graph_that_rounds_less_has_weights_and_biases_from_before() -> None:
 def test_adaptive_rounding_that_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = seeded(Kinds)
     prepared = ranged(model)
-    drawn = split(model, PTQ, images("train"), seed=0)
+    split = CalibrationSplit.draw(model, PTQ, images("train"), seed=0)
     before = correct(prepared, shown())
     first, meta = copy.deepcopy(prepared.state_dict()), dict(prepared.meta)
 
@@ -198,23 +198,23 @@ def test_adaptive_rounding_that_does_not_help_is_undone(monkeypatch: pytest.Monk
             prepared.get_parameter("head.bias").add_(1.0)
 
     monkeypatch.setattr("calibration.ptq.adaptive_rounding.reconstruct", spoil)
-    told = corrections.reconstruct(prepared, replace(PTQ, rounding="adaptive"), drawn, before, 25.0)
+    told = corrections.reconstruct(prepared, replace(PTQ, rounding="adaptive"), split, before, 25.0)
     assert told == {"adaptive": 25.0} and prepared.meta == meta
     assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
 
 
 def test_auto_does_not_change_a_network_with_a_small_error_or_with_fixed_biases() -> None:
     model = seeded(Kinds)
-    prepared, drawn = ranged(model), split(model, PTQ, images("train"), seed=0)
+    prepared, split = ranged(model), CalibrationSplit.draw(model, PTQ, images("train"), seed=0)
     first = copy.deepcopy(prepared.state_dict())
     for recipe, found in (
         (PTQ, corrections.AMPLE_DB),
         (replace(PTQ, bias_correction=False), 10.0),
         (replace(PTQ, rounding="nearest"), 10.0),
     ):
-        assert corrections.reconstruct(prepared, recipe, drawn, {}, found) == {}
+        assert corrections.reconstruct(prepared, recipe, split, {}, found) == {}
     assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
-    assert "adaptive" in corrections.reconstruct(prepared, PTQ, drawn, {}, 10.0)
+    assert "adaptive" in corrections.reconstruct(prepared, PTQ, split, {}, 10.0)
 
 
 def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:
@@ -225,7 +225,7 @@ def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:
     assert np.array_equal(first, second)
     told = made[0].report["repairs_db"]
     assert isinstance(told, dict) and told["adaptive"] >= told["bias"] >= told["calibrated"]
-    prepared = calibrated(model, recipe, SHARED, images("train"), seed=0)
+    prepared = calibrated(recipe, SHARED, CalibrationSplit.draw(model, recipe, images("train"), seed=0))
     assert snr_db(exported_program.logits(prepared, batches), first) > 100
 
 
