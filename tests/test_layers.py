@@ -47,7 +47,7 @@ LEAN = {
         f"calibration/data/{name}.py"
         for name in ("image_folder", "load", "preprocess", "sample_photos", "training_history")
     ),
-    *(f"calibration/graph/{name}.py" for name in ("qparams", "source_lines")),
+    *(f"calibration/graph/{name}.py" for name in ("fx", "qparams", "source_lines")),
     *(f"models/{name}.py" for name in ("catalog", "checkpoint", "errors", "hub", "spec")),
     *(f"models/external/{name}.py" for name in ("guard", "loader", "user_files")),
 }

@@ -18,7 +18,7 @@ from calibration.data.batches import Batch, Images
 from calibration.fake_quant import calibrators
 from calibration.fake_quant.calibrators import TensorRange
 from calibration.fake_quant.symmetric import ActivationFakeQuant, FakeQuant, Mode
-from calibration.graph import exported_program
+from calibration.graph import exported_program, fx
 from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.recipe import AUTO, Ptq
@@ -139,13 +139,12 @@ def named_quantizers(prepared: GraphModule) -> Iterator[tuple[str, ActivationFak
     times: Counter[str] = Counter()
     done: set[ActivationFakeQuant] = set()  # a quantizer may serve several edges under several names
     for node in prepared.graph.nodes:
-        path = exported_program.module_path(node)
+        path = fx.module_path(node)
         weighted = node.target in exported_program.WEIGHTED
         activations = [
             (index, quantizer)
             for index, source in enumerate(node.all_input_nodes)
-            if source.op == "call_module"
-            and isinstance(quantizer := prepared.get_submodule(str(source.target)), ActivationFakeQuant)
+            if isinstance(quantizer := fx.called_module(prepared, source), ActivationFakeQuant)
         ]
         times[path] += bool(weighted and activations)
         for index, quantizer in activations:

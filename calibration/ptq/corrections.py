@@ -12,7 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from calibration.graph import exported_program
+from calibration.graph import exported_program, fx
 from calibration.metrics import IDENTICAL_DB, snr_db
 from calibration.ptq import adaptive_rounding, bias_correction
 from calibration.ptq.calibrate import (
@@ -73,8 +73,8 @@ def _take_over(prepared: GraphModule, graph: GraphModule) -> bool:
     from others, so that `graph` has to be prepared again.
     """
     state = graph.state_dict()
-    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    if not read <= state.keys() or dict(prepared.named_parameters()).keys() != dict(graph.named_parameters()).keys():
+    trained = [{name for name, _ in each.named_parameters()} for each in (prepared, graph)]
+    if not fx.stored_names(graph) <= state.keys() or trained[0] != trained[1]:
         return False
     prepared.load_state_dict(state, strict=False)
     for _, quantizer in named_quantizers(prepared):

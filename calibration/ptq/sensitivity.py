@@ -23,7 +23,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from calibration.accuracy_budget import Budget
 from calibration.data.batches import Batch, Images
 from calibration.fake_quant.symmetric import FakeQuant
-from calibration.graph.exported_program import WEIGHTED, logits, module_path
+from calibration.graph import fx
+from calibration.graph.exported_program import WEIGHTED, logits
 from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.ptq import bias_correction
@@ -173,7 +174,7 @@ def operators_of(prepared: GraphModule, size: int) -> list[Operator]:
     with torch.no_grad():
         ShapeProp(floats).propagate(torch.zeros(1, 3, size, size))
     return [
-        Operator(name=node.name, path=module_path(node), kind=kind_of(node), macs=_macs(node))
+        Operator(name=node.name, path=fx.module_path(node), kind=kind_of(node), macs=_macs(node))
         for node in floats.graph.nodes
         if node.name in names
     ]
@@ -216,8 +217,7 @@ def _inside(path: str, operators: Collection[Operator]) -> list[Operator]:
 
 def _roundings(prepared: GraphModule, node: Node) -> list[Node]:
     """Return the FakeQuant nodes that `node` reads."""
-    calls = [entry for entry in node.all_input_nodes if entry.op == "call_module"]
-    return [call for call in calls if isinstance(prepared.get_submodule(str(call.target)), FakeQuant)]
+    return [entry for entry in node.all_input_nodes if isinstance(fx.called_module(prepared, entry), FakeQuant)]
 
 
 def _macs(node: Node) -> int:

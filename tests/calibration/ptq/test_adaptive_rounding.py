@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from calibration.fake_quant.symmetric import PerChannelFakeQuant
-from calibration.graph import exported_program
+from calibration.graph import exported_program, fx
 from calibration.metrics import snr_db
 from calibration.ptq import corrections
 from calibration.ptq.adaptive_rounding import (
@@ -148,7 +148,7 @@ def _weights(prepared: GraphModule) -> list[tuple[PerChannelFakeQuant, Tensor]]:
         if node.op == "call_module" and isinstance(
             quantizer := prepared.get_submodule(str(node.target)), PerChannelFakeQuant
         ):
-            found.append((quantizer, exported_program.stored_tensor(prepared, node.all_input_nodes[0]).detach()))
+            found.append((quantizer, fx.stored_tensor(prepared, node.all_input_nodes[0]).detach()))
     return found
 
 
@@ -249,7 +249,7 @@ def test_a_residual_layer_compensates_errors_of_its_skip_connection() -> None:
     class Spy(_Reconstruction):
         def beside(self, layer: Node) -> tuple[Tensor, ...]:
             found = super().beside(layer)
-            seen[exported_program.module_path(layer)] = len(found)
+            seen[fx.module_path(layer)] = len(found)
             return found
 
     with torch.no_grad():
