@@ -24,8 +24,8 @@ from calibration.graph import exported_program
 from calibration.graph.fold import fold
 from calibration.metrics import Logits, snr_db
 from calibration.ptq import bias_correction, corrections
-from calibration.ptq.calibrate import CalibrationSplit, calibrate, set_mode, split
-from calibration.ptq.sensitivity import within_budget
+from calibration.ptq.calibrate import CalibrationSplit, calibrate, set_mode
+from calibration.ptq.sensitivity import Probe, within_budget
 from calibration.qdq_placement import LAYERS, Placement
 from calibration.quantizer.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
@@ -73,9 +73,10 @@ def quantize(
             _checked("folding", exported_program.logits(model, [probe]), folded, probe, _FOLDED_DB)
             return Quantized(program=exported_program.export(folded, size))
         case Ptq():
-            prepared, report = _calibrated(model, recipe, scheme, train, seed=seed)
+            prepared, report = _calibrated(recipe, scheme, CalibrationSplit.draw(model, recipe, train, seed=seed))
         case Qat():
-            prepared, report = _calibrated(model, recipe.warm_start, scheme, train, seed=seed)
+            start = recipe.warm_start
+            prepared, report = _calibrated(start, scheme, CalibrationSplit.draw(model, start, train, seed=seed))
             report |= qat.train(prepared, model, recipe, train, val, seed=seed, checkpoint=checkpoint)
             bias_correction.forget(prepared)
     set_mode(prepared, "frozen")
@@ -111,59 +112,43 @@ def prepare(model: nn.Module, scheme: Scheme, size: int, placement: Placement = 
     return _prepared(traced(model, size), scheme, placement)
 
 
-def equalized(
-    model: nn.Module,
-    recipe: Ptq,
-    scheme: Scheme,
-    train: Images,
-    *,
-    seed: int,
-    drawn: CalibrationSplit | None = None,
-) -> tuple[GraphModule, dict[str, object]]:
+def equalized(recipe: Ptq, scheme: Scheme, split: CalibrationSplit) -> tuple[GraphModule, dict[str, object]]:
     """Return the graph as `prepare` makes it, with channel ranges balanced first if `recipe.equalize`, and the report
-    of the equalization. `drawn`: the calibration split, if it was drawn before.
+    of the equalization.
     """
-    graph = traced(model, train.preprocess.size)
-    drawn = drawn or split(model, recipe, train, seed=seed)
+    graph = traced(split.model, split.size)
     report = corrections.equalize(
-        graph, recipe, drawn, lambda candidate: _prepared(candidate, scheme, recipe.placement)
+        graph, recipe, split, lambda candidate: _prepared(candidate, scheme, recipe.placement)
     )
     return _prepared(graph, scheme, recipe.placement), report
 
 
-def equalized_again(
-    model: nn.Module, recipe: Ptq, scheme: Scheme, drawn: CalibrationSplit, strength: float | None
-) -> GraphModule:
+def equalized_again(recipe: Ptq, scheme: Scheme, split: CalibrationSplit, strength: float | None) -> GraphModule:
     """Return the prepared graph that `equalized` makes when it selects `strength` (None: no equalization), without
     running its trials.
     """
-    graph = traced(model, drawn.train.preprocess.size)
+    graph = traced(split.model, split.size)
     if strength is not None:
-        corrections.repeat_equalize(graph, recipe, drawn, strength)
+        corrections.repeat_equalize(graph, recipe, split, strength)
     return _prepared(graph, scheme, recipe.placement)
 
 
-def calibrated(model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int) -> GraphModule:
-    """Return the prepared graph of `model`, in evaluation mode, with frozen ranges calibrated by `recipe`."""
-    prepared, _ = _calibrated(model, recipe, scheme, train, seed=seed)
+def calibrated(recipe: Ptq, scheme: Scheme, split: CalibrationSplit) -> GraphModule:
+    """Return the prepared graph of the float model of `split`, with frozen ranges calibrated by `recipe`."""
+    prepared, _ = _calibrated(recipe, scheme, split)
     set_mode(prepared, "frozen")
     return prepared
 
 
-def _calibrated(
-    model: nn.Module, recipe: Ptq, scheme: Scheme, train: Images, *, seed: int
-) -> tuple[GraphModule, dict[str, object]]:
-    """Return the prepared and calibrated graph of `model`, and the calibration report."""
-    drawn = split(model, recipe, train, seed=seed)
-    prepared, report = equalized(model, recipe, scheme, train, seed=seed, drawn=drawn)
-    report |= calibrate(prepared, model, recipe, train, seed=seed, drawn_split=drawn)
+def _calibrated(recipe: Ptq, scheme: Scheme, split: CalibrationSplit) -> tuple[GraphModule, dict[str, object]]:
+    """Return the prepared and calibrated graph, and the calibration report."""
+    prepared, report = equalized(recipe, scheme, split)
+    report |= calibrate(prepared, recipe, split)
     errors = cast("dict[str, float]", report["calibrators_db"])
     calibrated_db = errors.get(str(report["calibrator"]))
-    corrections_db, biases = corrections.correct_biases(
-        prepared, model, recipe, train, seed=seed, drawn=drawn, calibrated_db=calibrated_db
-    )
+    corrections_db, biases = corrections.correct_biases(prepared, recipe, split, calibrated_db)
     found_db = corrections_db.get("bias", calibrated_db)
-    corrections_db |= corrections.reconstruct(prepared, recipe, drawn, biases, found_db)
+    corrections_db |= corrections.reconstruct(prepared, recipe, split, biases, found_db)
     report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | corrections_db
     return prepared, report
 
@@ -179,7 +164,7 @@ def _within_budget(
     """Return `prepared` with modules in float until `budget` holds on `val`, and the report of the search."""
     reference = evaluate(model, val)
     gentler = "try RECIPE=fp16" if trained else "try RECIPE=int8_qat, which trains the weights for their rounding"
-    kept = within_budget(prepared, val, budget, float_top1=reference, otherwise=gentler)
+    kept = within_budget(Probe(prepared=prepared, val=val), budget, float_top1=reference, otherwise=gentler)
     spent = {"float_val_top1": reference, "val_top1": kept.top1, "keep_float": list(kept.paths)}
     return kept.graph, {"budget": str(budget), **spent}
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from calibration.graph import fx
 from calibration.recipe import FloatType
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _perturbing(graph: GraphModule, relative: float, seed: int) -> Any:
             value = super().run_node(node)
             if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
                 return value
-            return value if _is_view(node) else value * self._some(value)
+            return value if fx.may_alias(node) else value * self._some(value)
 
         def _some(self, value: Tensor) -> Tensor:
             """Return random factors from one pool, since drawing new ones costs more than most operators."""
@@ -151,12 +152,6 @@ def _perturbing(graph: GraphModule, relative: float, seed: int) -> Any:
             return self.factors[start : start + count].view(value.shape)
 
     return Perturbing(graph)
-
-
-def _is_view(node: Node) -> bool:
-    """Return whether an operator only returns a view of its input."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(returned.alias_info for returned in schema.returns)
 
 
 def _margins(logits: Logits) -> npt.NDArray[np.float32]:

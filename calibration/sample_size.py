@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from torch import nn
 
 from calibration.data.batches import Images
 from calibration.metrics import snr_db, top1
 from calibration.ptq.bias_correction import correct, restore
-from calibration.ptq.calibrate import choose, drawn, fix_weights, named_quantizers, observe, set_mode, split
+from calibration.ptq.calibrate import CalibrationSplit, choose, fix_weights, named_quantizers, observe, set_mode
 from calibration.ptq.corrections import BIAS_IMAGES
 from calibration.quantize import equalized_again
 from calibration.recipe import Ptq
@@ -37,36 +36,28 @@ class Point:
 
 
 def sufficiency(
-    model: nn.Module,
-    recipe: Ptq,
-    report: Mapping[str, Any],
-    scheme: Scheme,
-    train: Images,
-    val: Images,
-    *,
-    seed: int,
+    recipe: Ptq, report: Mapping[str, Any], scheme: Scheme, split: CalibrationSplit, val: Images
 ) -> list[Point]:
-    """Return the results for `model` at COUNTS and at all calibration images, in one pass. `report`: of the calibration
-    by `quantize.quantize`, whose choices (calibrator, equalization, bias correction) are reused; biases are corrected
-    again for the ranges of each count.
+    """Return the results at COUNTS and at all calibration images of `split`, in one pass. `report`: of the calibration
+    by `quantize.quantize` on the same split, whose choices (calibrator, equalization, bias correction) are reused;
+    biases are corrected again for the ranges of each count.
     """
-    shown = split(model, recipe, train, seed=seed)
     strength = report.get("equalized", {}).get("strength")
-    prepared = equalized_again(model, recipe, scheme, shown, strength)
+    prepared = equalized_again(recipe, scheme, split, strength)
     calibrator, corrections_db = report["calibrator"], report.get("repairs_db", {})
     corrects = corrections_db.get("bias", 0.0) > corrections_db.get("calibrated", 0.0)
-    _, seen = drawn(train, recipe, seed=seed)
-    reference, labels = predictions(model, val)
+    seen = split.for_ranges(recipe.calibrator)
+    reference, labels = predictions(split.model, val)
     limits: list[dict[str, float]] = []
     results: list[tuple[int, float, float]] = []
     for start, end in _steps(len(seen)):
         set_mode(prepared, "observe")
-        observe(prepared, train, seen[start:end])
+        observe(prepared, split.train, seen[start:end])
         if not start:
             fix_weights(prepared)
         choose(prepared, calibrator)
         set_mode(prepared, "frozen")
-        biases = correct(prepared, shown.images(BIAS_IMAGES)) if corrects else {}
+        biases = correct(prepared, split.images(BIAS_IMAGES)) if corrects else {}
         limits.append({name: quantizer.limit() for name, quantizer in named_quantizers(prepared)})
         logits, _ = predictions(prepared, val)
         results.append((end, snr_db(reference, logits), top1(logits, labels)))

@@ -12,14 +12,14 @@ class Scheme:
     activations are symmetric, and only the inputs of weighted operators are quantized, never their outputs: TensorRT
     fuses the rest, and Core ML reads the same graph. Source: docs.nvidia.com/deeplearning/tensorrt, "Working with
     Quantized Types", explicit quantization; coremltools guide, "Quantization Overview".
+
+    In every scheme, scales are rounded to FP16 values when they are set (`calibration.fake_quant.symmetric.snap`), so
+    that graphs in FP16 (TensorRT, Core ML) and in FP32 (OpenVINO, ONNX Runtime) have the same scales.
     """
 
     weight_bits: int = 8  # 2 to 8; no target runs fewer than 8, which serve to evaluate training
     activation_bits: int = 8
     per_channel_weights: bool = True
-    # Scales are rounded to FP16 values when they are set, so that graphs in FP16 (TensorRT, Core ML) and in FP32
-    # (OpenVINO, ONNX Runtime) have the same scales.
-    fp16_scales: bool = True
     # `symmetric`: int8 with zero point 0. `affine`: uint8 with a zero point, so that no level is spent on negative
     # values if there are none.
     activations: Literal["symmetric", "affine"] = "symmetric"

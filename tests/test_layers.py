@@ -41,13 +41,13 @@ LEAN = {
         f"calibration/{name}.py"
         for name in ("accuracy_budget", "family_placements", "metrics", "progress", "qdq_placement", "recipe")
     ),
-    *(f"calibration/{name}.py" for name in ("rounding_noise", "sanity_checks", "scheme")),
+    *(f"calibration/{name}.py" for name in ("rounding_noise", "sample_size", "sanity_checks", "scheme")),
     *(f"calibration/data/{name}.py" for name in ("classes", "dataset", "digits", "folder_layout", "image_decoding")),
     *(
         f"calibration/data/{name}.py"
         for name in ("image_folder", "load", "preprocess", "sample_photos", "training_history")
     ),
-    *(f"calibration/graph/{name}.py" for name in ("qparams", "source_lines")),
+    *(f"calibration/graph/{name}.py" for name in ("fx", "qparams", "source_lines")),
     *(f"models/{name}.py" for name in ("catalog", "checkpoint", "errors", "hub", "spec")),
     *(f"models/external/{name}.py" for name in ("guard", "loader", "user_files")),
 }

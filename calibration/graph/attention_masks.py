@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from calibration.graph import fx
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
@@ -35,7 +37,7 @@ def with_open_rows(program: ExportedProgram) -> ExportedProgram:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
             if node.meta["val"].dim() == _WITHOUT_HEADS:
                 _add_heads(graph, node)
-            mask = node.args[_MASK] if len(node.args) > _MASK else node.kwargs.get("attn_mask")
+            mask = fx.argument(node, "attn_mask")
             if mask is not None and _may_exclude_all(program, mask):
                 _open(graph, node, mask)
     graph.lint()

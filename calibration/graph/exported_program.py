@@ -14,9 +14,11 @@ import torch
 
 # Registers the quantized_decomposed operators, without which a quantized program can be neither run nor loaded.
 import torchao.quantization.pt2e  # noqa: F401
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
+
+from calibration.graph import fx
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +106,7 @@ def scales(graph: GraphModule) -> dict[str, LayerScales]:
     by_layer: dict[str, LayerScales] = {}
     for name, node in named_layers(graph):
         activation, weight = cast(Node, node.args[0]), cast(Node, node.args[1])
-        per_channel = stored_tensor(graph, cast(Node, weight.args[1]))
+        per_channel = fx.stored_tensor(graph, cast(Node, weight.args[1]))
         by_layer[name] = {
             "activation": float(cast(float, activation.args[1])),
             "weight": per_channel.tolist(),
@@ -118,7 +120,7 @@ def named_layers(graph: GraphModule) -> Iterator[tuple[str, Node]]:
     """
     times: Counter[str] = Counter()
     for node in quantized_layers(graph):
-        path = module_path(node)
+        path = fx.module_path(node)
         times[path] += 1
         yield path if times[path] == 1 else f"{path}#{times[path]}", node
 
@@ -131,16 +133,3 @@ def quantized_layers(graph: GraphModule) -> Iterator[Node]:
             inputs = {cast(Node, argument).target for argument in node.args[:2]}
             if inputs == {dequantize.dequantize_per_tensor.default, dequantize.dequantize_per_channel.default}:
                 yield node
-
-
-def module_path(node: Node) -> str:
-    """Return the path of the innermost module in which `node` was traced, such as `stages.2.1.conv_kxk.conv`."""
-    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-    return str(list(stack.values())[-1][0])
-
-
-def stored_tensor(graph: GraphModule, node: Node) -> Tensor:
-    """Return the parameter or buffer that a `get_attr` node reads."""
-    assert node.op == "get_attr", f"{node} is computed, not stored"
-    owner, _, name = str(node.target).rpartition(".")
-    return cast(Tensor, getattr(graph.get_submodule(owner), name))

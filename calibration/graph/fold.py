@@ -17,10 +17,10 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from calibration.graph.exported_program import stored_tensor
+from calibration.graph import fx
 
 _ATEN = torch.ops.aten
 _BATCH_NORM = _ATEN.batch_norm.default
@@ -52,16 +52,15 @@ def spell_out_padding(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.target is not _NAMED_PADDING:
             continue
-        dilation = cast("list[int]", _argument(node, 5, [1, 1]))
-        dilation = dilation * 2 if len(dilation) == 1 else dilation
-        kernel = cast("tuple[int, ...]", _shape(cast(Node, node.args[1])))[2:]
+        given = fx.arguments(node)
+        dilation = given["dilation"] * 2 if len(given["dilation"]) == 1 else given["dilation"]
+        kernel = fx.shape(given["weight"])[2:]
         reach = [step * (side - 1) for step, side in zip(dilation, kernel, strict=True)]
-        padding = [0, 0] if _argument(node, 4, "valid") == "valid" else [length // 2 for length in reach]
+        padding = [0, 0] if given["padding"] == "valid" else [length // 2 for length in reach]
         if any(padding) and any(length % 2 for length in reach):
             continue
         node.target = _ATEN.conv2d.default
-        bias, stride = _argument(node, 2, None), _argument(node, 3, [1, 1])
-        node.args = (*node.args[:2], bias, stride, padding, dilation, _argument(node, 6, 1))
+        node.args = (*node.args[:2], given["bias"], given["stride"], padding, dilation, given["groups"])
     graph.recompile()
 
 
@@ -90,7 +89,7 @@ def merge_equal_operators(graph: GraphModule) -> None:
 def _identity(graph: GraphModule, node: Node) -> Hashable | None:
     """Return a key that is equal for nodes that compute the same value; None for random nodes and non-operators."""
     if node.op == "get_attr":
-        return id(stored_tensor(graph, node))
+        return id(fx.stored_tensor(graph, node))
     if node.target is not operator.getitem and not isinstance(node.target, torch._ops.OpOverload):
         return None
     return None if _is_random(node) else (_functional(node) or node.target, _frozen(node.args), _frozen(node.kwargs))
@@ -109,12 +108,8 @@ def _is_random(node: Node) -> bool:
     """Return whether an operator draws random numbers; dropout does so in training only."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    given = [argument.name for argument in node.target._schema.arguments[: len(node.args)]]
-    values = dict(zip(given, node.args, strict=True)) | node.kwargs
-    if "train" in values:
-        return bool(values["train"])
-    draws_by_default = all(argument.name != "dropout_p" for argument in node.target._schema.arguments)
-    return bool(values.get("dropout_p", draws_by_default))
+    values = fx.arguments(node)
+    return bool(values["train"] if "train" in values else values.get("dropout_p", True))
 
 
 def _unstable(graph: GraphModule) -> set[Node]:
@@ -135,7 +130,7 @@ def _owns_input(node: Node) -> bool:
         return False
     if _functional(node) is None or before.target in (_ATEN.dropout.default, operator.getitem):
         return False
-    return not _is_view(before) or (_is_mutable(before) and _owns_input(before))
+    return not _is_view(before) or (fx.is_in_place(before) and _owns_input(before))
 
 
 def _leave_input(node: Node) -> None:
@@ -147,26 +142,19 @@ def _leave_input(node: Node) -> None:
 
 def _functional(node: Node) -> torch._ops.OpOverload | None:
     """Return the functional counterpart of an in-place operator, such as `relu` for `relu_`, or None."""
-    if not _is_mutable(node):
+    if not fx.is_in_place(node):
         return None
     target = cast("torch._ops.OpOverload", node.target)
-    name = target._schema.name.partition("::")[2].removesuffix("_")
-    functional = getattr(getattr(_ATEN, name, None), target._overloadname, None)
+    functional = getattr(getattr(_ATEN, fx.operator_name(node).removesuffix("_"), None), target._overloadname, None)
     if not isinstance(functional, torch._ops.OpOverload) or functional._schema.is_mutable:
         return None
     kinds = [[argument.real_type.kind() for argument in made._schema.arguments] for made in (functional, target)]
     return functional if kinds[0] == kinds[1] and not node.kwargs else None  # dropout_(self, ...), dropout(input, ...)
 
 
-def _is_mutable(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def _is_view(node: Node) -> bool:
     """Return whether the result may share memory with an input."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is operator.getitem
-    return any(returned.alias_info for returned in node.target._schema.returns)
+    return node.target is operator.getitem or fx.may_alias(node)
 
 
 def fold_constants(graph: GraphModule) -> None:
@@ -180,7 +168,7 @@ def fold_constants(graph: GraphModule) -> None:
         if node in changing:
             continue
         if node.op == "get_attr":
-            constant[node] = stored_tensor(graph, node)
+            constant[node] = fx.stored_tensor(graph, node)
         elif _computable(node, constant):
             with torch.no_grad():
                 result = node.target(*_values(node.args, constant), **_values(node.kwargs, constant))
@@ -192,7 +180,8 @@ def fold_constants(graph: GraphModule) -> None:
     for node, value in constant.items():
         users = [user for user in node.users if user not in constant]
         if node.op != "get_attr" and users:
-            stored = _stored(graph, node, value.detach().clone(), trains=value.requires_grad)
+            kept = value.detach().clone()
+            stored = fx.insert_stored(graph, node, f"folded_{node.name}", kept, trains=value.requires_grad)
             for user in users:
                 user.replace_input_with(node, stored)
     graph.graph.eliminate_dead_code()
@@ -227,7 +216,7 @@ def _fold_forward(graph: GraphModule, norm: Node) -> bool:
     scale, shift = _affine(graph, norm)
     for consumer in consumers:
         weight, bias = _weights(graph, consumer)
-        groups = _groups(consumer)
+        groups = fx.groups(consumer)
         with torch.no_grad():
             # Rows of the weight read only the channels of their own group.
             scales, shifts = (
@@ -264,24 +253,22 @@ def _absorbs(node: Node) -> bool:
     """Return whether a layer can absorb an affine map per channel: it has its own weight and no padding."""
     if node.target is _LINEAR:
         # A linear layer reads the last axis, which is the channel axis only if there are no other axes.
-        return _shape(cast(Node, node.args[0]))[2:] == () and _has_stored_weight(node)
-    padding = _argument(node, 4, 0)
-    unpadded = padding == 0 or (isinstance(padding, list | tuple) and not any(padding))
-    return node.target in _CONVOLUTIONS and unpadded and _has_stored_weight(node)
+        return fx.shape(cast(Node, node.args[0]))[2:] == () and _has_stored_weight(node)
+    return node.target in _CONVOLUTIONS and not any(fx.argument(node, "padding")) and _has_stored_weight(node)
 
 
 def _averages_space(node: Node) -> bool:
     """Return whether an operator computes means over height or width, and nothing else."""
     if node.target is _MEAN:
-        axes = _argument(node, 1, None)
-        rank = len(_shape(cast(Node, node.args[0])))
+        axes = fx.argument(node, "dim")
+        rank = len(fx.shape(cast(Node, node.args[0])))
         return isinstance(axes, list | tuple) and {axis % rank for axis in axes} <= {2, 3} and rank == 4
     return node.target is _POOL
 
 
 def _keeps_channels(node: Node) -> bool:
     """Return whether a layout change only removes the two spatial axes."""
-    before, after = _shape(cast(Node, node.args[0])), _shape(node)
+    before, after = fx.shape(cast(Node, node.args[0])), fx.shape(node)
     return after == before or (before[2:] == (1, 1) and after[1:] == before[1:2])
 
 
@@ -291,13 +278,13 @@ def _is_affine(norm: Node) -> bool:
     """
     gamma, beta, mean, variance, training = norm.args[1:6]
     given = (value for value in (gamma, beta) if value is not None)
-    return all(_is_stored(value) for value in (mean, variance, *given)) and not training
+    return all(fx.is_stored(value) for value in (mean, variance, *given)) and not training
 
 
 def _affine(graph: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
     """Return scale and shift of a BatchNorm in evaluation mode, y = x * scale + shift, both (channels,)."""
     weight, bias, mean, variance = (
-        stored_tensor(graph, argument) if isinstance(argument, Node) else None for argument in norm.args[1:5]
+        fx.stored_tensor(graph, argument) if isinstance(argument, Node) else None for argument in norm.args[1:5]
     )
     assert mean is not None and variance is not None
     scale = torch.rsqrt(variance + cast(float, norm.args[7]))
@@ -311,59 +298,35 @@ def _has_stored_weight(node: Node) -> bool:
     of them, and neither can a weight or bias that is computed from the image.
     """
     weight = cast(Node, node.args[1])
-    bias = _argument(node, 2, None)
-    return weight.op == "get_attr" and len(weight.users) == 1 and (bias is None or _is_stored(bias))
+    bias = fx.argument(node, "bias")
+    return fx.is_stored(weight) and len(weight.users) == 1 and (bias is None or fx.is_stored(bias))
 
 
 def _weights(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
     """Return weight and bias of a layer; a missing bias is returned as zeros."""
-    weight = stored_tensor(graph, cast(Node, node.args[1]))
-    bias = _argument(node, 2, None)
-    return weight, stored_tensor(graph, bias) if isinstance(bias, Node) else torch.zeros(len(weight))
+    weight = fx.stored_tensor(graph, cast(Node, node.args[1]))
+    bias = fx.argument(node, "bias")
+    return weight, fx.stored_tensor(graph, bias) if isinstance(bias, Node) else torch.zeros(len(weight))
 
 
 def _replace_weights(graph: GraphModule, node: Node, weight: Tensor, bias: Tensor) -> None:
     rest = node.args[3:]
     before = cast(Node, node.args[1])
-    name, trains = str(before.target), stored_tensor(graph, before).requires_grad
+    name, trains = str(before.target), fx.stored_tensor(graph, before).requires_grad
     stored = [
-        _stored(graph, node, value.detach().clone(), trains=trains, name=f"{name}_{suffix}")
+        fx.insert_stored(graph, node, f"{name}_{suffix}", value.detach().clone(), trains=trains)
         for value, suffix in ((weight, "folded"), (bias, "folded_bias"))
     ]
     node.args = (node.args[0], *stored, *rest)
-
-
-def _stored(graph: GraphModule, beside: Node, value: Tensor, *, trains: bool, name: str | None = None) -> Node:
-    """Insert a get_attr node before `beside` for a new parameter, or for a buffer if it does not train."""
-    name = (name or f"folded_{beside.name}").replace(".", "_")
-    while hasattr(graph, name):
-        name += "_"
-    if trains:
-        graph.register_parameter(name, nn.Parameter(value))
-    else:
-        graph.register_buffer(name, value)
-    with graph.graph.inserting_before(beside):
-        node = graph.graph.get_attr(name)
-    node.meta = {"val": beside.meta["val"].new_empty(value.shape) if "val" in beside.meta else value} | {
-        key: beside.meta[key] for key in ("nn_module_stack", "stack_trace") if key in beside.meta
-    }
-    return node
-
-
-def _is_stored(value: object) -> bool:
-    return isinstance(value, Node) and value.op == "get_attr"
 
 
 def _changed_in_place(graph: GraphModule, written: Callable[[Node], bool] = lambda node: True) -> set[Node]:
     """Return the tensors that in-place operators modify, and their bases; `written` selects the operators."""
     changing: set[Node] = set()
     for node in reversed(graph.graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        schema = node.target._schema
-        if schema.is_mutable and written(node):
+        if fx.is_in_place(node) and written(node):
             changing |= {node, *node.all_input_nodes[:1]}
-        elif node in changing and any(returned.alias_info for returned in schema.returns):
+        elif node in changing and fx.may_alias(node):
             changing |= set(node.all_input_nodes[:1])
     return changing
 
@@ -392,21 +355,9 @@ def _parts(value: object) -> Iterator[Tensor]:
             yield from _parts(part)
 
 
-def _argument(node: Node, position: int, default: object) -> object:
-    return node.args[position] if len(node.args) > position else default
-
-
-def _groups(node: Node) -> int:
-    return 1 if node.target is _LINEAR else cast(int, _argument(node, 6, 1))
-
-
-def _shape(node: Node) -> tuple[object, ...]:
-    return tuple(node.meta["val"].shape)
-
-
 def _drop_unused(graph: GraphModule) -> None:
     """Remove the parameters and buffers that no node reads."""
-    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    used = fx.stored_names(graph)
     for owner_name, owner in list(graph.named_modules()):
         for held in (owner._parameters, owner._buffers):
             for name in list(held):

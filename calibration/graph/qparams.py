@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
+from calibration.graph import fx
+
 if TYPE_CHECKING:
     import numpy.typing as npt
     from torch.fx import GraphModule, Node
@@ -53,14 +55,14 @@ def carried(graph: GraphModule) -> list[Carried]:
     names = {node: name for name, node in exported_program.named_layers(graph)}
     operators = []
     for node in graph.graph.nodes:
-        sources = [argument for argument in node.args if _is_dequantized(argument)]
+        sources = [argument for argument in node.args if fx.is_dequantize(argument)]
         if sources:
-            weights = [_weight(graph, source) for source in sources if _is_stored(source)]
+            weights = [_weight(graph, source) for source in sources if fx.is_stored(source.args[0])]
             operators.append(
                 Carried(
-                    name=names.get(node) or f"{exported_program.module_path(node)}:{node.name}",
+                    name=names.get(node) or f"{fx.module_path(node)}:{node.name}",
                     aliases=(node.name,),
-                    activations=tuple(_activation(source) for source in sources if not _is_stored(source)),
+                    activations=tuple(_activation(source) for source in sources if not fx.is_stored(source.args[0])),
                     weight=weights[0] if weights else None,
                 )
             )
@@ -70,14 +72,6 @@ def carried(graph: GraphModule) -> list[Carried]:
 def first_nonzero(*values: Any) -> int:
     """Return the first nonzero zero point, or 0."""
     return next((int(value) for array in values for value in np.ravel(array) if value != 0), 0)
-
-
-def _is_dequantized(argument: Any) -> bool:
-    return "quantized_decomposed.dequantize_per" in str(getattr(argument, "target", ""))
-
-
-def _is_stored(source: Node) -> bool:
-    return cast("Node", source.args[0]).op == "get_attr"
 
 
 def _activation(source: Node) -> Activation:
@@ -102,8 +96,5 @@ def _weight(graph: GraphModule, source: Node) -> Weight:
 
 def _stored(graph: GraphModule, source: Node) -> Iterator[Any]:
     """Yield the integers, scales and zero points of a dequantized constant."""
-    from calibration.graph import exported_program
-
     for argument in source.args[:3]:
-        stored = getattr(argument, "op", None) == "get_attr"
-        yield exported_program.stored_tensor(graph, cast("Node", argument)).detach().numpy() if stored else argument
+        yield fx.stored_tensor(graph, argument).detach().numpy() if fx.is_stored(argument) else argument

@@ -1,4 +1,4 @@
-"""Origin of an operator in a traced program: its name, and its line in the source code of the network."""
+"""Line of an operator of a traced program in the source code of the network."""
 
 from __future__ import annotations
 
@@ -15,12 +15,6 @@ _ROOT = Path(__file__).parents[2]
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
 _TORCH = "/site-packages/torch/"
 UNKNOWN = "(no line)"
-
-
-def operator(node: Node) -> str:
-    """Return the operator name of `node` without namespace and overload, such as `conv2d`; "" if it has none."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema else ""
 
 
 def line(node: Node) -> str:

@@ -30,11 +30,11 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from calibration.fake_quant.symmetric import PerChannelFakeQuant
-from calibration.graph.exported_program import stored_tensor
+from calibration.graph import fx
 from calibration.ptq import bias_correction
+from calibration.quantizer.quantizer import ADDITIONS
 
 _ATEN: Final = torch.ops.aten
-ADDITIONS: Final = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 _RIDGES: Final = (1e-3, 1e-2, 1e-1, 1.0)  # times the mean diagonal of H
 _DAMPING: Final = 1e-2  # of H in rounding, times its mean diagonal, for inputs that never vary
 _POSITIONS: Final = 16384  # output positions for the moments of a layer, evenly spaced over all images
@@ -66,9 +66,9 @@ class _Reconstruction(bias_correction.Pair):
             return
         quantizer = self.prepared.get_submodule(str(quantized.target))
         source = quantized.all_input_nodes[0]
-        if source.op != "get_attr" or not isinstance(quantizer, PerChannelFakeQuant) or quantizer.ch_axis:
+        if not fx.is_stored(source) or not isinstance(quantizer, PerChannelFakeQuant) or quantizer.ch_axis:
             return
-        weight = stored_tensor(self.prepared, source)
+        weight = fx.stored_tensor(self.prepared, source)
         if self.reads[weight.data_ptr()] > 1 or weight[0].numel() > _LARGEST:
             return
         pair, beside = self.env[cast(Node, layer.args[0])], self.beside(layer)
@@ -109,7 +109,7 @@ class _Reconstruction(bias_correction.Pair):
             values = floats, self.prepared.get_submodule(str(node.target))(rounded)
         else:
             return ()
-        return values if node.op != "get_attr" else ()
+        return () if fx.is_stored(node) else values
 
 
 def fit(rows: Tensor, moments: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -211,8 +211,7 @@ def _columns(layer: Node, values: Tensor, weight: Tensor) -> Tensor:
     if layer.target is _ATEN.linear.default:
         flat = values.reshape(-1, values.shape[-1])
         return flat[:: len(flat) // _POSITIONS + 1].T[None]
-    stride, padding, dilation = (_pair(layer, place, default) for place, default in ((3, 1), (4, 0), (5, 1)))
-    groups = cast(int, layer.args[6]) if len(layer.args) > 6 else 1
+    stride, padding, dilation = (_pair(layer, name) for name in ("stride", "padding", "dilation"))
     image, row, column = _places(layer, values.shape, weight)
     padded = functional.pad(values, (padding[1], padding[1], padding[0], padding[0]))
     taps = [
@@ -220,7 +219,7 @@ def _columns(layer: Node, values: Tensor, weight: Tensor) -> Tensor:
         for y in range(weight.shape[2])
         for x in range(weight.shape[3])
     ]  # each (positions, channels)
-    return torch.stack(taps, -1).reshape(len(image), groups, -1).permute(1, 2, 0)
+    return torch.stack(taps, -1).reshape(len(image), fx.groups(layer), -1).permute(1, 2, 0)
 
 
 def _outputs(layer: Node, values: Tensor, shape: torch.Size, weight: Tensor) -> Tensor | None:
@@ -248,7 +247,7 @@ def _places(layer: Node, shape: torch.Size, weight: Tensor) -> tuple[Tensor, Ten
 
 def _sides(layer: Node, shape: torch.Size, weight: Tensor) -> tuple[int, int]:
     """Return height and width of the outputs of a convolution."""
-    stride, padding, dilation = (_pair(layer, place, default) for place, default in ((3, 1), (4, 0), (5, 1)))
+    stride, padding, dilation = (_pair(layer, name) for name in ("stride", "padding", "dilation"))
     height, width = (
         (shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1) // stride[axis] + 1
         for axis in (0, 1)
@@ -256,7 +255,7 @@ def _sides(layer: Node, shape: torch.Size, weight: Tensor) -> tuple[int, int]:
     return height, width
 
 
-def _pair(layer: Node, place: int, default: int) -> list[int]:
+def _pair(layer: Node, name: str) -> list[int]:
     """Return a convolution argument for height and width."""
-    sides = list(cast("list[int]", layer.args[place])) if len(layer.args) > place else [default]
+    sides: list[int] = list(fx.argument(layer, name))
     return sides * 2 if len(sides) == 1 else sides

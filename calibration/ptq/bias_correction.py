@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from calibration.fake_quant.symmetric import FakeQuant
-from calibration.graph.exported_program import WEIGHTED, stored_tensor
+from calibration.graph import fx
+from calibration.graph.exported_program import WEIGHTED
 
-_ATEN: Final = torch.ops.aten
 BEFORE: Final = "before_corrections"  # key in graph.meta: the original biases and weights, by attribute name
 
 
@@ -41,13 +41,8 @@ def restore(prepared: GraphModule, before: dict[str, Tensor]) -> None:
     """Undo a correction of `prepared`, which returned `before`."""
     with torch.no_grad():
         for name, bias in before.items():
-            _stored(prepared, name).copy_(bias)
+            fx.named_tensor(prepared, name).copy_(bias)
     forget(prepared)
-
-
-def _stored(prepared: GraphModule, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    return cast(Tensor, getattr(prepared.get_submodule(owner), last))
 
 
 def forget(prepared: GraphModule) -> None:
@@ -71,7 +66,7 @@ def uncorrect(graph: GraphModule) -> None:
 def _from_before(graph: GraphModule, argument: Node, before: dict[str, Tensor]) -> Node:
     """Return a node that reads the original weight (quantized or not) or bias; `argument` if it was not changed."""
     source = argument.all_input_nodes[0] if argument.op == "call_module" else argument
-    if source.op != "get_attr" or str(source.target) not in before:
+    if not fx.is_stored(source) or str(source.target) not in before:
         return argument
     name = f"{source.target}_before".replace(".", "_")
     graph.register_parameter(name, nn.Parameter(before[str(source.target)].clone()))
@@ -97,8 +92,8 @@ class Pair(Interpreter):
         super().__init__(prepared)
         self.prepared, self.before = prepared, dict[str, Tensor]()
         # A tensor may have several names: reads are counted by memory address.
-        stored = (node for node in prepared.graph.nodes if node.op == "get_attr")
-        self.reads = Counter(stored_tensor(prepared, node).data_ptr() for node in stored for _ in node.users)
+        stored = filter(fx.is_stored, prepared.graph.nodes)
+        self.reads = Counter(fx.stored_tensor(prepared, node).data_ptr() for node in stored for _ in node.users)
 
     def run_node(self, n: Node) -> Any:
         if not n.all_input_nodes:  # images and stored tensors
@@ -127,13 +122,13 @@ class Pair(Interpreter):
 
     def corrected(self, layer: Node, floats: Tensor, rounded: Tensor) -> Tensor | float:
         """Correct the bias of `layer`; return its change, broadcastable to the output, or 0.0 if not corrected."""
-        bias = layer.args[2] if len(layer.args) > 2 else None
-        if not isinstance(bias, Node) or bias.op != "get_attr" or not self.rounds(cast(Node, layer.args[1])):
+        bias = fx.argument(layer, "bias")
+        if not fx.is_stored(bias) or not self.rounds(cast(Node, layer.args[1])):
             return 0.0
-        stored = stored_tensor(self.prepared, bias)
+        stored = fx.stored_tensor(self.prepared, bias)
         if self.reads[stored.data_ptr()] > 1:
             return 0.0
-        channel = floats.ndim - 1 if layer.target is _ATEN.linear.default else 1
+        channel = fx.channel_axis(layer, floats.ndim)
         axes = [axis for axis in range(floats.ndim) if axis != channel]
         change = (floats - rounded).mean(axes)
         self.before[str(bias.target)] = stored.detach().clone()
@@ -142,4 +137,4 @@ class Pair(Interpreter):
 
     def rounds(self, node: Node) -> bool:
         """Return whether `node` is a fake-quantize module."""
-        return node.op == "call_module" and isinstance(self.prepared.get_submodule(str(node.target)), FakeQuant)
+        return isinstance(fx.called_module(self.prepared, node), FakeQuant)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -18,7 +18,7 @@ from calibration.data.batches import Batch, Images
 from calibration.fake_quant import calibrators
 from calibration.fake_quant.calibrators import TensorRange
 from calibration.fake_quant.symmetric import ActivationFakeQuant, FakeQuant, Mode
-from calibration.graph import exported_program
+from calibration.graph import exported_program, fx
 from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.recipe import AUTO, Ptq
@@ -30,90 +30,80 @@ _BATCH = 32
 _HELD_OUT, _MOST_HELD_OUT = 1 / 8, 64  # held-out images, for comparing calibrators: share, and maximum number
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CalibrationSplit:
-    """The training images of one calibration, drawn once, with the float logits of the held-out ones."""
+    """The training images of one calibration, drawn once, and the float model that they calibrate. Held-out images and
+    their float logits are computed when they are first read, and kept.
+    """
 
+    model: nn.Module  # float, in evaluation mode
     train: Images
+    seed: int  # of the draw
     held_out: tuple[int, ...]  # image indices for comparing calibrators and corrections
     observed: tuple[int, ...]  # image indices for computing corrections
-    batches: tuple[Batch, ...]  # readable held-out images, in batches of 32
-    reference: Logits  # (N, classes) float logits of the held-out images; shape (0, 0) if there are none
+
+    @classmethod
+    def draw(cls, model: nn.Module, recipe: Ptq, train: Images, *, seed: int) -> CalibrationSplit:
+        """Draw `recipe.samples` images of `train`, balanced by class, and hold out an eighth of them, at most 64."""
+        chosen = train.stratified(recipe.samples, seed)
+        count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT))
+        return cls(model=model, train=train, seed=seed, held_out=tuple(chosen[:count]), observed=tuple(chosen[count:]))
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """Readable held-out images, in batches of 32."""
+        return tuple(self.train.batches(_BATCH, self.held_out))
+
+    @cached_property
+    def reference(self) -> Logits:
+        """Float logits (N, classes) of the held-out images. Requires that `batches` is not empty."""
+        return exported_program.logits(self.model, self.batches)
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.train.preprocess.size
+
+    def for_ranges(self, calibrator: str) -> tuple[int, ...]:
+        """Return the indices of the images that `calibrator` computes ranges from: all of them, or the observed ones if
+        it is `auto`, which compares calibrators on the others.
+        """
+        return self.observed if calibrator == AUTO else self.held_out + self.observed
 
     def images(self, count: int) -> Tensor:
         """Return the first `count` observed images (N, 3, S, S); N < `count` if fewer were drawn or could be read."""
         readable = [images for images, _ in self.train.batches(_BATCH, self.observed[:count])]
-        return torch.cat(readable) if readable else torch.zeros(0, 3, *[self.train.preprocess.size] * 2)
+        return torch.cat(readable) if readable else torch.zeros(0, 3, self.size, self.size)
 
 
-def split(model: nn.Module, recipe: Ptq, train: Images, *, seed: int) -> CalibrationSplit:
-    """Draw `recipe.samples` images of `train`, balanced by class, and run the float `model` on the held-out ones."""
-    kept, seen = held_out(train, recipe, seed=seed)
-    batches = tuple(train.batches(_BATCH, kept))
-    reference = exported_program.logits(model, batches) if batches else np.zeros((0, 0), np.float32)
-    return CalibrationSplit(
-        train=train, held_out=tuple(kept), observed=tuple(seen), batches=batches, reference=reference
-    )
-
-
-def calibrate(
-    prepared: GraphModule,
-    model: nn.Module,
-    recipe: Ptq,
-    train: Images,
-    *,
-    seed: int,
-    drawn_split: CalibrationSplit | None = None,
-) -> dict[str, object]:
-    """Set the ranges of `prepared` from `recipe.samples` training images, balanced by class, and return the report: the
-    calibrator, the SQNR of each calibrator in dB (if they were compared), `ranges` and `identity`. `drawn_split`: the
-    result of `split` for the same arguments, if it was drawn before.
+def calibrate(prepared: GraphModule, recipe: Ptq, split: CalibrationSplit) -> dict[str, object]:
+    """Set the ranges of `prepared` from the images of `split`, and return the report: the calibrator, the SQNR of each
+    calibrator in dB (if they were compared), `ranges` and `identity`.
 
     Leaves the fake-quantize modules in mode `observe`. Raises BadRequest if fewer than 128 images could be read.
     """
-    name = recipe.calibrator
-    kept, seen = drawn(train, recipe, seed=seed)
-    count = len(kept)
-    read = observe(prepared, train, seen)
-    shown = (drawn_split or split(model, recipe, train, seed=seed)) if count else None
-    read += sum(len(images) for images, _ in shown.batches) if shown else 0
+    auto = recipe.calibrator == AUTO
+    read = observe(prepared, split.train, split.for_ranges(recipe.calibrator))
+    read += sum(len(images) for images, _ in split.batches) if auto else 0
     _enough(read, recipe)
     fix_weights(prepared)
-    errors: dict[str, float] = {}
-    if name == AUTO:
-        if shown and shown.batches:
-            errors = _output_errors(prepared, shown.reference, [images for images, _ in shown.batches])
-        name = max(errors, key=errors.__getitem__) if errors else "mse"
+    errors = _output_errors(prepared, split) if auto and split.batches else {}
+    name = max(errors, key=errors.__getitem__, default="mse") if auto else recipe.calibrator
     choose(prepared, name)
     report: dict[str, object] = {
         "calibrator": name,
-        "calibrators_db": {each: round(sqnr_db, 2) for each, sqnr_db in errors.items()},
+        "calibrators_db": {each: round(decibels, 2) for each, decibels in errors.items()},
         "calibration_images": read,
-        "held_out_images": count,
+        "held_out_images": len(split.held_out) if auto else 0,
         "ranges": [asdict(each) for each in ranges(prepared, name)],
-        "identity": identity(model, recipe, train, kept + seen, seed=seed),
+        "identity": identity(recipe, split),
     }
     for _, quantizer in named_quantizers(prepared):
         quantizer.forget()
     return report
 
 
-def held_out(train: Images, recipe: Ptq, *, seed: int) -> tuple[list[int], list[int]]:
-    """Return two lists of image indices: held out, to compare calibrators and corrections on, and all others."""
-    chosen = train.stratified(recipe.samples, seed)
-    count = min(_MOST_HELD_OUT, int(len(chosen) * _HELD_OUT))
-    return chosen[:count], chosen[count:]
-
-
-def drawn(train: Images, recipe: Ptq, *, seed: int) -> tuple[list[int], list[int]]:
-    """Return two lists of image indices: held out, to compare calibrators on (empty unless the calibrator is `auto`),
-    and observed, to compute the ranges from.
-    """
-    kept, seen = held_out(train, recipe, seed=seed)
-    return (kept, seen) if recipe.calibrator == AUTO else ([], kept + seen)
-
-
-def observe(prepared: GraphModule, train: Images, order: list[int]) -> int:
+def observe(prepared: GraphModule, train: Images, order: Sequence[int]) -> int:
     """Run the images of `order` through `prepared` in mode `observe`; return the number of readable images."""
     read = 0
     with torch.no_grad(), bar(total=len(order), title="calibration", unit="image") as progress:
@@ -149,13 +139,12 @@ def named_quantizers(prepared: GraphModule) -> Iterator[tuple[str, ActivationFak
     times: Counter[str] = Counter()
     done: set[ActivationFakeQuant] = set()  # a quantizer may serve several edges under several names
     for node in prepared.graph.nodes:
-        path = exported_program.module_path(node)
+        path = fx.module_path(node)
         weighted = node.target in exported_program.WEIGHTED
         activations = [
             (index, quantizer)
             for index, source in enumerate(node.all_input_nodes)
-            if source.op == "call_module"
-            and isinstance(quantizer := prepared.get_submodule(str(source.target)), ActivationFakeQuant)
+            if isinstance(quantizer := fx.called_module(prepared, source), ActivationFakeQuant)
         ]
         times[path] += bool(weighted and activations)
         for index, quantizer in activations:
@@ -174,16 +163,24 @@ def set_mode(prepared: nn.Module, mode: Mode) -> None:
         quantizer.mode = mode
 
 
-def identity(model: nn.Module, recipe: Ptq, train: Images, order: list[int], *, seed: int) -> dict[str, object]:
+def sqnr_db(prepared: GraphModule, split: CalibrationSplit) -> float:
+    """Return the SQNR of the quantized logits of the held-out images, in dB. Leaves mode `observe` set."""
+    set_mode(prepared, "frozen")
+    found = snr_db(split.reference, exported_program.logits(prepared, split.batches))
+    set_mode(prepared, "observe")
+    return found
+
+
+def identity(recipe: Ptq, split: CalibrationSplit) -> dict[str, object]:
     """Return the inputs that determine a calibration: equal identities give equal ranges. Part of the cache key."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(split.model.state_dict().items()):
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return {
-        "images": train.data.identity(),
-        "order": hashlib.sha256(repr(order).encode()).hexdigest(),
-        "preprocess": asdict(train.preprocess),
-        "seed": seed,
+        "images": split.train.data.identity(),
+        "order": hashlib.sha256(repr([*split.held_out, *split.observed]).encode()).hexdigest(),
+        "preprocess": asdict(split.train.preprocess),
+        "seed": split.seed,
         "weights": weights.hexdigest(),
         "algorithm": {
             "calibrator": recipe.calibrator,
@@ -205,16 +202,13 @@ def _enough(read: int, recipe: Ptq) -> None:
         )
 
 
-def _output_errors(prepared: GraphModule, reference: Logits, batches: list[torch.Tensor]) -> dict[str, float]:
-    """Return the SQNR, in dB, of the logits of `prepared` against `reference` for each calibrator."""
-    sqnr_db: dict[str, float] = {}
+def _output_errors(prepared: GraphModule, split: CalibrationSplit) -> dict[str, float]:
+    """Return the SQNR of the held-out images for each calibrator, in dB."""
+    errors: dict[str, float] = {}
     for name in calibrators.ALL:
         choose(prepared, name)
-        set_mode(prepared, "frozen")
-        with torch.no_grad():
-            sqnr_db[name] = snr_db(reference, torch.cat([prepared(images) for images in batches]).numpy())
-        set_mode(prepared, "observe")
-    return sqnr_db
+        errors[name] = sqnr_db(prepared, split)
+    return errors
 
 
 def _range(name: str, quantizer: ActivationFakeQuant, calibrator: str) -> TensorRange:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -20,10 +21,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import ShapeProp
 
 from calibration.accuracy_budget import Budget
-from calibration.data.batches import Images
+from calibration.data.batches import Batch, Images
 from calibration.fake_quant.symmetric import FakeQuant
-from calibration.graph.exported_program import WEIGHTED, logits, module_path
-from calibration.metrics import snr_db
+from calibration.graph import fx
+from calibration.graph.exported_program import WEIGHTED, logits
+from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.ptq import bias_correction
 from calibration.qdq_placement import KINDS, Kind, Placement
@@ -66,44 +68,70 @@ class Kept:
     top1: float  # percent on the validation part
 
 
-def sensitivity(prepared: GraphModule, val: Images, *, worst: int = WORST) -> list[Effect]:
-    """Return the effect of every module of `prepared`, whose ranges are fixed, lowest SQNR first; top-1 is set for the
-    first `worst` modules.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """A prepared graph, whose ranges are fixed, and the validation images that it is measured on. Its operators, and
+    its float logits on ERROR_IMAGES images, are computed when they are first read, and kept.
     """
-    operators = operators_of(prepared, val.preprocess.size)
-    modules = {operator.path: _inside(operator.path, operators) for operator in operators if operator.kind}
-    effects = sorted(_effects(prepared, val, modules, operators), key=lambda effect: effect.snr_db)
+
+    prepared: GraphModule
+    val: Images
+
+    @cached_property
+    def operators(self) -> list[Operator]:
+        return operators_of(self.prepared, self.val.preprocess.size)
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        return list(self.val.batches(_BATCH, self.val.stratified(ERROR_IMAGES, seed=0)))
+
+    @cached_property
+    def reference(self) -> Logits:
+        return logits(partly(self.prepared, ()), self.batches)
+
+    def error_db(self, group: Iterable[Operator]) -> float:
+        """Return the SQNR of the logits in dB if only the operators of `group` are quantized."""
+        return round(snr_db(self.reference, logits(partly(self.prepared, group), self.batches)), 2)
+
+    def top1(self, group: Iterable[Operator]) -> float:
+        """Return top-1 in percent on all images if only the operators of `group` are quantized."""
+        return evaluate(partly(self.prepared, group), self.val)
+
+
+def sensitivity(probe: Probe, *, worst: int = WORST) -> list[Effect]:
+    """Return the effect of every module, lowest SQNR first; top-1 is set for the first `worst` modules."""
+    modules = {operator.path: _inside(operator.path, probe.operators) for operator in probe.operators if operator.kind}
+    effects = sorted(_effects(probe, modules), key=lambda effect: effect.snr_db)
     return [
-        replace(effect, top1=evaluate(partly(prepared, modules[effect.path]), val)) if place < worst else effect
+        replace(effect, top1=probe.top1(modules[effect.path])) if place < worst else effect
         for place, effect in enumerate(effects)
     ]
 
 
-def by_kind(prepared: GraphModule, val: Images) -> list[Effect]:
-    """Return the effect of all operators of a kind together, for every kind that `prepared` quantizes."""
-    operators = operators_of(prepared, val.preprocess.size)
-    kinds = {kind: [operator for operator in operators if operator.kind == kind] for kind in KINDS}
-    return _effects(prepared, val, {kind: own for kind, own in kinds.items() if own}, operators)
+def by_kind(probe: Probe) -> list[Effect]:
+    """Return the effect of all operators of a kind together, for every kind that the graph quantizes."""
+    kinds = {kind: [operator for operator in probe.operators if operator.kind == kind] for kind in KINDS}
+    return _effects(probe, {kind: own for kind, own in kinds.items() if own})
 
 
-def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_top1: float, otherwise: str) -> Kept:
-    """Return `prepared` with as many of its most sensitive modules in float as `budget` requires, by bisection: none if
-    it holds without. `float_top1`: of the float model on `val`, in percent.
+def within_budget(probe: Probe, budget: Budget, *, float_top1: float, otherwise: str) -> Kept:
+    """Return the graph with as many of its most sensitive modules in float as `budget` requires, by bisection: none if
+    it holds without. `float_top1`: of the float model on the same images, in percent.
 
     Raises CheckFailed if it does not hold even with a single module in INT8; the message ends with the advice
     `otherwise`.
     """
-    operators = operators_of(prepared, val.preprocess.size)
-    tried = {0: _keeping((), prepared, operators, val)}
-    if budget.holds(float_top1, tried[0].top1, len(val)):
+    tried = {0: _keeping((), probe)}
+    images = len(probe.val)
+    if budget.holds(float_top1, tried[0].top1, images):
         return tried[0]
-    effects = sensitivity(prepared, val, worst=0)
+    effects = sensitivity(probe, worst=0)
 
     def holds(count: int) -> bool:
-        tried[count] = _keeping(effects[:count], prepared, operators, val)
-        return budget.holds(float_top1, tried[count].top1, len(val))
+        tried[count] = _keeping(effects[:count], probe)
+        return budget.holds(float_top1, tried[count].top1, images)
 
-    counts = [count for count in range(1, len(effects)) if _integers(effects[:count], operators)]
+    counts = [count for count in range(1, len(effects)) if _integers(effects[:count], probe.operators)]
     place = bisect_left(counts, True, key=holds)
     if place < len(counts):
         return tried[counts[place]]
@@ -111,18 +139,10 @@ def within_budget(prepared: GraphModule, val: Images, budget: Budget, *, float_t
     drop, least = float_top1 - tried[0].top1, float_top1 - best.top1
     raise CheckFailed(
         f"MAX_DROP={budget}: in INT8 the network loses {drop:.2f} points of the {float_top1:.2f} % top-1 of the float "
-        f"model on {len(val)} validation images, and at best {least:.2f} points, with {len(best.paths)} of its "
-        f"{len(effects)} modules in float; the budget allows {budget.tolerance(float_top1, len(val)):.2f}; {otherwise}",
+        f"model on {images} validation images, and at best {least:.2f} points, with {len(best.paths)} of its "
+        f"{len(effects)} modules in float; the budget allows {budget.tolerance(float_top1, images):.2f}; {otherwise}",
         answer={"val_drop": round(drop, 3), "least_val_drop": round(least, 3), "keep_float": best.paths},
     )
-
-
-def errors_db(prepared: GraphModule, val: Images, groups: Iterable[Iterable[Operator]]) -> Iterator[float]:
-    """Yield, for each of `groups`, the SQNR of the logits in dB if only the operators of the group are quantized."""
-    batches = list(val.batches(_BATCH, val.stratified(ERROR_IMAGES, seed=0)))
-    reference = logits(partly(prepared, ()), batches)
-    for group in groups:
-        yield round(snr_db(reference, logits(partly(prepared, group), batches)), 2)
 
 
 def partly(prepared: GraphModule, rounded: Iterable[Operator]) -> GraphModule:
@@ -154,36 +174,34 @@ def operators_of(prepared: GraphModule, size: int) -> list[Operator]:
     with torch.no_grad():
         ShapeProp(floats).propagate(torch.zeros(1, 3, size, size))
     return [
-        Operator(name=node.name, path=module_path(node), kind=kind_of(node), macs=_macs(node))
+        Operator(name=node.name, path=fx.module_path(node), kind=kind_of(node), macs=_macs(node))
         for node in floats.graph.nodes
         if node.name in names
     ]
 
 
-def _effects(
-    prepared: GraphModule, val: Images, groups: Mapping[str, Collection[Operator]], operators: Collection[Operator]
-) -> list[Effect]:
-    """Return the effect of each of `groups` of `operators`, which are keyed by path."""
-    total = sum(operator.macs for operator in operators)
+def _effects(probe: Probe, groups: Mapping[str, Collection[Operator]]) -> list[Effect]:
+    """Return the effect of each of `groups` of operators, which are keyed by path."""
+    total = sum(operator.macs for operator in probe.operators)
     effects = []
     with bar(total=len(groups), title="sensitivity", unit="module") as progress:
-        for (path, own), decibels in zip(groups.items(), errors_db(prepared, val, groups.values()), strict=True):
+        for path, own in groups.items():
             kinds = {operator.kind for operator in own}
             effect = Effect(
                 path=path,
                 kinds=tuple(kind for kind in KINDS if kind in kinds),
                 macs=round(sum(operator.macs for operator in own) / max(total, 1), 4),
-                snr_db=decibels,
+                snr_db=probe.error_db(own),
             )
             effects.append(effect)
             progress.update()
     return effects
 
 
-def _keeping(effects: Sequence[Effect], prepared: GraphModule, operators: Collection[Operator], val: Images) -> Kept:
-    """Return `prepared` with the modules of `effects` in float, and its top-1 on `val`."""
-    graph = partly(prepared, _integers(effects, operators))
-    return Kept(graph=graph, paths=tuple(sorted(effect.path for effect in effects)), top1=evaluate(graph, val))
+def _keeping(effects: Sequence[Effect], probe: Probe) -> Kept:
+    """Return the graph with the modules of `effects` in float, and its top-1."""
+    graph = partly(probe.prepared, _integers(effects, probe.operators))
+    return Kept(graph=graph, paths=tuple(sorted(effect.path for effect in effects)), top1=evaluate(graph, probe.val))
 
 
 def _integers(kept: Sequence[Effect], operators: Collection[Operator]) -> list[Operator]:
@@ -199,8 +217,7 @@ def _inside(path: str, operators: Collection[Operator]) -> list[Operator]:
 
 def _roundings(prepared: GraphModule, node: Node) -> list[Node]:
     """Return the FakeQuant nodes that `node` reads."""
-    calls = [entry for entry in node.all_input_nodes if entry.op == "call_module"]
-    return [call for call in calls if isinstance(prepared.get_submodule(str(call.target)), FakeQuant)]
+    return [entry for entry in node.all_input_nodes if isinstance(fx.called_module(prepared, entry), FakeQuant)]
 
 
 def _macs(node: Node) -> int:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from calibration.graph.exported_program import stored_tensor
+from calibration.graph import fx
 
 _ATEN = torch.ops.aten
 _CLIPS = frozenset(  # that the quantizer after them replaces, if its range ends at their bounds
@@ -89,41 +88,28 @@ def _reads_only(node: Node, rounded: set[Node]) -> bool:
 
 def _has_statistics(norm: Node) -> bool:
     statistics = [value for value in norm.args[1:5] if value is not None]
-    stored = all(isinstance(value, Node) and value.op == "get_attr" for value in statistics)
-    return stored and not norm.args[5] and cast(Node, norm.args[0]).meta["val"].ndim == 4
+    return all(map(fx.is_stored, statistics)) and not norm.args[5] and len(fx.shape(cast(Node, norm.args[0]))) == 4
 
 
 def _depthwise(graph: GraphModule, norm: Node) -> Node:
     gamma, beta, mean, variance = (
-        stored_tensor(graph, value).detach() if isinstance(value, Node) else None for value in norm.args[1:5]
+        fx.stored_tensor(graph, value).detach() if isinstance(value, Node) else None for value in norm.args[1:5]
     )
     assert mean is not None and variance is not None
     scale = torch.rsqrt(variance + cast(float, norm.args[7])) * (1.0 if gamma is None else gamma)
     shift = -mean * scale + (0.0 if beta is None else beta)
     stored = [
-        _parameter(graph, norm, f"{norm.name}_{name}", value)
+        fx.insert_stored(graph, norm, f"{norm.name}_{name}", value.clone(), trains=True)
         for name, value in (("scale", scale.reshape(-1, 1, 1, 1)), ("shift", shift))
     ]
     return _beside(graph, norm, _ATEN.conv2d.default, norm.args[0], *stored, [1, 1], [0, 0], [1, 1], len(scale))
 
 
-def _parameter(graph: GraphModule, beside: Node, name: str, value: Tensor) -> Node:
-    graph.register_parameter(name, torch.nn.Parameter(value.clone()))
-    with graph.graph.inserting_before(beside):
-        node = graph.graph.get_attr(name)
-    node.meta = {**_place(beside), "val": beside.meta["val"].new_empty(value.shape)}
-    return node
-
-
 def _beside(graph: GraphModule, node: Node, target: Callable[..., object], *arguments: object) -> Node:
     with graph.graph.inserting_before(node):
         inserted = graph.graph.call_function(target, arguments)  # type: ignore[arg-type]
-    inserted.meta = {**_place(node), "val": node.meta["val"]}
+    inserted.meta = {**fx.origin(node), "val": node.meta["val"]}
     return inserted
-
-
-def _place(node: Node) -> dict[str, object]:
-    return {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
 
 
 def _replace(graph: GraphModule, node: Node, by: Node) -> None:

@@ -17,14 +17,15 @@ from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpecBase
 from calibration.fake_quant.affine import STEPS, PerTensorAffineFakeQuant
 from calibration.fake_quant.calibrators import LEVELS
 from calibration.fake_quant.symmetric import FakeQuant, PerChannelFakeQuant, PerTensorFakeQuant
-from calibration.graph.exported_program import WEIGHTED, module_path
+from calibration.graph import fx
+from calibration.graph.exported_program import WEIGHTED
 from calibration.qdq_placement import LAYERS, SMALL, Kind, Placement
 from calibration.quantizer import integer_regions
 from calibration.scheme import Scheme
 
 _ATEN = torch.ops.aten
 _PRODUCTS = frozenset({_ATEN.matmul.default, _ATEN.bmm.default})
-_ADDITIONS = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
+ADDITIONS = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
 
 
 class SchemeQuantizer(Quantizer):  # type: ignore[misc]
@@ -81,7 +82,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         return model
 
     def _may_round(self, node: Node) -> bool:
-        kept = self.placement.keeps_float(module_path(node))
+        kept = self.placement.keeps_float(fx.module_path(node))
         return not kept and (node.target not in WEIGHTED or kind_of(node) in self.placement.kinds)
 
     def _read(self, value: Node, rounded: set[Node]) -> QuantizationSpecBase:
@@ -95,7 +96,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
 def is_rounded(node: Node, placement: Placement) -> bool:
     """Return whether `placement` quantizes the inputs of an operator of a traced graph."""
-    return kind_of(node) in placement.kinds and not placement.keeps_float(module_path(node))
+    return kind_of(node) in placement.kinds and not placement.keeps_float(fx.module_path(node))
 
 
 def kind_of(node: Node) -> Kind | None:
@@ -103,23 +104,23 @@ def kind_of(node: Node) -> Kind | None:
     if node.target is _ATEN.linear.default:
         return "linear"
     if node.target in WEIGHTED:
-        groups = cast(int, node.args[6]) if len(node.args) > 6 else 1
-        outputs, inputs = cast(Node, node.args[1]).meta["val"].shape[:2]  # inputs of one group
+        groups = fx.groups(node)
+        outputs, inputs = fx.shape(cast(Node, node.args[1]))[:2]  # inputs of one group
         if groups != 1 and inputs == 1:
             return "depthwise"
         return "conv" if min(inputs, outputs // groups) >= SMALL else "small"
-    if node.target in _PRODUCTS | _ADDITIONS:
+    if node.target in _PRODUCTS | ADDITIONS:
         first, second = node.args[:2]
         if not (_is_activation(first) and _is_activation(second)):
             return None
         if node.target in _PRODUCTS:
             return "attention"
-        return "elementwise" if cast(Node, first).meta["val"].shape == cast(Node, second).meta["val"].shape else None
+        return "elementwise" if fx.shape(cast(Node, first)) == fx.shape(cast(Node, second)) else None
     return None
 
 
 def _is_activation(argument: object) -> bool:
-    return isinstance(argument, Node) and argument.op != "get_attr" and argument.meta["val"].is_floating_point()
+    return isinstance(argument, Node) and not fx.is_stored(argument) and argument.meta["val"].is_floating_point()
 
 
 def _spec(

@@ -32,7 +32,7 @@ from torch.fx import GraphModule
 
 from calibration.data.batches import Images
 from calibration.fake_quant.symmetric import ActivationFakeQuant, PerChannelFakeQuant
-from calibration.graph.exported_program import stored_tensor
+from calibration.graph import fx
 from calibration.metrics import Labels, Logits, snr_db, top1
 from calibration.progress import bar
 from calibration.ptq.calibrate import fake_quants, set_mode
@@ -244,9 +244,9 @@ def _units(prepared: GraphModule) -> dict[Tensor, Tensor]:
     """Return the scales of quantized weights, by weight, each in a shape that broadcasts to the weight."""
     scales: dict[Tensor, Tensor] = {}
     for node in prepared.graph.nodes:
-        quantizer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(quantizer, PerChannelFakeQuant) and node.all_input_nodes[0].op == "get_attr":
-            weight = stored_tensor(prepared, node.all_input_nodes[0])
+        quantizer = fx.called_module(prepared, node)
+        if isinstance(quantizer, PerChannelFakeQuant) and fx.is_stored(node.all_input_nodes[0]):
+            weight = fx.stored_tensor(prepared, node.all_input_nodes[0])
             shape = [1] * weight.ndim
             shape[quantizer.ch_axis] = -1
             scales[weight] = quantizer.scale.detach().clone().view(shape)

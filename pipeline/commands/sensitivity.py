@@ -57,6 +57,7 @@ def step(run: Run) -> Step:
 
     def build(inputs: Mapping[str, Path], out: Path) -> None:
         from calibration.ptq import sensitivity as measuring
+        from calibration.ptq.calibrate import CalibrationSplit
         from calibration.quantize import calibrated
         from calibration.training.fit import evaluate
         from models import checkpoint
@@ -65,10 +66,12 @@ def step(run: Run) -> Step:
         source = inputs["weights"] / "weights.safetensors"
         checkpoint.load_into(model, checkpoint.read(source), source)
         val = run.images("val")
-        prepared = calibrated(model, recipe, run.target.scheme, run.images("train"), seed=run.seed)
+        split = CalibrationSplit.draw(model, recipe, run.images("train"), seed=run.seed)
+        prepared = calibrated(recipe, run.target.scheme, split)
+        probe = measuring.Probe(prepared=prepared, val=val)
         report = {
-            "modules": [asdict(effect) for effect in measuring.sensitivity(prepared, val)],
-            "kinds": [asdict(effect) for effect in measuring.by_kind(prepared, val)],
+            "modules": [asdict(effect) for effect in measuring.sensitivity(probe)],
+            "kinds": [asdict(effect) for effect in measuring.by_kind(probe)],
             "top1": evaluate(prepared, val),
             "float_top1": evaluate(model, val),
             "images": len(val),

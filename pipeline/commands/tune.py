@@ -388,7 +388,7 @@ def _decoded(line: bytes) -> dict[str, Any] | None:
 
 
 def _modules(graph: GraphModule) -> dict[Kind, list[str]]:
-    from calibration.graph.exported_program import module_path
+    from calibration.graph.fx import module_path
     from calibration.quantizer.quantizer import kind_of
 
     modules: dict[Kind, list[str]] = {}

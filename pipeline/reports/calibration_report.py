@@ -55,6 +55,7 @@ def step(run: Run) -> Step:
     recipe = calibrating(run)
 
     def build(inputs: Mapping[str, Path], out: Path) -> None:
+        from calibration.ptq.calibrate import CalibrationSplit
         from calibration.sample_size import sentence, sufficiency
         from models import checkpoint
 
@@ -62,15 +63,8 @@ def step(run: Run) -> Step:
         model = run.model.build(len(run.data.classes), run.form).eval()
         source = inputs["weights"] / "weights.safetensors"
         checkpoint.load_into(model, checkpoint.read(source), source)
-        points = sufficiency(
-            model,
-            recipe,
-            report,
-            run.target.scheme,
-            run.images("train"),
-            run.images("val"),
-            seed=run.seed,
-        )
+        split = CalibrationSplit.draw(model, recipe, run.images("train"), seed=run.seed)
+        points = sufficiency(recipe, report, run.target.scheme, split, run.images("val"))
         table = {
             "model": run.model.name,
             "data": run.data.name,

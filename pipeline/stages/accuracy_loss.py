@@ -57,7 +57,7 @@ def most_sensitive(program: GraphModule, images: Images, count: int) -> list[str
     Each module is measured alone on `images` (N, 3, S, S): only its inputs are quantized, all other activations are
     float.
     """
-    from calibration.graph.exported_program import module_path
+    from calibration.graph.fx import module_path
     from calibration.graph.teacher_forcing import is_quantizer
     from calibration.metrics import snr_db
 

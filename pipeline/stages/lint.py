@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from calibration.graph.source_lines import line, operator
+from calibration.graph import fx
+from calibration.graph.source_lines import line
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -114,14 +115,12 @@ def _folded(program: ExportedProgram | GraphModule) -> GraphModule:
     if isinstance(program, GraphModule):
         return program
     graph = program.module()
-    if not any(operator(node).startswith("dequantize") for node in graph.graph.nodes):
+    if not any(fx.is_dequantize(node) for node in graph.graph.nodes):
         fold(graph)  # folded constants are new tensors: the weights of `program` stay unchanged
     return graph
 
 
 def _finding(rule: Rule, hits: list[Hit], target: str | None) -> Finding:
-    from calibration.graph.exported_program import module_path
-
     node = hits[0][0]
     unaffected = target is not None and bool(rule.targets) and target not in rule.targets
     affected = f"TARGET={', '.join(sorted(rule.targets))}" if rule.targets else ""
@@ -129,11 +128,11 @@ def _finding(rule: Rule, hits: list[Hit], target: str | None) -> Finding:
     return Finding(
         level="warning" if unaffected else rule.level,
         rule=rule.name,
-        module=module_path(node),
+        module=fx.module_path(node),
         line=line(node),
         reason=f"{_listed(detail for _, detail in hits)}: {named}{rule.reason}",
         remedy=rule.remedy,
-        modules=tuple(dict.fromkeys(module_path(node) for node, _ in hits)),
+        modules=tuple(dict.fromkeys(fx.module_path(node) for node, _ in hits)),
         count=len(hits),
     )
 
@@ -152,17 +151,8 @@ def _listed(details: Iterable[str]) -> str:
 def _operators(graph: GraphModule, names: Iterable[str] | None = None) -> Iterator[Node]:
     """Yield the operators of a graph, all or those with the given names, in order of execution."""
     for node in graph.graph.nodes:
-        if node.op == "call_function" and (names is None or operator(node) in names):
+        if node.op == "call_function" and (names is None or fx.operator_name(node) in names):
             yield node
-
-
-def _argument(node: Node, name: str) -> Any:
-    """Return the value of an operator's argument: positional, keyword or default. Raises KeyError if it has none."""
-    schema = cast(Any, node.target)._schema
-    for place, argument in enumerate(schema.arguments):
-        if argument.name == name:
-            return node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
-    raise KeyError(f"{node.target} has no argument {name}")
 
 
 def _shape(node: Node) -> tuple[Any, ...]:
@@ -182,7 +172,8 @@ def _symbols(sides: Iterable[Any]) -> set[Any]:
 def _source(node: Node) -> Node:
     """Return the producer of a node's first input, skipping quantizers and operators without effect at inference."""
     before = cast("Node", node.args[0])
-    passes = operator(before) in _TRANSPARENT or before.op == "call_module"  # the modules of a graph are quantizers
+    # The modules of a graph are quantizers.
+    passes = fx.operator_name(before) in _TRANSPARENT or before.op == "call_module"
     return _source(before) if passes and before.args else before
 
 
@@ -197,7 +188,7 @@ def _named(*names: str) -> Callable[[GraphModule], Iterator[Hit]]:
     """Return a rule function that yields the operators with these names."""
 
     def find(graph: GraphModule) -> Iterator[Hit]:
-        return ((node, operator(node)) for node in _operators(graph, names))
+        return ((node, fx.operator_name(node)) for node in _operators(graph, names))
 
     return find
 
@@ -220,27 +211,27 @@ def _dynamic_shapes(graph: GraphModule) -> Iterator[Hit]:
             if node.op == "placeholder":
                 yield next(iter(node.users), node), f"input of shape ({', '.join(map(str, sides))})"
             else:
-                yield node, f"{operator(node)} of a shape that depends on values"
+                yield node, f"{fx.operator_name(node)} of a shape that depends on values"
 
 
 def _shape_arithmetic(graph: GraphModule) -> Iterator[Hit]:
     """Yield the tensor operators with a computed size as argument: operators on sizes have no source line."""
     for node in _operators(graph):
         if _shape(node) and any(type(entry.meta.get("val")).__name__ == "SymInt" for entry in node.all_input_nodes):
-            yield node, f"{operator(node)} to a computed size"
+            yield node, f"{fx.operator_name(node)} to a computed size"
 
 
 def _pools(graph: GraphModule) -> Iterator[Hit]:
     for node in _operators(graph, {"max_pool2d", "avg_pool2d"}):
-        kernel = _argument(node, "kernel_size")
-        stride = _argument(node, "stride") or kernel
+        kernel = fx.argument(node, "kernel_size")
+        stride = fx.argument(node, "stride") or kernel
         if max(kernel) > _LARGEST_POOL or any(step not in _POOL_STRIDES for step in stride):
-            yield node, f"{operator(node)} of {max(kernel)} pixels with stride {max(stride)}"
+            yield node, f"{fx.operator_name(node)} of {max(kernel)} pixels with stride {max(stride)}"
 
 
 def _uneven_pools(graph: GraphModule) -> Iterator[Hit]:
     for node in _operators(graph, {"adaptive_avg_pool2d", "adaptive_max_pool2d"}):
-        before, after = _shape(cast("Node", node.args[0]))[2:], _argument(node, "output_size")
+        before, after = _shape(cast("Node", node.args[0]))[2:], fx.argument(node, "output_size")
         if any(isinstance(whole, int) and whole % part for whole, part in zip(before, after, strict=True)):
             yield node, f"{before[0]}x{before[1]} pixels to {after[0]}x{after[1]}"
 
@@ -258,7 +249,7 @@ def _vanishing(graph: GraphModule) -> Iterator[Hit]:
 
     nodes = {node.name: node for node in _operators(graph)}
     for reader, constant, _ in epsilons([_half_operator(graph, node) for node in nodes.values()]):
-        yield nodes[reader.name], f"{operator(nodes[reader.name])} with {constant:g}"
+        yield nodes[reader.name], f"{fx.operator_name(nodes[reader.name])} with {constant:g}"
 
 
 def _half_operator(graph: GraphModule, node: Node) -> HalfOperator:
@@ -269,13 +260,13 @@ def _half_operator(graph: GraphModule, node: Node) -> HalfOperator:
 
     inputs: dict[int, str] = {}
     constants: dict[int, Any] = {}
-    for place, argument in enumerate(node.args):
-        if (constant := _scalar(graph, argument)) is not None:
+    for place, value in enumerate(node.args):
+        if (constant := _scalar(graph, value)) is not None:
             constants[place] = np.array(constant)
-        elif argument in node.all_input_nodes:
-            inputs[place] = str(argument)
-    named = operator(node)
-    epsilon = _argument(node, "eps") if named in _WITH_EPSILON else None
+        elif value in node.all_input_nodes:
+            inputs[place] = str(value)
+    named = fx.operator_name(node)
+    epsilon = fx.argument(node, "eps") if named in _WITH_EPSILON else None
     return Operator(
         name=node.name,
         kind=_HALF_KINDS.get(named, named),
@@ -286,40 +277,35 @@ def _half_operator(graph: GraphModule, node: Node) -> HalfOperator:
     )
 
 
-def _scalar(graph: GraphModule, argument: Any) -> float | None:
+def _scalar(graph: GraphModule, value: Any) -> float | None:
     """Return the value of a scalar argument, a Python float or a stored tensor of one element; None for others."""
-    if isinstance(argument, float):
-        return argument
-    if _operator_of(argument) in ("lift_fresh_copy", "clone", "detach", "detach_"):
-        return _scalar(graph, argument.args[0])
-    if getattr(argument, "op", "") != "get_attr":
+    if isinstance(value, float):
+        return value
+    if fx.operator_name(value) in ("lift_fresh_copy", "clone", "detach", "detach_"):
+        return _scalar(graph, value.args[0])
+    if not fx.is_stored(value):
         return None
-    owner, _, name = str(argument.target).rpartition(".")
-    stored = getattr(graph.get_submodule(owner), name)
+    stored = fx.stored_tensor(graph, value)
     return stored.item() if stored.numel() == 1 and stored.is_floating_point() else None
-
-
-def _operator_of(argument: Any) -> str:
-    return operator(argument) if hasattr(argument, "target") else ""
 
 
 def _unquantized(graph: GraphModule) -> Iterator[Hit]:
     for node in _operators(graph, {*_FLOAT_CONVOLUTIONS, "conv2d"}):
-        if operator(node) != "conv2d":
-            yield node, operator(node)
-        elif isinstance(node.args[4] if len(node.args) > 4 else None, str):
+        if fx.operator_name(node) != "conv2d":
+            yield node, fx.operator_name(node)
+        elif isinstance(fx.argument(node, "padding"), str):
             yield node, "conv2d with asymmetric padding"
 
 
 def _norms(graph: GraphModule) -> Iterator[Hit]:
     """Yield the batch normalizations that folding did not remove."""
     for node in _operators(graph, {"batch_norm", "_native_batch_norm_legit_no_training"}):
-        yield node, f"BatchNorm after {operator(_source(node)) or 'the input'}"
+        yield node, f"BatchNorm after {fx.operator_name(_source(node)) or 'the input'}"
 
 
 def _grouped(graph: GraphModule) -> Iterator[Hit]:
     for node in _operators(graph, {"conv2d"}):
-        each, groups = _weight_shape(node)[1], _argument(node, "groups")
+        each, groups = _weight_shape(node)[1], fx.groups(node)
         if groups > 1 and each > 1:
             yield node, f"{groups} groups of {each} channels"
 
@@ -330,11 +316,11 @@ def _channels(graph: GraphModule) -> Iterator[Hit]:
     """
     inner: set[Node] = set()  # nodes followed by a conv2d or linear layer
     for node in reversed(graph.graph.nodes):
-        if any(user in inner or operator(user) in ("conv2d", "linear") for user in node.users):
+        if any(user in inner or fx.operator_name(user) in ("conv2d", "linear") for user in node.users):
             inner.add(node)
     for node in _operators(graph, {"conv2d", "linear"}):
-        count = _weight_shape(node)[0]
-        depthwise = operator(node) == "conv2d" and _argument(node, "groups") > 1 and _weight_shape(node)[1] == 1
+        count, inputs = _weight_shape(node)[:2]
+        depthwise = fx.groups(node) > 1 and inputs == 1
         if count % _CHANNELS and node in inner and not depthwise:
             yield node, f"{count} channels"
 
@@ -342,7 +328,7 @@ def _channels(graph: GraphModule) -> Iterator[Hit]:
 def _head_dimensions(graph: GraphModule) -> Iterator[Hit]:
     """Yield the products of softmax and values in attention whose head dimension has no fused TensorRT kernel."""
     for node in _operators(graph, {"matmul", "bmm"}):
-        if operator(_source(node)) == "softmax" and (dimension := _shape(node)[-1]) not in _HEADS:
+        if fx.operator_name(_source(node)) == "softmax" and (dimension := _shape(node)[-1]) not in _HEADS:
             yield node, f"head dimension {dimension}"
     for node in _operators(graph, {"scaled_dot_product_attention"}):
         if (dimension := _shape(node)[-1]) not in _HEADS:
@@ -373,12 +359,12 @@ def _scales(graph: GraphModule) -> Iterator[tuple[Node, str, list[float]]]:
     from calibration.fake_quant.symmetric import ActivationFakeQuant, FakeQuant
 
     for node in graph.graph.nodes:
-        if node.op == "call_module" and isinstance(module := graph.get_submodule(node.target), FakeQuant):
+        if isinstance(module := fx.called_module(graph, node), FakeQuant):
             observed = (
                 module.statistics.peak if isinstance(module, ActivationFakeQuant) else cast(Any, module).weight.ndim > 1
             )
             scales: list[float] = [] if observed else module.scale.tolist()
-        elif operator(node).startswith("dequantize_per_"):
+        elif fx.is_dequantize(node):
             scales = _values(graph, node.args[1])
         else:
             continue
@@ -390,8 +376,7 @@ def _values(graph: GraphModule, scale: Any) -> list[float]:
     """Return the values of a scale, a literal of the graph or a stored tensor; [NaN] if the tensor is empty."""
     if isinstance(scale, float | int):
         return [float(scale)]
-    owner, _, name = str(scale.target).rpartition(".")
-    values: list[float] = getattr(graph.get_submodule(owner), name).flatten().tolist()
+    values: list[float] = fx.stored_tensor(graph, scale).flatten().tolist()
     return values or [math.nan]
 
 

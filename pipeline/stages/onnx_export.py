@@ -234,11 +234,12 @@ def _with_dynamic_batch(model: ModelProto) -> ModelProto:
 
 def _named_place(program: ExportedProgram, message: str) -> str:
     """Return ", at LINE" for the first operator that the error `message` of torch.onnx names; "" if it names none."""
+    from calibration.graph import fx
     from calibration.graph.source_lines import nearest_line
 
     for graph in (program.graph, program.run_decompositions({}).graph, program.run_decompositions().graph):
         for node in graph.nodes:
-            schema = getattr(node.target, "_schema", None)
+            schema = fx.schema(node)
             if schema and f"{schema.name.replace('::', '.')}'" in message:
                 return f", at {nearest_line(node)}"
     return ""

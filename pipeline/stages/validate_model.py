@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from calibration.graph import fx
 from models.errors import CheckFailed
 from models.external import guard
 from models.external.loader import External
@@ -185,8 +186,7 @@ def _check_graph(model: External, traced: ExportedProgram) -> None:
         )
     buffers = traced.graph_signature.inputs_to_buffers
     for node in traced.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema and schema.is_mutable and (changed := buffers.get(_origin(node).name)):
+        if fx.is_in_place(node) and (changed := buffers.get(_origin(node).name)):
             raise model.refusal(
                 f"in evaluation it changes its buffer `{changed}`; an engine keeps no state between queries"
             )
@@ -521,8 +521,7 @@ def _input_changes(traced: ExportedProgram | None) -> Iterator[Node]:
     """Yield the operators that write to the input images in place."""
     given = set(traced.graph_signature.user_inputs) if traced else set()
     for node in traced.graph.nodes if traced else ():
-        schema = getattr(node.target, "_schema", None)
-        if schema and schema.is_mutable and _origin(node).name in given:
+        if fx.is_in_place(node) and _origin(node).name in given:
             yield node
 
 
@@ -532,8 +531,7 @@ def _origin(node: Node) -> Node:
 
     first = node.args[0] if node.args else None
     while isinstance(first, Node) and first.op == "call_function" and first.args:
-        schema = getattr(first.target, "_schema", None)
-        if schema and not any(value.alias_info for value in schema.returns):
+        if fx.schema(first) and not fx.may_alias(first):
             break
         first = first.args[0]  # a view, an in-place operator, or an item of several results
     return first if isinstance(first, Node) else node
@@ -550,9 +548,7 @@ def _random(traced: ExportedProgram) -> Iterator[Node]:
         if node not in needed:
             needed.add(node)
             pending += node.all_input_nodes
-            pending += [
-                user for user in node.users if getattr(getattr(user.target, "_schema", None), "is_mutable", False)
-            ]
+            pending += filter(fx.is_in_place, node.users)
     for node in traced.graph.nodes:
         tags = getattr(node.target, "tags", ())
         if node in needed and torch.Tag.nondeterministic_seeded in tags and _draws(node):
@@ -561,24 +557,17 @@ def _random(traced: ExportedProgram) -> Iterator[Node]:
 
 def _draws(node: Node) -> bool:
     """Return whether an operator with the nondeterministic tag draws random numbers with its arguments."""
-    schema = cast(Any, node.target)._schema
-    given = {
-        argument.name: node.args[place]
-        if place < len(node.args)
-        else node.kwargs.get(argument.name, argument.default_value)
-        for place, argument in enumerate(schema.arguments)
-    }
+    given = fx.arguments(node)
     off = any(name in given and not given[name] for name in ("train", "training", "dropout_p"))
-    return not off and not ("dropout" in schema.name and given.get("p") == 0)
+    return not off and not ("dropout" in fx.operator_name(node) and given.get("p") == 0)
 
 
 def _described(node: Node) -> str:
     """Return the name, source line and module path of an operator."""
-    from calibration.graph.exported_program import module_path
-    from calibration.graph.source_lines import line, operator
+    from calibration.graph.source_lines import line
 
-    inside = f" in `{path}`" if (path := module_path(node)) else ""
-    return f"`{operator(node)}` at {line(node)}{inside}"
+    inside = f" in `{path}`" if (path := fx.module_path(node)) else ""
+    return f"`{fx.operator_name(node)}` at {line(node)}{inside}"
 
 
 # --- Converters -----------------------------------------------------------------------------------------------------

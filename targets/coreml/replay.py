@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from calibration.graph import fx
 from calibration.metrics import noisiest_channel_db, snr_db
 from calibration.recipe import FloatType, Precision
 from models.errors import CheckFailed
@@ -164,7 +165,7 @@ def _pairs(package: Package, graph: GraphModule, layers: Iterable[tuple[Layer, L
             name = output.name.removesuffix(_HALF)
             if output.name in by_layer or name not in nodes or nodes[name].name in taken:
                 continue
-            if tuple(nodes[name].meta["val"].shape) == tuple(output.shape):
+            if fx.shape(nodes[name]) == tuple(output.shape):
                 yield output.name, nodes[name].name
 
 
@@ -195,7 +196,7 @@ def _computed_by(operation: Any, node: Node, nodes: Mapping[str, Node], places: 
     output = operation.outputs[0]
     name = output.name.removesuffix(_HALF)
     later = places.get(name, -1) > places[node.name]
-    return nodes[name].name if later and tuple(nodes[name].meta["val"].shape) == tuple(output.shape) else node.name
+    return nodes[name].name if later and fx.shape(nodes[name]) == tuple(output.shape) else node.name
 
 
 def _quantizer_pairs(operation: Any, node: Node, nodes: Mapping[str, Node]) -> Iterator[tuple[str, str]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
+from calibration.graph import fx
 from models.errors import CheckFailed
 from targets.coreml.layer_pairs import PRODUCT, Layer, content
 
@@ -59,13 +59,7 @@ def graph_layers(graph: GraphModule, scales: Mapping[Node, Mapping[str, Any]] | 
 
 def has_compounds(program: ExportedProgram) -> bool:
     """Return whether a package of `program` may have layers that `graph_layers` does not list."""
-    return any(operator_name(node) in COMPOUND for node in program.graph.nodes)
-
-
-def operator_name(node: Node) -> str:
-    """Return the name of a node's operator without namespace and overload; "" for nodes without operator."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema else ""
+    return any(fx.operator_name(node) in COMPOUND for node in program.graph.nodes)
 
 
 def arranged(layer: Layer, shape: tuple[int, ...]) -> Tensor | None:
@@ -95,15 +89,15 @@ class Constants:
         for node in graph.graph.nodes:
             inputs = node.all_input_nodes
             pure = node.op == "call_function" and "rand" not in str(node.target) and bool(inputs)
-            if node.op == "get_attr" or (pure and self.nodes.issuperset(inputs)):
+            if fx.is_stored(node) or (pure and self.nodes.issuperset(inputs)):
                 self.nodes.add(node)
 
     def value(self, node: Node) -> Tensor:
         import torch
         from torch.fx.node import map_arg
 
-        if node.op == "get_attr":
-            return cast("Tensor", attrgetter(str(node.target))(self.graph)).detach()
+        if fx.is_stored(node):
+            return fx.stored_tensor(self.graph, node).detach()
         with torch.no_grad():
             args, kwargs = (cast("Any", map_arg(given, self.value)) for given in (node.args, node.kwargs))
             return cast("Tensor", cast("Any", node.target)(*args, **kwargs))
@@ -111,11 +105,11 @@ class Constants:
 
 def _identity(graph: GraphModule, node: Node, same: Mapping[Node, Node]) -> Hashable:
     """Return a key that is equal for nodes with the same operator and the same inputs."""
-    if node.op == "get_attr":
-        value = attrgetter(str(node.target))(graph)
+    if fx.is_stored(node):
+        value = fx.stored_tensor(graph, node)
         place = getattr(value, "data_ptr", None)
         return (place(), value.dtype, tuple(value.shape), value.stride()) if place else node
-    if node.op != "call_function" or "rand" in str(node.target) or operator_name(node).endswith("_"):
+    if node.op != "call_function" or "rand" in str(node.target) or fx.operator_name(node).endswith("_"):
         return node
     return node.target, _frozen(node.args, same), _frozen(node.kwargs, same)
 
@@ -132,7 +126,7 @@ def _frozen(value: Any, same: Mapping[Node, Node]) -> Hashable:
 
 def _weight(node: Node, constants: Constants) -> Node | None:
     """Return the node of a layer's constant weight; None where `node` is not a layer or its weight is not constant."""
-    name = operator_name(node)
+    name = fx.operator_name(node)
     if name in _CONVOLUTIONS or name == "linear":
         weight = cast("Node", node.args[1])
         return weight if weight in constants.nodes else None
@@ -145,10 +139,8 @@ def _weight(node: Node, constants: Constants) -> Node | None:
 
 
 def _layer(graph: GraphModule, node: Node, weight: Tensor, scales: Mapping[str, Any] | None) -> Layer:
-    from calibration.graph import exported_program as programs
-
-    name = operator_name(node)
-    fields: dict[str, Any] = {"name": programs.module_path(node), "source": node, "weight": weight}
+    name = fx.operator_name(node)
+    fields: dict[str, Any] = {"name": fx.module_path(node), "source": node, "weight": weight}
     if name in _CONVOLUTIONS:
         fields |= {"kind": "conv"} | _geometry(node)
     else:
@@ -156,20 +148,20 @@ def _layer(graph: GraphModule, node: Node, weight: Tensor, scales: Mapping[str, 
     if scales:
         stored = cast("Node", cast("Node", node.args[1]).args[0])
         fields |= {"activation_scale": scales["activation"], "weight_scales": tuple(scales["weight"])}
-        fields["integers"] = attrgetter(str(stored.target))(graph).numpy()
+        fields["integers"] = fx.stored_tensor(graph, stored).numpy()
     return Layer(**fields, shape=tuple(weight.shape), content=content(weight.float().numpy()))
 
 
 def _geometry(node: Node) -> dict[str, Any]:
     """Return stride, padding, dilation and groups of a convolution, expanded to one number per axis."""
-    axes = cast("Node", node.args[1]).meta["val"].dim() - 2
+    axes = len(fx.shape(cast("Node", node.args[1]))) - 2
     named = cast("Any", node.target)._overloadname == "padding"
     defaults: tuple[Any, ...] = (1, "valid" if named else 0, 1, 1)
     given: tuple[Any, ...] = tuple(node.args[3:])
     stride, padding, dilation, groups = given + defaults[len(given) :]
     stride, dilation = _each(stride, axes), _each(dilation, axes)
     if isinstance(padding, str):
-        kernel = cast("Node", node.args[1]).meta["val"].shape[2:]
+        kernel = fx.shape(cast("Node", node.args[1]))[2:]
         totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         sides = [(total // 2, total - total // 2) if padding == "same" else (0, 0) for total in totals]
     else:
@@ -190,7 +182,7 @@ def _each(numbers: Any, axes: int) -> tuple[int, ...]:
 def _check_strays(graph: GraphModule, quantized: set[Node]) -> None:
     for node in graph.graph.nodes:
         stray = [user.name for user in node.users if user not in quantized]
-        if stray and "dequantize_per" in str(node.target) and node.meta["val"].dim() > 0:  # a scalar is folded
+        if stray and fx.is_dequantize(node) and fx.shape(node):  # a scalar is folded
             raise CheckFailed(
                 f"{node.name} of the export is read by {stray[0]}, which is not a convolution or linear layer; in Core "
                 "ML packages only layers may be quantized: quantize only convolutions and linear layers"

@@ -225,8 +225,8 @@ def to_fp16(model: ModelProto, float32: Mapping[str, str] = MappingProxyType({})
 
         image (float32) -> Cast -> [all tensors and the Q/DQ scales in FP16] -> Cast -> logits (float32)
 
-    FP16 scales need opset 19 or later. The scales have FP16 values already (`Scheme.fp16_scales`), so the conversion
-    does not round them.
+    FP16 scales need opset 19 or later. The scales have FP16 values already, see `calibration.scheme`, so the
+    conversion does not round them.
 
     `float32` maps the names of operators that stay in float32, between casts, to the reasons, which are written into
     the metadata of the graph. Raises CheckFailed where the graph has control flow.

@@ -19,7 +19,8 @@ import calibration.recipe
 import models
 import targets
 from calibration.data.load import load
-from calibration.graph.exported_program import WEIGHTED, stored_tensor
+from calibration.graph.exported_program import WEIGHTED
+from calibration.graph.fx import stored_tensor
 from calibration.ptq.calibrate import fake_quants
 from calibration.quantize import prepare, traced
 from calibration.scheme import SHARED

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from calibration.graph import fx
 from calibration.ptq.equalization.propagation import Read, Stored, Tracer
 from calibration.ptq.equalization.scale_groups import Labels
 
@@ -60,12 +60,12 @@ def rescale(graph: GraphModule, channels: Channels, factors: Mapping[int, float]
         outputs = factors_of(each.outputs, factors)
         inputs = torch.ones(()) if each.inputs is None else factors_of(each.inputs, factors)
         if each.weight is not None:
-            weight = _attribute(graph, each.weight)
+            weight = fx.named_tensor(graph, each.weight).data
             weight.mul_(_spread(outputs, inputs, each.groups, weight.shape))
         if each.shift is not None:
-            _attribute(graph, each.shift).mul_(outputs)
+            fx.named_tensor(graph, each.shift).data.mul_(outputs)
         if each.mean is not None:
-            _attribute(graph, each.mean).mul_(inputs)
+            fx.named_tensor(graph, each.mean).data.mul_(inputs)
 
 
 def factors_of(labels: Labels, factors: Mapping[int, float]) -> Tensor:
@@ -80,8 +80,3 @@ def _spread(outputs: Tensor, inputs: Tensor, groups: int | None, shape: torch.Si
         return outputs / inputs
     rows = inputs.reshape(groups, -1).repeat_interleave(shape[0] // groups, 0)
     return (outputs[:, None] / rows).reshape(*shape[:2], *(1,) * (len(shape) - 2))
-
-
-def _attribute(graph: GraphModule, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    return cast(Tensor, getattr(graph.get_submodule(owner), last).data)

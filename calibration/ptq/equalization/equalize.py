@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from calibration.graph.exported_program import stored_tensor
+from calibration.graph import fx
 from calibration.ptq.equalization.channel_scales import Channels, find_channels, rescale
 from calibration.ptq.equalization.propagation import Read, Stored
 from calibration.ptq.equalization.scale_groups import Labels
@@ -132,7 +132,7 @@ class _Watch(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n in self.layers:
             x = self.env[cast(Node, n.args[0])]
-            channel = x.ndim - 1 if n.target is torch.ops.aten.linear.default else 1
+            channel = fx.channel_axis(n, x.ndim)
             self.keep(n, 0, x.abs().amax([axis for axis in range(x.ndim) if axis != channel]))
         for read in self.reads.get(n, ()):
             x = self.env[cast(Node, n.args[read.place])]
@@ -149,7 +149,7 @@ def _is_free(labels: Labels | None) -> bool:
 
 
 def _of_layer(graph: GraphModule, layer: Stored, activations: Tensor) -> Peaks:
-    weight = stored_tensor(graph, cast(Node, layer.node.args[1])).detach()
+    weight = fx.stored_tensor(graph, cast(Node, layer.node.args[1])).detach()
     groups = layer.groups or 1
     assert layer.inputs is not None
     if groups > 1 and weight.shape[1] == 1:

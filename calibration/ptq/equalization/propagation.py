@@ -19,7 +19,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.nn import functional
 
-from calibration.graph.exported_program import WEIGHTED, stored_tensor
+from calibration.graph import fx
+from calibration.graph.exported_program import WEIGHTED
 from calibration.ptq.equalization.scale_groups import ANY, Labels, Ties
 
 _ATEN: Final = torch.ops.aten
@@ -112,7 +113,7 @@ class Tracer(Interpreter):
         self.ties, self.stored, self.reads = Ties(), list[Stored](), list[Read]()
         self.labels: dict[Node, Any] = {}
         # A tensor may have several names: uses are counted by memory address.
-        self.uses = Counter(self.place(node) for node in graph.graph.nodes if node.op == "get_attr")
+        self.uses = Counter(self.place(node) for node in graph.graph.nodes if fx.is_stored(node))
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
@@ -144,7 +145,7 @@ class Tracer(Interpreter):
     def read(self, node: Node) -> None:
         """Record both operands of an addition or a matrix multiplication, if they are activations."""
         for place, side in enumerate(node.args[:2]):
-            if isinstance(side, Node) and side.op != "get_attr":
+            if isinstance(side, Node) and not fx.is_stored(side):
                 self.reads.append(Read(node=node, place=place, labels=self.labels[side]))
 
     def of(self, argument: Any) -> Any:
@@ -153,15 +154,15 @@ class Tracer(Interpreter):
 
     def own(self, argument: object) -> str | None:
         """Return the name of a stored float tensor if no other operator reads it; None otherwise."""
-        if not isinstance(argument, Node) or argument.op != "get_attr":
+        if not fx.is_stored(argument):
             return None
         if self.uses[self.place(argument)] > 1 or len(argument.users) > 1:
             return None
-        return str(argument.target) if stored_tensor(self.graph_module, argument).is_floating_point() else None
+        return str(argument.target) if fx.stored_tensor(self.graph_module, argument).is_floating_point() else None
 
     def place(self, node: Node) -> int:
         """Return the memory address of a stored tensor."""
-        return stored_tensor(self.graph_module, node).data_ptr()
+        return fx.stored_tensor(self.graph_module, node).data_ptr()
 
 
 _Rule: TypeAlias = Callable[
@@ -279,21 +280,21 @@ def _summed(ties: Ties, labels: Labels, letters: str, result: str) -> Labels:
 
 
 def _layer(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
-    weight, bias = (node.args[place] if len(node.args) > place else None for place in (1, 2))
+    weight, bias = (fx.argument(node, name) for name in ("weight", "bias"))
     name, shift = tracer.own(weight), tracer.own(bias)
     if name is None or (bias is not None and shift is None):
         return None
-    channel = _channel_axis(node) % value.ndim
+    channel = fx.channel_axis(node, value.ndim)
     labels = tracer.of(node.args[0])
     inputs = tracer.ties.tie_along(labels, [axis for axis in range(labels.ndim) if axis != channel]).flatten()
     outputs = tracer.ties.new((value.shape[channel],))
-    groups = cast(int, node.args[6]) if len(node.args) > 6 else 1
-    tracer.stored.append(Stored(node=node, weight=name, shift=shift, outputs=outputs, inputs=inputs, groups=groups))
+    stored = Stored(node=node, weight=name, shift=shift, outputs=outputs, inputs=inputs, groups=fx.groups(node))
+    tracer.stored.append(stored)
     return _along(outputs, channel, value.shape)
 
 
 def _normalize(tracer: Tracer, node: Node, value: Tensor) -> Labels | None:
-    gamma, beta = (node.args[place] if len(node.args) > place else None for place in (2, 3))
+    gamma, beta = (fx.argument(node, name) for name in ("weight", "bias"))
     name, shift = tracer.own(gamma), tracer.own(beta)
     if name is None or (beta is not None and shift is None):
         return None
@@ -331,11 +332,6 @@ _RULES: Final[Mapping[Any, _Rule]] = {
     _ATEN.group_norm.default: _normalize,
     _ATEN.batch_norm.default: _batch_norm,
 }
-
-
-def _channel_axis(node: Node) -> int:
-    """Return the channel axis of the input and output of a layer."""
-    return -1 if node.target is _ATEN.linear.default else -3
 
 
 def _along(labels: Labels, axis: int, shape: torch.Size) -> Labels:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from calibration.graph.source_lines import nearest_line, operator
+from calibration.graph import fx
+from calibration.graph.source_lines import nearest_line
 from models.errors import CheckFailed, EdgelineError
 from targets.coreml.conversion.workarounds import import_coremltools
 
@@ -37,7 +38,7 @@ def explained() -> Iterator[None]:
         raise
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:_LONGEST]
-        where = f" `{operator(at[0]) or at[0].name}` at {nearest_line(at[0])}" if at else " the network"
+        where = f" `{fx.operator_name(at[0]) or at[0].name}` at {nearest_line(at[0])}" if at else " the network"
         version = importlib.metadata.version("coremltools")
         raise CheckFailed(
             f"TARGET=coreml: coremltools {version} cannot convert{where}: {type(error).__name__}: {first}; write it "

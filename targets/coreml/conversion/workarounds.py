@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from calibration.graph import fx
 from models.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         for node in program.graph.nodes
         if node.op == "call_function"
         and node.target not in tried
-        and not _operator(node).endswith("_")  # `__xor__`: its name looks like that of an in-place operator
+        and not fx.operator_name(node).endswith("_")  # `__xor__`: its name looks like that of an in-place operator
         and not is_torch_fx_node_supported(node)
     }:
         tried |= unknown
@@ -312,8 +313,7 @@ def fold_quantized_scalars(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if str(node.target) != "quantized_decomposed.dequantize_per_tensor.default":
             continue
-        integer = _stored(graph, node.args[0])
-        if integer is not None and integer.dim() == 0:
+        if fx.is_stored(node.args[0]) and (integer := fx.stored_tensor(graph, node.args[0])).dim() == 0:
             node.replace_all_uses_with(_store(graph, node, node.target(integer, *node.args[1:], **node.kwargs)))
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -330,14 +330,16 @@ def limit_sentinels(graph: GraphModule) -> None:
     from torch.fx.node import map_aggregate
 
     for node in list(graph.graph.nodes):
-        if _operator(node) not in _ADD_OR_SELECT:
+        if fx.operator_name(node) not in _ADD_OR_SELECT:
             continue
 
         def limited(argument: Any, node: Node = node) -> Any:
             if isinstance(argument, float) and abs(argument) > _LARGEST_HALF:
                 return math.copysign(_SENTINEL, argument)
-            stored = _stored(graph, argument)
-            if stored is None or not stored.is_floating_point() or not (beyond := stored.abs() > _LARGEST_HALF).any():
+            if not fx.is_stored(argument):
+                return argument
+            stored = fx.stored_tensor(graph, argument)
+            if not stored.is_floating_point() or not (beyond := stored.abs() > _LARGEST_HALF).any():
                 return argument
             return _store(graph, node, stored.detach().where(~beyond, stored.sign() * _SENTINEL))
 
@@ -376,8 +378,8 @@ def spell_out(graph: GraphModule) -> None:
     that accept only floats.
     """
     for node in graph.graph.nodes:
-        if _operator(node) in _SPELLED_OUT and node.meta["val"].is_floating_point():
-            arguments = cast(Any, node.target)._schema.arguments
+        if fx.operator_name(node) in _SPELLED_OUT and node.meta["val"].is_floating_point():
+            arguments = fx.schema(node).arguments
             given = (*node.args, *(argument.default_value for argument in arguments[len(node.args) :]))
             scalars = [argument.type.kind() == "NumberType" for argument in arguments]
             node.args = tuple(float(value) if scalar else value for value, scalar in zip(given, scalars, strict=True))
@@ -832,20 +834,6 @@ def _flat(values: Iterable[Any]) -> list[Any]:
     """Return the values that a MIL operator reads, with lists flattened."""
     lists = (value if isinstance(value, list | tuple) else (value,) for value in values)
     return [value for each in lists for value in each if value is not None]
-
-
-def _operator(node: Node) -> str:
-    """Return the name of a node's operator without namespace and overload; "" for nodes without operator."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema else ""
-
-
-def _stored(graph: GraphModule, argument: Any) -> Tensor | None:
-    """Return the parameter or buffer that an argument refers to; None for other arguments."""
-    if getattr(argument, "op", None) != "get_attr":
-        return None
-    owner, _, name = argument.target.rpartition(".")
-    return cast("Tensor", getattr(graph.get_submodule(owner), name))
 
 
 def _store(graph: GraphModule, node: Node, value: Tensor) -> Node:

@@ -72,30 +72,31 @@ def trained(name: str, store: Store, folder: Path | None) -> tuple[Run, Ptq, nn.
 
 
 def _print_rows(name: str, store: Store, folder: Path | None) -> None:
-    from calibration.ptq.sensitivity import by_kind, errors_db, operators_of, partly
+    from calibration.ptq.calibrate import CalibrationSplit
+    from calibration.ptq.sensitivity import Probe, by_kind
     from calibration.quantize import calibrated
     from calibration.training.fit import evaluate
 
     run, ptq, model = trained(name, store, folder)
     val = run.images("val")
     everything = replace(ptq, placement=Placement(kinds=KINDS), equalize=False, bias_correction=False)
-    prepared = calibrated(model, everything, run.target.scheme, run.images("train"), seed=run.seed)
+    split = CalibrationSplit.draw(model, everything, run.images("train"), seed=run.seed)
+    probe = Probe(prepared=calibrated(everything, run.target.scheme, split), val=val)
     print(f"{name}: float {evaluate(model, val):.2f} % of {len(val)} validation images")
-    for effect in by_kind(prepared, val):
+    for effect in by_kind(probe):
         print(f"  {effect.path + ' alone':42} {effect.snr_db:6.1f} dB  {100 * effect.macs:5.1f} % of the MACs")
-    operators = operators_of(prepared, run.preprocess.size)
     family = run.model.family
     for placement in (
         family_placements.default(family),
         family_placements.default(family, "cpu"),
         everything.placement,
     ):
-        chosen = [operator for operator in operators if operator.kind in placement.kinds]
-        (decibels,) = errors_db(prepared, val, [chosen])
-        share = sum(operator.macs for operator in chosen) / sum(operator.macs for operator in operators)
-        top1 = evaluate(partly(prepared, chosen), val)
+        chosen = [operator for operator in probe.operators if operator.kind in placement.kinds]
+        share = sum(operator.macs for operator in chosen) / sum(operator.macs for operator in probe.operators)
         print(
-            f"  {placement!s:42} {decibels:6.1f} dB  {100 * share:5.1f} % of the MACs  top-1 {top1:.2f} %", flush=True
+            f"  {placement!s:42} {probe.error_db(chosen):6.1f} dB  {100 * share:5.1f} % of the MACs  "
+            f"top-1 {probe.top1(chosen):.2f} %",
+            flush=True,
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from calibration.fake_quant.symmetric import PerChannelFakeQuant
-from calibration.graph import exported_program
+from calibration.graph import exported_program, fx
 from calibration.metrics import snr_db
 from calibration.ptq import corrections
 from calibration.ptq.adaptive_rounding import (
@@ -26,7 +26,7 @@ from calibration.ptq.adaptive_rounding import (
     round_adaptively,
 )
 from calibration.ptq.bias_correction import correct, restore
-from calibration.ptq.calibrate import calibrate, set_mode, split
+from calibration.ptq.calibrate import CalibrationSplit, calibrate, set_mode
 from calibration.ptq.sensitivity import operators_of, partly
 from calibration.quantize import calibrated, prepare, quantize
 from calibration.recipe import Ptq
@@ -60,7 +60,7 @@ class Kinds(nn.Module):
 
 def ranged(network: nn.Module, scheme: Scheme = SHARED) -> GraphModule:
     prepared = prepare(network.eval(), scheme, SIDE)
-    calibrate(prepared, network, PTQ, images("train"), seed=0)
+    calibrate(prepared, PTQ, CalibrationSplit.draw(network, PTQ, images("train"), seed=0))
     set_mode(prepared, "frozen")
     return prepared
 
@@ -148,7 +148,7 @@ def _weights(prepared: GraphModule) -> list[tuple[PerChannelFakeQuant, Tensor]]:
         if node.op == "call_module" and isinstance(
             quantizer := prepared.get_submodule(str(node.target)), PerChannelFakeQuant
         ):
-            found.append((quantizer, exported_program.stored_tensor(prepared, node.all_input_nodes[0]).detach()))
+            found.append((quantizer, fx.stored_tensor(prepared, node.all_input_nodes[0]).detach()))
     return found
 
 
@@ -189,7 +189,7 @@ def test_a_graph_that_rounds_less_has_weights_and_biases_from_before() -> None:
 def test_adaptive_rounding_that_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = seeded(Kinds)
     prepared = ranged(model)
-    drawn = split(model, PTQ, images("train"), seed=0)
+    split = CalibrationSplit.draw(model, PTQ, images("train"), seed=0)
     before = correct(prepared, shown())
     first, meta = copy.deepcopy(prepared.state_dict()), dict(prepared.meta)
 
@@ -198,23 +198,23 @@ def test_adaptive_rounding_that_does_not_help_is_undone(monkeypatch: pytest.Monk
             prepared.get_parameter("head.bias").add_(1.0)
 
     monkeypatch.setattr("calibration.ptq.adaptive_rounding.reconstruct", spoil)
-    told = corrections.reconstruct(prepared, replace(PTQ, rounding="adaptive"), drawn, before, 25.0)
+    told = corrections.reconstruct(prepared, replace(PTQ, rounding="adaptive"), split, before, 25.0)
     assert told == {"adaptive": 25.0} and prepared.meta == meta
     assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
 
 
 def test_auto_does_not_change_a_network_with_a_small_error_or_with_fixed_biases() -> None:
     model = seeded(Kinds)
-    prepared, drawn = ranged(model), split(model, PTQ, images("train"), seed=0)
+    prepared, split = ranged(model), CalibrationSplit.draw(model, PTQ, images("train"), seed=0)
     first = copy.deepcopy(prepared.state_dict())
     for recipe, found in (
         (PTQ, corrections.AMPLE_DB),
         (replace(PTQ, bias_correction=False), 10.0),
         (replace(PTQ, rounding="nearest"), 10.0),
     ):
-        assert corrections.reconstruct(prepared, recipe, drawn, {}, found) == {}
+        assert corrections.reconstruct(prepared, recipe, split, {}, found) == {}
     assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
-    assert "adaptive" in corrections.reconstruct(prepared, PTQ, drawn, {}, 10.0)
+    assert "adaptive" in corrections.reconstruct(prepared, PTQ, split, {}, 10.0)
 
 
 def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:
@@ -225,7 +225,7 @@ def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:
     assert np.array_equal(first, second)
     told = made[0].report["repairs_db"]
     assert isinstance(told, dict) and told["adaptive"] >= told["bias"] >= told["calibrated"]
-    prepared = calibrated(model, recipe, SHARED, images("train"), seed=0)
+    prepared = calibrated(recipe, SHARED, CalibrationSplit.draw(model, recipe, images("train"), seed=0))
     assert snr_db(exported_program.logits(prepared, batches), first) > 100
 
 
@@ -249,7 +249,7 @@ def test_a_residual_layer_compensates_errors_of_its_skip_connection() -> None:
     class Spy(_Reconstruction):
         def beside(self, layer: Node) -> tuple[Tensor, ...]:
             found = super().beside(layer)
-            seen[exported_program.module_path(layer)] = len(found)
+            seen[fx.module_path(layer)] = len(found)
             return found
 
     with torch.no_grad():

@@ -15,7 +15,7 @@ from calibration.graph import exported_program
 from calibration.metrics import snr_db
 from calibration.ptq import corrections
 from calibration.ptq.bias_correction import correct, forget, restore
-from calibration.ptq.calibrate import calibrate, fake_quants, set_mode
+from calibration.ptq.calibrate import CalibrationSplit, calibrate, fake_quants, set_mode
 from calibration.ptq.sensitivity import operators_of, partly
 from calibration.quantize import prepare
 from calibration.recipe import Ptq
@@ -51,7 +51,7 @@ class Shared(Pair):
 def clipped(network: nn.Module, scheme: Scheme = SHARED) -> GraphModule:
     """Return the prepared graph, frozen, with every range halved: clipping then shifts the means."""
     prepared = prepare(network.eval(), scheme, SIDE)
-    calibrate(prepared, network, PTQ, images("train"), seed=0)
+    calibrate(prepared, PTQ, CalibrationSplit.draw(network, PTQ, images("train"), seed=0))
     for quantizer in fake_quants(prepared):
         if isinstance(quantizer, PerTensorFakeQuant):
             quantizer.scale.div_(2)
@@ -114,7 +114,8 @@ def test_bias_correction_that_does_not_help_is_undone(monkeypatch: pytest.Monkey
         return kept
 
     monkeypatch.setattr("calibration.ptq.bias_correction.correct", spoil)
-    told, kept = corrections.correct_biases(prepared, model, PTQ, images("train"), seed=0)
+    split = CalibrationSplit.draw(model, PTQ, images("train"), seed=0)
+    told, kept = corrections.correct_biases(prepared, PTQ, split)
     assert told["bias"] == told["calibrated"] and not kept
     assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
 

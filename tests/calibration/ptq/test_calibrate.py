@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
-from calibration.data.batches import Images
+from calibration import quantize
+from calibration.data.batches import Batch, Images
 from calibration.fake_quant import calibrators
 from calibration.graph import exported_program
 from calibration.ptq import calibrate
+from calibration.ptq.calibrate import CalibrationSplit
 from calibration.quantize import prepare
 from calibration.recipe import Ptq
 from calibration.scheme import SHARED
@@ -26,7 +31,8 @@ PTQ = Ptq(name="int8_ptq")
 def calibrated(recipe: Ptq, train: Images | None = None, seed: int = 0) -> tuple[GraphModule, dict[str, Any]]:
     model = seeded(Hybrid).eval()
     prepared = prepare(model, SHARED, 16, recipe.placement)
-    return prepared, calibrate.calibrate(prepared, model, recipe, train or images("train"), seed=seed)
+    split = CalibrationSplit.draw(model, recipe, train or images("train"), seed=seed)
+    return prepared, calibrate.calibrate(prepared, recipe, split)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,8 @@ def test_different_weights_have_a_different_identity() -> None:
     one, other = seeded(Hybrid).eval(), seeded(Hybrid).eval()
     with torch.no_grad():
         next(other.parameters()).mul_(1.0001)
-    found = [calibrate.identity(model, PTQ, images("train"), [0], seed=0) for model in (one, other)]
+    splits = [CalibrationSplit.draw(model, PTQ, images("train"), seed=0) for model in (one, other)]
+    found = [calibrate.identity(PTQ, split) for split in splits]
     assert found[0]["weights"] != found[1]["weights"]
 
 
@@ -121,10 +128,33 @@ def test_a_split_has_the_calibration_images_and_the_float_logits_of_the_held_out
     chosen: dict[str, Any],
 ) -> None:
     model, train = seeded(Hybrid).eval(), images("train")
-    drawn = calibrate.split(model, PTQ, train, seed=0)
+    split = CalibrationSplit.draw(model, PTQ, train, seed=0)
     order = train.stratified(PTQ.samples, 0)
-    assert (*drawn.held_out, *drawn.observed) == tuple(order) and len(drawn.held_out) == chosen["held_out_images"]
-    assert np.array_equal(drawn.reference, exported_program.logits(model, train.batches(32, list(drawn.held_out))))
-    assert len(drawn.images(10)) == 10
-    prepared = prepare(model, SHARED, 16, PTQ.placement)
-    assert calibrate.calibrate(prepared, model, PTQ, train, seed=0, drawn_split=drawn) == chosen
+    assert (*split.held_out, *split.observed) == tuple(order) and len(split.held_out) == chosen["held_out_images"]
+    assert np.array_equal(split.reference, exported_program.logits(model, train.batches(32, split.held_out)))
+    assert len(split.images(10)) == 10
+    assert split.for_ranges("auto") == split.observed and split.for_ranges("mse") == tuple(order)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "passes"),
+    [
+        (replace(PTQ, rounding="adaptive"), 1),  # equalization, calibrators and both corrections compare with float
+        (replace(PTQ, calibrator="mse", equalize=False, bias_correction=False, rounding="nearest"), 0),
+    ],
+    ids=["all corrections", "no comparison"],
+)
+def test_the_float_model_runs_at_most_once_on_the_held_out_images(
+    recipe: Ptq, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[nn.Module] = []
+    logits = exported_program.logits
+
+    def recorded(model: nn.Module, batches: Iterable[Batch]) -> npt.NDArray[np.float32]:
+        runs.append(model)
+        return logits(model, batches)
+
+    monkeypatch.setattr(exported_program, "logits", recorded)
+    split = CalibrationSplit.draw(seeded(Hybrid).eval(), recipe, images("train"), seed=0)
+    quantize.calibrated(recipe, SHARED, split)
+    assert sum(model is split.model for model in runs) == passes

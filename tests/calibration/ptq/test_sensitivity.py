@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 
 from calibration.accuracy_budget import Budget
 from calibration.graph import exported_program as programs
-from calibration.ptq.calibrate import fake_quants
-from calibration.ptq.sensitivity import by_kind, operators_of, partly, sensitivity, within_budget
+from calibration.ptq.calibrate import CalibrationSplit, fake_quants
+from calibration.ptq.sensitivity import Probe, by_kind, operators_of, partly, sensitivity, within_budget
 from calibration.qdq_placement import Placement
 from calibration.quantize import calibrated, quantize
 from calibration.recipe import Ptq, Qat, budgeted
@@ -51,43 +51,49 @@ def fragile() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def prepared(fragile: nn.Module) -> GraphModule:
-    return calibrated(fragile, PTQ, SHARED, images("train"), seed=0)
+    return calibrated(PTQ, SHARED, CalibrationSplit.draw(fragile, PTQ, images("train"), seed=0))
+
+
+@pytest.fixture(scope="module")
+def probe(prepared: GraphModule) -> Probe:
+    return Probe(prepared=prepared, val=images("val"))
 
 
 # --- The table ------------------------------------------------------------------------------------------------------
 
 
-def test_the_module_with_an_outlier_comes_first(prepared: GraphModule) -> None:
-    effects = sensitivity(prepared, images("val"))
+def test_the_module_with_an_outlier_comes_first(probe: Probe) -> None:
+    effects = sensitivity(probe)
     assert effects[0].path == VICTIM
     assert effects[0].snr_db < 15 < 25 < min(effect.snr_db for effect in effects[1:])
     assert effects[0].top1 is not None and effects[0].top1 < 90
 
 
-def test_shares_of_the_work_sum_to_one(prepared: GraphModule) -> None:
+def test_shares_of_the_work_sum_to_one(probe: Probe) -> None:
     """A convolution of 3x3x3 onto 16 channels at 8x8, one of 3x3x16 onto 32 at 4x4, and a linear layer."""
     macs = {"0": 27 * 16 * 64, "3": 144 * 32 * 16, "8": 32 * CLASSES}
-    found = {effect.path: effect.macs for effect in sensitivity(prepared, images("val"), worst=0)}
+    found = {effect.path: effect.macs for effect in sensitivity(probe, worst=0)}
     assert found == {path: pytest.approx(count / sum(macs.values()), abs=1e-4) for path, count in macs.items()}
 
 
-def test_accuracy_is_measured_for_the_requested_number_of_modules(prepared: GraphModule) -> None:
-    effects = sensitivity(prepared, images("val"), worst=1)
+def test_accuracy_is_measured_for_the_requested_number_of_modules(probe: Probe) -> None:
+    effects = sensitivity(probe, worst=1)
     assert [effect.top1 is None for effect in effects] == [False, True, True]
 
 
 def test_a_module_counts_with_all_that_it_contains() -> None:
     """The products of an attention are traced in the module that also holds its linear layers."""
     recipe = replace(PTQ, placement=Placement(kinds=("conv", "linear", "attention")))
-    effects = sensitivity(calibrated(seeded(Hybrid).eval(), recipe, SHARED, images("train"), seed=0), images("val"))
+    split = CalibrationSplit.draw(seeded(Hybrid).eval(), recipe, images("train"), seed=0)
+    effects = sensitivity(Probe(prepared=calibrated(recipe, SHARED, split), val=images("val")))
     found = {effect.path: effect for effect in effects}
     attention, qkv = found["block.transformer.0.attn"], found["block.transformer.0.attn.qkv"]
     assert attention.kinds == ("linear", "attention") and qkv.kinds == ("linear",)
     assert attention.macs > qkv.macs and attention.snr_db <= qkv.snr_db + 3
 
 
-def test_all_operators_of_a_kind_are_measured_together(prepared: GraphModule) -> None:
-    found = by_kind(prepared, images("val"))
+def test_all_operators_of_a_kind_are_measured_together(probe: Probe) -> None:
+    found = by_kind(probe)
     assert [effect.kinds for effect in found] == [("conv",), ("small",), ("linear",)]
     assert min(found, key=lambda effect: effect.snr_db).path == "conv"
     assert sum(effect.macs for effect in found) == pytest.approx(1, abs=1e-3)
@@ -138,8 +144,8 @@ def test_without_a_budget_everything_is_rounded(fragile: nn.Module) -> None:
     assert evaluate(made.program.module(), images("val")) < evaluate(fragile, images("val")) - 10
 
 
-def test_a_budget_that_holds_costs_nothing(prepared: GraphModule) -> None:
-    kept = within_budget(prepared, images("val"), Budget(value=100.0), float_top1=100.0, otherwise="")
+def test_a_budget_that_holds_costs_nothing(probe: Probe) -> None:
+    kept = within_budget(probe, Budget(value=100.0), float_top1=100.0, otherwise="")
     assert kept.paths == ()
 
 
@@ -151,8 +157,8 @@ def test_a_budget_is_met_after_training_too(fragile: nn.Module) -> None:
     assert {"val_top1_before_qat", "qat", "budget"} <= made.report.keys()
 
 
-def test_an_unreachable_budget_is_refused_with_the_nearest_result(prepared: GraphModule) -> None:
+def test_an_unreachable_budget_is_refused_with_the_nearest_result(probe: Probe) -> None:
     tight = Budget(value=100.0, unit="percent")
     with pytest.raises(CheckFailed, match=r"MAX_DROP=100%: .* at best .* of its 3 modules in float; .*; try that") as e:
-        within_budget(prepared, images("val"), tight, float_top1=140.0, otherwise="try that")
+        within_budget(probe, tight, float_top1=140.0, otherwise="try that")
     assert e.value.exit_code == 4

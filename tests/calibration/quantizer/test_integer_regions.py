@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from calibration.fake_quant.symmetric import ActivationFakeQuant, FakeQuant
-from calibration.ptq.calibrate import calibrate, named_quantizers
+from calibration.ptq.calibrate import CalibrationSplit, calibrate, named_quantizers
 from calibration.quantize import prepare, traced
 from calibration.quantizer.integer_regions import spell_out
 from calibration.recipe import Ptq
@@ -111,5 +111,6 @@ def test_every_quantized_value_gets_a_range() -> None:
     graph = prepare(model, AFFINE, train.preprocess.size)
     rounding = {module for module in graph.modules() if isinstance(module, ActivationFakeQuant)}
     assert {module for _, module in named_quantizers(graph)} == rounding
-    calibrate(graph, model, Ptq(name="int8_ptq", calibrator="minmax"), train, seed=0)
+    recipe = Ptq(name="int8_ptq", calibrator="minmax")
+    calibrate(graph, recipe, CalibrationSplit.draw(model, recipe, train, seed=0))
     assert all(float(module.scale) != 1 for module in rounding)

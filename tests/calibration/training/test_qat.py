@@ -26,7 +26,7 @@ from calibration.data.dataset import Part
 from calibration.fake_quant.symmetric import ActivationFakeQuant
 from calibration.graph.exported_program import logits
 from calibration.metrics import snr_db
-from calibration.ptq.calibrate import fake_quants
+from calibration.ptq.calibrate import CalibrationSplit, fake_quants
 from calibration.quantize import calibrated, quantize
 from calibration.recipe import Ptq, Qat
 from calibration.scheme import AFFINE, SHARED, Scheme
@@ -77,7 +77,7 @@ def begun(teacher: nn.Module, scheme: Scheme = SHARED) -> GraphModule:
 
 @functools.cache
 def _begun(teacher: nn.Module, scheme: Scheme) -> GraphModule:
-    return calibrated(teacher, PTQ, scheme, images("train"), seed=0)
+    return calibrated(PTQ, scheme, CalibrationSplit.draw(teacher, PTQ, images("train"), seed=0))
 
 
 def run(

@@ -116,7 +116,7 @@ def test_adaptively_rounded_weights_are_identical_in_all_artifacts(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rising = itertools.count(100.0)  # decibels: every correction is kept
-    monkeypatch.setattr("calibration.ptq.corrections._rounded_db", lambda *_: next(rising))
+    monkeypatch.setattr("calibration.ptq.corrections.sqnr_db", lambda *_: next(rising))
     assert isinstance(RUN.recipe, Ptq)
     run = replace(RUN, recipe=replace(RUN.recipe, rounding="adaptive", bias_correction=False))
     answer: dict[str, Any] = prove(run, shared)

@@ -15,7 +15,7 @@ from calibration.data.batches import Images
 from calibration.data.dataset import Part
 from calibration.graph import exported_program
 from calibration.metrics import snr_db
-from calibration.ptq.calibrate import fake_quants, split
+from calibration.ptq.calibrate import CalibrationSplit, fake_quants
 from calibration.ptq.equalization.equalize import Peaks, equalize, factors
 from calibration.qdq_placement import parse
 from calibration.quantize import calibrated, equalized, equalized_again, quantize, traced
@@ -101,7 +101,7 @@ def test_equalization_restores_the_sqnr_of_quantized_matrix_products() -> None:
 
 def rounded_db(network: nn.Module, recipe: Ptq, scheme: Scheme = SHARED) -> float:
     """Return the SQNR in dB of the logits against float on the validation part."""
-    made = calibrated(network, recipe, scheme, images("train"), seed=0)
+    made = calibrated(recipe, scheme, CalibrationSplit.draw(network, recipe, images("train"), seed=0))
     batches = list(images("val").batches(32))
     return snr_db(exported_program.logits(network, batches), exported_program.logits(made, batches))
 
@@ -122,7 +122,8 @@ def test_float_logits_and_the_network_are_unchanged() -> None:
     network = seeded(Chain).eval()
     spread(network)
     before = copy.deepcopy(network.state_dict())
-    prepared, report = equalized(network, PTQ, SHARED, images("train"), seed=0)  # its quantizers observe: in float
+    split = CalibrationSplit.draw(network, PTQ, images("train"), seed=0)
+    prepared, report = equalized(PTQ, SHARED, split)  # its quantizers observe: in float
     batches = list(images("val").batches(32))
     assert snr_db(exported_program.logits(network, batches), exported_program.logits(prepared, batches)) > 100
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -207,7 +208,7 @@ class Watched(Untested):
 def test_corrections_use_only_calibration_images() -> None:
     data = Watched()
     train = Images(data=data, part="train", preprocess=PREPROCESS)
-    calibrated(seeded(Chain).eval(), PTQ, SHARED, train, seed=0)
+    calibrated(PTQ, SHARED, CalibrationSplit.draw(seeded(Chain).eval(), PTQ, train, seed=0))
     assert data.seen == {("train", index) for index in train.stratified(PTQ.samples, 0)}
 
 
@@ -227,7 +228,8 @@ def test_the_report_lists_the_corrections() -> None:
 
 @pytest.mark.parametrize("samples", [2, 8, 16])
 def test_a_few_forced_images_are_no_obstacle(samples: int) -> None:
-    prepared = calibrated(seeded(Hybrid).eval(), replace(PTQ, samples=samples), SHARED, images("train"), seed=0)
+    few = replace(PTQ, samples=samples)
+    prepared = calibrated(few, SHARED, CalibrationSplit.draw(seeded(Hybrid).eval(), few, images("train"), seed=0))
     assert all(torch.isfinite(quantizer.scale).all() for quantizer in fake_quants(prepared))
 
 
@@ -235,12 +237,12 @@ def test_a_few_forced_images_are_no_obstacle(samples: int) -> None:
 def test_the_choice_can_be_repeated_without_the_trials(scheme: Scheme) -> None:
     network = seeded(Chain).eval()
     spread(network)
-    drawn = split(network, PTQ, images("train"), seed=0)
-    prepared, report = equalized(network, PTQ, scheme, images("train"), seed=0, drawn=drawn)
+    split = CalibrationSplit.draw(network, PTQ, images("train"), seed=0)
+    prepared, report = equalized(PTQ, scheme, split)
     chosen = report["equalized"]
     assert isinstance(chosen, dict) and chosen["strength"] is not None
-    again = equalized_again(network, PTQ, scheme, drawn, chosen["strength"])
-    plain = equalized_again(network, PTQ, scheme, drawn, None)
+    again = equalized_again(PTQ, scheme, split, chosen["strength"])
+    plain = equalized_again(PTQ, scheme, split, None)
     pairs = list(zip(prepared.parameters(), again.parameters(), strict=True))
     assert pairs and all(torch.equal(one, other) for one, other in pairs)
     assert not all(torch.equal(one, other) for one, other in zip(plain.parameters(), again.parameters(), strict=True))
@@ -251,7 +253,8 @@ def test_the_curve_ends_at_the_network_that_was_calibrated() -> None:
     spread(network)
     train, val = images("train"), images("val")
     made = quantize(network, recipe, SHARED, train, val, seed=0)
-    points = sufficiency(network, recipe, made.report, SHARED, train, val, seed=0)
+    split = CalibrationSplit.draw(network, recipe, train, seed=0)
+    points = sufficiency(recipe, made.report, SHARED, split, val)
     batches = list(val.batches(32))
     found = snr_db(exported_program.logits(network, batches), exported_program.logits(made.program.module(), batches))
     assert points[-1].snr_db == pytest.approx(found, abs=0.1)
