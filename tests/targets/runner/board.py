@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,15 @@ class Board:
         """Run `python3 -m runner` in `bundle`."""
         command = [self.python, "-m", "runner", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=bundle, env=self._prepared())
+
+    def interpreter(self) -> Path:
+        """Return a program that runs Python with the modules and libraries of the board."""
+        program = self.folder / "python3"
+        changed = {name: value for name, value in self._prepared().items() if os.environ.get(name) != value}
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in changed.items()]
+        program.write_text("\n".join(("#!/bin/sh", *lines, f'exec {shlex.quote(self.python)} "$@"', "")))
+        program.chmod(0o755)
+        return program
 
     def calls(self) -> list[list[Any]]:
         """Return the calls of the stand-in for TensorRT: name and arguments."""

@@ -19,7 +19,8 @@ from pipeline.run import Run
 from pipeline.timing.results_db import Results
 from targets.devices import attached
 from tests.support.devices.sshd import Server, needs_sshd, serving
-from tests.support.tiny import python, tiny_run
+from tests.support.tiny import SIDE, python, tiny_run
+from tests.targets.runner.board import Board, needs_gcc
 
 pytestmark = [pytest.mark.slow, needs_sshd]
 
@@ -56,6 +57,28 @@ def test_an_engine_is_built_verified_and_timed_on_a_device(file: Path, shared: P
     during: Any = row.conditions["during"]
     assert during["samples"] >= 1
     assert verify(on_device(file, target), shared)["executed"]
+
+
+@needs_gcc
+def test_an_engine_for_a_jetson_is_built_verified_and_timed_on_it(
+    server: Server, file: Path, shared: Path, tmp_path: Path
+) -> None:
+    """The far Python has a stand-in for TensorRT, which records calls and computes graphs with ONNX Runtime."""
+    sides = {"input": [1, 3, SIDE, SIDE], "output": [1, 4]}
+    board = Board(folder=tmp_path / "board", settings={"execute": True, "version": "10.3.0", **sides})
+    board.folder.mkdir()
+    file.write_text(server.table(targets=["jetson"], python=str(board.interpreter())))
+    run = on_device(file, "jetson")
+    assert run.target.toolchain()["tensorrt"] == "10.3.0"
+    answer: Any = engine(run, shared)
+    assert answer["executed"] and answer["by"] == "jetson", answer
+    assert {"model.engine", "model.onnx", "engine.json"} <= set(answer["files"])
+    names = [call[0] for call in board.calls()]
+    assert ["create_network", ["EXPLICIT_BATCH", "STRONGLY_TYPED"]] in board.calls()
+    assert names.count("build_serialized_network") == 1
+    row = profile(run, shared)
+    assert row["by"] == "jetson" and isinstance(row["n"], int) and row["n"] >= 64
+    assert engine(run, shared)["cached"]
 
 
 def test_devices_shows_which_are_reachable_and_why_not(file: Path) -> None:
