@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from torch import nn
@@ -16,6 +15,7 @@ from calibration.ptq.calibrate import choose, drawn, fix_weights, named_quantize
 from calibration.ptq.corrections import BIAS_IMAGES
 from calibration.quantize import equalized_again
 from calibration.recipe import Ptq
+from calibration.reports import Quantization
 from calibration.scheme import Scheme
 from calibration.training.fit import predictions
 
@@ -39,21 +39,20 @@ class Point:
 def sufficiency(
     model: nn.Module,
     recipe: Ptq,
-    report: Mapping[str, Any],
+    report: Quantization,
     scheme: Scheme,
     train: Images,
     val: Images,
     *,
     seed: int,
 ) -> list[Point]:
-    """Return the results for `model` at COUNTS and at all calibration images, in one pass. `report`: of the calibration
-    by `quantize.quantize`, whose choices (calibrator, equalization, bias correction) are reused; biases are corrected
-    again for the ranges of each count.
+    """Return the results for `model` at COUNTS and at all calibration images, in one pass. The choices in `report`
+    (calibrator, equalization, bias correction) are reused; biases are corrected again for the ranges of each count.
     """
     shown = split(model, recipe, train, seed=seed)
-    strength = report.get("equalized", {}).get("strength")
+    strength = report.equalized.strength if report.equalized else None
     prepared = equalized_again(model, recipe, scheme, shown, strength)
-    calibrator, corrections_db = report["calibrator"], report.get("repairs_db", {})
+    calibrator, corrections_db = report.calibration.calibrator, report.calibration.repairs_db
     corrects = corrections_db.get("bias", 0.0) > corrections_db.get("calibrated", 0.0)
     _, seen = drawn(train, recipe, seed=seed)
     reference, labels = predictions(model, val)

@@ -16,12 +16,12 @@ from torch.fx import GraphModule
 
 from calibration.data.batches import Batch, Images
 from calibration.fake_quant import calibrators
-from calibration.fake_quant.calibrators import TensorRange
 from calibration.fake_quant.symmetric import ActivationFakeQuant, FakeQuant, Mode
 from calibration.graph import exported_program
 from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.recipe import AUTO, Ptq
+from calibration.reports import Calibration, TensorRange
 from models.errors import BadRequest
 
 LEAST_IMAGES: Final = 128
@@ -64,10 +64,9 @@ def calibrate(
     *,
     seed: int,
     drawn_split: CalibrationSplit | None = None,
-) -> dict[str, object]:
-    """Set the ranges of `prepared` from `recipe.samples` training images, balanced by class, and return the report: the
-    calibrator, the SQNR of each calibrator in dB (if they were compared), `ranges` and `identity`. `drawn_split`: the
-    result of `split` for the same arguments, if it was drawn before.
+) -> Calibration:
+    """Set the ranges of `prepared` from `recipe.samples` training images, balanced by class. `drawn_split`: the result
+    of `split` for the same arguments, if it was drawn before.
 
     Leaves the fake-quantize modules in mode `observe`. Raises BadRequest if fewer than 128 images could be read.
     """
@@ -85,17 +84,17 @@ def calibrate(
             errors = _output_errors(prepared, shown.reference, [images for images, _ in shown.batches])
         name = max(errors, key=errors.__getitem__) if errors else "mse"
     choose(prepared, name)
-    report: dict[str, object] = {
-        "calibrator": name,
-        "calibrators_db": {each: round(sqnr_db, 2) for each, sqnr_db in errors.items()},
-        "calibration_images": read,
-        "held_out_images": count,
-        "ranges": [asdict(each) for each in ranges(prepared, name)],
-        "identity": identity(model, recipe, train, kept + seen, seed=seed),
-    }
+    made = Calibration(
+        calibrator=name,
+        calibrators_db={each: round(sqnr_db, 2) for each, sqnr_db in errors.items()},
+        calibration_images=read,
+        held_out_images=count,
+        ranges=ranges(prepared, name),
+        identity=identity(model, recipe, train, kept + seen, seed=seed),
+    )
     for _, quantizer in named_quantizers(prepared):
         quantizer.forget()
-    return report
+    return made
 
 
 def held_out(train: Images, recipe: Ptq, *, seed: int) -> tuple[list[int], list[int]]:
@@ -137,9 +136,9 @@ def choose(prepared: GraphModule, calibrator: str) -> None:
         quantizer.choose(calibrator)
 
 
-def ranges(prepared: GraphModule, calibrator: str) -> list[TensorRange]:
+def ranges(prepared: GraphModule, calibrator: str) -> tuple[TensorRange, ...]:
     """Return the activation ranges that `choose` set, in order of execution."""
-    return [_range(name, quantizer, calibrator) for name, quantizer in named_quantizers(prepared)]
+    return tuple(_range(name, quantizer, calibrator) for name, quantizer in named_quantizers(prepared))
 
 
 def named_quantizers(prepared: GraphModule) -> Iterator[tuple[str, ActivationFakeQuant]]:

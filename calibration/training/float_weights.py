@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from calibration.data.batches import Images
 from calibration.recipe import DEFAULT_SCHEDULE, Schedule
+from calibration.reports import Epoch
 from calibration.training.fit import TrainingPlan, fit
 from models import checkpoint
 from models.spec import ModelSpec
@@ -24,45 +24,48 @@ _SETTLING_IMAGES = 32
 log = logging.getLogger(__name__)
 
 
-def make(
-    spec: ModelSpec,
-    file: Path | None,
+def load(
+    spec: ModelSpec, file: Path | None, train: Images, *, seed: int, key: str = ""
+) -> tuple[nn.Module, checkpoint.Loaded | None]:
+    """Return the float model with random weights, and with those of `file` if it is given. `key`: of the state dict in
+    `file`, if it holds several.
+
+    Raises BadRequest if `file` is not a checkpoint of the model.
+    """
+    model = _seeded(spec, train, seed)
+    if file is None:
+        return model, None
+    loaded = checkpoint.load(model, file, key, formats=spec.formats, head=spec.head)
+    log.log(logging.WARNING if loaded.others else logging.INFO, "%s", loaded)
+    if loaded.fresh:
+        log.warning(
+            "%s has a different number of classes: %s are initialized randomly and trained on %s",
+            file,
+            " and ".join(loaded.fresh),
+            train.data.name,
+        )
+    return model, loaded
+
+
+def trained(
+    model: nn.Module,
+    loaded: checkpoint.Loaded | None,
     train: Images,
     val: Images,
     *,
     seed: int,
-    key: str = "",
-    check: Callable[[nn.Module], None] | None = None,
+    title: str,
     schedule: Schedule = DEFAULT_SCHEDULE,
-) -> tuple[nn.Module, dict[str, object]]:
-    """Return the float model in evaluation mode, and the report of its training. `schedule` may set the number of
-    epochs and the peak learning rate. `key`: of the state dict in `file`, if it holds several. `check` is called with
-    the model after loading and before training.
+) -> list[Epoch]:
+    """Train what `load` initialized randomly: the whole model, a new head, or nothing. Leave `model` in evaluation
+    mode. `schedule` may set the number of epochs and the peak learning rate.
 
-    Raises BadRequest if `file` is not a checkpoint of the model, CheckFailed if training diverges.
+    Raises CheckFailed if training diverges.
     """
-    model = _seeded(spec, train, seed)
-    plan: TrainingPlan | None = FROM_SCRATCH
-    loaded: checkpoint.Loaded | None = None
-    if file is not None:
-        loaded = checkpoint.load(model, file, key, formats=spec.formats, head=spec.head)
-        log.log(logging.WARNING if loaded.others else logging.INFO, "%s", loaded)
-        fresh = loaded.fresh
-        plan = NEW_HEAD if fresh else None
-        if fresh:
-            log.warning(
-                "%s has a different number of classes: %s are initialized randomly and trained on %s",
-                file,
-                " and ".join(fresh),
-                train.data.name,
-            )
-    if check:
-        check(model)
-    plan = plan and _scheduled(plan, schedule)
-    epochs = fit(model, train, val, plan, seed=seed, title=f"{spec.name} float training") if plan else []
+    plan = FROM_SCRATCH if loaded is None else NEW_HEAD if loaded.fresh else None
+    epochs = fit(model, train, val, _scheduled(plan, schedule), seed=seed, title=title) if plan else []
     model.eval()
-    read = {"key": loaded.key, "prefix": loaded.prefix, "tensors": loaded.tensors} if loaded else None
-    return model, {"file": str(file) if file else None, "loaded": read, "epochs": [asdict(epoch) for epoch in epochs]}
+    return epochs
 
 
 def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TypeAlias
@@ -10,6 +9,7 @@ from typing import TypeAlias
 from calibration import sanity_checks
 from calibration.recipe import Ptq, Qat
 from models.errors import BadRequest, CannotRunHere
+from pipeline.reports.weights_report import WeightsReport
 from pipeline.run import Run
 from pipeline.stages.engine import engine
 from pipeline.store.store import Artifact, Step, Store
@@ -45,8 +45,7 @@ def built(step: Step, root: Path) -> Artifact:
         if store.restored(needed):
             log.info("%-10s hit    %s", needed.stage, store.path(needed))
             if needed.stage == "weights":
-                report = json.loads((store.path(needed) / "report.json").read_text())
-                sanity_checks.told(*report.get("warnings", ()))
+                sanity_checks.told(*WeightsReport.read(store.path(needed)).warnings)
     return store.get(step)
 
 

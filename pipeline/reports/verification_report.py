@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from pipeline.reports import report_file
 from pipeline.stages.accuracy_loss import Loss
 from targets.base import Accuracy
 
-FILE: Final = "report.json"
 _BY_CLASS = ("per_class", "confusion")  # see `calibration.metrics.by_class`
 
 
@@ -58,18 +57,14 @@ class VerificationReport:
         return {**accuracy, **content, **by_class, **({"units": units} if units else {})}
 
     def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(self.content(), indent=1) + "\n")
+        report_file.write(self.content(), folder)
 
     @classmethod
     def read(cls, folder: Path) -> VerificationReport:
         """Return the report of the engine or bundle in `folder`."""
-        content: dict[str, Any] = json.loads((folder / FILE).read_text())
-        lost, steps, units = content.pop("lost"), content.pop("steps"), content.pop("units", {})
-        return cls(
-            accuracy=Accuracy(**{item.name: content.pop(item.name) for item in fields(Accuracy)}),
-            lost=Loss(**lost | {"interval": tuple(lost["interval"])}),
-            steps=tuple(StepResult(**step) for step in steps),
-            units={unit: UnitResult(**result) for unit, result in units.items()},
-            by_class={name: content.pop(name) for name in _BY_CLASS if name in content},
-            **content,
-        )
+        content = report_file.read(folder)
+        accuracy = {item.name: content.pop(item.name) for item in fields(Accuracy)}
+        by_class = {name: content.pop(name) for name in _BY_CLASS if name in content}
+        nested = {**content, "accuracy": accuracy, "by_class": by_class}
+        report: VerificationReport = report_file.decoded(cls, nested)
+        return report

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from calibration.recipe import Float, WeightOnly
+from pipeline.reports.quantization_report import QuantizationReport
 from pipeline.run import Run
-from pipeline.stages.common import versions, write_evaluation
+from pipeline.stages.common import versions, write_logits
 from pipeline.stages.weights import weights
 from pipeline.store.store import Inputs, Step, resumable
 
@@ -21,6 +22,7 @@ def quantized(run: Run) -> Step:
 
     def build(inputs: Inputs, out: Path) -> None:
         from calibration.graph import exported_program
+        from calibration.metrics import top1
         from calibration.quantize import quantize
         from calibration.training.fit import predictions
         from calibration.training.resume import Checkpoint
@@ -39,7 +41,9 @@ def quantized(run: Run) -> Step:
             checkpoint=Checkpoint(path=resumable(out) / "training.pt", identity=step.key),
         )
         exported_program.save(made.program, out / "program.pt2")
-        write_evaluation(out, made.report, *predictions(made.program.module(), run.images("test")))
+        logits, labels = predictions(made.program.module(), run.images("test"))
+        write_logits(out, logits, labels)
+        QuantizationReport(quantization=made.report, test_top1=top1(logits, labels), images=len(labels)).write(out)
 
     step = Step(
         stage="quantized",
@@ -55,6 +59,7 @@ def quantized(run: Run) -> Step:
         code=(
             "pipeline.run",
             "pipeline.stages.common",
+            "pipeline.reports.quantization_report",
             "calibration.data.load",
             "calibration.quantize",
             run.model.code,
