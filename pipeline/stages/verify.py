@@ -124,6 +124,16 @@ class Ladder:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Subject:
+    """The export of a run with its torch program, the reference of every conversion, and one query of test images."""
+
+    run: Run
+    export: Export
+    program: GraphModule
+    query: Images  # (batch, 3, S, S)
+
+
 def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -> VerificationReport:
     """Verify `engine` and return the report. `before` holds the folders of the stages `weights` and `quantized`.
 
@@ -131,78 +141,33 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     """
     inspected = run.target.inspect(export, engine)
     why_not = run.target.not_executed()
-    program = _program(export)
-    proven = {"export": _export_parity(run, export, program)}
+    subject = _subject(run, export)
+    proven = {"export": _export_parity(subject)}
     if isinstance(run.target, Evaluates):
-        inspected["replayed"] = run.target.replay(export, engine, _query(run, export))
-    elif engine_parity := _engine_parity(run, export, engine, program):
+        inspected["replayed"] = run.target.replay(export, engine, subject.query)
+    elif engine_parity := _engine_parity(subject, engine):
         proven[run.target.name] = engine_parity
     inspected["parity"] = proven
 
     def diverging() -> str:
         if isinstance(run.target, Evaluates):  # `replay` has passed at this point
             return "each of its operators, computed without FP16 rounding, matches torch: try RECIPE=fp32"
-        return engine_divergence(run.target, export, engine, _query(run, export))
+        return engine_divergence(run.target, export, engine, subject.query)
 
     if why_not is None:
         with run.target.open(engine) as session:
             execute = partial(in_queries, session.infer, session.batch)
-            ladder = _all_steps(run, export, before, (run.target.name, execute), diverging)
-        units = _on_units(run, export, engine, ladder) if isinstance(run.target, HasUnits) else {}
-        return replace(_report(run, export, ladder, inspected), units=units)
+            ladder = _all_steps(subject, before, (run.target.name, execute), diverging)
+        units = _on_units(subject, engine, ladder) if isinstance(run.target, HasUnits) else {}
+        return replace(_report(subject, ladder, inspected), units=units)
     if isinstance(run.target, Evaluates):
         last = run.target.evaluator, run.target.evaluate(export, engine)
-        ladder = _all_steps(run, export, before, last, diverging)
+        ladder = _all_steps(subject, before, last, diverging)
         why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
-        return _report(run, export, ladder, inspected, why_not=why_not)
+        return _report(subject, ladder, inspected, why_not=why_not)
     graph = run.target.graph(engine)
-    ladder = _all_steps(run, export, before, executor(graph) if graph else None, diverging)
-    return _report(run, export, ladder, inspected, executed=False, why_not=f"not executed: {why_not}")
-
-
-def _program(export: Export) -> GraphModule:
-    """Load the torch program of an export, the reference of every conversion."""
-    from calibration.graph import exported_program
-
-    return exported_program.load(export.program).module()
-
-
-def _export_parity(run: Run, export: Export, program: GraphModule) -> dict[str, object]:
-    """Compare the ONNX export with torch operator by operator. Raises CheckFailed with the operator that differs."""
-    forced = partial(forced_evaluation.onnx_tensors, export.onnx)
-    return operator_parity.check(program, _query(run, export), export.tensors(), forced, "the ONNX export")
-
-
-def _engine_parity(run: Run, export: Export, engine: Path, program: GraphModule) -> dict[str, object] | None:
-    """Compare the compiled graph with torch operator by operator; None if the target has no readable graph.
-
-    Raises CheckFailed with the operator that differs.
-    """
-    float_type: FloatType = run.target.float_type(export.precision)
-    wide: set[str] = set()
-    if isinstance(run.target, Forces):
-        forced, float_type = partial(run.target.forced, engine), "f32"
-    elif graph := run.target.graph(engine):
-        forced, wide = partial(forced_evaluation.onnx_tensors, graph), forced_evaluation.wide(graph)
-    else:
-        return None
-    name = f"{run.target.name}'s graph"
-    names = export.tensors()
-    return operator_parity.check(program, _query(run, export), names, forced, name, float_type=float_type, wide=wide)
-
-
-def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, UnitResult]:
-    """Return the accuracy on each compute unit of the target, and the distance from the last step of `ladder`, in which
-    the runtime chose the units. Raises CheckFailed if the logits on a unit differ by more than the noise.
-    """
-    assert isinstance(run.target, HasUnits)
-    units = {}
-    for unit in run.target.units:
-        with run.target.open_on(engine, unit) as session:
-            logits = _outputs(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
-        float_type = run.target.float_type(export.precision)
-        units[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
-    return units
+    ladder = _all_steps(subject, before, executor(graph) if graph else None, diverging)
+    return _report(subject, ladder, inspected, executed=False, why_not=f"not executed: {why_not}")
 
 
 def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> VerificationReport:
@@ -210,15 +175,14 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
 
     Raises CheckFailed as `verify` does.
     """
-    graph, program = bundle / "model.onnx", _program(export)
+    graph, subject = bundle / "model.onnx", _subject(run, export)
     float_type = run.target.float_type(export.precision)
     forced = partial(forced_evaluation.onnx_tensors, graph)
-    query = _query(run, export)
     proven = {
-        "export": _export_parity(run, export, program),
+        "export": _export_parity(subject),
         run.target.name: operator_parity.check(
-            program,
-            query,
+            subject.program,
+            subject.query,
             export.tensors(),
             forced,
             "the bundle's graph",
@@ -228,16 +192,63 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
     }
 
     def diverging() -> str:
-        return graph_divergence(export, graph, query)
+        return graph_divergence(export, graph, subject.query)
 
-    ladder = _all_steps(run, export, before, executor(graph), diverging)
+    ladder = _all_steps(subject, before, executor(graph), diverging)
     why_not = f"not executed: {run.target.missing()}"
-    return _report(run, export, ladder, {"parity": proven}, executed=False, why_not=why_not)
+    return _report(subject, ladder, {"parity": proven}, executed=False, why_not=why_not)
+
+
+def _subject(run: Run, export: Export) -> _Subject:
+    from calibration.graph import exported_program
+
+    program = exported_program.load(export.program).module()
+    images, _ = next(run.images("test").batches(export.batch))
+    return _Subject(run=run, export=export, program=program, query=padded(images.numpy(), export.batch))
+
+
+def _export_parity(subject: _Subject) -> dict[str, object]:
+    """Compare the ONNX export with torch operator by operator. Raises CheckFailed with the operator that differs."""
+    forced = partial(forced_evaluation.onnx_tensors, subject.export.onnx)
+    names = subject.export.tensors()
+    return operator_parity.check(subject.program, subject.query, names, forced, "the ONNX export")
+
+
+def _engine_parity(subject: _Subject, engine: Path) -> dict[str, object] | None:
+    """Compare the compiled graph with torch operator by operator; None if the target has no readable graph.
+
+    Raises CheckFailed with the operator that differs.
+    """
+    target = subject.run.target
+    float_type: FloatType = target.float_type(subject.export.precision)
+    wide: set[str] = set()
+    if isinstance(target, Forces):
+        forced, float_type = partial(target.forced, engine), "f32"
+    elif graph := target.graph(engine):
+        forced, wide = partial(forced_evaluation.onnx_tensors, graph), forced_evaluation.wide(graph)
+    else:
+        return None
+    name, names = f"{target.name}'s graph", subject.export.tensors()
+    return operator_parity.check(subject.program, subject.query, names, forced, name, float_type=float_type, wide=wide)
+
+
+def _on_units(subject: _Subject, engine: Path, ladder: Ladder) -> dict[str, UnitResult]:
+    """Return the accuracy on each compute unit of the target, and the distance from the last step of `ladder`, in which
+    the runtime chose the units. Raises CheckFailed if the logits on a unit differ by more than the noise.
+    """
+    run = subject.run
+    assert isinstance(run.target, HasUnits)
+    float_type = run.target.float_type(subject.export.precision)
+    units = {}
+    for unit in run.target.units:
+        with run.target.open_on(engine, unit) as session:
+            logits = _outputs(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
+        units[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
+    return units
 
 
 def _all_steps(
-    run: Run,
-    export: Export,
+    subject: _Subject,
     before: Mapping[str, Path],
     last: tuple[str, Executor] | None,
     diverging: Callable[[], str],
@@ -246,11 +257,12 @@ def _all_steps(
 
     Raises CheckFailed if a step does not match the previous step.
     """
+    run, export = subject.run, subject.export
     executors = {_ON_EXPORT: reference(export.onnx)} | dict([last] if last else [])
     outputs = _outputs(run, executors)
     with np.load(before["weights"] / "test.npz") as arrays:
         labels, logits = arrays["labels"], arrays["logits"]
-    ladder = Ladder(labels=labels, float_logits=logits, logits=logits, yardstick=_yardsticks(run, export))
+    ladder = Ladder(labels=labels, float_logits=logits, logits=logits, yardstick=_yardsticks(subject))
     ladder.note("torch float", ladder.logits)
     with np.load(before["quantized"] / "test.npz") as arrays:
         ladder.note("torch quantized" if export.precision == "int8" else "torch exported", arrays["logits"])
@@ -274,7 +286,7 @@ def _all_steps(
     return ladder
 
 
-def _yardsticks(run: Run, export: Export) -> Callable[[FloatType], Yardstick]:
+def _yardsticks(subject: _Subject) -> Callable[[FloatType], Yardstick]:
     """Return a function that gives the noise of two correct executions of the torch program on test images, by float
     type.
     """
@@ -282,9 +294,9 @@ def _yardsticks(run: Run, export: Export) -> Callable[[FloatType], Yardstick]:
 
     @functools.cache
     def of_type(float_type: FloatType) -> Yardstick:
-        test = run.images("test")
+        test = subject.run.images("test")
         batches = itertools.islice(test.batches(_YARDSTICK_BATCH), _YARDSTICK_IMAGES // _YARDSTICK_BATCH)
-        return rounding_noise.yardstick(_program(export), batches, float_type, seed=run.seed)
+        return rounding_noise.yardstick(subject.program, batches, float_type, seed=subject.run.seed)
 
     return of_type
 
@@ -301,15 +313,8 @@ def _outputs(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
     return {name: np.concatenate(logits) for name, logits in batches.items()}
 
 
-def _query(run: Run, export: Export) -> Images:
-    """Return the first test images as one query (batch, 3, S, S)."""
-    images, _ = next(run.images("test").batches(export.batch))
-    return padded(images.numpy(), export.batch)
-
-
 def _report(
-    run: Run,
-    export: Export,
+    subject: _Subject,
     ladder: Ladder,
     inspected: Mapping[str, object],
     *,
@@ -317,6 +322,7 @@ def _report(
     why_not: str | None = None,
 ) -> VerificationReport:
     """Return the report of the ladder's last step. Raises CheckFailed if it exceeds the accuracy budget."""
+    run = subject.run
     accurate, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
     loss = accuracy_loss.loss(ladder.float_logits, ladder.logits, ladder.labels)
     judged = (run.data.classes, ladder.labels, ladder.float_logits, ladder.logits)
@@ -328,7 +334,7 @@ def _report(
             f"the {run.recipe.name} artifact of {run.model.name} loses {loss}, from {reference:.2f} % in float to "
             f"{accurate:.2f} %; {allowed:.2f} points are allowed"
             f"{'' if loss.interval[0] > allowed else '; the budget lies in the interval: test with more images'}"
-            f"; try {_remedy(run, export)}"
+            f"; try {_remedy(subject)}"
         )
     return VerificationReport(
         accuracy=Accuracy(
@@ -348,8 +354,9 @@ def _report(
     )
 
 
-def _remedy(run: Run, export: Export) -> str:
+def _remedy(subject: _Subject) -> str:
     """Return suggestions for an artifact that exceeds the accuracy budget."""
+    run = subject.run
     gentler = f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
     if not isinstance(run.recipe, Ptq | Qat):
         return gentler
@@ -360,5 +367,5 @@ def _remedy(run: Run, export: Export) -> str:
         options.append(f"MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds")
     options.append("a different CALIBRATOR=")
     images, _ = next(run.images("test").batches(_SENSITIVITY_IMAGES))
-    worst = accuracy_loss.most_sensitive(_program(export), images.numpy(), _WORST)
+    worst = accuracy_loss.most_sensitive(subject.program, images.numpy(), _WORST)
     return f"{', or '.join(options)}; most sensitive modules: {', '.join(worst)} (`make sensitivity` lists all)"

@@ -314,7 +314,7 @@ def test_without_tensorrt_rtx_the_graph_for_it_is_proven(shared: Path, folders: 
 
 
 def test_a_recipe_without_scales_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="RECIPE=fp16 has no scales to prove; use RECIPE=int8_qat or RECIPE=int8_ptq"):
+    with pytest.raises(BadRequest, match="RECIPE=fp16 is not quantized to INT8; use RECIPE=int8_ptq or "):
         prove(tiny_run("fp16", "coreml"), tmp_path)
 
 
