@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calibration.metrics import Labels, Logits
+
+_LOGITS = "test.npz"
+
+
+def write_logits(logits: Logits, labels: Labels, folder: Path) -> None:
+    """Write the logits (N, classes) and labels (N,) of the test part to `test.npz`."""
+    import numpy as np
+
+    np.savez_compressed(folder / _LOGITS, logits=logits, labels=labels)
+
+
+def read_logits(folder: Path) -> tuple[Logits, Labels]:
+    """Return the logits (N, classes) and labels (N,) of the test part from `test.npz`."""
+    import numpy as np
+
+    with np.load(folder / _LOGITS) as arrays:
+        return arrays["logits"], arrays["labels"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,3 +133,26 @@ class Quantization:
     equalized: Equalized | None  # None: not tried
     training: QatReport | None  # None: post-training quantization
     search: BudgetSearch | None  # None: no accuracy budget
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """Results of one step on the test part, compared with the previous step."""
+
+    name: str
+    top1: float  # percent
+    agreement: float  # percent of images with the same predicted class as in the previous step
+    snr_db: float  # signal-to-noise ratio of the logits against those of the previous step
+    # Comparison with the noise of two correct executions; None for steps whose difference is limited by accuracy alone.
+    noise_db: float | None = None
+    changed: int | None = None  # predictions that differ beyond the noise
+    ties: int | None = None  # predictions that differ within the noise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitResult:
+    """Accuracy on one compute unit of the target."""
+
+    top1: float  # percent
+    agreement: float  # percent of images with the same predicted class as the float model
+    snr_db: float  # signal-to-noise ratio of the logits against those of the last step

@@ -39,17 +39,9 @@ HEAVY = {
 LEAN = {
     *(
         f"calibration/{name}.py"
-        for name in (
-            "accuracy_budget",
-            "family_placements",
-            "metrics",
-            "progress",
-            "qdq_placement",
-            "recipe",
-            "reports",
-        )
+        for name in ("accuracy_budget", "family_placements", "metrics", "progress", "qdq_placement", "recipe")
     ),
-    *(f"calibration/{name}.py" for name in ("reports", "rounding_noise", "sanity_checks", "scheme")),
+    *(f"calibration/{name}.py" for name in ("ladder", "reports", "rounding_noise", "sanity_checks", "scheme")),
     *(f"calibration/data/{name}.py" for name in ("classes", "dataset", "digits", "folder_layout", "image_decoding")),
     *(
         f"calibration/data/{name}.py"

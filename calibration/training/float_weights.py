@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from calibration.data import training_history
 from calibration.data.batches import Images
+from calibration.data.training_history import History
 from calibration.recipe import DEFAULT_SCHEDULE, Schedule
 from calibration.reports import Epoch
 from calibration.training.fit import TrainingPlan, fit
@@ -47,10 +50,10 @@ def load(
     return model, loaded
 
 
-def trained(
+def train(
     model: nn.Module,
     loaded: checkpoint.Loaded | None,
-    train: Images,
+    images: Images,
     val: Images,
     *,
     seed: int,
@@ -63,29 +66,35 @@ def trained(
     Raises CheckFailed if training diverges.
     """
     plan = FROM_SCRATCH if loaded is None else NEW_HEAD if loaded.fresh else None
-    epochs = fit(model, train, val, _scheduled(plan, schedule), seed=seed, title=title) if plan else []
+    epochs = fit(model, images, val, _scheduled(plan, schedule), seed=seed, title=title) if plan else []
     model.eval()
     return epochs
 
 
-def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:
-    return replace(plan, epochs=schedule.epochs or plan.epochs, learning_rate=schedule.rate or plan.learning_rate)
+def save(model: nn.Module, history: History | None, file: Path) -> None:
+    """Write the weights of `model` to a safetensors file, with the `history` of their training."""
+    # The format supports neither tensors that share memory nor strides.
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
+    save_file(state, file, dict(training_history.metadata(history) or {}) or None)
 
 
-def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:
-    """Return the float model in evaluation mode with random weights. Its outputs are meaningless, but it has the
-    structure of a trained model, and BatchNorm statistics from `train`, so that activations have ordinary magnitudes.
+def settle(model: nn.Module, train: Images, *, seed: int) -> None:
+    """Take BatchNorm statistics from `train` for random weights, and leave `model` in evaluation mode. Its outputs are
+    meaningless, but activations have ordinary magnitudes, as in a trained model.
     """
-    model = _seeded(spec, train, seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # plain mean over all batches
     with torch.no_grad():
         for images, _ in train.batches(8, train.stratified(_SETTLING_IMAGES, seed)):
             model(images)
-    return model.eval()
+    model.eval()
 
 
 def _seeded(spec: ModelSpec, train: Images, seed: int) -> nn.Module:
     torch.manual_seed(seed)  # weights and dropout; order and augmentation have their own generators
     return spec.build(len(train.data.classes))
+
+
+def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:
+    return replace(plan, epochs=schedule.epochs or plan.epochs, learning_rate=schedule.rate or plan.learning_rate)

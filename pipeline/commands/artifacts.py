@@ -45,7 +45,8 @@ def built(step: Step, root: Path) -> Artifact:
         if store.restored(needed):
             log.info("%-10s hit    %s", needed.stage, store.path(needed))
             if needed.stage == "weights":
-                sanity_checks.told(*WeightsReport.read(store.path(needed)).warnings)
+                report = WeightsReport.read(store.path(needed))
+                sanity_checks.told(*report.warnings)
     return store.get(step)
 
 

@@ -7,34 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from calibration.reports import StepResult, UnitResult
 from pipeline.reports import report_file
 from pipeline.stages.accuracy_loss import Loss
 from targets.base import Accuracy
 
 _BY_CLASS = ("per_class", "confusion")  # see `calibration.metrics.by_class`
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """Results of one step on the test part, compared with the previous step."""
-
-    name: str
-    top1: float  # percent
-    agreement: float  # percent of images with the same predicted class as in the previous step
-    snr_db: float  # signal-to-noise ratio of the logits against those of the previous step
-    # Comparison with the noise of two correct executions; None for steps whose difference is limited by accuracy alone.
-    noise_db: float | None = None
-    changed: int | None = None  # predictions that differ beyond the noise
-    ties: int | None = None  # predictions that differ within the noise
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnitResult:
-    """Accuracy on one compute unit of the target."""
-
-    top1: float  # percent
-    agreement: float  # percent of images with the same predicted class as the float model
-    snr_db: float  # signal-to-noise ratio of the logits against those of the last step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

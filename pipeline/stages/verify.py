@@ -19,22 +19,23 @@ report records it.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.metrics import Labels, Logits, agreement, by_class, losing_classes, snr_db, top1
+from calibration.ladder import Ladder
+from calibration.metrics import Logits, agreement, by_class, losing_classes, snr_db, top1
 from calibration.progress import bar
 from calibration.recipe import FloatType, Ptq, Qat
+from calibration.reports import UnitResult, read_logits
+from calibration.rounding_noise import Noise
 from models.errors import CheckFailed, printable
-from pipeline.reports.verification_report import StepResult, UnitResult, VerificationReport
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.stages import accuracy_loss, operator_parity
 from pipeline.stages.divergence import engine_divergence, graph_divergence
 from targets import forced_evaluation
@@ -46,15 +47,12 @@ from targets.onnx.reference import reference
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from calibration.rounding_noise import Yardstick
     from pipeline.run import Run
     from targets.base import Executor, Export, Images
 
 _ON_EXPORT = "onnxruntime, on the export"
 _READ_AT_ONCE = 64  # images
-_YARDSTICK_BATCH = 32  # images
 _SENSITIVITY_IMAGES, _WORST = 8, 3  # images for the sensitivity in an error message, and modules that it names
-_YARDSTICK_IMAGES = 256  # test images for the noise: enough for its tail, at twice the cost of running them
 # Least signal-to-noise ratio in decibels of the exported float program against the network before torch.export.
 _EXPORTED_DB = 60.0
 # The recipe to suggest if a recipe loses too much accuracy.
@@ -62,66 +60,6 @@ _GENTLER = {"int8_ptq": "int8_qat", "int8_qat": "fp16", "int8_lsq": "fp16", "w8a
 _GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
 
 log = logging.getLogger("edgeline")
-
-
-@dataclass(kw_only=True, slots=True)
-class Ladder:
-    """Steps from the float model to the artifact. Each step is compared with the previous step when it is added."""
-
-    labels: Labels
-    float_logits: Logits
-    logits: Logits  # of the last step
-    yardstick: Callable[[FloatType], Yardstick]
-    steps: list[StepResult] = field(default_factory=list)
-
-    def add(self, name: str, logits: Logits, *, float_type: FloatType, diverging: Callable[[], str]) -> None:
-        """Add a step that must match the previous step up to rounding in `float_type`.
-
-        Raises CheckFailed if the step differs from the previous step by more than the noise of two correct executions,
-        beyond chance. `diverging` returns the sentence that ends the message.
-        """
-        self.steps.append(self._within_noise(name, logits, float_type, diverging))
-        self.logits = logits
-
-    def beside(self, name: str, logits: Logits, *, float_type: FloatType) -> UnitResult:
-        """Return the accuracy of a second execution of the last step, without adding a step.
-
-        Raises CheckFailed as `add` does.
-        """
-        step = self._within_noise(name, logits, float_type, lambda: f"{self.steps[-1].name} is correct")
-        same = agreement(self.float_logits, logits)
-        return UnitResult(top1=round(step.top1, 3), agreement=round(same, 3), snr_db=step.snr_db)
-
-    def note(self, name: str, logits: Logits) -> None:
-        """Add a step that may differ from the previous step; the accuracy budget limits the difference."""
-        self.steps.append(self._compared(name, logits))
-        self.logits = logits
-
-    def _within_noise(
-        self, name: str, logits: Logits, float_type: FloatType, diverging: Callable[[], str]
-    ) -> StepResult:
-        distance = self.yardstick(float_type).distance(self.logits, logits)
-        if distance.exceeds:
-            raise CheckFailed(
-                f"{name} does not match {self.steps[-1].name}: {distance.snr_db:.1f} dB, where two correct executions "
-                f"in {float_type} agree to {distance.noise_db:.1f} dB, and {distance.changed} of {len(self.labels)} "
-                f"predictions changed beyond that noise ({distance.ties} ties not counted), expected at most "
-                f"{distance.allowed}; {diverging()}"
-            )
-        return replace(
-            self._compared(name, logits),
-            noise_db=distance.noise_db,
-            changed=distance.changed,
-            ties=distance.ties,
-        )
-
-    def _compared(self, name: str, logits: Logits) -> StepResult:
-        return StepResult(
-            name=name,
-            top1=top1(logits, self.labels),
-            agreement=agreement(self.logits, logits),
-            snr_db=round(snr_db(self.logits, logits), 2),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,12 +198,12 @@ def _all_steps(
     run, export = subject.run, subject.export
     executors = {_ON_EXPORT: reference(export.onnx)} | dict([last] if last else [])
     outputs = _outputs(run, executors)
-    with np.load(before["weights"] / "test.npz") as arrays:
-        labels, logits = arrays["labels"], arrays["logits"]
-    ladder = Ladder(labels=labels, float_logits=logits, logits=logits, yardstick=_yardsticks(subject))
-    ladder.note("torch float", ladder.logits)
-    with np.load(before["quantized"] / "test.npz") as arrays:
-        ladder.note("torch quantized" if export.precision == "int8" else "torch exported", arrays["logits"])
+    float_logits, labels = read_logits(before["weights"])
+    logits, _ = read_logits(before["quantized"])
+    noise = Noise(graph=subject.program, images=run.images("test"), seed=run.seed)
+    ladder = Ladder(labels=labels, float_logits=float_logits, logits=float_logits, noise=noise)
+    ladder.note("torch float", float_logits)
+    ladder.note("torch quantized" if export.precision == "int8" else "torch exported", logits)
     if export.precision != "int8" and ladder.steps[-1].snr_db < _EXPORTED_DB:
         raise CheckFailed(
             f"torch exported does not match torch float: {ladder.steps[-1].snr_db:.1f} dB, expected at least "
@@ -284,21 +222,6 @@ def _all_steps(
         float_type = run.target.float_type(export.precision)
         ladder.add(last[0], outputs[last[0]], float_type=float_type, diverging=diverging)
     return ladder
-
-
-def _yardsticks(subject: _Subject) -> Callable[[FloatType], Yardstick]:
-    """Return a function that gives the noise of two correct executions of the torch program on test images, by float
-    type.
-    """
-    from calibration import rounding_noise
-
-    @functools.cache
-    def of_type(float_type: FloatType) -> Yardstick:
-        test = subject.run.images("test")
-        batches = itertools.islice(test.batches(_YARDSTICK_BATCH), _YARDSTICK_IMAGES // _YARDSTICK_BATCH)
-        return rounding_noise.yardstick(subject.program, batches, float_type, seed=subject.run.seed)
-
-    return of_type
 
 
 def _outputs(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:

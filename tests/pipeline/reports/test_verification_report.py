@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from calibration.reports import StepResult, UnitResult
 from pipeline.reports.report_file import FILE
-from pipeline.reports.verification_report import StepResult, UnitResult, VerificationReport
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.stages.accuracy_loss import Loss
 from targets.base import Accuracy
 
