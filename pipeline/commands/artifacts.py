@@ -9,7 +9,6 @@ from typing import TypeAlias
 from calibration import sanity_checks
 from calibration.recipe import Ptq, Qat
 from models.errors import BadRequest, CannotRunHere
-from pipeline.reports.weights_report import WeightsReport
 from pipeline.run import Run
 from pipeline.stages.engine import engine
 from pipeline.store.store import Artifact, Step, Store
@@ -40,6 +39,8 @@ def engine_step(run: Run) -> Step:
 
 def built(step: Step, root: Path) -> Artifact:
     """Return the artifact of `step`, and log the stages that are reused. Damaged artifacts are rebuilt."""
+    from pipeline.reports.weights_report import WeightsReport
+
     store = Store(root)
     for needed in step.chain():
         if store.restored(needed):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from calibration.recipe import Float, WeightOnly
-from pipeline.reports.quantization_report import QuantizationReport
 from pipeline.run import Run
 from pipeline.stages.common import versions
 from pipeline.stages.weights import weights
@@ -29,6 +28,7 @@ def quantized(run: Run) -> Step:
         from calibration.training.fit import predictions
         from calibration.training.resume import Checkpoint
         from models import checkpoint
+        from pipeline.reports.quantization_report import QuantizationReport
 
         model = run.model.build(len(run.data.classes), run.form)
         source = inputs["weights"] / "weights.safetensors"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import CannotRunHere
-from pipeline.reports.weights_report import Source, WeightsReport
 from pipeline.run import Run
 from pipeline.stages.common import versions
 from pipeline.store.store import Inputs, Step, file_digest
@@ -117,6 +116,7 @@ def _evaluate(
     from calibration.reports import write_logits
     from calibration.training.fit import predictions
     from models import hub
+    from pipeline.reports.weights_report import Source, WeightsReport
     from pipeline.stages import validate_model
 
     logits, labels = predictions(model, run.images("test"))
