@@ -10,8 +10,7 @@ therefore divides by no gamma, uses no batch statistics, and trains exactly the 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -29,6 +28,7 @@ from calibration.ptq.sensitivity import Probe, within_budget
 from calibration.qdq_placement import LAYERS, Placement
 from calibration.quantizer.quantizer import SchemeQuantizer
 from calibration.recipe import Float, Ptq, Qat, Recipe, WeightOnly
+from calibration.reports import BudgetSearch, Calibration, Equalized, QatReport, Quantization
 from calibration.scheme import Scheme
 from calibration.training import qat
 from calibration.training.fit import evaluate
@@ -42,10 +42,10 @@ _CONVERTED_DB = 60.0  # least SQNR of the converted graph: it rounds at the same
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantized:
-    """A program ready for export, and the report of its quantization."""
+    """A program ready for export, and the report of its quantization; None for a float program."""
 
     program: ExportedProgram
-    report: dict[str, object] = field(default_factory=dict)
+    report: Quantization | None = None
 
 
 def quantize(
@@ -67,34 +67,39 @@ def quantize(
     model.eval()
     size = train.preprocess.size
     probe = next(val.batches(_CALIBRATION_BATCH))
+    training: QatReport | None = None
     match recipe:  # no default case: mypy reports a recipe without a branch
         case Float() | WeightOnly():  # the target compresses the weights
             folded = traced(model, size)
             _checked("folding", exported_program.logits(model, [probe]), folded, probe, _FOLDED_DB)
             return Quantized(program=exported_program.export(folded, size))
         case Ptq():
-            prepared, report = _calibrated(recipe, scheme, CalibrationSplit.draw(model, recipe, train, seed=seed))
+            split = CalibrationSplit.draw(model, recipe, train, seed=seed)
+            prepared, calibration, equalization = _calibrated(recipe, scheme, split)
         case Qat():
-            start = recipe.warm_start
-            prepared, report = _calibrated(start, scheme, CalibrationSplit.draw(model, start, train, seed=seed))
-            report |= qat.train(prepared, model, recipe, train, val, seed=seed, checkpoint=checkpoint)
+            split = CalibrationSplit.draw(model, recipe.warm_start, train, seed=seed)
+            prepared, calibration, equalization = _calibrated(recipe.warm_start, scheme, split)
+            training = qat.train(prepared, model, recipe, train, val, seed=seed, checkpoint=checkpoint)
             bias_correction.forget(prepared)
     set_mode(prepared, "frozen")
+    search: BudgetSearch | None = None
     if recipe.budget is not None:
-        prepared, spent = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))
-        report |= spent
+        prepared, search = _within_budget(prepared, model, recipe.budget, val, trained=isinstance(recipe, Qat))
     before = exported_program.logits(prepared, [probe])  # conversion replaces the fake-quantize modules in place
     converted = convert_pt2e(prepared)
     agreement = _checked("converting", before, converted, probe, _CONVERTED_DB)
     noise = snr_db(exported_program.logits(model, [probe]), exported_program.logits(converted, [probe]))
     return Quantized(
         program=exported_program.export(converted, size),
-        report={
-            "layers": len(list(exported_program.quantized_layers(converted))),
-            "converted_db": round(agreement, 1),
-            "float_db": round(noise, 1),
-            **report,
-        },
+        report=Quantization(
+            layers=len(list(exported_program.quantized_layers(converted))),
+            converted_db=round(agreement, 1),
+            float_db=round(noise, 1),
+            calibration=calibration,
+            equalized=equalization,
+            training=training,
+            search=search,
+        ),
     )
 
 
@@ -112,15 +117,17 @@ def prepare(model: nn.Module, scheme: Scheme, size: int, placement: Placement = 
     return _prepared(traced(model, size), scheme, placement)
 
 
-def equalized(recipe: Ptq, scheme: Scheme, split: CalibrationSplit) -> tuple[GraphModule, dict[str, object]]:
-    """Return the graph as `prepare` makes it, with channel ranges balanced first if `recipe.equalize`, and the report
-    of the equalization.
+def equalized(
+    recipe: Ptq, scheme: Scheme, split: CalibrationSplit
+) -> tuple[GraphModule, dict[str, float], Equalized | None]:
+    """Return the graph as `prepare` makes it, with channel ranges balanced first if `recipe.equalize`, and the results
+    of `corrections.equalize`.
     """
     graph = traced(split.model, split.size)
-    report = corrections.equalize(
+    reached, choice = corrections.equalize(
         graph, recipe, split, lambda candidate: _prepared(candidate, scheme, recipe.placement)
     )
-    return _prepared(graph, scheme, recipe.placement), report
+    return _prepared(graph, scheme, recipe.placement), reached, choice
 
 
 def equalized_again(recipe: Ptq, scheme: Scheme, split: CalibrationSplit, strength: float | None) -> GraphModule:
@@ -135,22 +142,22 @@ def equalized_again(recipe: Ptq, scheme: Scheme, split: CalibrationSplit, streng
 
 def calibrated(recipe: Ptq, scheme: Scheme, split: CalibrationSplit) -> GraphModule:
     """Return the prepared graph of the float model of `split`, with frozen ranges calibrated by `recipe`."""
-    prepared, _ = _calibrated(recipe, scheme, split)
+    prepared, _, _ = _calibrated(recipe, scheme, split)
     set_mode(prepared, "frozen")
     return prepared
 
 
-def _calibrated(recipe: Ptq, scheme: Scheme, split: CalibrationSplit) -> tuple[GraphModule, dict[str, object]]:
-    """Return the prepared and calibrated graph, and the calibration report."""
-    prepared, report = equalized(recipe, scheme, split)
-    report |= calibrate(prepared, recipe, split)
-    errors = cast("dict[str, float]", report["calibrators_db"])
-    calibrated_db = errors.get(str(report["calibrator"]))
+def _calibrated(
+    recipe: Ptq, scheme: Scheme, split: CalibrationSplit
+) -> tuple[GraphModule, Calibration, Equalized | None]:
+    """Return the prepared and calibrated graph, with the reports of calibration and equalization."""
+    prepared, reached, equalization = equalized(recipe, scheme, split)
+    made = calibrate(prepared, recipe, split)
+    calibrated_db = made.calibrators_db.get(made.calibrator)
     corrections_db, biases = corrections.correct_biases(prepared, recipe, split, calibrated_db)
     found_db = corrections_db.get("bias", calibrated_db)
     corrections_db |= corrections.reconstruct(prepared, recipe, split, biases, found_db)
-    report["repairs_db"] = cast("dict[str, float]", report.get("repairs_db", {})) | corrections_db
-    return prepared, report
+    return prepared, replace(made, repairs_db=reached | corrections_db), equalization
 
 
 def _prepared(graph: GraphModule, scheme: Scheme, placement: Placement) -> GraphModule:
@@ -160,13 +167,15 @@ def _prepared(graph: GraphModule, scheme: Scheme, placement: Placement) -> Graph
 
 def _within_budget(
     prepared: GraphModule, model: nn.Module, budget: Budget, val: Images, *, trained: bool
-) -> tuple[GraphModule, dict[str, object]]:
+) -> tuple[GraphModule, BudgetSearch]:
     """Return `prepared` with modules in float until `budget` holds on `val`, and the report of the search."""
     reference = evaluate(model, val)
     gentler = "try RECIPE=fp16" if trained else "try RECIPE=int8_qat, which trains the weights for their rounding"
     kept = within_budget(Probe(prepared=prepared, val=val), budget, float_top1=reference, otherwise=gentler)
-    spent = {"float_val_top1": reference, "val_top1": kept.top1, "keep_float": list(kept.paths)}
-    return kept.graph, {"budget": str(budget), **spent}
+    search = BudgetSearch(
+        budget=str(budget), float_val_top1=reference, val_top1=kept.top1, keep_float=tuple(kept.paths)
+    )
+    return kept.graph, search
 
 
 def _checked(step: str, expected: Logits, graph: nn.Module, probe: Batch, least_db: float) -> float:

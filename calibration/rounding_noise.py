@@ -9,9 +9,10 @@ multiplied by 1 + u, where |u| is at most some units in the last place of the fl
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule, Node
 
-    from calibration.data.batches import Batch
+    from calibration.data.batches import Batch, Images
     from calibration.metrics import Logits
 
 # Relative perturbation by float type: 16 units in the last place of float32, which covers sums over thousands of terms
@@ -43,6 +44,7 @@ _FLOOR: Mapping[FloatType, float] = {
 _FACTOR, _LOG_FACTOR, _ERRORS = 8.0, math.log(2.0), 4.0
 _MARGIN = 4.0  # standard deviations of the noise within which a changed prediction is a tie
 _CHANCE = 0.9999  # quantile of the number of changed predictions that chance explains
+_IMAGES, _BATCH = 256, 32  # images for the noise: enough for its tail, at twice the cost of running them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +111,22 @@ class Yardstick:
         logs, own_logs = np.log(noise), np.log(own)
         error = math.sqrt(logs.var() / len(logs) + own_logs.var() / len(own_logs))
         return bool(logs.mean() - own_logs.mean() > _LOG_FACTOR + _ERRORS * error)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noise:
+    """Noise of two correct executions of a torch program on images, measured once for each float type."""
+
+    graph: GraphModule
+    images: Images
+    seed: int
+    _known: dict[FloatType, Yardstick] = field(default_factory=dict)
+
+    def yardstick(self, float_type: FloatType) -> Yardstick:
+        if float_type not in self._known:
+            batches = itertools.islice(self.images.batches(_BATCH), _IMAGES // _BATCH)
+            self._known[float_type] = yardstick(self.graph, batches, float_type, seed=self.seed)
+        return self._known[float_type]
 
 
 def yardstick(graph: GraphModule, batches: Iterable[Batch], float_type: FloatType, *, seed: int = 0) -> Yardstick:

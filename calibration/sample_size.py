@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from calibration.ptq.calibrate import CalibrationSplit, choose, fix_weights, nam
 from calibration.ptq.corrections import BIAS_IMAGES
 from calibration.quantize import equalized_again
 from calibration.recipe import Ptq
+from calibration.reports import Quantization
 from calibration.scheme import Scheme
 from calibration.training.fit import predictions
 
@@ -35,16 +35,14 @@ class Point:
     top1: float  # percent, on the validation part
 
 
-def sufficiency(
-    recipe: Ptq, report: Mapping[str, Any], scheme: Scheme, split: CalibrationSplit, val: Images
-) -> list[Point]:
+def sufficiency(recipe: Ptq, report: Quantization, scheme: Scheme, split: CalibrationSplit, val: Images) -> list[Point]:
     """Return the results at COUNTS and at all calibration images of `split`, in one pass. `report`: of the calibration
     by `quantize.quantize` on the same split, whose choices (calibrator, equalization, bias correction) are reused;
     biases are corrected again for the ranges of each count.
     """
-    strength = report.get("equalized", {}).get("strength")
+    strength = report.equalized.strength if report.equalized else None
     prepared = equalized_again(recipe, scheme, split, strength)
-    calibrator, corrections_db = report["calibrator"], report.get("repairs_db", {})
+    calibrator, corrections_db = report.calibration.calibrator, report.calibration.repairs_db
     corrects = corrections_db.get("bias", 0.0) > corrections_db.get("calibrated", 0.0)
     seen = split.for_ranges(recipe.calibrator)
     reference, labels = predictions(split.model, val)

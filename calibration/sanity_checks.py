@@ -144,6 +144,34 @@ def check_order(model: nn.Module, val: Images) -> str | None:
     return f"{scores}: the text order is used; LABELS=natural selects the natural order"
 
 
+def picture(pictures: Images, index: int) -> str:
+    """Return the display name of the image at `index`: its file name, or its index and dataset part."""
+    parts = getattr(pictures.data, "parts", None)
+    unnamed = f"picture {index} of {pictures.data.name}, {pictures.part}"
+    name = parts[pictures.part][index].file.name if parts else unnamed
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def unfinite(pictures: Images, logits: Logits, order: Sequence[int] | None = None) -> str | None:
+    """Return a description of the NaN or infinite values in `logits` (N, classes); None if all are finite.
+
+    `order`: the indices of the images that the rows of `logits` belong to; None: all images of the part.
+    """
+    import numpy as np
+
+    wrong = np.flatnonzero(~np.isfinite(logits).all(1))
+    if not len(wrong):
+        return None
+    order = range(len(pictures)) if order is None else order
+    readable = (index for index in order if any(True for _ in pictures.batches(1, [index])))
+    index = next(index for place, index in enumerate(readable) if place == wrong[0])
+    values = logits[wrong[0]]
+    return (
+        f"the logits of {len(wrong)} of {len(logits)} pictures are not finite; the first: {picture(pictures, index)}, "
+        f"with {values[~np.isfinite(values)][0]:g}"
+    )
+
+
 def told(*sentences: str) -> list[str]:
     """Log `sentences` as warnings, and return them for the report."""
     for sentence in sentences:

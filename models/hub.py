@@ -14,8 +14,9 @@ import logging
 import os
 import re
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from models.errors import BadRequest, CannotRunHere
 from models.spec import ModelSpec
@@ -30,7 +31,8 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 log = logging.getLogger("edgeline")
 
 
-class Origin(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
     """Origin of a cached file."""
 
     repository: str
@@ -77,7 +79,8 @@ def origin(file: Path | None) -> Origin | None:
     blob, revision, repository = file.resolve().name, file.parent.name, file.parent.parent.parent.name
     if not _SHA256.fullmatch(blob) or not _COMMIT.fullmatch(revision) or not repository.startswith("models--"):
         return None
-    return Origin(repository.removeprefix("models--").replace("--", "/"), revision, blob)
+    name = repository.removeprefix("models--").replace("--", "/")
+    return Origin(repository=name, revision=revision, sha256=blob)
 
 
 def _fetched(repository: str, url: str) -> Path:

@@ -41,7 +41,8 @@ LEAN = {
         f"calibration/{name}.py"
         for name in ("accuracy_budget", "family_placements", "metrics", "progress", "qdq_placement", "recipe")
     ),
-    *(f"calibration/{name}.py" for name in ("rounding_noise", "sample_size", "sanity_checks", "scheme")),
+    *(f"calibration/{name}.py" for name in ("ladder", "reports", "rounding_noise", "sample_size", "sanity_checks")),
+    "calibration/scheme.py",
     *(f"calibration/data/{name}.py" for name in ("classes", "dataset", "digits", "folder_layout", "image_decoding")),
     *(
         f"calibration/data/{name}.py"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -19,19 +18,6 @@ _BINS = 2048
 _SAMPLES = 2**17  # evenly spaced values counted per tensor; its peak is always exact
 _KL_LEVELS = 128  # magnitudes 0 to 127
 _SHOWN_BINS = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorRange:
-    """Range of one activation, and the statistics of the values that it was chosen for."""
-
-    name: str  # path of the layer that reads the tensor
-    calibrator: str
-    scale: float  # width of one quantization step
-    limit: float  # largest absolute representable value
-    peak: float  # largest absolute observed value
-    clipped: float  # share of the values beyond `limit` by more than half a step, the rounding error
-    counts: tuple[int, ...]  # of absolute values, in 64 equal bins from 0 to `peak`
 
 
 class Histogram:

@@ -16,12 +16,12 @@ from torch.fx import GraphModule
 
 from calibration.data.batches import Batch, Images
 from calibration.fake_quant import calibrators
-from calibration.fake_quant.calibrators import TensorRange
 from calibration.fake_quant.symmetric import ActivationFakeQuant, FakeQuant, Mode
 from calibration.graph import exported_program, fx
 from calibration.metrics import Logits, snr_db
 from calibration.progress import bar
 from calibration.recipe import AUTO, Ptq
+from calibration.reports import Calibration, TensorRange
 from models.errors import BadRequest
 
 LEAST_IMAGES: Final = 128
@@ -76,9 +76,8 @@ class CalibrationSplit:
         return torch.cat(readable) if readable else torch.zeros(0, 3, self.size, self.size)
 
 
-def calibrate(prepared: GraphModule, recipe: Ptq, split: CalibrationSplit) -> dict[str, object]:
-    """Set the ranges of `prepared` from the images of `split`, and return the report: the calibrator, the SQNR of each
-    calibrator in dB (if they were compared), `ranges` and `identity`.
+def calibrate(prepared: GraphModule, recipe: Ptq, split: CalibrationSplit) -> Calibration:
+    """Set the ranges of `prepared` from the images of `split`, and return the report.
 
     Leaves the fake-quantize modules in mode `observe`. Raises BadRequest if fewer than 128 images could be read.
     """
@@ -90,17 +89,17 @@ def calibrate(prepared: GraphModule, recipe: Ptq, split: CalibrationSplit) -> di
     errors = _output_errors(prepared, split) if auto and split.batches else {}
     name = max(errors, key=errors.__getitem__, default="mse") if auto else recipe.calibrator
     choose(prepared, name)
-    report: dict[str, object] = {
-        "calibrator": name,
-        "calibrators_db": {each: round(decibels, 2) for each, decibels in errors.items()},
-        "calibration_images": read,
-        "held_out_images": len(split.held_out) if auto else 0,
-        "ranges": [asdict(each) for each in ranges(prepared, name)],
-        "identity": identity(recipe, split),
-    }
+    made = Calibration(
+        calibrator=name,
+        calibrators_db={each: round(decibels, 2) for each, decibels in errors.items()},
+        calibration_images=read,
+        held_out_images=len(split.held_out) if auto else 0,
+        ranges=ranges(prepared, name),
+        identity=identity(recipe, split),
+    )
     for _, quantizer in named_quantizers(prepared):
         quantizer.forget()
-    return report
+    return made
 
 
 def observe(prepared: GraphModule, train: Images, order: Sequence[int]) -> int:
@@ -127,9 +126,9 @@ def choose(prepared: GraphModule, calibrator: str) -> None:
         quantizer.choose(calibrator)
 
 
-def ranges(prepared: GraphModule, calibrator: str) -> list[TensorRange]:
+def ranges(prepared: GraphModule, calibrator: str) -> tuple[TensorRange, ...]:
     """Return the activation ranges that `choose` set, in order of execution."""
-    return [_range(name, quantizer, calibrator) for name, quantizer in named_quantizers(prepared)]
+    return tuple(_range(name, quantizer, calibrator) for name, quantizer in named_quantizers(prepared))
 
 
 def named_quantizers(prepared: GraphModule) -> Iterator[tuple[str, ActivationFakeQuant]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -27,6 +27,7 @@ from calibration.ptq.calibrate import (
 from calibration.ptq.equalization import equalize as equalizing
 from calibration.quantizer.quantizer import is_rounded
 from calibration.recipe import Ptq
+from calibration.reports import Equalized
 
 _BATCH: Final = 32
 _PEAK_IMAGES: Final = 128  # for the peaks of channels
@@ -44,14 +45,14 @@ def equalize(
     recipe: Ptq,
     split: CalibrationSplit,
     prepare: Callable[[GraphModule], GraphModule],
-) -> dict[str, Any]:
-    """Balance the channel ranges of `graph`, in place, if this raises the SQNR, and return the report; empty if there
-    are too few images to decide. `graph` is traced from the float model and folded; `prepare` inserts fake
-    quantization.
+) -> tuple[dict[str, float], Equalized | None]:
+    """Balance the channel ranges of `graph`, in place, if this raises the SQNR. Return the SQNR before and after in dB,
+    and the choice; empty and None if there are too few images to decide. `graph` is traced from the float model and
+    folded; `prepare` inserts fake quantization.
     """
     trial = split.observed[:_TRIAL_IMAGES]
     if not recipe.equalize or not split.batches or not trial:
-        return {}
+        return {}, None
     probe = [(images[:_PROBE_IMAGES], labels[:_PROBE_IMAGES]) for images, labels in split.batches[:1]]
     exact = exported_program.logits(graph, probe)
     first = prepare(copy.deepcopy(graph))

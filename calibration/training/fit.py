@@ -17,6 +17,7 @@ from calibration.data.batches import Batch, Images, augment
 from calibration.graph.exported_program import logits
 from calibration.metrics import Labels, Logits, top1
 from calibration.progress import bar
+from calibration.reports import Epoch
 from models.errors import CheckFailed
 
 
@@ -42,14 +43,6 @@ class SeveralHeads(Protocol):
     def head_logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the logits (N, classes) of every head for images (N, 3, S, S); `forward` returns their sum."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Epoch:
-    """Results of one epoch."""
-
-    loss: float
-    val_top1: float  # percent
 
 
 def fit(

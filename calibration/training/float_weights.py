@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from calibration.data import training_history
 from calibration.data.batches import Images
+from calibration.data.training_history import History
 from calibration.recipe import DEFAULT_SCHEDULE, Schedule
+from calibration.reports import Epoch
 from calibration.training.fit import TrainingPlan, fit
 from models import checkpoint
 from models.spec import ModelSpec
@@ -24,65 +27,74 @@ _SETTLING_IMAGES = 32
 log = logging.getLogger(__name__)
 
 
-def make(
-    spec: ModelSpec,
-    file: Path | None,
-    train: Images,
+def load(
+    spec: ModelSpec, file: Path | None, train: Images, *, seed: int, key: str = ""
+) -> tuple[nn.Module, checkpoint.Loaded | None]:
+    """Return the float model with random weights, and with those of `file` if it is given. `key`: of the state dict in
+    `file`, if it holds several.
+
+    Raises BadRequest if `file` is not a checkpoint of the model.
+    """
+    model = _seeded(spec, train, seed)
+    if file is None:
+        return model, None
+    loaded = checkpoint.load(model, file, key, formats=spec.formats, head=spec.head)
+    log.log(logging.WARNING if loaded.others else logging.INFO, "%s", loaded)
+    if loaded.fresh:
+        log.warning(
+            "%s has a different number of classes: %s are initialized randomly and trained on %s",
+            file,
+            " and ".join(loaded.fresh),
+            train.data.name,
+        )
+    return model, loaded
+
+
+def train(
+    model: nn.Module,
+    loaded: checkpoint.Loaded | None,
+    images: Images,
     val: Images,
     *,
     seed: int,
-    key: str = "",
-    check: Callable[[nn.Module], None] | None = None,
+    title: str,
     schedule: Schedule = DEFAULT_SCHEDULE,
-) -> tuple[nn.Module, dict[str, object]]:
-    """Return the float model in evaluation mode, and the report of its training. `schedule` may set the number of
-    epochs and the peak learning rate. `key`: of the state dict in `file`, if it holds several. `check` is called with
-    the model after loading and before training.
+) -> list[Epoch]:
+    """Train what `load` initialized randomly: the whole model, a new head, or nothing. Leave `model` in evaluation
+    mode. `schedule` may set the number of epochs and the peak learning rate.
 
-    Raises BadRequest if `file` is not a checkpoint of the model, CheckFailed if training diverges.
+    Raises CheckFailed if training diverges.
     """
-    model = _seeded(spec, train, seed)
-    plan: TrainingPlan | None = FROM_SCRATCH
-    loaded: checkpoint.Loaded | None = None
-    if file is not None:
-        loaded = checkpoint.load(model, file, key, formats=spec.formats, head=spec.head)
-        log.log(logging.WARNING if loaded.others else logging.INFO, "%s", loaded)
-        fresh = loaded.fresh
-        plan = NEW_HEAD if fresh else None
-        if fresh:
-            log.warning(
-                "%s has a different number of classes: %s are initialized randomly and trained on %s",
-                file,
-                " and ".join(fresh),
-                train.data.name,
-            )
-    if check:
-        check(model)
-    plan = plan and _scheduled(plan, schedule)
-    epochs = fit(model, train, val, plan, seed=seed, title=f"{spec.name} float training") if plan else []
+    plan = FROM_SCRATCH if loaded is None else NEW_HEAD if loaded.fresh else None
+    epochs = fit(model, images, val, _scheduled(plan, schedule), seed=seed, title=title) if plan else []
     model.eval()
-    read = {"key": loaded.key, "prefix": loaded.prefix, "tensors": loaded.tensors} if loaded else None
-    return model, {"file": str(file) if file else None, "loaded": read, "epochs": [asdict(epoch) for epoch in epochs]}
+    return epochs
 
 
-def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:
-    return replace(plan, epochs=schedule.epochs or plan.epochs, learning_rate=schedule.rate or plan.learning_rate)
+def save(model: nn.Module, history: History | None, file: Path) -> None:
+    """Write the weights of `model` to a safetensors file, with the `history` of their training."""
+    # The format supports neither tensors that share memory nor strides.
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
+    save_file(state, file, dict(training_history.metadata(history) or {}) or None)
 
 
-def untrained(spec: ModelSpec, train: Images, *, seed: int) -> nn.Module:
-    """Return the float model in evaluation mode with random weights. Its outputs are meaningless, but it has the
-    structure of a trained model, and BatchNorm statistics from `train`, so that activations have ordinary magnitudes.
+def settle(model: nn.Module, train: Images, *, seed: int) -> None:
+    """Take BatchNorm statistics from `train` for random weights, and leave `model` in evaluation mode. Its outputs are
+    meaningless, but activations have ordinary magnitudes, as in a trained model.
     """
-    model = _seeded(spec, train, seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # plain mean over all batches
     with torch.no_grad():
         for images, _ in train.batches(8, train.stratified(_SETTLING_IMAGES, seed)):
             model(images)
-    return model.eval()
+    model.eval()
 
 
 def _seeded(spec: ModelSpec, train: Images, seed: int) -> nn.Module:
     torch.manual_seed(seed)  # weights and dropout; order and augmentation have their own generators
     return spec.build(len(train.data.classes))
+
+
+def _scheduled(plan: TrainingPlan, schedule: Schedule) -> TrainingPlan:
+    return replace(plan, epochs=schedule.epochs or plan.epochs, learning_rate=schedule.rate or plan.learning_rate)

@@ -37,6 +37,7 @@ from calibration.metrics import Labels, Logits, snr_db, top1
 from calibration.progress import bar
 from calibration.ptq.calibrate import fake_quants, set_mode
 from calibration.recipe import Qat
+from calibration.reports import QatCost, QatEpoch, QatGain, QatReport
 from calibration.training.fit import predictions
 from calibration.training.relative_adam import Average, RelativeAdam
 from calibration.training.resume import Checkpoint
@@ -59,18 +60,6 @@ _LOSS_GROWTH: Final = 3.0
 _POINTS_BELOW, _EPOCHS_BELOW = 5.0, 3
 _STANDARD_ERRORS: Final = 2.0  # of a mean difference in squared error, above which it is significant
 _CHANCE: Final = 0.01  # probability of a difference in top-1, below which it is significant
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QatEpoch:
-    """Results of one epoch."""
-
-    loss: float  # mean squared error of the logits over their mean square
-    val_top1: float  # percent
-    val_db: float  # SQNR (signal-to-quantization-noise ratio) against the teacher, on the validation part
-    val_chance: float  # of a top-1 this far below the start, if the epoch were as good as the start
-    rate: float  # factor of the learning rate: 1, or less after epochs that were worse than the start
-    seconds: float  # training time, without evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +110,7 @@ def train(
     *,
     seed: int,
     checkpoint: Checkpoint | None = None,
-) -> dict[str, object]:
+) -> QatReport:
     """Train the weights of `prepared`, whose ranges are fixed, by knowledge distillation from the logits of the float
     `teacher` (Ba & Caruana, arXiv 1312.6184). Leave the best epoch in `prepared`, or the start if no epoch is better,
     and return the report.
@@ -427,23 +416,22 @@ def _save(
     )
 
 
-def _report(at: _Progress, start: _Judgement, device: torch.device, images: int) -> dict[str, object]:
-    """Return the gain of training over post-training quantization, and its cost."""
+def _report(at: _Progress, start: _Judgement, device: torch.device, images: int) -> QatReport:
     kept = at.epochs[at.best_epoch - 1] if at.best_epoch else None
     seconds = sum(epoch.seconds for epoch in at.epochs)
-    return {
-        "val_top1_before_qat": start.top1,
-        "qat": [asdict(epoch) for epoch in at.epochs],
-        "qat_bought": {
-            "kept_epoch": at.best_epoch,
-            "val_top1": [start.top1, kept.val_top1 if kept else start.top1],
-            "val_db": [start.db, kept.val_db if kept else start.db],
-        },
-        "qat_cost": {
-            "seconds": round(seconds, 3),
-            "images_per_second": round(images * len(at.epochs) / seconds, 1) if seconds else None,
-            "mixed_precision": "bfloat16" if _mixed(device) else f"not used on {device.type}",
-            "resumed_after_epoch": at.resumed_after,
-        },
-        "qat_stopped": at.stopped,
-    }
+    return QatReport(
+        val_top1_before=start.top1,
+        epochs=tuple(at.epochs),
+        gain=QatGain(
+            kept_epoch=at.best_epoch,
+            val_top1=(start.top1, kept.val_top1 if kept else start.top1),
+            val_db=(start.db, kept.val_db if kept else start.db),
+        ),
+        cost=QatCost(
+            seconds=round(seconds, 3),
+            images_per_second=round(images * len(at.epochs) / seconds, 1) if seconds else None,
+            mixed_precision="bfloat16" if _mixed(device) else f"not used on {device.type}",
+            resumed_after_epoch=at.resumed_after,
+        ),
+        stopped=at.stopped,
+    )

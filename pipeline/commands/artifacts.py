@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TypeAlias
@@ -40,13 +39,15 @@ def engine_step(run: Run) -> Step:
 
 def built(step: Step, root: Path) -> Artifact:
     """Return the artifact of `step`, and log the stages that are reused. Damaged artifacts are rebuilt."""
+    from pipeline.reports.weights_report import WeightsReport
+
     store = Store(root)
     for needed in step.chain():
         if store.restored(needed):
             log.info("%-10s hit    %s", needed.stage, store.path(needed))
             if needed.stage == "weights":
-                report = json.loads((store.path(needed) / "report.json").read_text())
-                sanity_checks.told(*report.get("warnings", ()))
+                report = WeightsReport.read(store.path(needed))
+                sanity_checks.told(*report.warnings)
     return store.get(step)
 
 

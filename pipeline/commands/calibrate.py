@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import calibration.recipe
 from pipeline.commands.artifacts import Answer, built, identity, int8_recipe
 from pipeline.commands.sensitivity import calibrating
+from pipeline.reports.quantization_report import QuantizationReport
+from pipeline.reports.weights_report import WeightsReport
 from pipeline.run import Run
 from pipeline.stages.quantized import quantized as quantized_step
 from pipeline.store.store import Store
@@ -41,15 +42,15 @@ def quantized(run: Run, root: Path) -> Answer:
     """Build the quantized program of `run`, and report its accuracy."""
     step = quantized_step(run)
     artifact = built(step, root)
-    report = json.loads((artifact.path / "report.json").read_text())
-    floats = json.loads((Store(root).get(step.inputs["weights"]).path / "report.json").read_text())
+    report = QuantizationReport.read(artifact.path)
+    float_top1 = WeightsReport.read(Store(root).get(step.inputs["weights"]).path).test_top1
     log.info(
         "%s in torch: top-1 %.2f %% on %d test images, float %.2f %%",
-        *(run.recipe.name, report["test_top1"], report["images"], floats["test_top1"]),
+        *(run.recipe.name, report.test_top1, report.images, float_top1),
     )
     return identity(artifact) | {
         "recipe": run.recipe.name,
-        "top1": report["test_top1"],
-        "float_top1": floats["test_top1"],
-        "images": report["images"],
+        "top1": report.test_top1,
+        "float_top1": float_top1,
+        "images": report.images,
     }

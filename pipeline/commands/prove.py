@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import targets
-from models.errors import BadRequest, CannotRunHere, CheckFailed
+from models.errors import CannotRunHere, CheckFailed
 from pipeline.cli import table
-from pipeline.commands.artifacts import identity
+from pipeline.commands.artifacts import identity, int8_recipe
 from pipeline.run import Run
 from pipeline.stages.common import versions
 from pipeline.stages.compiled import compiled
@@ -58,7 +58,8 @@ def prove(run: Run, root: Path) -> dict[str, object]:
 def proof(run: Run) -> Step:
     """Return the step that compares all artifacts and writes `proof.json`; it is published only if no number differs.
 
-    Raises BadRequest if the recipe has no scales, CannotRunHere if Core ML packages cannot be built on this machine.
+    Raises BadRequest if the recipe is not quantized to INT8, CannotRunHere if Core ML packages cannot be built on this
+    machine.
     """
     inputs = made(run)
 
@@ -80,8 +81,7 @@ def made(run: Run) -> dict[str, Step]:
 
     Raises as `proof` does.
     """
-    if run.recipe.precision != "int8":
-        raise BadRequest(f"RECIPE={run.recipe.name} has no scales to prove; use RECIPE=int8_qat or RECIPE=int8_ptq")
+    int8_recipe(run)
     coreml = replace(run, target=targets.ALL["coreml"])
     if reason := coreml.target.missing():
         raise CannotRunHere(f"cannot prove without a Core ML package: {reason}")

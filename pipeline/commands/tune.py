@@ -23,8 +23,9 @@ import numpy as np
 
 import calibration.recipe
 from calibration.qdq_placement import KINDS, LAYERS, Kind, Placement, parse
-from calibration.recipe import Ptq, Qat
-from models.errors import BadRequest, CannotRunHere, CheckFailed
+from calibration.recipe import Qat
+from models.errors import CannotRunHere, CheckFailed
+from pipeline.commands.artifacts import int8_recipe
 from pipeline.run import Run
 from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store, plain
@@ -149,11 +150,7 @@ class Search:
     _answered: dict[Path, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.run.recipe, Ptq | Qat):
-            raise BadRequest(
-                f"RECIPE={self.run.recipe.name} runs no operators in INT8, so there is no placement to search; use "
-                "RECIPE=int8_ptq or RECIPE=int8_qat"
-            )
+        int8_recipe(self.run)
         if reason := self.run.target.not_executed():
             raise CannotRunHere(
                 f"placements cannot be timed for {self.run.target.name} here: {reason}; run it on the device, or use "
@@ -349,9 +346,8 @@ class Search:
 
         Training would take hours without changing an engine's speed, and a budget would move further modules to float.
         """
-        recipe = self.run.recipe
+        recipe = int8_recipe(self.run)
         ptq = recipe.warm_start if isinstance(recipe, Qat) else recipe
-        assert isinstance(ptq, Ptq)
         return replace(self.run, recipe=replace(ptq, placement=placement, budget=None))
 
     def _built(self, placement: Placement) -> Path:

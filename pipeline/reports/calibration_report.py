@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.commands.sensitivity import calibrating
+from pipeline.reports.quantization_report import QuantizationReport
 from pipeline.run import Run
 from pipeline.stages.common import versions
 from pipeline.stages.exported import exported as exported_step
@@ -59,7 +60,8 @@ def step(run: Run) -> Step:
         from calibration.sample_size import sentence, sufficiency
         from models import checkpoint
 
-        report = json.loads((inputs["quantized"] / "report.json").read_text())
+        report = QuantizationReport.read(inputs["quantized"]).quantization
+        assert report is not None
         model = run.model.build(len(run.data.classes), run.form).eval()
         source = inputs["weights"] / "weights.safetensors"
         checkpoint.load_into(model, checkpoint.read(source), source)
@@ -69,7 +71,7 @@ def step(run: Run) -> Step:
             "model": run.model.name,
             "data": run.data.name,
             "size": run.preprocess.size,
-            **{name: report[name] for name in _REPORTED},
+            **asdict(report.calibration),
             "curve": [asdict(point) for point in points],
             "sufficiency": sentence(points),
         }
@@ -94,15 +96,6 @@ def step(run: Run) -> Step:
     )
 
 
-_REPORTED: Final = (  # fields of the quantization report that are copied to the table
-    "calibrator",
-    "calibrators_db",
-    "repairs_db",
-    "calibration_images",
-    "held_out_images",
-    "ranges",
-    "identity",
-)
 # Corrections reported by `calibration.ptq.corrections`; the first two are measured with trial ranges.
 _CORRECTIONS: Final = {
     "none": "without equalization",

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from calibration.reports import StepResult, UnitResult
+from pipeline.reports import report_file
 from pipeline.stages.accuracy_loss import Loss
 from targets.base import Accuracy
 
-FILE: Final = "report.json"
 _BY_CLASS = ("per_class", "confusion")  # see `calibration.metrics.by_class`
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """Results of one step on the test part, compared with the previous step."""
-
-    name: str
-    top1: float  # percent
-    agreement: float  # percent of images with the same predicted class as in the previous step
-    snr_db: float  # signal-to-noise ratio of the logits against those of the previous step
-    # Comparison with the noise of two correct executions; None for steps whose difference is limited by accuracy alone.
-    noise_db: float | None = None
-    changed: int | None = None  # predictions that differ beyond the noise
-    ties: int | None = None  # predictions that differ within the noise
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UnitResult:
-    """Accuracy on one compute unit of the target."""
-
-    top1: float  # percent
-    agreement: float  # percent of images with the same predicted class as the float model
-    snr_db: float  # signal-to-noise ratio of the logits against those of the last step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,18 +35,14 @@ class VerificationReport:
         return {**accuracy, **content, **by_class, **({"units": units} if units else {})}
 
     def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(self.content(), indent=1) + "\n")
+        report_file.write(self.content(), folder)
 
     @classmethod
     def read(cls, folder: Path) -> VerificationReport:
         """Return the report of the engine or bundle in `folder`."""
-        content: dict[str, Any] = json.loads((folder / FILE).read_text())
-        lost, steps, units = content.pop("lost"), content.pop("steps"), content.pop("units", {})
-        return cls(
-            accuracy=Accuracy(**{item.name: content.pop(item.name) for item in fields(Accuracy)}),
-            lost=Loss(**lost | {"interval": tuple(lost["interval"])}),
-            steps=tuple(StepResult(**step) for step in steps),
-            units={unit: UnitResult(**result) for unit, result in units.items()},
-            by_class={name: content.pop(name) for name in _BY_CLASS if name in content},
-            **content,
-        )
+        content = report_file.read(folder)
+        accuracy = {item.name: content.pop(item.name) for item in fields(Accuracy)}
+        by_class = {name: content.pop(name) for name in _BY_CLASS if name in content}
+        nested = {**content, "accuracy": accuracy, "by_class": by_class}
+        report: VerificationReport = report_file.decoded(cls, nested)
+        return report

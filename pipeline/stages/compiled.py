@@ -12,14 +12,16 @@ from pipeline.store.store import Inputs, Step
 
 def compiled(run: Run) -> Step:
     """Return the step that leaves the files written by `Target.build`."""
+    export = exported(run)
 
     def build(inputs: Inputs, out: Path) -> None:
-        run.target.build(export_of(run, inputs["exported"]), out)
+        export = export_of(run, inputs["exported"])
+        run.target.build(export, out)
 
     return Step(
         stage="compiled",
         label=run.built_label,
-        inputs={"exported": exported(run)},
+        inputs={"exported": export},
         params=target_params(run),
         code=("pipeline.run", type(run.target).__module__),
         build=build,

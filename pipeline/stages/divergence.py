@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.metrics import snr_db
-from targets.base import INPUT_NAME, OUTPUT_NAME, Probes
+from targets.base import INPUT_NAME, Probes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, npt.NDArray[Any]]
 
 _LEAST_DB = 30.0  # signal-to-noise ratio below which a tensor counts as different
-
-
-def export_divergence(export: Export, images: Images) -> str:
-    """Return a sentence that names the first tensor in which ONNX Runtime differs from the torch program on `images`
-    (N, 3, S, S).
-    """
-    tensors = onnx_tensors(export.onnx, images)
-    return _sentence(_first(torch_tensors(export.program, images), tensors), "ONNX Runtime", "torch")
 
 
 def engine_divergence(target: Target, export: Export, engine: Path, images: Images) -> str:
@@ -51,31 +43,6 @@ def graph_divergence(export: Export, graph: Path, images: Images) -> str:
     """
     diverging = _first(onnx_tensors(export.onnx, images), onnx_tensors(graph, images))
     return _sentence(diverging, str(graph), str(export.onnx))
-
-
-def torch_tensors(program: Path, images: Images) -> dict[str, npt.NDArray[Any]]:
-    """Return every float tensor that a saved torch program computes from `images`, by name, in order of execution.
-
-    Names are those of the ONNX file: the node's name, and the name of the model output for the last tensor.
-    """
-    import torch
-
-    from calibration.graph import exported_program as programs
-
-    tensors: dict[str, npt.NDArray[Any]] = {}
-
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, node: torch.fx.Node) -> Any:
-            value = super().run_node(node)
-            if node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point():
-                tensors[OUTPUT_NAME if node is last else node.name] = value.numpy()
-            return value
-
-    graph = programs.load(program).module()
-    (last,) = graph.graph.output_node().all_input_nodes
-    with torch.no_grad():
-        Recorder(graph).run(torch.from_numpy(images))
-    return tensors
 
 
 def onnx_tensors(model: Path, images: Images) -> dict[str, npt.NDArray[Any]]:

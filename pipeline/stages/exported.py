@@ -19,6 +19,7 @@ _MEASURED_AT_ONCE, _MEASURED_BATCHES = 8, 16  # validation images whose tensors 
 
 def exported(run: Run) -> Step:
     """Return the step that leaves the files listed in `targets.base.Export`."""
+    program = quantized(run)
 
     def build(inputs: Inputs, out: Path) -> None:
         from calibration.graph import exported_program
@@ -40,7 +41,7 @@ def exported(run: Run) -> Step:
     return Step(
         stage="exported",
         label=run.made_label,
-        inputs={"quantized": quantized(run)},
+        inputs={"quantized": program},
         params={"versions": versions("torch", "torchao", "onnx", "onnxscript", "onnxsim", "onnxruntime")},
         code=("pipeline.run", "calibration.data.load", "pipeline.stages.onnx_export"),
         build=build,

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from calibration import sanity_checks
 from calibration.graph import fx
 from models.errors import CheckFailed
 from models.external import guard
@@ -359,18 +360,10 @@ def _examples(pictures: Images | None, size: int) -> tuple[Tensor, list[str]]:
         assert pictures is not None
         for image, _ in pictures.batches(1, [index]):
             images.append(image)
-            names.append(picture(pictures, index))
+            names.append(sanity_checks.picture(pictures, index))
     if images:
         return torch.cat(images), names
     return torch.randn(_MORE, 3, size, size), [f"random image {index}" for index in range(_MORE)]
-
-
-def picture(pictures: Images, index: int) -> str:
-    """Return the display name of the image at `index`: its file name, or its index and dataset part."""
-    parts = getattr(pictures.data, "parts", None)
-    unnamed = f"picture {index} of {pictures.data.name}, {pictures.part}"
-    name = parts[pictures.part][index].file.name if parts else unnamed
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def check_answers(run: Run, network: nn.Module, logits: npt.NDArray[np.float32]) -> None:
@@ -382,38 +375,19 @@ def check_answers(run: Run, network: nn.Module, logits: npt.NDArray[np.float32])
     """
     from calibration.graph import exported_program
 
-    wrong = unfinite(run.images("test"), logits)
+    wrong = sanity_checks.unfinite(run.images("test"), logits)
     for part in ("val", "train"):
         images = run.images(part)
         order = images.stratified(_SAMPLE, run.seed) if part == "train" else range(min(_SAMPLE, len(images)))
         # Tests cover Edgeline's own models on the training part; foreign weights are checked on the other two parts.
         if not wrong and len(order) and (part == "val" or isinstance(run.model, External)):
-            wrong = unfinite(images, exported_program.logits(network, images.batches(_SAMPLE, list(order))), order)
+            own = exported_program.logits(network, images.batches(_SAMPLE, list(order)))
+            wrong = sanity_checks.unfinite(images, own, order)
     if wrong:
         raise CheckFailed(
             f"the float network of MODEL={run.model.asked} cannot be used: {wrong}; keep its values finite (an "
             "epsilon in divisions, logarithms and roots), or remove the picture from the data"
         )
-
-
-def unfinite(pictures: Images, logits: npt.NDArray[np.float32], order: Sequence[int] | None = None) -> str | None:
-    """Return a description of the NaN or infinite values in `logits` (N, classes); None if all are finite.
-
-    `order`: the indices of the images that the rows of `logits` belong to; None: all images of the part.
-    """
-    import numpy as np
-
-    wrong = np.flatnonzero(~np.isfinite(logits).all(1))
-    if not len(wrong):
-        return None
-    order = range(len(pictures)) if order is None else order
-    readable = (index for index in order if any(True for _ in pictures.batches(1, [index])))
-    index = next(index for place, index in enumerate(readable) if place == wrong[0])
-    values = logits[wrong[0]]
-    return (
-        f"the logits of {len(wrong)} of {len(logits)} pictures are not finite; the first: {picture(pictures, index)}, "
-        f"with {values[~np.isfinite(values)][0]:g}"
-    )
 
 
 @contextlib.contextmanager

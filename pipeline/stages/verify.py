@@ -19,22 +19,23 @@ report records it.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.metrics import Labels, Logits, agreement, by_class, losing_classes, snr_db, top1
+from calibration.ladder import Ladder
+from calibration.metrics import Logits, agreement, by_class, losing_classes, snr_db, top1
 from calibration.progress import bar
 from calibration.recipe import FloatType, Ptq, Qat
+from calibration.reports import UnitResult, read_logits
+from calibration.rounding_noise import Noise
 from models.errors import CheckFailed, printable
-from pipeline.reports.verification_report import StepResult, UnitResult, VerificationReport
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.stages import accuracy_loss, operator_parity
 from pipeline.stages.divergence import engine_divergence, graph_divergence
 from targets import forced_evaluation
@@ -46,15 +47,12 @@ from targets.onnx.reference import reference
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from calibration.rounding_noise import Yardstick
     from pipeline.run import Run
     from targets.base import Executor, Export, Images
 
 _ON_EXPORT = "onnxruntime, on the export"
 _READ_AT_ONCE = 64  # images
-_YARDSTICK_BATCH = 32  # images
 _SENSITIVITY_IMAGES, _WORST = 8, 3  # images for the sensitivity in an error message, and modules that it names
-_YARDSTICK_IMAGES = 256  # test images for the noise: enough for its tail, at twice the cost of running them
 # Least signal-to-noise ratio in decibels of the exported float program against the network before torch.export.
 _EXPORTED_DB = 60.0
 # The recipe to suggest if a recipe loses too much accuracy.
@@ -64,64 +62,14 @@ _GENTLER |= {"palette6": "fp16", "palette4": "palette6"}
 log = logging.getLogger("edgeline")
 
 
-@dataclass(kw_only=True, slots=True)
-class Ladder:
-    """Steps from the float model to the artifact. Each step is compared with the previous step when it is added."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Subject:
+    """The export of a run with its torch program, the reference of every conversion, and one query of test images."""
 
-    labels: Labels
-    float_logits: Logits
-    logits: Logits  # of the last step
-    yardstick: Callable[[FloatType], Yardstick]
-    steps: list[StepResult] = field(default_factory=list)
-
-    def add(self, name: str, logits: Logits, *, float_type: FloatType, diverging: Callable[[], str]) -> None:
-        """Add a step that must match the previous step up to rounding in `float_type`.
-
-        Raises CheckFailed if the step differs from the previous step by more than the noise of two correct executions,
-        beyond chance. `diverging` returns the sentence that ends the message.
-        """
-        self.steps.append(self._within_noise(name, logits, float_type, diverging))
-        self.logits = logits
-
-    def beside(self, name: str, logits: Logits, *, float_type: FloatType) -> UnitResult:
-        """Return the accuracy of a second execution of the last step, without adding a step.
-
-        Raises CheckFailed as `add` does.
-        """
-        step = self._within_noise(name, logits, float_type, lambda: f"{self.steps[-1].name} is correct")
-        same = agreement(self.float_logits, logits)
-        return UnitResult(top1=round(step.top1, 3), agreement=round(same, 3), snr_db=step.snr_db)
-
-    def note(self, name: str, logits: Logits) -> None:
-        """Add a step that may differ from the previous step; the accuracy budget limits the difference."""
-        self.steps.append(self._compared(name, logits))
-        self.logits = logits
-
-    def _within_noise(
-        self, name: str, logits: Logits, float_type: FloatType, diverging: Callable[[], str]
-    ) -> StepResult:
-        distance = self.yardstick(float_type).distance(self.logits, logits)
-        if distance.exceeds:
-            raise CheckFailed(
-                f"{name} does not match {self.steps[-1].name}: {distance.snr_db:.1f} dB, where two correct executions "
-                f"in {float_type} agree to {distance.noise_db:.1f} dB, and {distance.changed} of {len(self.labels)} "
-                f"predictions changed beyond that noise ({distance.ties} ties not counted), expected at most "
-                f"{distance.allowed}; {diverging()}"
-            )
-        return replace(
-            self._compared(name, logits),
-            noise_db=distance.noise_db,
-            changed=distance.changed,
-            ties=distance.ties,
-        )
-
-    def _compared(self, name: str, logits: Logits) -> StepResult:
-        return StepResult(
-            name=name,
-            top1=top1(logits, self.labels),
-            agreement=agreement(self.logits, logits),
-            snr_db=round(snr_db(self.logits, logits), 2),
-        )
+    run: Run
+    export: Export
+    program: GraphModule
+    query: Images  # (batch, 3, S, S)
 
 
 def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -> VerificationReport:
@@ -131,78 +79,33 @@ def verify(run: Run, export: Export, engine: Path, before: Mapping[str, Path]) -
     """
     inspected = run.target.inspect(export, engine)
     why_not = run.target.not_executed()
-    program = _program(export)
-    proven = {"export": _export_parity(run, export, program)}
+    subject = _subject(run, export)
+    proven = {"export": _export_parity(subject)}
     if isinstance(run.target, Evaluates):
-        inspected["replayed"] = run.target.replay(export, engine, _query(run, export))
-    elif engine_parity := _engine_parity(run, export, engine, program):
+        inspected["replayed"] = run.target.replay(export, engine, subject.query)
+    elif engine_parity := _engine_parity(subject, engine):
         proven[run.target.name] = engine_parity
     inspected["parity"] = proven
 
     def diverging() -> str:
         if isinstance(run.target, Evaluates):  # `replay` has passed at this point
             return "each of its operators, computed without FP16 rounding, matches torch: try RECIPE=fp32"
-        return engine_divergence(run.target, export, engine, _query(run, export))
+        return engine_divergence(run.target, export, engine, subject.query)
 
     if why_not is None:
         with run.target.open(engine) as session:
             execute = partial(in_queries, session.infer, session.batch)
-            ladder = _all_steps(run, export, before, (run.target.name, execute), diverging)
-        units = _on_units(run, export, engine, ladder) if isinstance(run.target, HasUnits) else {}
-        return replace(_report(run, export, ladder, inspected), units=units)
+            ladder = _all_steps(subject, before, (run.target.name, execute), diverging)
+        units = _on_units(subject, engine, ladder) if isinstance(run.target, HasUnits) else {}
+        return replace(_report(subject, ladder, inspected), units=units)
     if isinstance(run.target, Evaluates):
         last = run.target.evaluator, run.target.evaluate(export, engine)
-        ladder = _all_steps(run, export, before, last, diverging)
+        ladder = _all_steps(subject, before, last, diverging)
         why_not = f"computed by the {run.target.evaluator}, not by {run.target.name} itself: {why_not}"
-        return _report(run, export, ladder, inspected, why_not=why_not)
+        return _report(subject, ladder, inspected, why_not=why_not)
     graph = run.target.graph(engine)
-    ladder = _all_steps(run, export, before, executor(graph) if graph else None, diverging)
-    return _report(run, export, ladder, inspected, executed=False, why_not=f"not executed: {why_not}")
-
-
-def _program(export: Export) -> GraphModule:
-    """Load the torch program of an export, the reference of every conversion."""
-    from calibration.graph import exported_program
-
-    return exported_program.load(export.program).module()
-
-
-def _export_parity(run: Run, export: Export, program: GraphModule) -> dict[str, object]:
-    """Compare the ONNX export with torch operator by operator. Raises CheckFailed with the operator that differs."""
-    forced = partial(forced_evaluation.onnx_tensors, export.onnx)
-    return operator_parity.check(program, _query(run, export), export.tensors(), forced, "the ONNX export")
-
-
-def _engine_parity(run: Run, export: Export, engine: Path, program: GraphModule) -> dict[str, object] | None:
-    """Compare the compiled graph with torch operator by operator; None if the target has no readable graph.
-
-    Raises CheckFailed with the operator that differs.
-    """
-    float_type: FloatType = run.target.float_type(export.precision)
-    wide: set[str] = set()
-    if isinstance(run.target, Forces):
-        forced, float_type = partial(run.target.forced, engine), "f32"
-    elif graph := run.target.graph(engine):
-        forced, wide = partial(forced_evaluation.onnx_tensors, graph), forced_evaluation.wide(graph)
-    else:
-        return None
-    name = f"{run.target.name}'s graph"
-    names = export.tensors()
-    return operator_parity.check(program, _query(run, export), names, forced, name, float_type=float_type, wide=wide)
-
-
-def _on_units(run: Run, export: Export, engine: Path, ladder: Ladder) -> dict[str, UnitResult]:
-    """Return the accuracy on each compute unit of the target, and the distance from the last step of `ladder`, in which
-    the runtime chose the units. Raises CheckFailed if the logits on a unit differ by more than the noise.
-    """
-    assert isinstance(run.target, HasUnits)
-    units = {}
-    for unit in run.target.units:
-        with run.target.open_on(engine, unit) as session:
-            logits = _outputs(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
-        float_type = run.target.float_type(export.precision)
-        units[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
-    return units
+    ladder = _all_steps(subject, before, executor(graph) if graph else None, diverging)
+    return _report(subject, ladder, inspected, executed=False, why_not=f"not executed: {why_not}")
 
 
 def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, Path]) -> VerificationReport:
@@ -210,15 +113,14 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
 
     Raises CheckFailed as `verify` does.
     """
-    graph, program = bundle / "model.onnx", _program(export)
+    graph, subject = bundle / "model.onnx", _subject(run, export)
     float_type = run.target.float_type(export.precision)
     forced = partial(forced_evaluation.onnx_tensors, graph)
-    query = _query(run, export)
     proven = {
-        "export": _export_parity(run, export, program),
+        "export": _export_parity(subject),
         run.target.name: operator_parity.check(
-            program,
-            query,
+            subject.program,
+            subject.query,
             export.tensors(),
             forced,
             "the bundle's graph",
@@ -228,16 +130,63 @@ def verify_bundle(run: Run, export: Export, bundle: Path, before: Mapping[str, P
     }
 
     def diverging() -> str:
-        return graph_divergence(export, graph, query)
+        return graph_divergence(export, graph, subject.query)
 
-    ladder = _all_steps(run, export, before, executor(graph), diverging)
+    ladder = _all_steps(subject, before, executor(graph), diverging)
     why_not = f"not executed: {run.target.missing()}"
-    return _report(run, export, ladder, {"parity": proven}, executed=False, why_not=why_not)
+    return _report(subject, ladder, {"parity": proven}, executed=False, why_not=why_not)
+
+
+def _subject(run: Run, export: Export) -> _Subject:
+    from calibration.graph import exported_program
+
+    program = exported_program.load(export.program).module()
+    images, _ = next(run.images("test").batches(export.batch))
+    return _Subject(run=run, export=export, program=program, query=padded(images.numpy(), export.batch))
+
+
+def _export_parity(subject: _Subject) -> dict[str, object]:
+    """Compare the ONNX export with torch operator by operator. Raises CheckFailed with the operator that differs."""
+    forced = partial(forced_evaluation.onnx_tensors, subject.export.onnx)
+    names = subject.export.tensors()
+    return operator_parity.check(subject.program, subject.query, names, forced, "the ONNX export")
+
+
+def _engine_parity(subject: _Subject, engine: Path) -> dict[str, object] | None:
+    """Compare the compiled graph with torch operator by operator; None if the target has no readable graph.
+
+    Raises CheckFailed with the operator that differs.
+    """
+    target = subject.run.target
+    float_type: FloatType = target.float_type(subject.export.precision)
+    wide: set[str] = set()
+    if isinstance(target, Forces):
+        forced, float_type = partial(target.forced, engine), "f32"
+    elif graph := target.graph(engine):
+        forced, wide = partial(forced_evaluation.onnx_tensors, graph), forced_evaluation.wide(graph)
+    else:
+        return None
+    name, names = f"{target.name}'s graph", subject.export.tensors()
+    return operator_parity.check(subject.program, subject.query, names, forced, name, float_type=float_type, wide=wide)
+
+
+def _on_units(subject: _Subject, engine: Path, ladder: Ladder) -> dict[str, UnitResult]:
+    """Return the accuracy on each compute unit of the target, and the distance from the last step of `ladder`, in which
+    the runtime chose the units. Raises CheckFailed if the logits on a unit differ by more than the noise.
+    """
+    run = subject.run
+    assert isinstance(run.target, HasUnits)
+    float_type = run.target.float_type(subject.export.precision)
+    units = {}
+    for unit in run.target.units:
+        with run.target.open_on(engine, unit) as session:
+            logits = _outputs(run, {unit: partial(in_queries, session.infer, session.batch)})[unit]
+        units[unit] = ladder.beside(f"{run.target.name} on {unit}", logits, float_type=float_type)
+    return units
 
 
 def _all_steps(
-    run: Run,
-    export: Export,
+    subject: _Subject,
     before: Mapping[str, Path],
     last: tuple[str, Executor] | None,
     diverging: Callable[[], str],
@@ -246,14 +195,15 @@ def _all_steps(
 
     Raises CheckFailed if a step does not match the previous step.
     """
+    run, export = subject.run, subject.export
     executors = {_ON_EXPORT: reference(export.onnx)} | dict([last] if last else [])
     outputs = _outputs(run, executors)
-    with np.load(before["weights"] / "test.npz") as arrays:
-        labels, logits = arrays["labels"], arrays["logits"]
-    ladder = Ladder(labels=labels, float_logits=logits, logits=logits, yardstick=_yardsticks(run, export))
-    ladder.note("torch float", ladder.logits)
-    with np.load(before["quantized"] / "test.npz") as arrays:
-        ladder.note("torch quantized" if export.precision == "int8" else "torch exported", arrays["logits"])
+    float_logits, labels = read_logits(before["weights"])
+    logits, _ = read_logits(before["quantized"])
+    noise = Noise(graph=subject.program, images=run.images("test"), seed=run.seed)
+    ladder = Ladder(labels=labels, float_logits=float_logits, logits=float_logits, noise=noise)
+    ladder.note("torch float", float_logits)
+    ladder.note("torch quantized" if export.precision == "int8" else "torch exported", logits)
     if export.precision != "int8" and ladder.steps[-1].snr_db < _EXPORTED_DB:
         raise CheckFailed(
             f"torch exported does not match torch float: {ladder.steps[-1].snr_db:.1f} dB, expected at least "
@@ -274,21 +224,6 @@ def _all_steps(
     return ladder
 
 
-def _yardsticks(run: Run, export: Export) -> Callable[[FloatType], Yardstick]:
-    """Return a function that gives the noise of two correct executions of the torch program on test images, by float
-    type.
-    """
-    from calibration import rounding_noise
-
-    @functools.cache
-    def of_type(float_type: FloatType) -> Yardstick:
-        test = run.images("test")
-        batches = itertools.islice(test.batches(_YARDSTICK_BATCH), _YARDSTICK_IMAGES // _YARDSTICK_BATCH)
-        return rounding_noise.yardstick(_program(export), batches, float_type, seed=run.seed)
-
-    return of_type
-
-
 def _outputs(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
     """Return the logits (N, classes) of each executor on the whole test part, which is read once, in batches."""
     test = run.images("test")
@@ -301,15 +236,8 @@ def _outputs(run: Run, executors: Mapping[str, Executor]) -> dict[str, Logits]:
     return {name: np.concatenate(logits) for name, logits in batches.items()}
 
 
-def _query(run: Run, export: Export) -> Images:
-    """Return the first test images as one query (batch, 3, S, S)."""
-    images, _ = next(run.images("test").batches(export.batch))
-    return padded(images.numpy(), export.batch)
-
-
 def _report(
-    run: Run,
-    export: Export,
+    subject: _Subject,
     ladder: Ladder,
     inspected: Mapping[str, object],
     *,
@@ -317,6 +245,7 @@ def _report(
     why_not: str | None = None,
 ) -> VerificationReport:
     """Return the report of the ladder's last step. Raises CheckFailed if it exceeds the accuracy budget."""
+    run = subject.run
     accurate, reference = top1(ladder.logits, ladder.labels), top1(ladder.float_logits, ladder.labels)
     loss = accuracy_loss.loss(ladder.float_logits, ladder.logits, ladder.labels)
     judged = (run.data.classes, ladder.labels, ladder.float_logits, ladder.logits)
@@ -328,7 +257,7 @@ def _report(
             f"the {run.recipe.name} artifact of {run.model.name} loses {loss}, from {reference:.2f} % in float to "
             f"{accurate:.2f} %; {allowed:.2f} points are allowed"
             f"{'' if loss.interval[0] > allowed else '; the budget lies in the interval: test with more images'}"
-            f"; try {_remedy(run, export)}"
+            f"; try {_remedy(subject)}"
         )
     return VerificationReport(
         accuracy=Accuracy(
@@ -348,8 +277,9 @@ def _report(
     )
 
 
-def _remedy(run: Run, export: Export) -> str:
+def _remedy(subject: _Subject) -> str:
     """Return suggestions for an artifact that exceeds the accuracy budget."""
+    run = subject.run
     gentler = f"RECIPE={_GENTLER.get(run.recipe.name, 'fp32')}"
     if not isinstance(run.recipe, Ptq | Qat):
         return gentler
@@ -360,5 +290,5 @@ def _remedy(run: Run, export: Export) -> str:
         options.append(f"MAX_DROP={run.max_drop}, which keeps the most sensitive modules in float until it holds")
     options.append("a different CALIBRATOR=")
     images, _ = next(run.images("test").batches(_SENSITIVITY_IMAGES))
-    worst = accuracy_loss.most_sensitive(_program(export), images.numpy(), _WORST)
+    worst = accuracy_loss.most_sensitive(subject.program, images.numpy(), _WORST)
     return f"{', or '.join(options)}; most sensitive modules: {', '.join(worst)} (`make sensitivity` lists all)"

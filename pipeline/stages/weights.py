@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import CannotRunHere
 from pipeline.run import Run
-from pipeline.stages.common import versions, write_evaluation
+from pipeline.stages.common import versions
 from pipeline.store.store import Inputs, Step, file_digest
 
 if TYPE_CHECKING:
     from torch import nn
 
     from calibration.data.training_history import History
+    from calibration.reports import Epoch
+    from models.checkpoint import Loaded
 
 
 def weights(run: Run) -> Step:
@@ -47,6 +48,7 @@ def weights(run: Run) -> Step:
         code=(
             "pipeline.run",
             "pipeline.stages.common",
+            "pipeline.reports.weights_report",
             "calibration.data.load",
             "calibration.data.training_history",
             "calibration.sanity_checks",
@@ -59,83 +61,75 @@ def weights(run: Run) -> Step:
 
 
 def _build(run: Run, out: Path) -> None:
-    from calibration.data import training_history
-    from calibration.training import float_weights
-
-    past = training_history.read(run.weights) if run.weights else None
-    report: dict[str, object] = {}
-    warnings: list[str] | None = None
-    if run.trained:
-        model, report, warnings = _trained(run, past, out)
-    else:
-        _check(run)
-        model = float_weights.untrained(run.model, run.images("train"), seed=run.seed)
-    trained_here = training_history.of_training(run.data, run.seed) if report.get("epochs") else None
-    _save(model, training_history.merged(past, trained_here), out)
-    _evaluate(run, model, report, warnings, out)
-
-
-def _trained(run: Run, past: History | None, out: Path) -> tuple[nn.Module, dict[str, object], list[str]]:
-    """Return the network with its weights, the report of its training, and warnings about the data."""
     from calibration import sanity_checks
     from calibration.data import training_history
     from calibration.training import float_weights
 
-    train, val = run.images("train"), run.images("val")
-    seen = (sanity_checks.look(images) for images in (train, run.images("test")))
-    warnings = sanity_checks.told(
-        *training_history.warnings(past, run.data, run.weights or out), *itertools.chain(*seen)
-    )
-    model, report = float_weights.make(
-        run.model,
-        run.weights,
-        train,
-        val,
-        seed=run.seed,
-        key=run.weights_key,
-        check=partial(_check, run),  # after the keys of a checkpoint, which take a moment
-        schedule=run.training,
-    )
-    if run.weights and not report["epochs"] and (sentence := sanity_checks.check_order(model, val)):
-        warnings += sanity_checks.told(sentence)
-    return model, report, warnings
+    train = run.images("train")
+    past = training_history.read(run.weights) if run.weights else None
+    warnings = _data_warnings(run, past, out) if run.trained else []
+    model, loaded = float_weights.load(run.model, run.weights, train, seed=run.seed, key=run.weights_key)
+    _check(run, model)  # after the keys of a checkpoint, which take a moment
+    epochs: list[Epoch] = []
+    if run.trained:
+        title = f"{run.model.name} float training"
+        epochs = float_weights.train(
+            model, loaded, train, run.images("val"), seed=run.seed, title=title, schedule=run.training
+        )
+        if run.weights and not epochs and (sentence := sanity_checks.check_order(model, run.images("val"))):
+            warnings += sanity_checks.told(sentence)
+    else:
+        float_weights.settle(model, train, seed=run.seed)
+    trained_here = training_history.of_training(run.data, run.seed) if epochs else None
+    history = training_history.merged(past, trained_here)
+    float_weights.save(model, history, out / "weights.safetensors")
+    _evaluate(run, model, out, loaded, epochs, warnings)
 
 
-def _check(run: Run, model: nn.Module | None = None) -> None:
+def _data_warnings(run: Run, past: History | None, out: Path) -> list[str]:
+    from calibration import sanity_checks
+    from calibration.data import training_history
+
+    seen = (sanity_checks.look(run.images(part)) for part in ("train", "test"))
+    known = training_history.warnings(past, run.data, run.weights or out)
+    return sanity_checks.told(*known, *itertools.chain(*seen))
+
+
+def _check(run: Run, model: nn.Module) -> None:
     from pipeline.stages import validate_model
 
-    state = model.state_dict() if model and run.weights else None
+    state = model.state_dict() if run.weights else None
     validate_model.check(
         run.model, run.preprocess.size, len(run.data.classes), pictures=run.images("train"), state=state, run=run
     )
 
 
-def _save(model: nn.Module, history: History | None, out: Path) -> None:
-    from safetensors.torch import save_file
-    from torch import contiguous_format
-
-    from calibration.data import training_history
-
-    # The format supports neither tensors that share memory nor strides.
-    state = {name: tensor.clone(memory_format=contiguous_format) for name, tensor in model.state_dict().items()}
-    save_file(state, out / "weights.safetensors", dict(training_history.metadata(history) or {}) or None)
-
-
-def _evaluate(run: Run, model: nn.Module, report: Mapping[str, object], warnings: list[str] | None, out: Path) -> None:
-    """Write the evaluation on the test part. Trained weights are judged: `warnings` are extended and reported.
+def _evaluate(
+    run: Run, model: nn.Module, out: Path, loaded: Loaded | None, epochs: Sequence[Epoch], warnings: Sequence[str]
+) -> None:
+    """Write the logits and the report. Trained weights are judged by their accuracy on the test part.
 
     Raises CheckFailed with the name of the picture if a logit is not finite.
     """
     from calibration import sanity_checks
+    from calibration.metrics import top1
+    from calibration.reports import write_logits
     from calibration.training.fit import predictions
     from models import hub
+    from pipeline.reports.weights_report import Source, WeightsReport
     from pipeline.stages import validate_model
 
-    published = hub.origin(run.weights)
-    report = {**report, "hub": published._asdict() if published else None}
     logits, labels = predictions(model, run.images("test"))
     validate_model.check_answers(run, model, logits)
-    if warnings is not None:
-        judged = sanity_checks.judge(run.data.classes, logits, labels, "test", given=run.weights is not None)
-        report = {**report, "warnings": warnings + sanity_checks.told(*judged)}
-    write_evaluation(out, report, logits, labels)
+    write_logits(logits, labels, out)
+    given = run.weights is not None
+    judged = sanity_checks.judge(run.data.classes, logits, labels, "test", given=given) if run.trained else ()
+    WeightsReport(
+        file=str(run.weights) if run.weights else None,
+        loaded=Source(key=loaded.key, prefix=loaded.prefix, tensors=loaded.tensors) if loaded else None,
+        epochs=tuple(epochs),
+        hub=hub.origin(run.weights),
+        warnings=(*warnings, *sanity_checks.told(*judged)),
+        test_top1=top1(logits, labels),
+        images=len(labels),
+    ).write(out)

@@ -12,11 +12,12 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -25,6 +26,8 @@ from sqlalchemy import exc
 from models.errors import BadRequest, CannotRunHere, EdgelineError
 from pipeline.timing.latency import Summary
 from targets.base import Placement
+
+_T = TypeVar("_T")
 
 SCHEMA: Final = 3  # stored by SQLite in `PRAGMA user_version`; 0 is a database without tables
 BUSY_MS: Final = 30_000  # how long a writer waits for the write lock of another process
@@ -39,6 +42,64 @@ _UNDECODABLE: Final = (zlib.error, ValueError, TypeError, KeyError, AttributeErr
 _AT_ONCE: Final = 500  # ids per statement: SQLite accepts 32,766 parameters, older versions 999
 
 
+def _inflated(value: bytes) -> bytes:
+    """Decompress `value`. Raises zlib.error if it is not compressed data, ValueError if it is incomplete or above the
+    size limit.
+    """
+    inflating = zlib.decompressobj()
+    text = inflating.decompress(value, _LARGEST_JSON)
+    if inflating.unconsumed_tail or not inflating.eof:
+        raise ValueError(f"a compressed column holds more than {_LARGEST_JSON >> 20} MiB, or ends too early")
+    return text
+
+
+class _Samples(sa.types.TypeDecorator[list[int]]):
+    """Latencies as zlib-compressed JSON: about a quarter of the text's size, and readable from any language."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: Sequence[int] | None, dialect: sa.Dialect) -> bytes:
+        return zlib.compress(json.dumps(list(value or ())).encode())
+
+    def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> list[int]:
+        samples: list[int] = json.loads(_inflated(value or b""))
+        return samples
+
+
+def _placement(entry: dict[str, Any]) -> Placement:
+    """Decode an entry of a plan. Raises ValueError if another program wrote values of other types."""
+    cost = entry["cost"]
+    texts = (entry["name"], entry["kind"], entry["preferred"] or "", *entry["supported"])
+    if not all(isinstance(text, str) for text in texts) or not (cost is None or isinstance(cost, int | float)):
+        raise ValueError(f"a plan holds {entry!s:.60}, expected texts and a number")
+    return Placement(**entry | {"supported": tuple(entry["supported"])})
+
+
+class _Plan(sa.types.TypeDecorator[tuple[Placement, ...]]):
+    """Placements as zlib-compressed JSON: for hundreds of operators, about a tenth of the text's size."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: Sequence[Placement] | None, dialect: sa.Dialect) -> bytes | None:
+        return None if value is None else zlib.compress(json.dumps([asdict(each) for each in value]).encode())
+
+    def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> tuple[Placement, ...] | None:
+        if value is None:
+            return None
+        return tuple(map(_placement, json.loads(_inflated(value))))
+
+
+# Types of columns. A field without one of them has the type of `_SQL_TYPES`; a field that may be None is nullable.
+_Name: TypeAlias = Annotated[str, sa.String(200)]
+_Word: TypeAlias = Annotated[str, sa.String(40)]
+_Digest: TypeAlias = Annotated[str, sa.String(64)]
+_Nanoseconds: TypeAlias = Annotated[Sequence[int], _Samples()]
+_Placements: TypeAlias = Annotated[Sequence[Placement], _Plan()]
+_SQL_TYPES: Final = {int: sa.Integer, float: sa.Float, str: sa.Text, Mapping: sa.JSON}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
     """Network, data, weights and options that two measurements must share to belong to one history, in addition to the
@@ -47,43 +108,49 @@ class Identity:
 
     network: str | None = None  # `module:function`; with the file's absolute path where MODEL names a file
     data: str | None = None  # name
-    data_digest: str | None = None  # SHA-256 of `Data.identity()`
-    weights: str | None = None  # SHA-256 of the checkpoint, or cache key of trained or random weights
+    data_digest: _Digest | None = None  # SHA-256 of `Data.identity()`
+    weights: _Digest | None = None  # SHA-256 of the checkpoint, or cache key of trained or random weights
     weights_from: str | None = field(default=None, compare=False)  # human-readable: "read from x.pt"
     choices: str | None = None  # variables with values other than the default, such as "form=channels placement=conv"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One measurement, with its conditions and everything needed to repeat it. None: unknown or not applicable."""
+    """One measurement, with its conditions and everything needed to repeat it. None: unknown or not applicable.
 
-    model: str
-    family: str
-    target: str
-    device: str
-    recipe: str
-    precision: str
+    Each field is a column, in this order, and so is each field of `summary` and `identity`. Later schemas add fields at
+    the end; they may be None.
+    """
+
+    # Set by `append`, which ignores given values.
+    id: int | None = None
+    created: str | None = None  # UTC, ISO 8601
+    model: _Name
+    family: _Name
+    target: _Name
+    device: _Name
+    recipe: _Name
+    precision: _Word
     size: int  # side of the square input, in pixels
     batch: int  # images per query; latencies are per query
     threads: int | None
-    unit: str | None = None  # compute unit, if the target has several (targets.base.HasUnits)
-    artifact_key: str
+    artifact_key: _Name
     artifact_path: str
     method: Mapping[str, object] = field(default_factory=dict)  # TimingPlan.method()
     summary: Summary
-    samples_ns: Sequence[int]  # latency of every timed query, in order of execution
+    samples_ns: _Nanoseconds  # latency of every timed query, in order of execution
     versions: Mapping[str, str] = field(default_factory=dict)
     conditions: Mapping[str, object] = field(default_factory=dict)  # for example {"before": ..., "after": ...}
     top1: float | None = None  # percent, of the artifact
     float_top1: float | None = None  # percent, of the float model on the same images
     agreement: float | None = None  # percent of images with the same predicted class as the float model
+    # Since schema 2.
+    unit: _Word | None = None  # compute unit, if the target has several (targets.base.HasUnits)
     load_ms: float | None = None  # time to load the engine, if the runtime reports it
     first_ms: float | None = None  # time of the first query, if the runtime reports it
-    plan: Sequence[Placement] | None = None  # compute plan: the unit of each operator
+    plan: _Placements | None = None  # compute plan: the unit of each operator
+    # Since schema 3.
     identity: Identity = Identity()
-    # Set by `append`, which ignores given values.
-    id: int | None = None
-    created: str | None = None  # UTC, ISO 8601
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,116 +334,52 @@ def _addition(name: str, dialect: sa.Dialect) -> str:
     return f"ALTER TABLE {_MEASUREMENTS.name} ADD COLUMN {column}"
 
 
-def _inflated(value: bytes) -> bytes:
-    """Decompress `value`. Raises zlib.error if it is not compressed data, ValueError if it is incomplete or above the
-    size limit.
-    """
-    inflating = zlib.decompressobj()
-    text = inflating.decompress(value, _LARGEST_JSON)
-    if inflating.unconsumed_tail or not inflating.eof:
-        raise ValueError(f"a compressed column holds more than {_LARGEST_JSON >> 20} MiB, or ends too early")
-    return text
+def _declared(kind: type) -> Iterator[sa.Column[Any]]:
+    """Yield the columns of a dataclass and of the dataclasses in its fields, in the order of the fields."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        first = alternatives[0]
+        if isinstance(first, type) and is_dataclass(first):
+            yield from _declared(first)
+        elif get_origin(first) is Annotated:
+            yield sa.Column(name, first.__metadata__[0], nullable=NoneType in alternatives)
+        else:
+            yield sa.Column(name, _SQL_TYPES[get_origin(first) or first], nullable=NoneType in alternatives)
 
 
-class _Samples(sa.types.TypeDecorator[list[int]]):
-    """Latencies as zlib-compressed JSON: about a quarter of the text's size, and readable from any language."""
-
-    impl = sa.LargeBinary
-    cache_ok = True
-
-    def process_bind_param(self, value: Sequence[int] | None, dialect: sa.Dialect) -> bytes:
-        return zlib.compress(json.dumps(list(value or ())).encode())
-
-    def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> list[int]:
-        samples: list[int] = json.loads(_inflated(value or b""))
-        return samples
-
-
-def _placement(entry: dict[str, Any]) -> Placement:
-    """Decode an entry of a plan. Raises ValueError if another program wrote values of other types."""
-    cost = entry["cost"]
-    texts = (entry["name"], entry["kind"], entry["preferred"] or "", *entry["supported"])
-    if not all(isinstance(text, str) for text in texts) or not (cost is None or isinstance(cost, int | float)):
-        raise ValueError(f"a plan holds {entry!s:.60}, expected texts and a number")
-    return Placement(**entry | {"supported": tuple(entry["supported"])})
-
-
-class _Plan(sa.types.TypeDecorator[tuple[Placement, ...]]):
-    """Placements as zlib-compressed JSON: for hundreds of operators, about a tenth of the text's size."""
-
-    impl = sa.LargeBinary
-    cache_ok = True
-
-    def process_bind_param(self, value: Sequence[Placement] | None, dialect: sa.Dialect) -> bytes | None:
-        return None if value is None else zlib.compress(json.dumps([asdict(each) for each in value]).encode())
-
-    def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> tuple[Placement, ...] | None:
-        if value is None:
-            return None
-        return tuple(map(_placement, json.loads(_inflated(value))))
+def _table_columns() -> Iterator[sa.Column[Any]]:
+    for column in _declared(Row):
+        if column.name == "id":
+            yield sa.Column("id", sa.Integer, primary_key=True)
+        elif column.name == "created":
+            yield sa.Column("created", sa.String(40), nullable=False)
+        elif column.name == "why_invalid":
+            yield sa.Column("valid", sa.Boolean, nullable=False)  # whether `why_invalid` is NULL, for queries
+            yield column
+        else:
+            yield column
 
 
 _METADATA: Final = sa.MetaData()
 _MEASUREMENTS: Final = sa.Table(
     "measurements",
     _METADATA,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("created", sa.String(40), nullable=False),
-    sa.Column("model", sa.String(200), nullable=False),
-    sa.Column("family", sa.String(200), nullable=False),
-    sa.Column("target", sa.String(200), nullable=False),
-    sa.Column("device", sa.String(200), nullable=False),
-    sa.Column("recipe", sa.String(200), nullable=False),
-    sa.Column("precision", sa.String(40), nullable=False),
-    sa.Column("size", sa.Integer, nullable=False),
-    sa.Column("batch", sa.Integer, nullable=False),
-    sa.Column("threads", sa.Integer),
-    sa.Column("artifact_key", sa.String(200), nullable=False),
-    sa.Column("artifact_path", sa.Text, nullable=False),
-    sa.Column("method", sa.JSON, nullable=False),
-    sa.Column("p50_ms", sa.Float, nullable=False),
-    sa.Column("p90_ms", sa.Float, nullable=False),
-    sa.Column("p99_ms", sa.Float, nullable=False),
-    sa.Column("min_ms", sa.Float, nullable=False),
-    sa.Column("max_ms", sa.Float, nullable=False),
-    sa.Column("mean_ms", sa.Float, nullable=False),
-    sa.Column("n", sa.Integer, nullable=False),
-    sa.Column("cv", sa.Float, nullable=False),
-    sa.Column("valid", sa.Boolean, nullable=False),
-    sa.Column("why_invalid", sa.Text),
-    sa.Column("samples_ns", _Samples, nullable=False),
-    sa.Column("versions", sa.JSON, nullable=False),
-    sa.Column("conditions", sa.JSON, nullable=False),
-    sa.Column("top1", sa.Float),
-    sa.Column("float_top1", sa.Float),
-    sa.Column("agreement", sa.Float),
-    # Since schema 2. Columns added after schema 1 are nullable and listed in _ADDED.
-    sa.Column("unit", sa.String(40)),
-    sa.Column("load_ms", sa.Float),
-    sa.Column("first_ms", sa.Float),
-    sa.Column("plan", _Plan),
-    # Since schema 3.
-    sa.Column("network", sa.Text),
-    sa.Column("data", sa.Text),
-    sa.Column("data_digest", sa.String(64)),
-    sa.Column("weights", sa.String(64)),
-    sa.Column("weights_from", sa.Text),
-    sa.Column("choices", sa.Text),
+    *_table_columns(),
     sqlite_autoincrement=True,  # ids are never reused
 )
-_IDENTITY_COLUMNS: Final = tuple(item.name for item in fields(Identity))
-_ADDED: Final = ("unit", "load_ms", "first_ms", "plan", *_IDENTITY_COLUMNS)
+_COLUMNS: Final = tuple(column.name for column in _MEASUREMENTS.columns)
+_ADDED: Final = _COLUMNS[_COLUMNS.index("unit") :]  # since schema 2
 # The columns in which all measurements of one cell are equal: the device, and everything that the user chooses.
 CELL: Final = (
     *("target", "device", "model", "recipe", "size", "batch", "threads", "unit"),
-    *(name for name in _IDENTITY_COLUMNS if name != "weights_from"),
+    *(item.name for item in fields(Identity) if item.compare),
 )
 # A covering index for the latest measurement of each cell: the table itself is much larger because of the samples.
 _CELLS: Final = (
     f"CREATE INDEX IF NOT EXISTS measurements_cells ON measurements ({', '.join((*CELL, 'id DESC', 'valid'))})"
 )
-_LATENCIES: Final = ("p50_ms", "p90_ms", "p99_ms", "min_ms", "max_ms", "mean_ms")
-_SUMMARY_COLUMNS: Final = (*_LATENCIES, "n", "cv", "why_invalid")
+_SUMMARY_COLUMNS: Final = tuple(item.name for item in fields(Summary))
+_LATENCIES: Final = tuple(name for name in _SUMMARY_COLUMNS if name.endswith("_ms"))
 _KINDS: Final[Mapping[type, tuple[tuple[type, ...], str]]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
@@ -393,12 +396,6 @@ _RANGES: Final = (
     (_LATENCIES, (1e-9, 1e9), "milliseconds above 0"),
     (("top1", "float_top1", "agreement"), (0, 100), "percent from 0 to 100"),
 )
-_GIVEN_BY_APPEND: Final = ("id", "created", "valid")
-_ROW_COLUMNS: Final = tuple(
-    column.name
-    for column in _MEASUREMENTS.columns
-    if column.name not in (*_SUMMARY_COLUMNS, *_IDENTITY_COLUMNS, *_GIVEN_BY_APPEND)
-)
 
 # Triggers in the file reject changes from any program. REPLACE deletes rows without firing delete triggers, hence the
 # third trigger; there the id of a row inserted without an id is -1.
@@ -414,21 +411,29 @@ _TRIGGERS: Final = tuple(
 )
 
 
-def _columns(row: Row, created: str) -> dict[str, object]:
-    values: dict[str, object] = {name: getattr(row, name) for name in _ROW_COLUMNS}
-    values |= {name: getattr(row.summary, name) for name in _SUMMARY_COLUMNS}
-    values |= {name: getattr(row.identity, name) for name in _IDENTITY_COLUMNS}
-    return {**values, "created": created, "valid": row.summary.valid}
+def _columns(row: Row, created: str) -> Mapping[str, Any]:
+    """Return the values of the columns to insert."""
+    given = {**_values(row), "created": created, "valid": row.summary.valid}
+    return {name: value for name, value in given.items() if name != "id"}
+
+
+def _values(record: Row | Summary | Identity) -> dict[str, Any]:
+    """Return the fields by name, with those of nested dataclasses on the same level."""
+    values: dict[str, Any] = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        values |= _values(value) if isinstance(value, Summary | Identity) else {item.name: value}
+    return values
 
 
 def _row(record: Mapping[Any, Any]) -> Row:
-    row = Row(
-        **{name: record[name] for name in _ROW_COLUMNS if name != "samples_ns"},
-        samples_ns=record.get("samples_ns", ()),
-        summary=_summary(record),
-        identity=Identity(**{name: record[name] for name in _IDENTITY_COLUMNS}),
-    )
-    return replace(row, id=record["id"], created=record["created"])
+    nested = {"summary": _summary(record), "identity": _read(Identity, record)}
+    return _read(Row, {"samples_ns": (), **record, **nested})
+
+
+def _read(kind: type[_T], record: Mapping[Any, Any]) -> _T:
+    """Return the dataclass `kind` with the values of the columns named as its fields."""
+    return kind(**{item.name: record[item.name] for item in fields(kind)})  # type: ignore[arg-type]
 
 
 def _past(record: Mapping[Any, Any]) -> Past:
@@ -451,7 +456,7 @@ def _summary(record: Mapping[Any, Any]) -> Summary:
             value = record.get(name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"row {record['id']} has {value} in {name}, expected {words}")
-    return Summary(**{name: record[name] for name in _SUMMARY_COLUMNS})
+    return _read(Summary, record)
 
 
 def _check_types(record: Mapping[Any, Any]) -> None:

@@ -162,7 +162,7 @@ def test_a_scalar_tensor_is_left_alone_too() -> None:
     found = made(seeded(Gated), PTQ)
     (rounded,) = nodes(found.program, integers.quantize_per_tensor.default)
     assert isinstance(rounded.args[0], Node) and rounded.args[0].target is aten.mul.Tensor
-    assert found.report["layers"] == 1
+    assert found.report is not None and found.report.layers == 1
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,10 @@ def test_weights_of_four_bits_have_fifteen_levels_and_are_converted_as_they_are_
 
 def test_converting_changes_nothing_that_the_fake_quantized_model_computes(ptq: Quantized, qat: Quantized) -> None:
     for quantized in (ptq, qat):
-        assert isinstance(quantized.report["converted_db"], float) and quantized.report["converted_db"] >= 60
-        assert isinstance(quantized.report["float_db"], float) and 15 <= quantized.report["float_db"] <= 60
-        assert quantized.report["layers"] == len(LAYERS)
+        assert quantized.report is not None
+        assert quantized.report.converted_db >= 60
+        assert 15 <= quantized.report.float_db <= 60
+        assert quantized.report.layers == len(LAYERS)
 
 
 def test_integers_stay_close_to_the_float_model(trained: nn.Module, ptq: Quantized, qat: Quantized) -> None:
@@ -217,7 +218,7 @@ def test_a_float_recipe_leaves_the_model_as_it_is(trained: nn.Module, name: str)
     recipe = calibration.recipe.ALL[name]
     assert isinstance(recipe, Float)
     found = made(trained, recipe)
-    assert found.report == {} and programs.scales(found.program.module()) == {}
+    assert found.report is None and programs.scales(found.program.module()) == {}
     assert not nodes(found.program, integers.quantize_per_tensor.default)
     assert snr_db(programs.logits(trained, images("val").batches(16)), logits(found.program)) > 100
 
@@ -274,12 +275,13 @@ def test_quantization_aware_training_changes_weights_and_keeps_the_best_epoch(pt
     before, after = integer_weights(ptq.program), integer_weights(qat.program)
     assert before.keys() == after.keys() and len(before) == len(LAYERS)
     assert sum(not torch.equal(before[name], after[name]) for name in before) > len(LAYERS) / 2
-    epochs = qat.report["qat"]
-    assert isinstance(epochs, list) and len(epochs) == QAT.epochs
-    assert qat.report["qat_bought"]["kept_epoch"] >= 1  # type: ignore[index]
-    kept = epochs[qat.report["qat_bought"]["kept_epoch"] - 1]  # type: ignore[index]
-    assert evaluate(qat.program.module(), images("val")) == pytest.approx(kept["val_top1"], abs=1e-9)
-    assert isinstance(qat.report["val_top1_before_qat"], float)
+    assert qat.report is not None and qat.report.training is not None
+    training = qat.report.training
+    assert len(training.epochs) == QAT.epochs
+    assert training.gain.kept_epoch >= 1
+    kept = training.epochs[training.gain.kept_epoch - 1]
+    assert evaluate(qat.program.module(), images("val")) == pytest.approx(kept.val_top1, abs=1e-9)
+    assert training.val_top1_before == training.gain.val_top1[0]
 
 
 def test_the_same_seed_makes_the_same_bits(trained: nn.Module, ptq: Quantized, qat: Quantized) -> None:

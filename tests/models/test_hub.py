@@ -208,7 +208,7 @@ def test_weights_are_kept_as_the_library_keeps_them(tmp_path: Path, served: Hub)
     assert (blob.name, blob.parent.name) == (hashlib.sha256(served.content).hexdigest(), "blobs")
     assert blob.stat().st_mode & 0o777 == 0o666 & ~UMASK
     assert (file.parent.parent.parent / "refs" / "main").read_text() == COMMIT
-    assert hub.origin(file) == hub.Origin(str(models.ALL[MODEL].hub), COMMIT, blob.name)
+    assert hub.origin(file) == hub.Origin(repository=str(models.ALL[MODEL].hub), revision=COMMIT, sha256=blob.name)
     assert hub.origin(blob) is None and hub.origin(None) is None
     found = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert len(found) == 3  # and nothing half-made

@@ -6,7 +6,6 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 from calibration.data.image_folder import Folder
 from models.errors import BadRequest
 from pipeline.commands.engine import engine as make_engine
+from pipeline.reports.weights_report import WeightsReport
 from pipeline.run import Run
 from pipeline.stages.compiled import compiled
 from pipeline.stages.engine import engine as engine_step
@@ -59,10 +59,8 @@ def icons(root: Path, colour: int) -> Path:
     return root
 
 
-def made(run: Run, store: Path) -> dict[str, Any]:
-    """Return the report of the float weights."""
-    report: dict[str, Any] = json.loads((Store(store).get(weights(run)).path / "report.json").read_text())
-    return report
+def made(run: Run, store: Path) -> WeightsReport:
+    return WeightsReport.read(Store(store).get(weights(run)).path)
 
 
 @pytest.fixture(scope="module")
@@ -105,29 +103,29 @@ def test_labels_of_a_file_do_the_same_as_the_order_and_name_the_classes(
     (tmp_path / "labels.txt").write_text("".join(f"{number} colour {number}\n" for number in range(1, 13)))
     data = Folder.scan(twelve[0], 0, str(tmp_path / "labels.txt"))
     report = made(tiny_run(data=data, weights=twelve[1]), tmp_path / "store")
-    assert report["test_top1"] == 100.0 and report["warnings"] == []
+    assert report.test_top1 == 100.0 and report.warnings == ()
     assert data.classes[1] == "colour 2"
 
 
 def test_labels_in_a_wrong_order_raise_a_warning(twelve: tuple[Path, Path], tmp_path: Path) -> None:
     report = made(tiny_run(data=Folder.scan(twelve[0], 0, "text"), weights=twelve[1]), tmp_path)
-    assert report["test_top1"] == pytest.approx(100 / 12)
-    (warning,) = report["warnings"]
+    assert report.test_top1 == pytest.approx(100 / 12)
+    (warning,) = report.warnings
     assert "a different order than the classes; with the exchanged order, top-1 is 100.0% on 60 test images" in warning
 
 
 def test_a_seed_that_differs_from_the_weights_raises_a_warning(twelve: tuple[Path, Path], tmp_path: Path) -> None:
     data = Folder.scan(twelve[0], 1, "natural")
-    (warning,) = made(tiny_run(data=data, weights=twelve[1], seed=1), tmp_path)["warnings"]
+    (warning,) = made(tiny_run(data=data, weights=twelve[1], seed=1), tmp_path).warnings
     assert "of the 60 test images, so the test accuracy is not representative" in warning
     again = Store(tmp_path).get(weights(tiny_run(data=data, weights=twelve[1], seed=1))).path
-    (warning,) = made(tiny_run(data=data, weights=again / "weights.safetensors", seed=1), tmp_path)["warnings"]
+    (warning,) = made(tiny_run(data=data, weights=again / "weights.safetensors", seed=1), tmp_path).warnings
     assert "and SEED=0" in warning  # weights that were only passed on keep their history
 
 
 def test_shapes_in_the_alpha_channel_are_learned(tmp_path: Path) -> None:
     report = made(tiny_run(data=Folder.scan(icons(tmp_path / "icons", 0), 0)), tmp_path)
-    assert report["test_top1"] > 90 and report["warnings"] == []
+    assert report.test_top1 > 90 and report.warnings == ()
 
 
 def test_invisible_shapes_raise_a_warning_in_every_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -141,7 +139,7 @@ def test_invisible_shapes_raise_a_warning_in_every_run(tmp_path: Path, caplog: p
         assert [line for line in said if "64 of 64 sampled train images have a single colour" in line]
         assert [line for line in said if "float top-1 is 33.33% on 24 test images, hardly better than predict" in line]
     seen = tiny_run(data=run.data, preprocess=replace(run.preprocess, background=(0, 0, 0)))
-    assert made(seen, tmp_path / "store")["test_top1"] > 90
+    assert made(seen, tmp_path / "store").test_top1 > 90
 
 
 def test_a_network_for_photographs_above_8_bits_learns_them_and_its_description_has_their_range(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from calibration.graph import fx
 from calibration.ptq.equalization.channel_scales import Channels, find_channels, rescale
 from calibration.ptq.equalization.propagation import Read, Stored
 from calibration.ptq.equalization.scale_groups import Labels
+from calibration.reports import Equalized
 
 STRENGTHS: Final = (0.5, 0.75, 1.0)
 _LARGEST: Final = 16.0  # limit of the factors, in octaves (log2); beyond it, sums in float32 lose accuracy
@@ -84,11 +85,10 @@ def equalize(
     images: Iterable[Tensor],
     error_db: Callable[[GraphModule], float],
     rounds: Callable[[Node], bool],
-) -> dict[str, Any]:
+) -> tuple[dict[str, float], Equalized]:
     """Balance the channel ranges of `graph`, in place, with the strength of the highest SQNR, if it exceeds the SQNR of
     the unchanged graph. `error_db` returns the SQNR, in dB, of the quantized logits of a copy against float. `rounds`:
-    as for `peaks`. Returns the report: the SQNR before and after, the strength (None: `graph` is unchanged) and the
-    number of quantized channels with a free factor.
+    as for `peaks`. Returns the SQNR before (`none`) and after (`equalized`), in dB, and the choice.
     """
     channels = find_channels(graph, size)
     found = peaks(graph, channels, images, rounds)
@@ -103,10 +103,8 @@ def equalize(
         best = None
     if best is not None:
         rescale(graph, channels, factors(found, best))
-    return {
-        "repairs_db": {"none": round(before, 2), "equalized": round(before if best is None else tried[best], 2)},
-        "equalized": {"strength": best, "channels": sum(int(each.labels.count_nonzero()) for each in found)},
-    }
+    reached = {"none": round(before, 2), "equalized": round(before if best is None else tried[best], 2)}
+    return reached, Equalized(strength=best, channels=sum(int(each.labels.count_nonzero()) for each in found))
 
 
 def apply(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from calibration.metrics import snr_db, top1
 from calibration.recipe import Ptq
@@ -79,8 +79,8 @@ def _row(name: str, channels: str, model: nn.Module, run: Run, ptq: Ptq) -> tupl
         logits, _ = predictions(made.program.module(), test)
         losses.append(exact - top1(logits, labels))
         cells.append(f"{top1(logits, labels):.2f} {snr_db(reference, logits):5.1f} dB")
-        found = cast("dict[str, float]", made.report["repairs_db"])
-        repairs = ", ".join(f"{what} {decibels}" for what, decibels in found.items())
+        assert made.report is not None
+        repairs = ", ".join(f"{what} {decibels}" for what, decibels in made.report.calibration.repairs_db.items())
     print(_ROW.format(name, channels, f"{exact:.2f}", *cells, repairs), flush=True)
     return losses[0], losses[1]
 

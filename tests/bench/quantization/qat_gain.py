@@ -15,7 +15,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import calibration.recipe
 import models
@@ -93,7 +93,8 @@ def _gain(run: Run, recipe: Qat, scheme: Scheme, store: Store) -> float:
         logits: Logits = predictions(made.program.module(), test)[0]
         found.append(top1(logits, labels))
         cells += [f"{found[-1]:.2f}", f"{snr_db(reference, logits):.1f}"]
-    seconds = cast("dict[str, float]", made.report["qat_cost"])["seconds"]
+    assert made.report and made.report.training
+    seconds = made.report.training.cost.seconds
     print(_ROW.format(run.model.name, run.seed, *cells, f"{found[1] - found[0]:+.2f}", f"{seconds:.1f}"), flush=True)
     return found[1] - found[0]
 

@@ -29,6 +29,7 @@ from calibration.data.load import load
 from calibration.metrics import snr_db, top1
 from calibration.recipe import with_ptq
 from pipeline import process_setup
+from pipeline.reports.quantization_report import QuantizationReport
 from pipeline.run import Run
 from pipeline.stages.quantized import quantized
 from pipeline.store.store import MANIFEST, Store
@@ -81,10 +82,11 @@ def _measured(seed: int, target: str, recipe: str, weights: Path, crops: Path, s
     step = quantized(run)
     floats, made = store.get(step.inputs["weights"]).path, store.get(step).path
     (expected, labels), (found, _) = ((each["logits"], each["labels"]) for each in map(_test, (floats, made)))
-    report = json.loads((made / "report.json").read_text())
+    report = QuantizationReport.read(made).quantization
+    assert report is not None
     seconds = json.loads((made / MANIFEST).read_text())["seconds"]
     accuracy, decibels = top1(found, labels), snr_db(expected, found)
-    repairs = ", ".join(f"{name} {value}" for name, value in report["repairs_db"].items())
+    repairs = ", ".join(f"{name} {value}" for name, value in report.calibration.repairs_db.items())
     cells = (f"{top1(expected, labels):.2f}", f"{accuracy:.2f}", f"{decibels:.1f}", f"{seconds:.0f}")
     print(_ROW.format(seed, target, recipe, *cells, repairs), flush=True)
     return accuracy, decibels

@@ -223,8 +223,9 @@ def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:
     batches = list(images("val").batches(32))
     first, second = (exported_program.logits(each.program.module(), batches) for each in made)
     assert np.array_equal(first, second)
-    told = made[0].report["repairs_db"]
-    assert isinstance(told, dict) and told["adaptive"] >= told["bias"] >= told["calibrated"]
+    assert made[0].report is not None
+    told = made[0].report.calibration.repairs_db
+    assert told["adaptive"] >= told["bias"] >= told["calibrated"]
     prepared = calibrated(recipe, SHARED, CalibrationSplit.draw(model, recipe, images("train"), seed=0))
     assert snr_db(exported_program.logits(prepared, batches), first) > 100
 

@@ -131,10 +131,11 @@ def test_a_part_shares_its_tensors_and_leaves_the_graph_as_it_was(prepared: Grap
 
 def test_the_budget_keeps_exactly_the_sensitive_module_in_float(fragile: nn.Module) -> None:
     made = quantize(fragile, budgeted(PTQ, TIGHT), SHARED, images("train"), images("val"), seed=0)
-    assert made.report["keep_float"] == [VICTIM]
+    assert made.report is not None and made.report.search is not None
+    assert made.report.search.keep_float == (VICTIM,)
     assert list(programs.scales(made.program.module())) == ["0", "8"]
     found = evaluate(made.program.module(), images("val"))
-    assert found == made.report["val_top1"]
+    assert found == made.report.search.val_top1
     assert found >= evaluate(fragile, images("val")) - 100 / len(images("val"))
 
 
@@ -153,8 +154,8 @@ def test_a_budget_is_met_after_training_too(fragile: nn.Module) -> None:
     """One training step at this rate does not restore the accuracy."""
     recipe = budgeted(Qat(name="int8_qat", warm_start=PTQ, epochs=1, learning_rate=1e-9), TIGHT)
     made = quantize(fragile, recipe, SHARED, images("train"), images("val"), seed=0)
-    assert made.report["keep_float"] == [VICTIM]
-    assert {"val_top1_before_qat", "qat", "budget"} <= made.report.keys()
+    assert made.report is not None and made.report.training is not None and made.report.search is not None
+    assert made.report.search.keep_float == (VICTIM,)
 
 
 def test_an_unreachable_budget_is_refused_with_the_nearest_result(probe: Probe) -> None:

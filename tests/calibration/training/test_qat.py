@@ -29,10 +29,11 @@ from calibration.metrics import snr_db
 from calibration.ptq.calibrate import CalibrationSplit, fake_quants
 from calibration.quantize import calibrated, quantize
 from calibration.recipe import Ptq, Qat
+from calibration.reports import QatEpoch, QatReport
 from calibration.scheme import AFFINE, SHARED, Scheme
 from calibration.training import qat
 from calibration.training.fit import TrainingPlan, fit, predictions
-from calibration.training.qat import QatEpoch, _chance, _Judgement, diverged, epochs_of
+from calibration.training.qat import _chance, _Judgement, diverged, epochs_of
 from calibration.training.resume import Checkpoint
 from tests.support.tiny import ROOT, Colours, surroundings
 from tests.support.toys import CLASSES, Hybrid, images, seeded
@@ -82,7 +83,7 @@ def _begun(teacher: nn.Module, scheme: Scheme) -> GraphModule:
 
 def run(
     teacher: nn.Module, recipe: Qat = QAT, checkpoint: Checkpoint | None = None, scheme: Scheme = SHARED
-) -> tuple[GraphModule, dict[str, Any]]:
+) -> tuple[GraphModule, QatReport]:
     prepared = begun(teacher, scheme)
     report = qat.train(prepared, teacher, recipe, images("train"), images("val"), seed=0, checkpoint=checkpoint)
     return prepared, report
@@ -108,7 +109,7 @@ def noted() -> Noted:
 
 
 @pytest.fixture(scope="module")
-def whole(teacher: nn.Module, noted: Noted) -> tuple[GraphModule, dict[str, Any]]:
+def whole(teacher: nn.Module, noted: Noted) -> tuple[GraphModule, QatReport]:
     """Return an uninterrupted training."""
     return run(teacher, checkpoint=noted)
 
@@ -117,25 +118,23 @@ def whole(teacher: nn.Module, noted: Noted) -> tuple[GraphModule, dict[str, Any]
 
 
 def test_training_brings_the_logits_nearer_to_the_teachers(
-    teacher: nn.Module, whole: tuple[GraphModule, dict[str, Any]]
+    teacher: nn.Module, whole: tuple[GraphModule, QatReport]
 ) -> None:
     prepared, report = whole
     expected, _ = predictions(teacher, images("val"))
     before, after = (snr_db(expected, predictions(graph, images("val"))[0]) for graph in (begun(teacher), prepared))
-    assert report["qat_bought"]["val_db"] == [pytest.approx(before, abs=1e-3), pytest.approx(after, abs=1e-3)]
+    assert report.gain.val_db == pytest.approx((before, after), abs=1e-3)
     assert after > before + 0.5
-    assert report["qat_bought"]["kept_epoch"] >= 1 and report["qat_stopped"] is None
-    assert report["val_top1_before_qat"] == report["qat_bought"]["val_top1"][0]
+    assert report.gain.kept_epoch >= 1 and report.stopped is None
+    assert report.val_top1_before == report.gain.val_top1[0]
 
 
-def test_the_report_has_the_cost_of_the_training(whole: tuple[GraphModule, dict[str, Any]]) -> None:
-    epochs, cost = whole[1]["qat"], whole[1]["qat_cost"]
-    assert [set(epoch) for epoch in epochs] == [
-        {"loss", "val_top1", "val_db", "val_chance", "rate", "seconds"}
-    ] * EPOCHS
-    assert cost["seconds"] == pytest.approx(sum(epoch["seconds"] for epoch in epochs), abs=0.01)
-    assert cost["images_per_second"] == pytest.approx(len(images("train")) * EPOCHS / cost["seconds"], rel=0.01)
-    assert cost["mixed_precision"] == "not used on cpu" and cost["resumed_after_epoch"] == 0
+def test_the_report_has_the_cost_of_the_training(whole: tuple[GraphModule, QatReport]) -> None:
+    epochs, cost = whole[1].epochs, whole[1].cost
+    assert len(epochs) == EPOCHS
+    assert cost.seconds == pytest.approx(sum(epoch.seconds for epoch in epochs), abs=0.01)
+    assert cost.images_per_second == pytest.approx(len(images("train")) * EPOCHS / cost.seconds, rel=0.01)
+    assert cost.mixed_precision == "not used on cpu" and cost.resumed_after_epoch == 0
 
 
 def test_the_teacher_is_followed_against_the_labels_and_stays_as_it_is(teacher: nn.Module) -> None:
@@ -146,14 +145,14 @@ def test_the_teacher_is_followed_against_the_labels_and_stays_as_it_is(teacher: 
     before = copy.deepcopy(wrong)
     prepared = begun(teacher)
     report = qat.train(prepared, wrong, replace(QAT, learning_rate=0.1), images("train"), images("val"), seed=0)
-    losses = [epoch["loss"] for epoch in report["qat"]]  # type: ignore[attr-defined]
+    losses = [epoch.loss for epoch in report.epochs]
     assert losses[-1] < 0.8 * losses[0]
-    before_db, after_db = report["qat_bought"]["val_db"]  # type: ignore[index]
+    before_db, after_db = report.gain.val_db
     assert after_db > before_db + 0.5
     assert same(wrong, before)
 
 
-def test_ranges_follow_until_they_are_frozen(whole: tuple[GraphModule, dict[str, Any]], noted: Noted) -> None:
+def test_ranges_follow_until_they_are_frozen(whole: tuple[GraphModule, QatReport], noted: Noted) -> None:
     states = [scales(state) for state in noted.states]
     moved = [
         sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
@@ -180,7 +179,7 @@ def test_learned_step_sizes_move_and_are_stored_in_fp16(teacher: nn.Module, sche
 def test_a_trained_affine_network_is_the_one_that_is_converted(teacher: nn.Module, learned: bool) -> None:
     recipe = replace(QAT, epochs=2, learned_scales=learned)
     made = quantize(copy.deepcopy(teacher), recipe, AFFINE, images("train"), images("val"), seed=0)
-    assert isinstance(made.report["converted_db"], float) and made.report["converted_db"] >= 60
+    assert made.report is not None and made.report.converted_db >= 60
     assert np.isfinite(logits(made.program.module(), images("val").batches(16))).all()
 
 
@@ -188,7 +187,7 @@ def test_mixed_precision_trains_and_rounds_in_float32(teacher: nn.Module, monkey
     """As on a GPU, emulated on the CPU."""
     monkeypatch.setattr(qat, "_mixed", lambda device: True)
     _, report = run(teacher, replace(QAT, epochs=1))
-    assert report["qat_cost"]["mixed_precision"] == "bfloat16" and math.isfinite(report["qat"][0]["loss"])
+    assert report.cost.mixed_precision == "bfloat16" and math.isfinite(report.epochs[0].loss)
 
 
 class Homogeneous(nn.Module):
@@ -215,10 +214,10 @@ def test_the_same_network_at_other_scales_is_trained_to_the_same_integers() -> N
     reports, integers = [], []
     for model in (teacher, scaled):
         prepared, report = run(model, replace(QAT, epochs=2, freeze_ranges_at=0.0))
-        reports.append([(epoch["loss"], epoch["val_db"]) for epoch in report["qat"]])
+        reports.append([(epoch.loss, epoch.val_db) for epoch in report.epochs])
         units = qat._units(prepared)
         integers.append([(weight / scale).round() for weight, scale in units.items()])
-        assert report["qat_bought"]["kept_epoch"] >= 1
+        assert report.gain.kept_epoch >= 1
     assert reports[0] == reports[1] and len(integers[0]) == 3
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*integers, strict=True))
 
@@ -229,7 +228,7 @@ def test_teacher_logits_that_are_not_kept_are_recomputed_with_the_same_result(
     kept, _ = run(teacher, replace(QAT, epochs=1))
     monkeypatch.setattr(qat, "_KEPT_LOGITS", 0)
     asked, report = run(teacher, replace(QAT, epochs=1))
-    assert report["qat_bought"]["kept_epoch"] == 1
+    assert report.gain.kept_epoch == 1
     expected, found = (predictions(graph, images("val"))[0] for graph in (kept, asked))
     assert snr_db(expected, found) > 40  # batches of another order, so other sums
 
@@ -251,20 +250,20 @@ def test_an_image_that_cannot_be_read_keeps_the_others_with_their_own_logits(tea
 
 
 def test_the_epoch_that_is_kept_is_better_than_the_start_and_near_the_best(
-    whole: tuple[GraphModule, dict[str, Any]], noted: Noted
+    whole: tuple[GraphModule, QatReport], noted: Noted
 ) -> None:
     prepared, report = whole
-    start, kept = report["qat_bought"]["val_db"]
-    assert report["qat"][report["qat_bought"]["kept_epoch"] - 1]["val_db"] == kept
-    assert max(start, max(epoch["val_db"] for epoch in report["qat"]) - 1) < kept
+    start, kept = report.gain.val_db
+    assert report.epochs[report.gain.kept_epoch - 1].val_db == kept
+    assert max(start, max(epoch.val_db for epoch in report.epochs) - 1) < kept
     found = noted.states[-1]["best"]
     assert all(torch.equal(tensor, found[name]) for name, tensor in prepared.state_dict().items())
 
 
 def test_a_training_that_never_reaches_its_start_leaves_that(teacher: nn.Module) -> None:
     prepared, report = run(teacher, replace(QAT, learning_rate=100.0, epochs=2))
-    assert report["qat_bought"]["kept_epoch"] == 0
-    assert report["qat_bought"]["val_db"][0] == report["qat_bought"]["val_db"][1]
+    assert report.gain.kept_epoch == 0
+    assert report.gain.val_db[0] == report.gain.val_db[1]
     assert same(prepared, begun(teacher))
 
 
@@ -306,9 +305,9 @@ def test_the_chance_of_a_difference_is_that_of_a_sign_test() -> None:
 
 def test_an_epoch_worse_than_the_start_lowers_the_rate_and_the_training_recovers(teacher: nn.Module) -> None:
     prepared, report = run(teacher, replace(QAT, learning_rate=10.0, epochs=8))
-    rates = [epoch["rate"] for epoch in report["qat"]]
-    decibels = [epoch["val_db"] for epoch in report["qat"]]
-    start, kept = report["qat_bought"]["val_db"]
+    rates = [epoch.rate for epoch in report.epochs]
+    decibels = [epoch.val_db for epoch in report.epochs]
+    start, kept = report.gain.val_db
     assert rates[0] == 1 and rates[-1] < 1
     assert all(
         (later < rate) == (db < start)
@@ -370,8 +369,8 @@ def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_wei
     teacher = seeded(Exploding).eval()
     with caplog.at_level(logging.WARNING, "edgeline"):
         prepared, report = run(teacher, replace(QAT, learning_rate=1000.0))
-    assert report["qat_stopped"] == "the loss became nan in epoch 1, step 2"
-    assert report["qat"] == [] and report["qat_bought"]["kept_epoch"] == 0
+    assert report.stopped == "the loss became nan in epoch 1, step 2"
+    assert report.epochs == () and report.gain.kept_epoch == 0
     assert same(prepared, begun(teacher))
     said = "QAT stopped: the loss became nan in epoch 1, step 2; kept: the start (post-training quantization)"
     assert [record.message for record in caplog.records if record.name == "edgeline"] == [said]
@@ -395,7 +394,7 @@ run(trained(), checkpoint=Killed(path=Path(sys.argv[1]), identity="toy"))
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(
-    teacher: nn.Module, whole: tuple[GraphModule, dict[str, Any]], tmp_path: Path
+    teacher: nn.Module, whole: tuple[GraphModule, QatReport], tmp_path: Path
 ) -> None:
     path = tmp_path / "training.pt"
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(path)]
@@ -406,10 +405,10 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     left = checkpoint.load()
     assert left is not None and len(left["epochs"]) == 1
     prepared, report = run(teacher, checkpoint=checkpoint)
-    assert report["qat_cost"]["resumed_after_epoch"] == 1
+    assert report.cost.resumed_after_epoch == 1
     assert same(prepared, whole[0])
-    for ours, theirs in zip(report["qat"], whole[1]["qat"], strict=True):
-        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    for ours, theirs in zip(report.epochs, whole[1].epochs, strict=True):
+        assert replace(ours, seconds=0) == replace(theirs, seconds=0)
 
 
 @pytest.mark.parametrize(("learned", "backs_off"), [(False, False), (False, True), (True, False)])
@@ -420,13 +419,13 @@ def test_a_training_stopped_after_any_epoch_goes_on_to_the_same_bits(
     if backs_off:
         recipe = replace(recipe, learning_rate=100.0)
     expected, whole = run(teacher, recipe)
-    assert (whole["qat"][-1]["rate"] < 1) == backs_off
+    assert (whole.epochs[-1].rate < 1) == backs_off
     for count in (1, 2, 3):
         checkpoint = Checkpoint(path=tmp_path / f"{count}.pt", identity="toy")
         with pytest.raises(KeyboardInterrupt):
             run(teacher, recipe, Stopped(path=checkpoint.path, identity="toy", left=[None] * count))
         found, report = run(teacher, recipe, checkpoint)
-        assert report["qat_cost"]["resumed_after_epoch"] == count and same(found, expected)
+        assert report.cost.resumed_after_epoch == count and same(found, expected)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

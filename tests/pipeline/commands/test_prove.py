@@ -18,6 +18,7 @@ from calibration.graph.qparams import Activation, Carried, Weight, carried
 from calibration.recipe import Ptq
 from models.errors import BadRequest, CheckFailed
 from pipeline.commands.prove import checked, made, proof, prove, typed
+from pipeline.reports.quantization_report import QuantizationReport
 from pipeline.stages import qparams_parity as proofs
 from pipeline.store.store import Store
 from targets.coreml import qparams as coreml_qparams
@@ -120,8 +121,10 @@ def test_adaptively_rounded_weights_are_identical_in_all_artifacts(
     assert isinstance(RUN.recipe, Ptq)
     run = replace(RUN, recipe=replace(RUN.recipe, rounding="adaptive", bias_correction=False))
     answer: dict[str, Any] = prove(run, shared)
-    report = json.loads((Store(shared).get(made(run)["quantized"]).path / "report.json").read_text())
-    assert report["repairs_db"]["adaptive"] > report["calibrators_db"][report["calibrator"]]  # it was kept
+    report = QuantizationReport.read(Store(shared).get(made(run)["quantized"]).path).quantization
+    assert report is not None
+    made_by = report.calibration
+    assert made_by.repairs_db["adaptive"] > made_by.calibrators_db[made_by.calibrator]  # it was kept
     assert [answer[verdict] for verdict in proofs.VERDICTS] == [3, 0, 0, 0]
 
 
@@ -311,7 +314,7 @@ def test_without_tensorrt_rtx_the_graph_for_it_is_proven(shared: Path, folders: 
 
 
 def test_a_recipe_without_scales_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="RECIPE=fp16 has no scales to prove; use RECIPE=int8_qat or RECIPE=int8_ptq"):
+    with pytest.raises(BadRequest, match="RECIPE=fp16 is not quantized to INT8; use RECIPE=int8_ptq or "):
         prove(tiny_run("fp16", "coreml"), tmp_path)
 
 

@@ -242,7 +242,7 @@ def test_damaged_lines_of_a_log_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_integers_has_no_placement(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match=r"RECIPE=fp32 runs no operators in INT8.*use RECIPE=int8_ptq"):
+    with pytest.raises(BadRequest, match=r"RECIPE=fp32 is not quantized to INT8.*use RECIPE=int8_ptq"):
         tune(tiny_run("fp32", "cpu"), tmp_path)
 
 

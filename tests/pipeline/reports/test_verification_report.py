@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reports.verification_report import FILE, StepResult, UnitResult, VerificationReport
+from calibration.reports import StepResult, UnitResult
+from pipeline.reports.report_file import FILE
+from pipeline.reports.verification_report import VerificationReport
 from pipeline.stages.accuracy_loss import Loss
 from targets.base import Accuracy
 

@@ -22,6 +22,8 @@ from pipeline.commands.explain import explain as make_explain
 from pipeline.commands.profile import profile as make_profile
 from pipeline.commands.qat import qat as make_qat
 from pipeline.commands.verify import verify as make_verify
+from pipeline.reports.quantization_report import QuantizationReport
+from pipeline.reports.weights_report import WeightsReport
 from pipeline.stages.engine import engine as engine_step
 from pipeline.stages.exported import exported as exported_step
 from pipeline.stages.quantized import quantized
@@ -186,9 +188,10 @@ def test_qat_and_float_training_take_the_requested_epochs(tmp_path: Path) -> Non
     training, tuning = Schedule(epochs=2, rate=0.01), Schedule(epochs=3)
     run = tiny_run("int8_ptq", "cpu", training=training, tuning=tuning)
     answer = make_qat(run, tmp_path)
-    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/*/report.json"))]
-    counts = {len(report["qat"]) if "qat" in report else len(report["epochs"]) for report in reports}
-    assert len(reports) == 2 and counts == {2, 3}
+    assert sorted(path.parts[-3] for path in tmp_path.glob("*/*/report.json")) == ["quantized", "weights"]
+    report = QuantizationReport.read(Path(str(answer["artifact"]))).quantization
+    assert report is not None and report.training is not None and len(report.training.epochs) == 3
+    assert len(WeightsReport.read(Store(tmp_path).path(weights(run))).epochs) == 2
     assert isinstance(answer["float_top1"], float)
 
 
@@ -198,8 +201,8 @@ def test_calibrate_reports_the_top1_of_the_float_and_the_quantized_model(
     run = tiny_run("int8_ptq", "cpu")
     with caplog.at_level("INFO", logger="edgeline"):
         answer = make_calibrate(run, shared)
-    report = json.loads((Store(shared).path(weights(run)) / "report.json").read_text())
-    assert answer["float_top1"] == report["test_top1"] == 100
+    report = WeightsReport.read(Store(shared).path(weights(run)))
+    assert answer["float_top1"] == report.test_top1 == 100
     assert "in torch: top-1" in caplog.text and ", float 100.00 %" in caplog.text
 
 

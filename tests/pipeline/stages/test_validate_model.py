@@ -15,6 +15,7 @@ from PIL import Image
 
 import models
 import targets
+from calibration import sanity_checks
 from calibration.data.batches import Images
 from calibration.data.dataset import Part
 from calibration.data.image_folder import Folder
@@ -444,12 +445,12 @@ def test_untrained_batch_norm_statistics_are_accepted(tmp_path: Path) -> None:
 def test_the_logits_of_all_images_are_checked(tmp_path: Path) -> None:
     found = pictures(tmp_path)
     logits = np.zeros((len(found), 2), np.float32)
-    assert validate_model.unfinite(found, logits) is None
+    assert sanity_checks.unfinite(found, logits) is None
     logits[3, 1], logits[5, 0] = -np.inf, np.nan
-    name = re.escape(validate_model.picture(found, 3))
+    name = re.escape(sanity_checks.picture(found, 3))
     assert re.fullmatch(
         rf"the logits of 2 of {len(found)} pictures are not finite; the first: {name}, with -inf",
-        validate_model.unfinite(found, logits) or "",
+        sanity_checks.unfinite(found, logits) or "",
     )
 
 

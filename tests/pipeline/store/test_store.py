@@ -276,7 +276,10 @@ STATEMENT = put_behind("ANEW = 1")
             "pipeline/stages/exported.py", put_for("_IMAGES = 16", "_IMAGES = 8"), STAGES[2:], id="a stage's constant"
         ),
         pytest.param(
-            "pipeline/stages/common.py", put_for('"test_top1": top1(', '"top1": top1('), STAGES, id="a shared helper"
+            "pipeline/stages/common.py",
+            put_for("importlib.metadata.version(package)", "package"),
+            STAGES,
+            id="a shared helper",
         ),
         pytest.param(
             "pipeline/stages/engine.py", put_for("os.link(", "os.symlink("), STAGES[4:], id="the last stage's helper"

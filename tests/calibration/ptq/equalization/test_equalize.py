@@ -20,6 +20,7 @@ from calibration.ptq.equalization.equalize import Peaks, equalize, factors
 from calibration.qdq_placement import parse
 from calibration.quantize import calibrated, equalized, equalized_again, quantize, traced
 from calibration.recipe import Ptq
+from calibration.reports import Equalized
 from calibration.sample_size import sufficiency
 from calibration.scheme import AFFINE, SHARED, Scheme
 from models._layers import Attention
@@ -123,13 +124,13 @@ def test_float_logits_and_the_network_are_unchanged() -> None:
     spread(network)
     before = copy.deepcopy(network.state_dict())
     split = CalibrationSplit.draw(network, PTQ, images("train"), seed=0)
-    prepared, report = equalized(PTQ, SHARED, split)  # its quantizers observe: in float
+    prepared, _, choice = equalized(PTQ, SHARED, split)  # its quantizers observe: in float
     batches = list(images("val").batches(32))
     assert snr_db(exported_program.logits(network, batches), exported_program.logits(prepared, batches)) > 100
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     plain = traced(network, SIDE).state_dict()
     assert any(not torch.equal(value, plain[name]) for name, value in prepared.state_dict().items() if name in plain)
-    assert report["equalized"] == {"strength": report["equalized"]["strength"], "channels": 48}  # type: ignore[index]
+    assert choice is not None and choice.channels == 48
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -138,9 +139,9 @@ def test_corrections_that_do_not_help_are_undone(helps: bool) -> None:
     before = copy.deepcopy(graph.state_dict())
     told = iter((10.0, 11.0, 12.0, 11.5) if helps else (10.0, 9.0, 10.0, -200.0))
     seen = [batch for batch, _ in images("train").batches(32)]
-    report = equalize(graph, SIDE, seen, lambda _: next(told), lambda _: True)
-    assert report["repairs_db"] == {"none": 10.0, "equalized": 12.0 if helps else 10.0}
-    assert report["equalized"]["strength"] == (0.75 if helps else None)
+    reached, choice = equalize(graph, SIDE, seen, lambda _: next(told), lambda _: True)
+    assert reached == {"none": 10.0, "equalized": 12.0 if helps else 10.0}
+    assert choice.strength == (0.75 if helps else None)
     changed = [name for name, value in graph.state_dict().items() if not torch.equal(value, before[name])]
     assert bool(changed) == helps
 
@@ -162,8 +163,8 @@ def test_a_graph_without_free_channels_is_tried_once() -> None:
         tried.append(made)
         return 1.0
 
-    report = equalize(graph, SIDE, [torch.randn(2, 3, SIDE, SIDE)], error_db, lambda _: True)
-    assert len(tried) == 1 and report["equalized"] == {"strength": None, "channels": 0}
+    _, choice = equalize(graph, SIDE, [torch.randn(2, 3, SIDE, SIDE)], error_db, lambda _: True)
+    assert len(tried) == 1 and choice == Equalized(strength=None, channels=0)
 
 
 def peaks(activations: list[float], weights: list[float]) -> Peaks:
@@ -216,13 +217,14 @@ def test_the_report_lists_the_corrections() -> None:
     network = seeded(Chain).eval()
     spread(network)
     made = quantize(network, PTQ, SHARED, images("train"), images("val"), seed=0)
-    told = made.report["repairs_db"]
-    assert isinstance(told, dict) and list(told) == ["none", "equalized", "calibrated", "bias"]
+    assert made.report is not None
+    told = made.report.calibration.repairs_db
+    assert list(told) == ["none", "equalized", "calibrated", "bias"]
     assert told["equalized"] > told["none"] + 10 and told["bias"] >= told["calibrated"]
     plain = quantize(network, PLAIN, SHARED, images("train"), images("val"), seed=0)
-    assert plain.report["repairs_db"] == {}
+    assert plain.report is not None and plain.report.calibration.repairs_db == {}
     for report, repaired in ((made.report, True), (plain.report, False)):
-        algorithm = report["identity"]["algorithm"]  # type: ignore[index]
+        algorithm = report.calibration.identity["algorithm"]
         assert (algorithm["equalize"], algorithm["bias_correction"]) == (repaired, repaired)
 
 
@@ -238,10 +240,9 @@ def test_the_choice_can_be_repeated_without_the_trials(scheme: Scheme) -> None:
     network = seeded(Chain).eval()
     spread(network)
     split = CalibrationSplit.draw(network, PTQ, images("train"), seed=0)
-    prepared, report = equalized(PTQ, scheme, split)
-    chosen = report["equalized"]
-    assert isinstance(chosen, dict) and chosen["strength"] is not None
-    again = equalized_again(PTQ, scheme, split, chosen["strength"])
+    prepared, _, chosen = equalized(PTQ, scheme, split)
+    assert chosen is not None and chosen.strength is not None
+    again = equalized_again(PTQ, scheme, split, chosen.strength)
     plain = equalized_again(PTQ, scheme, split, None)
     pairs = list(zip(prepared.parameters(), again.parameters(), strict=True))
     assert pairs and all(torch.equal(one, other) for one, other in pairs)
@@ -253,6 +254,7 @@ def test_the_curve_ends_at_the_network_that_was_calibrated() -> None:
     spread(network)
     train, val = images("train"), images("val")
     made = quantize(network, recipe, SHARED, train, val, seed=0)
+    assert made.report is not None
     split = CalibrationSplit.draw(network, recipe, train, seed=0)
     points = sufficiency(recipe, made.report, SHARED, split, val)
     batches = list(val.batches(32))
