@@ -16,11 +16,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from pipeline.timing.latency import MAX_BUSY, MAX_DRIFT, jiffies, throttle_events, timed
+from pipeline.timing.latency import MAX_BUSY, MAX_DRIFT, throttle_events, timed
+from targets.runner.system import sensors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -173,7 +175,7 @@ def compare(
 
 def _moment() -> tuple[float, float, float] | None:
     """Return clock ticks of all cores since boot: in total and idle; and the ticks of this process."""
-    ticks = jiffies()
+    ticks = sensors.jiffies(Path("/"))
     return ticks and (*ticks, time.process_time() * os.sysconf("SC_CLK_TCK"))
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from typing import TYPE_CHECKING, Final
 
 from calibration.progress import bar
 from models.errors import BadRequest, CannotRunHere
+from targets.runner.facts import cpu_name
+from targets.runner.system import sensors
 
 if TYPE_CHECKING:
     from targets.base import Images, Session
@@ -42,7 +42,7 @@ MAX_CV: Final = 0.5
 MAX_BUSY: Final = 0.25
 _BUSY_SECONDS: Final = 0.5  # over which this share is measured
 
-_STAT: Final = Path("/proc/stat")
+_ROOT: Final = Path("/")
 _CORES: Final = Path("/sys/devices/system/cpu")
 
 
@@ -269,7 +269,7 @@ class Conditions:
         return cls(
             load_1min=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             busy=_busy(),
-            cpu=_cpu(),
+            cpu=cpu_name(_ROOT),
             logical_cores=os.cpu_count(),
             allowed_cores=len(allowed) or None,
             governor=", ".join(governors) or None,
@@ -283,31 +283,18 @@ class Conditions:
 
 def _busy() -> float | None:
     """Measure the share of processor time that is not idle; this thread sleeps for half a second."""
-    before = jiffies()
+    before = sensors.jiffies(_ROOT)
     time.sleep(_BUSY_SECONDS)
-    after = jiffies()
+    after = sensors.jiffies(_ROOT)
     if before is None or after is None:
         return None
     total, idle = (now - then for now, then in zip(after, before, strict=True))
     return round(1 - idle / total, 3) if total else None
 
 
-def jiffies() -> tuple[int, int] | None:
-    """Return the time of all cores since boot in clock ticks, in total and idle; None where /proc/stat is missing.
-
-    Source: proc(5), /proc/stat.
-    """
-    try:
-        fields = [int(field) for field in _STAT.read_text().splitlines()[0].split()[1:]]
-    except OSError:
-        return None
-    return sum(fields[:8]), fields[3] + fields[4]  # guest time, after the eighth, is in user time already
-
-
 def throttle_events() -> int | None:
     """Return the thermal throttling events since boot, summed over all cores; None if the kernel counts none."""
-    counts = _per_core(range(os.cpu_count() or 0), "thermal_throttle/core_throttle_count")
-    return sum(map(int, counts)) if counts else None
+    return (sensors.throttle_events(_ROOT) or {}).get("cpu")
 
 
 def _allowed_cores() -> list[int]:
@@ -321,16 +308,3 @@ def _per_core(cores: Sequence[int], name: str) -> list[str]:
         return [(_CORES / f"cpu{core}" / name).read_text().strip() for core in cores]
     except OSError:  # virtual machines and containers do not have these files
         return []
-
-
-def _cpu() -> str | None:
-    """Return the processor's model name from /proc/cpuinfo (Linux) or sysctl (macOS); ARM boards often have none."""
-    if sys.platform == "darwin":
-        name = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(name, capture_output=True, text=True, check=False).stdout.strip() or None
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, None)

@@ -81,7 +81,7 @@ def facts(root: Path = Path("/"), cuda: Cuda | None = None) -> Facts:
         "architecture": platform.machine(),
         "hostname": platform.node(),
         "python": platform.python_version(),
-        "cpu": _cpu(root),
+        "cpu": cpu_name(root),
         "cores": _cores(root),
         "memory_total_bytes": _memory(root, "MemTotal") or _sysctl_number(root, "hw.memsize"),
         "memory_free_bytes": _memory(root, "MemAvailable"),
@@ -112,7 +112,7 @@ def _os(root: Path) -> str | None:
     return f"macOS {version}" if version else None
 
 
-def _cpu(root: Path) -> str | None:
+def cpu_name(root: Path) -> str | None:
     """Return the names of the cores; of an ARM core by its part number, since the model name is only `ARMv8`."""
     lines = (text(root / "proc/cpuinfo") or "").splitlines()
     fields = [(name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in lines)]
