@@ -28,7 +28,7 @@ from pipeline.run import Run
 from pipeline.stages import validate_model
 from pipeline.stages.weights import weights
 from pipeline.store.store import Store
-from tests.models.external.test_loader import SWITCHES
+from tests.models.external.test_guard import SWITCHES
 from tests.support.tiny import SPEC, Colours, python, tiny_run
 
 pytestmark = pytest.mark.slow
