@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline.cli.verbs import all_variables
+from tests.support.tiny import ROOT
 
 if TYPE_CHECKING:
     from targets.base import Export
@@ -43,3 +45,13 @@ def int8_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     from tests.support.toys import toy_export
 
     return toy_export(tmp_path_factory.mktemp("int8"), "int8")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a copy of the files that make reads before the environment exists."""
+    (tmp_path / "pipeline" / "installation").mkdir(parents=True)
+    environment = ROOT / "pipeline" / "installation" / "environment.py"
+    for path in (ROOT / "Makefile", *ROOT.glob("requirements*"), environment):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    return tmp_path

@@ -16,9 +16,9 @@ from pipeline.stages.engine import engine
 from pipeline.stages.quantized import quantized
 from pipeline.stages.weights import weights
 from pipeline.store.store import Store
+from tests.pipeline.cli.test_main import call, refused
 from tests.support import pages
 from tests.support.tiny import tiny_run
-from tests.test_cli import call, refused
 
 pytestmark = pytest.mark.slow
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.cli.verbs import VERBS
-from pipeline.installation import environment, licenses, locks
 from tests.support.tiny import ROOT, VARIABLES, surroundings
 
 pytestmark = pytest.mark.slow
@@ -52,16 +45,6 @@ NASTY = (
     "--help",
     "é",
 )
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """Return a copy of the files that make reads before the environment exists."""
-    (tmp_path / "pipeline" / "installation").mkdir(parents=True)
-    environment = ROOT / "pipeline" / "installation" / "environment.py"
-    for path in (ROOT / "Makefile", *ROOT.glob("requirements*"), environment):
-        shutil.copy(path, tmp_path / path.relative_to(ROOT))
-    return tmp_path
 
 
 def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -375,113 +358,6 @@ def test_without_python_setup_names_the_package_to_install(checkout: Path) -> No
     assert not (checkout / ".venv").exists()
 
 
-@pytest.fixture
-def offline(checkout: Path) -> Path:
-    """Return the checkout with a lock file of one local package, which needs no registry."""
-    wheel = checkout / "wheels" / "edgeline_made_up-1.0-py3-none-any.whl"
-    wheel.parent.mkdir()
-    described = "edgeline_made_up-1.0.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("edgeline_made_up.py", "MADE = 'up'\n")
-        archive.writestr(f"{described}/METADATA", "Metadata-Version: 2.1\nName: edgeline-made-up\nVersion: 1.0\n")
-        archive.writestr(f"{described}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{described}/entry_points.txt", "[console_scripts]\nmade-up = edgeline_made_up:__doc__\n")
-        archive.writestr(f"{described}/RECORD", "")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    for path in checkout.glob("requirements*.lock"):
-        path.write_text(f"edgeline-made-up==1.0 \\\n    --hash=sha256:{digest}\n")
-    return checkout
-
-
-def setting_up(checkout: Path) -> subprocess.Popen[str]:
-    """Return a running `make setup` in its own process group."""
-    return subprocess.Popen(
-        ["make", "--no-print-directory", "setup", f"PYTHON={sys.executable}"],
-        cwd=checkout,
-        env=surroundings() | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(checkout / "wheels")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def set_up(checkout: Path) -> str:
-    process = setting_up(checkout)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return said
-
-
-def environments(checkout: Path) -> list[Path]:
-    return [path for path in (checkout / ".cache" / "venvs").glob("*") if path.is_dir()]
-
-
-def works(checkout: Path) -> bool:
-    command = [".venv/bin/python", "-c", "import edgeline_made_up, sys; print(edgeline_made_up.MADE, sys.prefix)"]
-    found = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
-    script = (checkout / ".venv" / "bin" / "made-up").read_text().splitlines()[0].removeprefix("#!")
-    return found.stdout == f"up {checkout / '.venv'}\n" and Path(script).exists()
-
-
-def test_two_that_set_up_at_once_set_up_once(offline: Path) -> None:
-    running = [setting_up(offline) for _ in range(3)]
-    said = [process.communicate(timeout=240)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], said
-    assert sum("Successfully installed" in text for text in said) == 1
-    assert works(offline) and len(environments(offline)) == 1
-
-
-def test_a_set_up_that_is_killed_leaves_nothing_half_made(offline: Path) -> None:
-    (offline / ".venv").mkdir()  # an environment of before, to be kept until there is another one
-    (offline / ".venv" / "kept").touch()
-    process = setting_up(offline)
-    deadline = time.monotonic() + 120
-    while not environments(offline):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert (offline / ".venv" / "kept").exists() and not list((offline / ".venv").glob(".ready-*"))
-    set_up(offline)
-    assert works(offline) and (offline / ".venv").is_symlink()
-    assert len(environments(offline)) == 1
-    assert "Nothing to be done" in set_up(offline)
-
-
-@pytest.mark.parametrize("signals", [1, 5])
-def test_a_set_up_that_is_terminated_removes_its_environment(offline: Path, signals: int) -> None:
-    """make sends the signal that it receives to its children again; a user may press Ctrl-C twice."""
-    process = setting_up(offline)
-    deadline = time.monotonic() + 120
-    while not environments(offline):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    for _ in range(signals):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        time.sleep(0.02)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert environments(offline) == [] and not (offline / ".venv").exists()
-
-
-def test_a_file_with_a_different_hash_than_the_lock_file_is_not_installed(offline: Path) -> None:
-    set_up(offline)
-    before = (offline / ".venv").resolve()
-    wheel = next((offline / "wheels").iterdir())
-    wheel.write_bytes(wheel.read_bytes() + b" ")
-    for path in offline.glob("requirements*.lock"):
-        path.write_text(path.read_text() + "# anew\n")
-    process = setting_up(offline)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 2
-    assert "DO NOT MATCH THE HASHES" in said
-    assert "was not installed, for the reason above; it was removed again, and .venv is unchanged" in said
-    assert (offline / ".venv").resolve() == before and works(offline)
-    assert environments(offline) == [before]
-
-
 def test_no_rule_writes_outside_the_checkout(checkout: Path) -> None:
     """Except the rule that installs Debian packages for the whole system."""
     commands = TEXT[: TEXT.index("\nsystem-packages:\n")] + TEXT[TEXT.index("\nclean:\n") :]
@@ -496,101 +372,6 @@ def test_no_rule_writes_outside_the_checkout(checkout: Path) -> None:
     environment = json.loads(result.stdout)["environment"]
     for name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
         assert Path(environment[name]).is_relative_to(checkout)
-
-
-def test_the_environment_is_pinned_with_the_hashes_of_its_files() -> None:
-    wanted = re.findall(r"^([A-Za-z][\w.-]*)", (ROOT / "requirements.in").read_text(), re.M)
-    for name in ("requirements.lock", "requirements-cuda.lock", "requirements-macos.lock"):
-        text = (ROOT / name).read_text()
-        pinned = locks.entries(text)
-        assert "".join(pinned) == text  # nothing but requirements
-        for entry in pinned:
-            first, *hashes = [line.removesuffix(" \\") for line in entry.splitlines()]
-            assert re.fullmatch(r"[\w.-]+==[\w.+!-]+( ; .+)?", first)
-            assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", line) for line in hashes)
-            # torch's CPU build has other files wherever it is taken from.
-            assert hashes or (first, name) == ("torch==2.13.0", "requirements.lock")
-        names = {normalized(entry.partition("==")[0]) for entry in pinned}
-        missing = {normalized(name) for name in wanted} - names
-        assert missing == ({"tensorrt-rtx-cu13"} if "macos" in name else set())
-
-
-def normalized(name: str) -> str:
-    return name.lower().replace("_", "-")
-
-
-def test_the_lock_files_agree_on_shared_packages() -> None:
-    pins = [
-        dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / f"requirements{name}.lock").read_text(), re.M))
-        for name in ("", "-cuda", "-macos")
-    ]
-    for one in pins:
-        for other in pins:
-            assert {name: one[name] for name in one.keys() & other.keys()} == {
-                name: other[name] for name in one.keys() & other.keys()
-            }
-    assert [name for name in pins[0] if name.startswith(("nvidia-", "cuda-", "triton"))] == []
-    assert any(name.startswith("nvidia-") for name in pins[1])
-
-
-def test_a_lock_of_the_cpu_build_is_that_of_the_cuda_build_without_cuda() -> None:
-    digest = "0" * 64
-    given = "".join(
-        f"{name}==1.0 \\\n    --hash=sha256:{digest} \\\n    --hash=sha256:{digest}\n"
-        for name in ("numpy", "nvidia-cublas", "tensorrt-rtx", "torch", "torchao", "triton", "tritonclient")
-    )
-    marker = ' ; sys_platform == "linux" and platform_machine == "x86_64"'
-    found = [entry.splitlines() for entry in locks.entries(locks.cpu(given))]
-    assert [lines[0] for lines in found] == [
-        "numpy==1.0 \\",
-        f"tensorrt-rtx==1.0{marker} \\",
-        "torch==1.0",
-        "torchao==1.0 \\",
-        "tritonclient==1.0 \\",
-    ]
-    assert [len(lines) for lines in found] == [3, 3, 1, 3, 3]
-
-
-def test_packages_with_hashes_are_installed_first_and_verified() -> None:
-    lock = f"b==2 \\\n    --hash=sha256:{'0' * 64}\ntorch==1 ; python_version > '3'\n# a comment\n"
-    hashed, plain = environment.steps(lock)
-    assert hashed == (("--require-hashes", "--no-deps"), f"b==2 \\\n    --hash=sha256:{'0' * 64}\n")
-    assert plain == ((), "torch==1 ; python_version > '3'\n")
-    assert environment.steps("a==1\n") == [((), "a==1\n")]
-    assert environment.pins(lock) == "b==2\ntorch==1\n"
-
-
-def test_every_package_is_listed_with_its_licence() -> None:
-    rows = {row.package.lower(): row for row in licenses.licenses()}
-    assert rows["pytest"].license == "MIT" and not rows["pytest"].proprietary
-    assert rows["torch"].version.startswith("2.13.0")
-    proprietary = {name for name, row in rows.items() if row.proprietary}
-    assert proprietary == {name for name in rows if name.startswith(("tensorrt", "nvidia-"))}
-    result = subprocess.run(
-        [sys.executable, "-m", "pipeline.installation.licenses"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert len(result.stdout.splitlines()) == len(licenses.licenses()) + 2
-    for name in proprietary:
-        assert f"{rows[name].package} {rows[name].version} is proprietary (" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("metadata", "expected"),
-    [
-        ("License-Expression: MIT\nLicense: something else\n", "MIT"),
-        ("Classifier: License :: OSI Approved :: BSD License\nLicense: BSD\n", "BSD License"),
-        ("Classifier: License :: OSI Approved\nLicense: Apache 2.0\n", "Apache 2.0"),
-        ("License: UNKNOWN\n", "not stated"),
-        ("License-File: LICENSE\n", "not stated, but in its LICENSE"),
-        ("", "not stated"),
-    ],
-)
-def test_a_licence_is_the_first_one_in_the_metadata(metadata: str, expected: str, tmp_path: Path) -> None:
-    folder = tmp_path / "x-1.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.4\nName: x\nVersion: 1.0\n{metadata}")
-    (found,) = licenses.licenses(importlib.metadata.distributions(path=[str(tmp_path)]))
-    assert (found.package, found.version, found.license) == ("x", "1.0", expected)
 
 
 def test_running_from_a_different_folder_does_not_touch_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -54,7 +55,10 @@ def save(program: ExportedProgram, path: Path) -> None:
     from a destructor if the disk is full, which would end the process.)
     """
     content = io.BytesIO()
-    torch.export.save(program, content)
+    with warnings.catch_warnings():
+        # Of stored tensors that are views of one memory; torch doubts weights on devices other than the CPU alone.
+        warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
+        torch.export.save(program, content)
     path.write_bytes(_reproducible(content.getbuffer()))
 
 

@@ -7,6 +7,7 @@ time of the last use, to the hour.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -37,12 +38,21 @@ def hold(artifact: Path) -> None:
     """
     file = lock_file(artifact).absolute()
     with contextlib.suppress(OSError):
-        if file not in _held or not file.exists():
+        if file in _held and not file.exists():
+            _held.pop(file).close()
+        if file not in _held:
             _held[file] = locked(file, exclusive=False)
         if time.time() - file.stat().st_mtime > _NOTED_S:
             os.utime(file)
     while len(_held) > _MOST:
         _held.pop(next(iter(_held))).close()
+
+
+@atexit.register
+def release() -> None:
+    """Release all locks that this process holds."""
+    while _held:
+        _held.popitem()[1].close()
 
 
 def last_use(artifact: Path) -> float | None:

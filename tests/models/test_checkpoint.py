@@ -478,21 +478,30 @@ def test_tensors_of_other_types_are_refused(tmp_path: Path, state: State, dtype:
         checkpoint.read(path)
 
 
+# torch calls these kinds of tensors unfinished or outdated; checkpoints have them.
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per_tensor, :UserWarning",
+    "ignore:TypedStorage is deprecated:UserWarning",
+    "ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning",
+    "ignore:Sparse CSR tensor support is in beta state:UserWarning",
+)
 @pytest.mark.parametrize(
     "tensor",
     [
-        torch.eye(4).to_sparse(),
-        torch.zeros(4, device="meta"),
-        torch.quantize_per_tensor(torch.ones(4), 1, 0, torch.qint8),
-        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
-        torch.eye(4).to_sparse_csr(),
+        lambda: torch.eye(4).to_sparse(),
+        lambda: torch.zeros(4, device="meta"),
+        lambda: torch.quantize_per_tensor(torch.ones(4), 1, 0, torch.qint8),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        lambda: torch.eye(4).to_sparse_csr(),
     ],
     ids=["sparse", "meta", "quantized", "nested", "jagged", "csr"],
 )
-def test_tensors_that_hold_no_plain_numbers_are_refused(tmp_path: Path, state: State, tensor: Tensor) -> None:
+def test_tensors_that_hold_no_plain_numbers_are_refused(
+    tmp_path: Path, state: State, tensor: Callable[[], Tensor]
+) -> None:
     path = tmp_path / "w.pt"
-    torch.save({**state, "0.bias": tensor}, path)
+    torch.save({**state, "0.bias": tensor()}, path)
     with pytest.raises(
         BadRequest, match=r"`0\.bias` is a nested, meta, sparse or quantized|not a PyTorch checkpoint|pickled"
     ):

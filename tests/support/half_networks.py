@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from targets.base import Export
 from tests.support.toys import CLASSES
 
 WIDTH, SIDE = 8, 8
@@ -197,3 +204,16 @@ MASKS = {
     "filled with finfo.min": filled(_LOWEST),
     "filled with -inf": filled(-torch.inf),
 }
+
+
+def sample(export: Export) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    with np.load(export.path / "sample.npz") as found:
+        return found["images"], found["logits"]
+
+
+def evaluated(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """Evaluate a graph of batch 1 in its declared types by the ONNX reference implementation."""
+    evaluator: Any = ReferenceEvaluator(model)
+    with np.errstate(all="ignore"):
+        found = [evaluator.run(None, {"image": image[None]})[0] for image in images]
+    return np.concatenate(found)

@@ -223,6 +223,7 @@ def test_named_padding_is_spelt_out_folded_and_quantized(
     assert sum(type(module).__name__ == "PerChannelFakeQuant" for module in prepared.modules()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_padding_that_differs_between_the_sides_is_left_alone() -> None:
     graph = folded(nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.ReLU()))
     assert count(graph, aten.conv2d.padding) == 1

@@ -8,24 +8,18 @@ import pty
 import re
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
 import calibration.recipe
 import models
 import targets
-from models.errors import BadRequest
 from pipeline.cli import options
-from pipeline.cli.options import Option
 from pipeline.cli.parser import Shown, parse
-from pipeline.cli.request import read
-from pipeline.cli.typed import naming_origin
-from pipeline.cli.verbs import RULES, VERBS, all_variables
+from pipeline.cli.verbs import VERBS, all_variables
 from tests.support.tiny import ROOT, python, quickest, surroundings
 
 HELP_SECONDS = 0.6
-DECLARED = {name: value for name, value in vars(options).items() if isinstance(value, Option)}
 
 
 def help_of(*arguments: str) -> str:
@@ -74,27 +68,6 @@ def test_help_is_fast(arguments: list[str]) -> None:
 # --- Declarations ---------------------------------------------------------------------------------------------------
 
 
-def test_every_option_is_declared_once_under_its_name_and_is_used() -> None:
-    assert all(option.name == name for name, option in DECLARED.items())
-    used = {option for verb in VERBS.values() for option in verb.options} | {o for rule in RULES.values() for o in rule}
-    assert set(DECLARED.values()) - used == {options.LOCK, options.PYTHON}
-    assert all_variables() == sorted(DECLARED)
-
-
-@pytest.mark.parametrize("option", DECLARED.values(), ids=lambda option: str(option.name))
-def test_a_declaration_is_a_sentence_with_a_default_that_parses(option: Option[Any]) -> None:
-    assert option.help[0].isupper() and option.help[-1] == "."
-    assert not option.choices or not option.default or option.default in option.choices
-    option.parse(option.name, option.default)
-    for value in option.choices:
-        option.parse(option.name, value)
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_its_function(verb: str) -> None:
-    assert callable(VERBS[verb].load())
-
-
 def test_verb_modules_are_imported_only_through_the_table() -> None:
     """`pipeline.cli` imports no module of a verb: `--help` would import its dependencies."""
     modules = {verb.module for verb in VERBS.values()}
@@ -135,50 +108,6 @@ def test_a_variable_that_the_verb_does_not_read_is_no_part_of_its_request(monkey
     monkeypatch.setenv("TARGET", "cpu")
     assert parse(["tune"])[options.PLACEMENT] is None
     assert parse(["placement"])[options.TARGET].name == "coreml"
-
-
-def test_an_error_in_a_variable_of_the_environment_names_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    origin = "; TARGET is set in the environment: unset it or give TARGET on the command line"
-    known = "^TARGET=orin: no such target; Known: jetson, .*, iphone"
-
-    def error(*arguments: str) -> str:
-        request = parse(["engine", *arguments])
-        with pytest.raises(BadRequest) as refused, naming_origin(request.inherited):
-            read(request)
-        return str(refused.value)
-
-    monkeypatch.setenv("TARGET", "orin")
-    assert re.fullmatch(known + re.escape(origin), error())
-    assert re.fullmatch(known, error("--target", "orin"))
-    assert re.fullmatch("BATCH=0: expected a whole number from 1 to 256", error("--target", "cpu", "--batch", "0"))
-    monkeypatch.setenv("EDGELINE_TYPED", "TARGET")  # make exports variables of its command line
-    assert re.fullmatch(known, error())
-    monkeypatch.delenv("EDGELINE_TYPED")
-    monkeypatch.setenv("TARGET", "onnxruntime")
-    assert error("--interface", "image").endswith(
-        "not supported by TARGET=onnxruntime; use TARGET=coreml, or leave INTERFACE out" + origin
-    )
-
-
-@pytest.mark.parametrize("verb", ["tune", "placement", "engine", "models"])
-def test_a_variable_of_the_environment_without_effect_is_a_warning(
-    verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("PLACEMENT", "conv")
-    monkeypatch.setenv("TARGET", "jetson")
-    monkeypatch.setattr(sys, "argv", ["pipeline", verb])
-    parse()
-    unread = {"tune": "PLACEMENT=conv", "placement": "TARGET=jetson"}.get(verb)
-    sentence = f"{unread}, set in the environment, has no effect on make {verb}"
-    assert caplog.messages == ([sentence] if unread else [])
-
-
-def test_typed_variables_are_judged_for_a_process_and_not_for_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGELINE_TYPED", "MODLE")
-    assert parse(["models"]).verb == "models"
-    monkeypatch.setattr(sys, "argv", ["pipeline", "models"])
-    with pytest.raises(BadRequest, match=r"^MODLE=: no such variable; did you mean MODEL\?$"):
-        parse()
 
 
 # --- Completion -----------------------------------------------------------------------------------------------------

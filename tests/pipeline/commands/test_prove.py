@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 from calibration.graph import exported_program
-from calibration.graph.qparams import Activation, Carried, Weight, carried
+from calibration.graph.qparams import Carried, Weight, carried
 from calibration.recipe import Ptq
 from models.errors import BadRequest, CheckFailed
 from pipeline.commands.prove import checked, made, proof, prove, typed
 from pipeline.reports.quantization_report import QuantizationReport
 from pipeline.stages import qparams_parity as proofs
 from pipeline.store.store import Store
-from targets.coreml import qparams as coreml_qparams
 from targets.coreml.package import SPECIFICATION
 from targets.onnx import qparams as onnx_qparams
 from tests.support.tiny import resealed, tiny_run
@@ -255,32 +254,6 @@ def test_a_layer_that_became_float_is_found(copies: Folders) -> None:
         checked(copies)
 
 
-def layer(name: str, *, place: str, node: str = "") -> Carried:
-    integers = np.arange(4, dtype=np.int8).reshape(2, 2)
-    weight = Weight(integers=integers, scales=np.ones(2), zero_point=0, place=place)
-    activation = Activation(scales=np.ones(2), zero_point=0, place=f"{name} input")
-    return Carried(name=name, aliases=(node,) if node else (), activations=(activation,), weight=weight)
-
-
-def test_equal_weights_that_are_stored_once_are_folded() -> None:
-    expected = [layer("a", place="1", node="conv"), layer("b", place="2", node="conv_1")]
-    found = [layer("B", place="one", node="conv_1"), layer("A", place="one", node="conv")]  # in another order
-    rows = proofs._compared("file", proofs._paired(expected, found))
-    assert [(row.module, row.operator, row.verdict) for row in rows] == [("b", "B", "folded"), ("a", "A", "folded")]
-    assert "stored once for b, a" in str(rows[0])
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_a_layer_too_few_or_too_many_is_different(named: bool) -> None:
-    one = layer("a", place="1", node="conv" if named else "")
-    other = layer("b", place="2", node="conv_1" if named else "")
-    expected = [replace(one, aliases=("conv",)), replace(other, aliases=("conv_1",))]
-    (_, missing) = proofs._compared("file", proofs._paired(expected, [one]))
-    assert str(missing) == "b in file (no operator): quantized operator: is missing"
-    (_, extra) = proofs._compared("file", proofs._paired(expected[:1], [one, other]))
-    assert str(extra) == "b in file (b): quantized operator: is not in the checkpoint"
-
-
 def test_an_artifact_that_was_changed_after_its_proof_is_found(shared: Path, tmp_path: Path) -> None:
     prove(RUN, shared)
     for step in proof(RUN).chain():
@@ -316,28 +289,6 @@ def test_without_tensorrt_rtx_the_graph_for_it_is_proven(shared: Path, folders: 
 def test_a_recipe_without_scales_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="RECIPE=fp16 is not quantized to INT8; use RECIPE=int8_ptq or "):
         prove(tiny_run("fp16", "coreml"), tmp_path)
-
-
-def test_the_weight_file_is_read_as_coremltools_reads_it(folders: Folders) -> None:
-    from coremltools.libmilstoragepython import _BlobStorageReader
-    from coremltools.proto import Model_pb2
-
-    package = folders["coreml"] / "model.mlpackage"
-    reader = _BlobStorageReader(str(package / SPECIFICATION.parent / "weights" / "weight.bin"))
-    spec = Model_pb2.Model()
-    spec.ParseFromString((package / SPECIFICATION).read_bytes())
-    function = spec.mlProgram.functions["main"]
-    kinds = []
-    for operation in function.block_specializations[function.opset].operations:
-        inputs = [argument.value for binding in operation.inputs.values() for argument in binding.arguments]
-        for stored in (*inputs, *operation.attributes.values()):
-            if stored.WhichOneof("value") == "blobFileValue":
-                found = coreml_qparams.value(package, stored)
-                kinds.append(found.dtype.name)
-                read = {"int8": reader.read_int8_data, "float16": reader.read_fp16_data}[found.dtype.name]
-                expected = np.asarray(read(stored.blobFileValue.offset))
-                assert found.tobytes() == expected.tobytes()
-    assert kinds.count("int8") == 3 and "float16" in kinds
 
 
 def test_a_damaged_weight_file_is_explained(copies: Folders) -> None:

@@ -12,7 +12,6 @@ import pytest
 from onnx import helper, numpy_helper
 
 from calibration.metrics import snr_db
-from calibration.sample_size import Point, sentence
 from pipeline.reports import calibration_report
 from pipeline.reports.calibration_report import CACHES, GRAPH, PAGE, TABLE, render
 from pipeline.stages.exported import exported
@@ -47,22 +46,6 @@ def test_the_curve_ends_with_all_images_and_no_change(table: dict[str, Any]) -> 
     assert table["curve"][-1]["median_change"] == table["curve"][-1]["largest_change"] == 0
     assert table["curve"][0]["largest_change"] > 0
     assert table["sufficiency"].startswith("from 64 to 112 images, the ranges changed by ")
-
-
-@pytest.mark.parametrize(
-    ("change", "gained", "ending"),
-    [
-        (0.001, 0.1, "more images would change little"),
-        (0.1, 0.1, "may still change the result"),
-        (0.001, 3.0, "may still change the result"),
-    ],
-)
-def test_the_sentence_states_whether_more_images_would_change_the_result(
-    change: float, gained: float, ending: str
-) -> None:
-    before = Point(images=64, median_change=change, largest_change=0.2, snr_db=30.0, top1=99.0)
-    points = [before, Point(images=128, median_change=0.0, largest_change=0.0, snr_db=30.0 + gained, top1=99.0)]
-    assert sentence(points).endswith(ending)
 
 
 @pytest.mark.parametrize("name", CACHES)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -31,16 +31,16 @@ def toy(label: str, *, stage: str = "toys", inputs: Mapping[str, Step] | None = 
 
 
 @pytest.fixture(autouse=True)
-def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start each test without locks of this process on artifacts."""
     monkeypatch.setattr(in_use, "_held", {})
+    yield
+    in_use.release()
 
 
 def built(store: Store, step: Step) -> Path:
     path = store.get(step).path
-    for file in in_use._held.values():
-        file.close()
-    in_use._held.clear()
+    in_use.release()
     return path
 
 

@@ -21,11 +21,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import models
 from calibration.accuracy_budget import Budget
-from calibration.data.dataset import Part
 from calibration.recipe import Float, Ptq, budgeted
 from models.errors import CannotRunHere
 from pipeline.commands.engine import engine as make_engine
@@ -745,24 +743,6 @@ def test_a_command_rebuilds_the_damaged_stage(
 
 # Files with durations or times of creation.
 TIMED: dict[str, set[str]] = {"weights": {"report.json"}, "quantized": {"report.json"}, "engine": {"report.json"}}
-
-
-def test_a_weights_file_that_changes_while_it_is_read_makes_no_artifact(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    file = tmp_path / "weights.safetensors"
-    save_file(tiny_run().model.build(4).state_dict(), file)
-
-    @dataclass(frozen=True, kw_only=True, slots=True)
-    class Meanwhile(Colours):
-        def image(self, part: Part, index: int) -> Image.Image:
-            save_file(tiny_run().model.build(4).state_dict(), file)
-            return Colours.image(self, part, index)
-
-    step = weights(tiny_run(weights=file, data=Meanwhile()))
-    with pytest.raises(CannotRunHere, match=r"WEIGHTS=.* changed while it was read; run the command again"):
-        Store(tmp_path / "store").get(step)
-    assert not Store(tmp_path / "store").has(step)
 
 
 def test_processes_that_find_the_same_damage_rebuild_once(processes: Processes) -> None:

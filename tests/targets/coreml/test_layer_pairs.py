@@ -24,7 +24,12 @@ from targets.coreml.target import PACKAGE, TARGET
 from targets.coreml.weighted_layers import exported_layers
 from tests.targets.coreml.test_target import PRECISIONS, SIZE, built, exported
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:Using padding='same' with even kernel lengths:UserWarning"
+    ),  # torch copies the image
+]
 
 WIDTH = 16
 

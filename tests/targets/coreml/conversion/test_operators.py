@@ -21,7 +21,12 @@ from targets.coreml import target as coreml_target
 from tests.support.packages import SIZE, Of, computed, converted, decibels, exported
 from tests.support.tiny_export import tiny_export
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:Using padding='same' with even kernel lengths:UserWarning"
+    ),  # torch copies the image
+]
 
 CHANNELS = 8
 IMAGES = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))

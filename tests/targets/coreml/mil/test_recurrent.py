@@ -156,6 +156,12 @@ class Recurrent(nn.Module):
         return found
 
 
+# coremltools needs a trace; the names of a trace are numbers.
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace(_method)?` is deprecated:DeprecationWarning",
+    "ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning",
+    "ignore:Output, '[0-9]+', of the source model, has been renamed:UserWarning",
+)
 def test_converted_torch_layers_match_torch(tmp_path: Path) -> None:
     coremltools = import_coremltools()
     torch.manual_seed(0)
@@ -186,6 +192,11 @@ class Counter(nn.Module):
         return self.total * 2
 
 
+# coremltools finds states in a trace alone, whose second run has another state.
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace(_method)?` is deprecated:DeprecationWarning",
+    "ignore:Output nr 1. of the traced function does not match:torch.jit.TracerWarning",
+)
 def test_a_state_is_initially_zero_and_keeps_written_values(tmp_path: Path) -> None:
     coremltools = import_coremltools()
     from coremltools import StateType, TensorType

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -178,18 +176,6 @@ def test_sizes_between_the_multiples_and_beyond_the_ends_are_refused(spec: Model
     assert sizes.minimum - sizes.multiple_of not in sizes
     assert sizes.minimum + 1 not in sizes
     assert (sizes.maximum // sizes.multiple_of + 1) * sizes.multiple_of not in sizes
-
-
-@given(multiple=st.integers(1, 70), minimum=st.integers(1, 200), span=st.integers(0, 500), size=st.integers(-100, 2000))
-def test_the_nearest_sizes_work_and_nothing_closer_does(multiple: int, minimum: int, span: int, size: int) -> None:
-    sizes = Sizes(multiple_of=multiple, minimum=minimum, maximum=minimum + span)
-    working = list(members(sizes))
-    assume(working)
-    nearest = sizes.nearest(size)
-    assert 1 <= len(nearest) <= 2 and set(nearest) <= set(working) and list(nearest) == sorted(set(nearest))
-    assert min(abs(found - size) for found in nearest) == min(abs(found - size) for found in working)
-    if size in sizes:
-        assert nearest == (size,)
 
 
 @every_model
