@@ -75,6 +75,14 @@ def targets() -> str:
     return _table(("TARGET", "other names", "runtime and devices"), rows)
 
 
+def placements() -> str:
+    """A table of the default placement of each family, with the reason."""
+    rows = [
+        (row["family"], f"`{row['accelerator']}`", f"`{row['cpu']}`", row["because"]) for row in _asked(_PLACEMENTS)
+    ]
+    return _table(("family", "accelerators", "CPUs", "reason"), rows)
+
+
 def _models_table(specs: Iterable[Mapping[str, Any]]) -> str:
     rows = []
     for spec in specs:
@@ -95,12 +103,19 @@ print(json.dumps([{"name": target.name, "summary": target.summary,
     "aliases": [alias for alias, name in targets.ALIASES.items() if name == target.name]}
     for target in targets.ALL.values()]))
 """
+_PLACEMENTS: Final = """
+import json
+from calibration.family_placements import FAMILIES
+print(json.dumps([{"family": name, "accelerator": str(family.accelerator), "cpu": str(family.cpu),
+    "because": family.because} for name, family in FAMILIES.items()]))
+"""
 
 GENERATORS: Final[Mapping[str, Callable[[], str]]] = {
     "commands": commands,
     "variables": variables,
     "models": models,
     "targets": targets,
+    "placements": placements,
 }
 
 

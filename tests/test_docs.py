@@ -13,6 +13,7 @@ import pytest
 
 import models
 import targets
+from calibration.family_placements import FAMILIES
 from docs import figures, hooks
 from tests.support import pages
 from tests.support.pages import Block, Command, masked
@@ -141,6 +142,12 @@ def test_the_listed_commands_match_the_makefile() -> None:
 def test_the_listed_variables_match_make_help() -> None:
     text = generated("variables")
     assert all(name in text for name in ("MODEL", "TARGET", "RECIPE", "make engine"))
+
+
+def test_the_listed_placements_have_every_family_with_its_reason() -> None:
+    text = generated("placements")
+    assert re.findall(r"^\| (\w+) \| `", text, re.M) == list(FAMILIES)
+    assert all(family.because in text for family in FAMILIES.values())
 
 
 def test_every_marker_on_a_page_has_its_generator() -> None:
