@@ -7,6 +7,7 @@ a job whose process died starts again.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import Damaged, Refused, Rejected, Unable
+from .files import Files
 from .runtimes import runtime
 
 if TYPE_CHECKING:
@@ -27,26 +29,24 @@ _ERRORS = {error.exit_code: error for error in (Damaged, Unable, Rejected)}
 _POLL_S = 0.05
 
 
-def collected(folder: Path, task: Mapping[str, Any], prepare: Callable[[Path], None], say: Say) -> dict[str, Any]:
-    """Return the result of `task` in `folder`, starting the job unless it runs or has finished.
+def collected(root: Path, task: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """Return the result of `task`, starting its job unless it runs or has finished: `seconds`, and the digests of the
+    built `files` by name, which are kept in `Files(root)`.
 
-    `prepare` puts the input files into the empty folder. Log records of the job are passed to `say`.
+    A task has `runtime`, `options`, and the digests of the input `files` by name. Log records of the job are passed to
+    `say`. Raises the error of the build.
     """
+    files = Files(root)
+    folder = root / "jobs" / hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
     shown = 0
-    while not (folder / "done.json").exists():
-        if not _runs(folder):
-            if (folder / "done.json").exists():  # finished in between
-                break
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            prepare(folder)
-            (folder / "task.json").write_text(json.dumps(dict(task)))
-            _start(folder)
-            shown = 0
+    while True:
+        done = _result(folder, files)
+        if done is not None:
+            break
+        shown = 0 if _restarted(folder, task, files) else shown
         time.sleep(_POLL_S)
         shown = _show(folder / "log", shown, say)
     _show(folder / "log", shown, say)
-    done: dict[str, Any] = json.loads((folder / "done.json").read_text())
     if "error" in done:
         shutil.rmtree(folder, ignore_errors=True)  # the next request tries again
         raise _ERRORS.get(done["exit_code"], Refused)(done["error"])
@@ -63,9 +63,10 @@ def run(folder: Path) -> int:
 
         task = json.loads((folder / "task.json").read_text())
         started = time.monotonic()
+        done: dict[str, Any]
         try:
-            runtime(task["runtime"]).build(folder, task["options"], say)
-            done: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+            runtime(task["runtime"]).build(folder / "engine", task["options"], say)
+            done = {"seconds": round(time.monotonic() - started, 1), "files": _moved(folder / "engine", task["files"])}
         except Refused as error:
             done = {"error": str(error), "exit_code": error.exit_code}
         except Exception as error:
@@ -74,6 +75,39 @@ def run(folder: Path) -> int:
         part.write_text(json.dumps(done))
         part.replace(folder / "done.json")
     return 0
+
+
+def _result(folder: Path, files: Files) -> dict[str, Any] | None:
+    """Return the result of a job; None if it has none yet, or one of its files was removed."""
+    try:
+        done: dict[str, Any] = json.loads((folder / "done.json").read_text())
+    except OSError:
+        return None
+    return done if all(files.received(digest) == -1 for digest in done.get("files", {}).values()) else None
+
+
+def _restarted(folder: Path, task: Mapping[str, Any], files: Files) -> bool:
+    """Start the job in `folder` unless it runs. One host at a time decides."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _result(folder, files) is not None or _runs(folder):
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "engine").mkdir(parents=True)
+        files.place(task["files"], folder / "engine")
+        (folder / "task.json").write_text(json.dumps(dict(task)))
+        _start(folder)
+        return True
+
+
+def _moved(engine: Path, inputs: Mapping[str, str]) -> dict[str, str]:
+    """Move the built files of a job into `Files`, and remove the folder. Returns their digests by name."""
+    files = Files(engine.parents[2])
+    built = sorted(file for file in engine.iterdir() if file.is_file() and file.name not in inputs)
+    digests = {file.name: files.add(file) for file in built}
+    shutil.rmtree(engine)
+    return digests
 
 
 def _start(folder: Path) -> None:
