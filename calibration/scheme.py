@@ -13,8 +13,8 @@ class Scheme:
     fuses the rest, and Core ML reads the same graph. Source: docs.nvidia.com/deeplearning/tensorrt, "Working with
     Quantized Types", explicit quantization; coremltools guide, "Quantization Overview".
 
-    In every scheme, scales are rounded to FP16 values when they are set (`calibration.fake_quant.symmetric.snap`), so
-    that graphs in FP16 (TensorRT, Core ML) and in FP32 (OpenVINO, ONNX Runtime) have the same scales.
+    In every scheme, scales are rounded to FP16 values when they are set, so that graphs in FP16 (TensorRT, Core ML) and
+    in FP32 (OpenVINO, ONNX Runtime) have the same scales: `rounded_to_fp16` in `calibration.fake_quant.symmetric`.
     """
 
     weight_bits: int = 8  # 2 to 8; no target runs fewer than 8, which serve to evaluate training

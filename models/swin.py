@@ -238,7 +238,7 @@ def merge(x: Tensor, height: int, width: int) -> Tensor:
 def roll(x: Tensor, shift: int, axes: tuple[int, int] = (1, 2)) -> Tensor:
     """Roll a feature map (N, H, W, C) up and to the left by `shift`, or down and to the right if it is negative.
 
-    Written with slices, as coremltools converts `torch.roll` to a gather per axis. `axes`: the axes of height and
+    Written with slices: coremltools alone converts `torch.roll` to a gather per axis. `axes`: the axes of height and
     width.
     """
     for axis in axes:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibration.fake_quant import calibrators
 from calibration.fake_quant.calibrators import Statistics
-from calibration.fake_quant.symmetric import ActivationFakeQuant, snap
+from calibration.fake_quant.symmetric import ActivationFakeQuant, rounded_to_fp16
 from models.errors import CheckFailed
 
 STEPS: Final = 255  # quantization steps from the lowest to the highest value
@@ -79,9 +79,9 @@ class PerTensorAffineFakeQuant(ActivationFakeQuant):
         """Set scale and zero point from `limits`: the smallest and largest representable value, of shape (2,)."""
         low, high = limits
         exact = (high - low) / STEPS
-        scale = snap(exact)
+        scale = rounded_to_fp16(exact)
         if scale > exact:  # rounded up, the range would exceed the bound of a ReLU6 and could not replace its clipping
-            scale = snap(scale * (1 - 2.0**-11))
+            scale = rounded_to_fp16(scale * (1 - 2.0**-11))
         self.scale.copy_(scale)
         self.zero_point.copy_((-low / scale).round().clamp(0, STEPS))
 

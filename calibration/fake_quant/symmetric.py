@@ -77,7 +77,7 @@ class FakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 
     def _set_limits(self, limits: Tensor) -> None:
         """Set the scale from `limits`: the largest absolute representable value per channel or per tensor, (n,)."""
-        scale = snap(limits / self.quant_max)
+        scale = rounded_to_fp16(limits / self.quant_max)
         if self.scale.shape != scale.shape:
             self.scale.resize_(scale.shape)
             self.zero_point.resize_(scale.shape).zero_()
@@ -120,7 +120,7 @@ class ActivationFakeQuant(FakeQuant):
     def settle(self) -> None:
         """Set the scale to the trained value, rounded to FP16; a scale that is not trained does not change."""
         if self.factor is not None:
-            self.scale.copy_(snap(self.factor.detach().clamp(max=self.widest) * self.start))
+            self.scale.copy_(rounded_to_fp16(self.factor.detach().clamp(max=self.widest) * self.start))
 
     def moving(self, x: Tensor) -> Tensor:
         if self.mode != "learn" or self.factor is None:
@@ -205,6 +205,6 @@ class PerChannelFakeQuant(FakeQuant):
         return kernels.per_channel(x, self.scale, self.ch_axis, self.quant_max)
 
 
-def snap(scale: Tensor) -> Tensor:
+def rounded_to_fp16(scale: Tensor) -> Tensor:
     """Return the nearest normal FP16 value, as float32, so that graphs in FP16 and in FP32 have the same scale."""
     return scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16).to(torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibration.fake_quant import kernels
 from calibration.fake_quant.affine import PerTensorAffineFakeQuant
-from calibration.fake_quant.symmetric import ActivationFakeQuant, PerTensorFakeQuant, snap
+from calibration.fake_quant.symmetric import ActivationFakeQuant, PerTensorFakeQuant, rounded_to_fp16
 
 
 def drawn(*shape: int, seed: int = 0, width: float = 1.0) -> Tensor:
@@ -37,7 +37,7 @@ def test_a_tensor_is_rounded_to_the_bits_of_torchs_own_operator(
     scale: float, integers: tuple[int, int, int], seed: int
 ) -> None:
     zero, lowest, highest = integers
-    step, zero_point = snap(torch.tensor([scale])), torch.tensor([zero], dtype=torch.int32)
+    step, zero_point = rounded_to_fp16(torch.tensor([scale])), torch.tensor([zero], dtype=torch.int32)
     x = drawn(3, 50, seed=seed, width=70 * scale).requires_grad_()
     found = with_gradient(x, kernels.per_tensor(x, step, zero_point, lowest, highest))
     expected = with_gradient(x, torch.fake_quantize_per_tensor_affine(x, step, zero_point, lowest, highest))
@@ -50,7 +50,7 @@ def test_channels_are_rounded_to_the_bits_of_torchs_own_operator(
     shape: tuple[int, ...], axis: int, share: float
 ) -> None:
     x = drawn(*shape).requires_grad_()
-    scale = snap(x.detach().abs().transpose(0, axis).flatten(1).amax(1) * share / 127)
+    scale = rounded_to_fp16(x.detach().abs().transpose(0, axis).flatten(1).amax(1) * share / 127)
     zeros = torch.zeros(len(scale), dtype=torch.int32)
     found = with_gradient(x, kernels.per_channel(x, scale, axis, 127))
     expected = with_gradient(x, torch.fake_quantize_per_channel_affine(x, scale, zeros, axis, -127, 127))
@@ -60,7 +60,7 @@ def test_channels_are_rounded_to_the_bits_of_torchs_own_operator(
 
 def test_where_nothing_is_clipped_every_gradient_passes() -> None:
     x = drawn(4, 9).requires_grad_()
-    scale = snap(x.detach().abs().amax(1) / 127)
+    scale = rounded_to_fp16(x.detach().abs().amax(1) / 127)
     found = with_gradient(x, kernels.per_channel(x, scale, 0, 127, whole=True))
     expected = with_gradient(x, kernels.per_channel(x, scale, 0, 127))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
@@ -68,7 +68,7 @@ def test_where_nothing_is_clipped_every_gradient_passes() -> None:
 
 def test_sixteen_bits_are_rounded_in_thirty_two() -> None:
     x, zero_point = drawn(4, 9), torch.zeros(1, dtype=torch.int32)
-    scale = snap(torch.tensor([0.02]))
+    scale = rounded_to_fp16(torch.tensor([0.02]))
     found = kernels.per_tensor(x.bfloat16(), scale, zero_point, -128, 127)
     assert found.dtype == torch.float32
     assert torch.equal(found, kernels.per_tensor(x.bfloat16().float(), scale, zero_point, -128, 127))
@@ -81,7 +81,7 @@ def test_sixteen_bits_are_rounded_in_thirty_two() -> None:
 def test_the_gradient_of_a_step_size_is_that_of_the_paper(zero: int, lowest: int, highest: int) -> None:
     """Equation 3 of arXiv 1902.08153, written out, for a batch of two: a sixth of the values are clipped."""
     x = drawn(2, 400, width=0.7)
-    scale = snap(torch.tensor([0.01]))
+    scale = rounded_to_fp16(torch.tensor([0.01]))
     step = scale.clone().requires_grad_()
     weighed = drawn(2, 400, seed=9)
     found = kernels.learned(x, step, scale, torch.tensor([zero], dtype=torch.int32), lowest, highest)

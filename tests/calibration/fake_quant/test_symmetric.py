@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calibration.fake_quant.calibrators import LEVELS, Histogram
-from calibration.fake_quant.symmetric import FakeQuant, Mode, PerChannelFakeQuant, PerTensorFakeQuant, snap
+from calibration.fake_quant.symmetric import FakeQuant, Mode, PerChannelFakeQuant, PerTensorFakeQuant, rounded_to_fp16
 from models.errors import CheckFailed
 
 
@@ -37,7 +37,7 @@ def observed(fake_quant: FakeQuant, *tensors: Tensor, mode: Mode = "frozen") -> 
 
 @given(st.floats(0, 1e9))
 def test_a_scale_is_a_normal_fp16_number_close_to_the_requested_one(limit: float) -> None:
-    scale = snap(torch.tensor([limit]))
+    scale = rounded_to_fp16(torch.tensor([limit]))
     assert scale.dtype == torch.float32 and torch.equal(scale, scale.half().float())
     assert 2.0**-14 <= scale.item() <= 65504
     if 2.0**-14 <= limit <= 65504:
