@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import functools
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -47,13 +46,24 @@ def on(target: T, device: Device) -> T:
     return dataclasses.replace(target, machine=machine_of(device))  # type: ignore[type-var]
 
 
-@functools.cache
+_machines: dict[Device, RemoteMachine] = {}
+
+
 def machine_of(device: Device) -> RemoteMachine:
-    """Return the machine of a device. The first request opens its connection; the end of the process closes it."""
-    machine = RemoteMachine(
-        lambda: Connection(partial(over_ssh, device), f"DEVICE={device.name}"),
-        power_mode=device.power_mode,
-        lock_clocks=device.lock_clocks,
-    )
-    atexit.register(machine.close)
-    return machine
+    """Return the machine of a device. The first request opens its connection; `close` or the end of the process closes
+    it.
+    """
+    if device not in _machines:
+        _machines[device] = RemoteMachine(
+            lambda: Connection(partial(over_ssh, device), f"DEVICE={device.name}"),
+            power_mode=device.power_mode,
+            lock_clocks=device.lock_clocks,
+        )
+    return _machines[device]
+
+
+@atexit.register
+def close() -> None:
+    """Close the connections to all devices."""
+    while _machines:
+        _machines.popitem()[1].close()

@@ -36,7 +36,7 @@ def file(server: Server, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "devices.toml"
     path.write_text(server.table() + server.table("off", port=1))
     yield path
-    attached.machine_of.cache_clear()
+    attached.close()
 
 
 def on_device(file: Path, target: str, **changes: Any) -> Run:
@@ -106,7 +106,7 @@ def test_doctor_names_what_is_missing(file: Path, server: Server) -> None:
         "disk": True,
     }
     file.write_text(server.table(targets=["onnxruntime"]))
-    attached.machine_of.cache_clear()
+    attached.close()
     answer = doctor(file, "loop")
     assert all(check["passed"] for check in answer["checks"])
 
