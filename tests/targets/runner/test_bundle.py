@@ -21,9 +21,9 @@ from targets import runner
 from targets.runner import bundle as runner_bundle
 from targets.runner import cuda, tensorrt_engine
 from targets.tensorrt import rtx
+from tests.support.stand_ins.board import Board, bundled, expected_logits, needs_gcc, python_3_8
+from tests.support.stand_ins.toy_gpu import ToyDriver, ToyEngine, ignore, toy_tensorrt
 from tests.support.tiny_export import IMAGES
-from tests.targets.runner.board import Board, bundled, expected_logits, needs_gcc, python_3_8
-from tests.targets.runner.toy_gpu import ToyDriver, ToyEngine, ignore, toy_tensorrt
 
 FOLDER = Path(runner.__file__ or "").parent
 MODULES = sorted(FOLDER.rglob("*.py"))
