@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,32 +26,26 @@ def applied(mode: str, lock_clocks: bool, state: Path, root: Path = Path("/")) -
     """Set the power mode called `mode` (empty: unchanged) and lock the clocks. Returns a function that restores both.
 
     `state`: file for the clocks before. Raises Unable if the board has no such mode, a mode needs a reboot, or the
-    programs may not be run.
+    programs may not be run; what was set until then is restored.
     """
-    undo: list[list[str]] = []
-    before = jetson.power_mode(root)
-    if mode and (before is None or before["name"] != mode):
-        _sudo(str(root / "usr/sbin/nvpmodel"), "-m", str(_number(mode, root)))
-        if before is not None and before["number"] is not None:
-            undo.append([str(root / "usr/sbin/nvpmodel"), "-m", str(before["number"])])
-        after = jetson.power_mode(root)
-        if after is None or after["name"] != mode:
-            raise Unable(
-                f"power mode {mode} needs a reboot: run `sudo nvpmodel -m {_number(mode, root)}` on the device"
-            )
-    if lock_clocks:
-        program = str(root / "usr/bin/jetson_clocks")
-        if state.exists():
-            state.unlink()
-        _sudo(program, "--store", str(state))
-        _sudo(program)
-        undo.insert(0, [program, "--restore", str(state)])
-
-    def restore() -> None:
-        while undo:
-            _sudo(*undo.pop(0))
-
-    return restore
+    nvpmodel, jetson_clocks = str(root / "usr/sbin/nvpmodel"), str(root / "usr/bin/jetson_clocks")
+    with ExitStack() as undo:
+        before = jetson.power_mode(root)
+        if mode and (before is None or before["name"] != mode):
+            number = _number(mode, root)
+            _sudo(nvpmodel, "-m", str(number))
+            if before is not None and before["number"] is not None:
+                undo.callback(_sudo, nvpmodel, "-m", str(before["number"]))
+            after = jetson.power_mode(root)
+            if after is None or after["name"] != mode:
+                raise Unable(f"power mode {mode} needs a reboot: run `sudo nvpmodel -m {number}` on the device")
+        if lock_clocks:
+            if state.exists():
+                state.unlink()
+            _sudo(jetson_clocks, "--store", str(state))
+            undo.callback(_sudo, jetson_clocks, "--restore", str(state))
+            _sudo(jetson_clocks)
+        return undo.pop_all().close
 
 
 def _number(mode: str, root: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from . import power
@@ -29,14 +30,12 @@ class Turn:
     """
 
     def __init__(self, folder: Path, mode: str, lock_clocks: bool, say: Say) -> None:
-        self._lock = _waited_for((folder / "timing.lock").open("a+"), say)
-        try:
-            self._restore = power.applied(mode, lock_clocks, folder / "clocks")
-        except Unable:
-            self._lock.close()
-            raise
-        self._sampler = Sampler(_SAMPLE_S)
-        self._sampler.__enter__()
+        with ExitStack() as ending:
+            lock = ending.enter_context((folder / "timing.lock").open("a+"))
+            _wait_for(lock, say)
+            ending.callback(power.applied(mode, lock_clocks, folder / "clocks"))
+            self._sampler = ending.enter_context(Sampler(_SAMPLE_S))
+            self._ending = ending.pop_all()
 
     def conditions(self) -> dict[str, Any]:
         """Return the summary of clocks, temperatures, power and load since the turn started."""
@@ -44,24 +43,19 @@ class Turn:
 
     def end(self) -> None:
         """Restore the power settings and let the next host time engines."""
-        try:
-            self._sampler.__exit__(None, None, None)
-            self._restore()
-        finally:
-            self._lock.close()
+        self._ending.close()
 
 
-def _waited_for(file: TextIO, say: Say) -> TextIO:
+def _wait_for(file: TextIO, say: Say) -> None:
+    """Lock a file, waiting while another process has locked it."""
     deadline, waiting = time.monotonic() + _WAIT_S, False
     while not _locked(file):
         if time.monotonic() > deadline:
-            file.close()
             raise Unable(f"another host has been timing engines for {_WAIT_S:.0f} s on this device; try again later")
         if not waiting:
             say("INFO", "another host is timing engines on this device; waiting")
         waiting = True
         time.sleep(_POLL_S)
-    return file
 
 
 def _locked(file: TextIO) -> bool:

@@ -57,7 +57,7 @@ def _literal_version(module: str) -> str | None:
     """Return `__version__` where the module's file assigns a literal, as TensorRT's Debian package does."""
     spec = _spec(module)
     source = text(Path(spec.origin)) if spec is not None and spec.origin is not None else None
-    found = re.search(r"^__version__ *= *[\"']([^\"']+)[\"']", source or "", re.MULTILINE)
+    found = re.search(r"^__version__ *= *[\"']([^\"']+)[\"'] *(?:#.*)?$", source or "", re.MULTILINE)
     return found[1] if found else None
 
 

@@ -15,7 +15,6 @@ from torch.fx import GraphModule, Node
 from calibration.fake_quant.symmetric import PerChannelFakeQuant
 from calibration.graph import exported_program, fx
 from calibration.metrics import snr_db
-from calibration.ptq import corrections
 from calibration.ptq.adaptive_rounding import (
     _columns,
     _moments,
@@ -184,37 +183,6 @@ def test_a_graph_that_rounds_less_has_weights_and_biases_from_before() -> None:
     assert np.array_equal(exported_program.logits(partly(prepared, head), batches), part)
     assert np.array_equal(exported_program.logits(partly(prepared, operators), batches), fitted)
     assert np.array_equal(exported_program.logits(prepared, batches), fitted)
-
-
-def test_adaptive_rounding_that_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = seeded(Kinds)
-    prepared = ranged(model)
-    split = CalibrationSplit.draw(model, PTQ, images("train"), seed=0)
-    before = correct(prepared, shown())
-    first, meta = copy.deepcopy(prepared.state_dict()), dict(prepared.meta)
-
-    def spoil(prepared: GraphModule, seen: Tensor) -> None:
-        with torch.no_grad():
-            prepared.get_parameter("head.bias").add_(1.0)
-
-    monkeypatch.setattr("calibration.ptq.adaptive_rounding.reconstruct", spoil)
-    told = corrections.reconstruct(prepared, replace(PTQ, rounding="adaptive"), split, before, 25.0)
-    assert told == {"adaptive": 25.0} and prepared.meta == meta
-    assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
-
-
-def test_auto_does_not_change_a_network_with_a_small_error_or_with_fixed_biases() -> None:
-    model = seeded(Kinds)
-    prepared, split = ranged(model), CalibrationSplit.draw(model, PTQ, images("train"), seed=0)
-    first = copy.deepcopy(prepared.state_dict())
-    for recipe, found in (
-        (PTQ, corrections.AMPLE_DB),
-        (replace(PTQ, bias_correction=False), 10.0),
-        (replace(PTQ, rounding="nearest"), 10.0),
-    ):
-        assert corrections.reconstruct(prepared, recipe, split, {}, found) == {}
-    assert all(torch.equal(value, first[name]) for name, value in prepared.state_dict().items())
-    assert "adaptive" in corrections.reconstruct(prepared, PTQ, split, {}, 10.0)
 
 
 def test_the_artifact_computes_the_fitted_weights_and_is_reproducible() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from targets.runner.telemetry import snapshot
 
 
 def write(root: Path, files: Mapping[str, str | int]) -> Path:
@@ -20,6 +23,11 @@ def program(root: Path, name: str, script: str) -> None:
     """Write an executable shell script."""
     write(root, {name: f"#!/bin/sh\n{script}"})
     (root / name).chmod(0o755)
+
+
+def known(root: Path) -> dict[str, Any]:
+    """Return the values of a snapshot that are not None."""
+    return {name: value for name, value in snapshot(root, 0.0).items() if value is not None}
 
 
 def clocks(root: Path, show: str, gpu: str, clusters: Sequence[Sequence[int]]) -> None:

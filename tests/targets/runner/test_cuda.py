@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from targets.runner import cuda, errors
-from tests.targets.runner.toy_gpu import ToyDriver
+from tests.support.stand_ins.toy_gpu import ToyDriver
 
 
 def test_a_driver_without_a_gpu_is_no_gpu() -> None:

@@ -23,7 +23,7 @@ SUDO = """\
 shift
 echo "$*" >> {root}/log
 case "$*" in *nvpmodel*) [ -e {root}/reboot ] || printf 'pmode:000%s' "$3" > {root}/var/lib/nvpmodel/status;; esac
-[ ! -e {root}/refused ] || {{ echo "sudo: a password is required"; exit 1; }}
+[ ! -e {root}/refused ] || case "$*" in *"$(cat {root}/refused)") echo "sudo: a password is required"; exit 1;; esac
 """
 
 
@@ -78,6 +78,27 @@ def test_without_permission_the_sentence_names_the_remedy(root: Path) -> None:
     (root / "refused").touch()
     with pytest.raises(Unable, match=r"failed \(sudo: a password is required\): allow it in /etc/sudoers.d, or leave"):
         power.applied("25W", False, root / "clocks", root)
+
+
+def test_the_mode_is_restored_if_locking_the_clocks_fails(root: Path) -> None:
+    (root / "refused").write_text("jetson_clocks")
+    with pytest.raises(Unable, match=r"/usr/bin/jetson_clocks` failed"):
+        power.applied("25W", True, root / "clocks", root)
+    assert commands(root) == [
+        "usr/sbin/nvpmodel -m 1",
+        "usr/bin/jetson_clocks --store clocks",
+        "usr/bin/jetson_clocks",
+        "usr/bin/jetson_clocks --restore clocks",
+        "usr/sbin/nvpmodel -m 0",
+    ]
+
+
+def test_the_mode_is_restored_if_restoring_the_clocks_fails(root: Path) -> None:
+    restore = power.applied("25W", True, root / "clocks", root)
+    (root / "refused").write_text(f"--restore {root}/clocks")
+    with pytest.raises(Unable, match=r"--restore .* failed"):
+        restore()
+    assert commands(root)[-1] == "usr/sbin/nvpmodel -m 0"
 
 
 def test_a_machine_that_is_no_jetson_has_no_modes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Telemetry: sensors of boards and a PC as trees of files, series of samples, and this machine."""
+"""Telemetry: snapshots with and without `tegrastats`, series of samples, and this machine."""
 
 from __future__ import annotations
 
@@ -9,113 +9,8 @@ from typing import Any
 
 import pytest
 
-from targets.runner.system import sensors
 from targets.runner.telemetry import Sampler, Snapshot, snapshot, summarize
 from tests.support.devices import boards
-
-
-def known(root: Path) -> dict[str, Any]:
-    """Return the values of a snapshot that are not None."""
-    return {name: value for name, value in snapshot(root, 0.0).items() if value is not None}
-
-
-def test_orin_has_clocks_rails_and_counters_in_sysfs(tmp_path: Path) -> None:
-    assert known(boards.orin(tmp_path)) == {
-        "cpu_mhz": {"0-3": 1728.0, "4-7": 1958.4},
-        "governor": {"0-3": "schedutil", "4-7": "schedutil"},
-        "gpu_mhz": 612.0,
-        "gpu_load": 0.987,
-        "temperatures_c": {"cpu-thermal": 52.968, "gpu-thermal": 47.625},
-        "power_mw": {"VDD_IN": 4984 * 1856 / 1000, "VDD_CPU_GPU_CV": 4976 * 500 / 1000},
-        "board_power_mw": 4984 * 1856 / 1000,
-        "throttle_events": {"oc1": 0, "oc2": 15, "oc3": 37},
-        "throttle_states": {
-            "cpu-throttle-alert": 0,
-            "gpu-throttle-alert": 1,
-            "VDD_IN crit_alarm": 0,
-            "VDD_CPU_GPU_CV max_alarm": 1,
-        },
-        "fan_pwm": {"pwmfan": 128},
-        "fan_rpm": {"pwm_tach": 2140},
-    }
-
-
-def test_thor_measures_the_power_of_the_board(tmp_path: Path) -> None:
-    assert known(boards.thor(tmp_path)) == {
-        "gpu_mhz": 1575.0,
-        "emc_mhz": 2750.0,
-        "power_mw": {"VDD_GPU": 4906 * 400 / 1000, "VIN": 19780.0},
-        "board_power_mw": 19780.0,
-    }
-
-
-# Rails of iio in JetPack 4: names of the files as in https://github.com/rbonghi/jetson_stats, jtop/core/power.py; rails
-# and their power as in the line of a TX2 in its tests/tegrastats. The fan: https://github.com/open-rdc/orne-box/
-# issues/16.
-def test_tx2_has_rails_in_iio(tmp_path: Path) -> None:
-    device = "sys/bus/i2c/drivers/ina3221x/0-0041/iio:device1"
-    zone = "sys/class/thermal/thermal_zone"
-    boards.write(
-        boards.tx2(tmp_path),
-        {
-            f"{device}/rail_name_0": "VDD_IN",
-            f"{device}/in_power0_input": 1383,
-            f"{device}/rail_name_1": "VDD_CPU",
-            f"{device}/in_power1_input": 153,
-            f"{zone}0/type": "BCPU-therm",
-            f"{zone}0/temp": 30000,
-            f"{zone}5/type": "PMIC-Die",
-            f"{zone}5/temp": 100000,
-            "sys/devices/pwm-fan/target_pwm": 255,
-            "sys/class/thermal/cooling_device1/type": "gpu-balanced",
-            "sys/class/thermal/cooling_device1/cur_state": 2,
-        },
-    )
-    assert known(tmp_path) == {
-        "cpu_mhz": {"0-5": 2035.2},
-        "governor": {"0-5": "schedutil"},
-        "gpu_mhz": 114.75,
-        "emc_mhz": 1600.0,
-        "temperatures_c": {"BCPU-therm": 30.0},
-        "power_mw": {"VDD_IN": 1383.0, "VDD_CPU": 153.0},
-        "board_power_mw": 1383.0,
-        "throttle_states": {"gpu-balanced": 2},
-        "fan_pwm": {"pwm-fan": 255},
-    }
-
-
-def test_the_power_of_a_board_without_an_input_rail_is_unknown() -> None:
-    agx_orin = {"VDD_GPU_SOC": 2340.0, "VDD_CPU_CV": 390.0, "VIN_SYS_5V0": 4025.0, "VDDQ_VDD2_1V8AO": 301.0}
-    assert sensors.board_power_mw(agx_orin) is None
-    assert sensors.board_power_mw({"POM_5V_IN": 933.0, "POM_5V_GPU": 0.0}) == 933.0
-    assert sensors.board_power_mw(None) is None
-
-
-# Names of the files: Linux, Documentation/hwmon/k10temp.rst and drivers/thermal/intel/therm_throt.c.
-def test_a_pc_has_processor_temperatures_and_counts_of_throttling(tmp_path: Path) -> None:
-    boards.write(
-        tmp_path,
-        {
-            "proc/loadavg": "0.52 0.58 0.59 1/467 12345",
-            "sys/class/hwmon/hwmon2/name": "k10temp",
-            "sys/class/hwmon/hwmon2/temp1_input": 45125,
-            "sys/class/hwmon/hwmon2/temp1_label": "Tctl",
-            "sys/class/hwmon/hwmon3/name": "nvme",
-            "sys/class/hwmon/hwmon3/temp1_input": 30000,
-            "sys/class/thermal/thermal_zone0/type": "acpitz",
-            "sys/class/thermal/thermal_zone0/temp": 27800,
-            "sys/class/thermal/thermal_zone1/type": "acpitz",
-            "sys/class/thermal/thermal_zone1/temp": 29800,
-            "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": 3,
-            "sys/devices/system/cpu/cpu10/thermal_throttle/core_throttle_count": 4,
-        },
-    )
-    assert known(tmp_path) == {
-        "load_1min": 0.52,
-        "temperatures_c": {"acpitz": 27.8, "acpitz#2": 29.8, "k10temp Tctl": 45.125},
-        "throttle_events": {"cpu": 7},
-    }
-
 
 LINE = "CPU [0%@729,off] EMC_FREQ 43%@2133 GR3D_FREQ 63%@[621] cpu@53.968C VDD_IN 12479mW/12479mW VDD_SOC 2817mW/2817mW"
 
@@ -125,7 +20,7 @@ def test_tegrastats_completes_what_sysfs_lacks(tmp_path: Path) -> None:
         tmp_path, {"sys/class/thermal/thermal_zone0/type": "tj", "sys/class/thermal/thermal_zone0/temp": 40000}
     )
     boards.program(tmp_path, "usr/bin/tegrastats", f"echo '{LINE}'; exec sleep 60")
-    assert known(tmp_path) == {
+    assert boards.known(tmp_path) == {
         "cpu_mhz": {"0": 729.0},
         "gpu_mhz": 621.0,
         "gpu_load": 0.63,
@@ -138,7 +33,7 @@ def test_tegrastats_completes_what_sysfs_lacks(tmp_path: Path) -> None:
 
 def test_tegrastats_is_not_started_where_sysfs_has_all(tmp_path: Path) -> None:
     boards.program(boards.orin(tmp_path), "usr/bin/tegrastats", f"touch {tmp_path}/started; echo '{LINE}'")
-    assert known(tmp_path)["gpu_mhz"] == 612.0
+    assert boards.known(tmp_path)["gpu_mhz"] == 612.0
     assert not (tmp_path / "started").exists()
 
 
@@ -212,7 +107,7 @@ def test_the_sampler_ends_with_a_failed_measurement(tmp_path: Path) -> None:
 
 
 def test_of_an_empty_root_nothing_is_known(tmp_path: Path) -> None:
-    assert known(tmp_path) == {}
+    assert boards.known(tmp_path) == {}
 
 
 def test_this_machine_is_sampled_in_json() -> None:

@@ -19,8 +19,8 @@ import pytest
 
 from targets.runner import cuda, errors, tensorrt_engine
 from targets.tensorrt import target as tensorrt_target
-from tests.targets.runner.board import libcuda, needs_gcc
-from tests.targets.runner.toy_gpu import Severity, Toy, ToyDriver, ToyEngine, ignore, toy_tensorrt
+from tests.support.stand_ins.board import libcuda, needs_gcc
+from tests.support.stand_ins.toy_gpu import Severity, Toy, ToyDriver, ToyEngine, ignore, toy_tensorrt
 
 
 def test_the_timing_cache_of_a_different_board_is_replaced() -> None:

@@ -19,8 +19,8 @@ from pipeline.run import Run
 from pipeline.timing.results_db import Results
 from targets.devices import attached
 from tests.support.devices.sshd import Server, needs_sshd, serving
+from tests.support.stand_ins.board import Board, needs_gcc
 from tests.support.tiny import SIDE, python, tiny_run
-from tests.targets.runner.board import Board, needs_gcc
 
 pytestmark = [pytest.mark.slow, needs_sshd]
 
