@@ -27,7 +27,9 @@ for _name in ("EDGELINE_TYPED", *all_variables()):  # the user's must not become
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a store that all tests of the session share, in every process of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-store"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-store"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 # None of the exports may be changed in place.

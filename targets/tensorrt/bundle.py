@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from calibration.recipe import Precision
 from models.errors import CheckFailed
-from targets import runner
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export
+from targets.runner import __main__ as runner
 from targets.runner.tensorrt_engine import PRIMITIVE, STRONG, WEAK
 from targets.tensorrt import rtx
 from targets.tensorrt.target import (
@@ -121,7 +121,7 @@ class BoardTarget(TensorRtTarget):
 
 def copy_runner(folder: Path) -> None:
     """Copy the modules of `targets.runner` into a new folder."""
-    shutil.copytree(Path(runner.__file__ or "").parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(runner.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _digests(folder: Path) -> dict[str, str]:

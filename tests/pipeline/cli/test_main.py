@@ -114,7 +114,10 @@ def refused(tmp_path: Path, code: int, *arguments: str) -> str:
         (["zoo", "--models", ","], r"^MODELS=,: expected names or numbers, separated by spaces or commas$"),
         (["engine", "--seed", "--"], r"^SEED=--: expected a whole number from 0 to"),
         (["engine", "--model=a\nb\x1b[2J"], r"^MODEL=a\\nb\\x1b\[2J: no such model; Known"),
-        (["engine", "--device", "board7"], r"^DEVICE=board7: no such device; only `local` is supported$"),
+        (
+            ["engine", "--device", "board7"],
+            r"^DEVICE=board7: devices.toml does not exist; write a table `",
+        ),
         (["engine", "--data", "no/such folder"], r"^DATA=no/such folder: there is no such folder; give `digits`, or"),
         (["engine", "--data", "~nobody-of-this-name/x"], r"^DATA=~nobody-of-this-name/x: there is no such folder"),
         (["engine", "--data", "x" * 300], r"^DATA=x+: there is no such folder"),

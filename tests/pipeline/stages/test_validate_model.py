@@ -403,7 +403,7 @@ def test_any_failure_of_a_forward_is_one_sentence(refusals: dict[int, str], forw
 
 
 def test_a_network_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
-    said = refused(model(tmp_path, "return self.head(f)", "self.file = open(__file__)"), None)
+    said = refused(model(tmp_path, "return self.head(f)", "self.lock = __import__('threading').Lock()"), None)
     assert said.startswith("it cannot be copied (copy.deepcopy): TypeError: cannot pickle")
 
 

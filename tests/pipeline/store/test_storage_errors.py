@@ -45,6 +45,8 @@ def fill(disk: Path, *, leaving: int) -> Path:
     return filling
 
 
+# coremltools leaves its temporary file open where it cannot write it.
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*mlmodel:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("leaving", [0, 20_000])
 @pytest.mark.parametrize(
     ("stage", "recipe", "target"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import threading
 import time
@@ -46,11 +47,17 @@ class Recorded(Connection):
         if when == "before":
             self._process.kill()
         if when == "during":
-            threading.Timer(0.3, self._process.kill).start()
+            threading.Thread(target=self._kill_while_a_job_runs).start()
         reply = super().request(fields, attachments)
         if when == "after":
             self._process.kill()
         return reply
+
+    def _kill_while_a_job_runs(self) -> None:
+        jobs = Path(os.environ["EDGELINE_CACHE"]) / "jobs"
+        while not list(jobs.glob("*/task.json")):
+            time.sleep(0.001)
+        self._process.kill()
 
 
 @pytest.fixture

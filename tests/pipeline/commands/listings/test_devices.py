@@ -39,29 +39,40 @@ def file(server: Server, tmp_path: Path) -> Iterator[Path]:
     attached.close()
 
 
+@pytest.fixture
+def store(tmp_path: Path, shared: Path) -> Path:
+    """Return a store with the artifacts of the session, and measurements of its own."""
+    folder = tmp_path / "build"
+    folder.mkdir()
+    for path in shared.iterdir():
+        if path.is_dir():
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
 def on_device(file: Path, target: str, **changes: Any) -> Run:
     run = tiny_run(target=target, **changes)
     return replace(run, target=attached.attached(run.target, "loop", file), device="loop")
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "cpu"])
-def test_an_engine_is_built_verified_and_timed_on_a_device(file: Path, shared: Path, target: str) -> None:
-    there = engine(on_device(file, target), shared)
-    here = engine(tiny_run(target=target), shared)
+def test_an_engine_is_built_verified_and_timed_on_a_device(file: Path, store: Path, target: str) -> None:
+    there = engine(on_device(file, target), store)
+    here = engine(tiny_run(target=target), store)
     assert there["executed"] and there["by"] == here["by"]
     assert (there["top1"], there["agreement"]) == (here["top1"], here["agreement"])
     assert there["key"] == here["key"]  # the versions are the same, and the name of the device is no part of the key
-    answer = profile(on_device(file, target), shared)
-    (row,) = (row for row in Results(shared / MEASUREMENTS).rows(target=target, device="loop"))
+    answer = profile(on_device(file, target), store)
+    (row,) = (row for row in Results(store / MEASUREMENTS).rows(target=target, device="loop"))
     assert (row.summary.p50_ms, answer["by"]) == (answer["p50_ms"], target)
     during: Any = row.conditions["during"]
     assert during["samples"] >= 1
-    assert verify(on_device(file, target), shared)["executed"]
+    assert verify(on_device(file, target), store)["executed"]
 
 
 @needs_gcc
 def test_an_engine_for_a_jetson_is_built_verified_and_timed_on_it(
-    server: Server, file: Path, shared: Path, tmp_path: Path
+    server: Server, file: Path, store: Path, tmp_path: Path
 ) -> None:
     """The far Python has a stand-in for TensorRT, which records calls and computes graphs with ONNX Runtime."""
     sides = {"input": [1, 3, SIDE, SIDE], "output": [1, 4]}
@@ -70,15 +81,15 @@ def test_an_engine_for_a_jetson_is_built_verified_and_timed_on_it(
     file.write_text(server.table(targets=["jetson"], python=str(board.interpreter())))
     run = on_device(file, "jetson")
     assert run.target.toolchain()["tensorrt"] == "10.3.0"
-    answer: Any = engine(run, shared)
+    answer: Any = engine(run, store)
     assert answer["executed"] and answer["by"] == "jetson", answer
     assert {"model.engine", "model.onnx", "engine.json"} <= set(answer["files"])
     names = [call[0] for call in board.calls()]
     assert ["create_network", ["EXPLICIT_BATCH", "STRONGLY_TYPED"]] in board.calls()
     assert names.count("build_serialized_network") == 1
-    row = profile(run, shared)
+    row = profile(run, store)
     assert row["by"] == "jetson" and isinstance(row["n"], int) and row["n"] >= 64
-    assert engine(run, shared)["cached"]
+    assert engine(run, store)["cached"]
 
 
 def test_devices_shows_which_are_reachable_and_why_not(file: Path) -> None:
