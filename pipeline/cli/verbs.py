@@ -133,6 +133,16 @@ _VERBS: Final = (
         function="profile",
     ),
     Verb(
+        name="iphone-bundle",
+        help="Write an Xcode project of an app that times the Core ML package on an iPhone.",
+        group="Measure",
+        options=without(RUN, options.TARGET),
+        arguments=_run,
+        module="pipeline.commands.elsewhere.iphone_bundle",
+        function="iphone_bundle",
+        fixed={options.TARGET.name: "coreml"},
+    ),
+    Verb(
         name="verify",
         help="Run the engine on every test image again and compare each stage with its input.",
         group="Measure",
