@@ -50,7 +50,7 @@ READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call sta
 # The documentation has an environment of its own, since the pipeline needs none of its packages.
 DOCS := .cache/docs-$(shell cksum < requirements-docs.lock | cut -d' ' -f1)
 
-VERBS := engine multifunction zoo calibrate qat tune sensitivity profile iphone-bundle verify prove dashboard \
+VERBS := engine multifunction zoo calibrate qat tune sensitivity profile iphone-bundle import verify prove dashboard \
          explain lint-model placement models targets devices doctor gc
 BENCHES := bench bench-coreml bench-speed bench-quantizers bench-calibration bench-families bench-outliers bench-seeds \
            bench-real bench-prove bench-qat bench-qat-gain bench-store bench-half bench-dashboard bench-faults
@@ -94,6 +94,7 @@ sensitivity: ## INT8 sensitivity per layer, worst first
 ##@ Measure
 profile: ## time the engine, one query at a time, and store the measurement
 iphone-bundle: ## Xcode project of an app that times the Core ML package on an iPhone
+import: ## append FILE, the result of an iPhone or of a bundle, to the measurements
 verify: ## run the engine on every test image again; compare stage by stage
 prove: ## compare scales and integers in all artifacts of one INT8 checkpoint
 dashboard: ## draw all measurements on one page: build/dashboard.html

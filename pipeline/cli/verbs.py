@@ -143,6 +143,15 @@ _VERBS: Final = (
         fixed={options.TARGET.name: "coreml"},
     ),
     Verb(
+        name="import",
+        help="Append the result file of an iPhone or of a bundle to the measurements.",
+        group="Measure",
+        options=(options.FILE,),
+        arguments=lambda request: (request[options.FILE], request.store),
+        module="pipeline.commands.elsewhere.import_results",
+        function="import_results",
+    ),
+    Verb(
         name="verify",
         help="Run the engine on every test image again and compare each stage with its input.",
         group="Measure",

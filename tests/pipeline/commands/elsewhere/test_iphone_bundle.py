@@ -1,4 +1,4 @@
-"""`make iphone-bundle`: the artifact with the Xcode project of a real package."""
+"""`make iphone-bundle`: the artifact with the Xcode project of a real package, and a result that is made for it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 
 from models.errors import CannotRunHere
+from pipeline.commands.elsewhere.import_results import import_results
 from pipeline.commands.elsewhere.iphone_bundle import NOT_COMPILED, app_plan, bundled, iphone_bundle
 from pipeline.stages.engine import engine
 from pipeline.store.store import Store
+from pipeline.timing.results_db import Results
 from targets.coreml.options import CoreMLOptions
 from targets.coreml.package import read
+from tests.pipeline.commands.elsewhere import made
 from tests.support.tiny import SIDE, tiny_run
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_project_holds_the_verified_package(shared: Path) -> None:
+def test_the_project_holds_the_verified_package_and_takes_results_back(shared: Path, tmp_path: Path) -> None:
     run = tiny_run("int8_ptq", "coreml")
     answer = iphone_bundle(run, shared)
     out, made_engine = Path(str(answer["artifact"])), Store(shared).path(engine(run))
@@ -35,6 +38,12 @@ def test_the_project_holds_the_verified_package(shared: Path) -> None:
 
     again = iphone_bundle(run, shared)
     assert (again["cached"], again["key"]) == (True, answer["key"])
+    database = Results(shared / "measurements.sqlite")
+    before = len(database.rows(device="iPhone16,2"))
+    import_results(made.saved(tmp_path, made.app_result(bundle["key"])), shared)
+    rows = database.rows(device="iPhone16,2")[before:]
+    assert [(row.artifact_key, row.model, row.precision) for row in rows] == [(engine(run).key, "tiny", "int8")] * 4
+    assert rows[0].identity.data == "colours" and rows[0].top1 == answer["top1"]
 
 
 def test_a_picture_as_input_is_another_bundle() -> None:
