@@ -50,8 +50,8 @@ READY := $(firstword $(wildcard $(foreach lock,$(or $(LOCK),$(LOCKS)),$(call sta
 # The documentation has an environment of its own, since the pipeline needs none of its packages.
 DOCS := .cache/docs-$(shell cksum < requirements-docs.lock | cut -d' ' -f1)
 
-VERBS := engine multifunction zoo calibrate qat tune sensitivity profile verify prove dashboard explain lint-model \
-         placement models targets devices doctor gc
+VERBS := engine multifunction zoo calibrate qat tune sensitivity profile iphone-bundle import verify prove dashboard \
+         explain lint-model placement models targets devices doctor gc
 BENCHES := bench bench-coreml bench-speed bench-quantizers bench-calibration bench-families bench-outliers bench-seeds \
            bench-real bench-prove bench-qat bench-qat-gain bench-store bench-half bench-dashboard bench-faults
 OTHERS := fuzz check test lint docs licenses
@@ -59,12 +59,11 @@ OTHERS := fuzz check test lint docs licenses
 .DEFAULT_GOAL := help
 .PHONY: help help-bench $(VERBS) $(BENCHES) $(OTHERS) setup lock system-packages clean .variables
 
-help: $(if $(filter VERB,$(TYPED)),$(READY)) ## this list
+help: $(if $(filter VERB,$(TYPED)),$(READY)) ## this list; variables of a rule, with defaults: make help VERB=engine
 ifneq ($(filter VERB,$(TYPED)),)
 	@awk -F ':.*## ' -v verbs=' $(VERBS) ' 'NF > 1 && $$1 == ENVIRON["VERB"] && !index(verbs, " " $$1 " ") \
 	 { printf "make %s: %s\n", $$1, $$2; found = 1 } END { exit !found }' Makefile || $(PIPELINE) "$$VERB" --help
 else
-	@echo 'make RULE VARIABLE=value ...      Variables of a rule, with defaults: make help VERB=engine'
 	@awk -F ':.*## ' '/^##@ / { print substr($$0, 5) } \
 	 /^[a-z-]+:.*## / && !/^bench/ { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 endif
@@ -94,6 +93,8 @@ sensitivity: ## INT8 sensitivity per layer, worst first
 
 ##@ Measure
 profile: ## time the engine, one query at a time, and store the measurement
+iphone-bundle: ## Xcode project of an app that times the Core ML package on an iPhone
+import: ## append FILE, the result of an iPhone or of a bundle, to the measurements
 verify: ## run the engine on every test image again; compare stage by stage
 prove: ## compare scales and integers in all artifacts of one INT8 checkpoint
 dashboard: ## draw all measurements on one page: build/dashboard.html

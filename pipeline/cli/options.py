@@ -6,6 +6,7 @@ declaration here, in `RUN` or in the options of its verbs (`pipeline/cli/verbs.p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,6 +345,15 @@ APPLY: Final[Option[bool]] = Option(
     choices=_YES_NO,
     group=_OTHER,
     help="Delete the listed files and folders.",
+)
+
+FILE: Final[Option[Path | None]] = Option(
+    name="FILE",
+    parse=optional(lambda _name, value: Path(os.path.expanduser(value))),  # noqa: PTH111 - the method may raise
+    metavar="FILE",
+    kind="file",
+    group=_OTHER,
+    help="Result file that was shared from the app of `make iphone-bundle`, or result.json of a bundle.",
 )
 
 OF_TARGETS: Final = (INTERFACE, DEPLOYMENT)  # parsed by the target

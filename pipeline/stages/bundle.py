@@ -8,12 +8,13 @@ from pipeline.run import Run
 from pipeline.stages.compiled import target_params
 from pipeline.stages.exported import export_of, exported
 from pipeline.store.store import Inputs, Step
+from pipeline.timing.subject import subject, subject_params
 from targets.base import Bundles
 
 
 def bundle(run: Run) -> Step:
-    """Return the step that leaves the files written by `Bundles.bundle`, and `report.json` with the verification that
-    the host can do.
+    """Return the step that leaves the files written by `Bundles.bundle`, `report.json` with the verification that the
+    host can do, and `subject.json` for the results of the device.
     """
     target = run.target
     assert isinstance(target, Bundles)
@@ -25,9 +26,11 @@ def bundle(run: Run) -> Step:
 
         export = export_of(run, inputs["exported"])
         target.bundle(export, out)
-        verify_bundle(run, export, out, inputs).write(out)
+        report = verify_bundle(run, export, out, inputs)
+        report.write(out)
+        subject(run, report, step.key).write(out)
 
-    return Step(
+    step = Step(
         stage="bundle",
         label=run.built_label,
         inputs={"exported": export, "quantized": program, "weights": program.inputs["weights"]},
@@ -35,7 +38,15 @@ def bundle(run: Run) -> Step:
             **target_params(run),
             "max_drop": run.max_drop,
             "executed": target.not_executed() is None,
+            **subject_params(run),
         },
-        code=("pipeline.run", "calibration.data.load", "pipeline.stages.verify", type(target).__module__),
+        code=(
+            "pipeline.run",
+            "calibration.data.load",
+            "pipeline.stages.verify",
+            "pipeline.timing.subject",
+            type(target).__module__,
+        ),
         build=build,
     )
+    return step

@@ -20,10 +20,10 @@ from calibration import family_placements
 from calibration.recipe import Ptq, Qat, Recipe, with_ptq
 from pipeline.stages.weights import weights as weights_step
 from pipeline.store.store import plain
-from pipeline.timing.results_db import Identity
 
 if TYPE_CHECKING:
     from pipeline.run import Run
+    from pipeline.timing.results_db import Identity
 
 # Fields of a run that have columns of their own, do not affect the measurement, or are compared field by field.
 _APART: Final = frozenset(
@@ -33,6 +33,8 @@ _APART: Final = frozenset(
 
 def identity(run: Run) -> Identity:
     """Return the identity of measurements of the run's engine. Reads the checkpoint once; builds nothing."""
+    from pipeline.timing.results_db import Identity
+
     weights = weights_step(run)
     digest = weights.params["file"]
     from_file = run.weights is not None and isinstance(digest, str)
@@ -44,6 +46,11 @@ def identity(run: Run) -> Identity:
         weights_from=_weights_from(run),
         choices=" ".join(f"{name}={value}" for name, value in sorted(_choices(run).items())) or None,
     )
+
+
+def names(run: Run) -> dict[str, str]:
+    """Return the entries of the identity that name files; no other entry changes without the key of the engine."""
+    return {"network": _network(run), "weights_from": _weights_from(run)}
 
 
 def _network(run: Run) -> str:

@@ -209,12 +209,13 @@ class Results:
 
     def append(self, row: Row) -> int:
         """Append a measurement with the current time, and return its id. Raises as the constructor does."""
+        return self.append_all([row])[0]
+
+    def append_all(self, rows: Sequence[Row]) -> list[int]:
+        """Append measurements with the current time, all or none, and return their ids."""
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._explained(), self._engine.begin() as connection:
-            inserted = connection.execute(sa.insert(_MEASUREMENTS).values(_columns(row, created)))
-        key = inserted.inserted_primary_key
-        assert key is not None  # every driver returns it for a table with an integer primary key
-        return int(key[0])
+            return [_inserted(connection, row, created) for row in rows]
 
     def rows(
         self,
@@ -409,6 +410,12 @@ _TRIGGERS: Final = tuple(
     f"CREATE TRIGGER IF NOT EXISTS measurements_{name} BEFORE {event} BEGIN {_REFUSED}; END"
     for name, event in _EVENTS.items()
 )
+
+
+def _inserted(connection: sa.Connection, row: Row, created: str) -> int:
+    key = connection.execute(sa.insert(_MEASUREMENTS).values(_columns(row, created))).inserted_primary_key
+    assert key is not None  # every driver returns it for a table with an integer primary key
+    return int(key[0])
 
 
 def _columns(row: Row, created: str) -> Mapping[str, Any]:

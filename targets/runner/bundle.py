@@ -174,7 +174,9 @@ def try_engine(trt: Any, plan: bytes, folder: Path, say: Say) -> dict[str, objec
 
 
 def latency(execution: Execution, images: Floats) -> dict[str, object]:
-    """Time some queries after a warm-up: the median GPU time and the median time end to end, in ms, and the method."""
+    """Time some queries after a warm-up: the GPU time of each in ns, its median and that of the end-to-end time in ms,
+    and the method.
+    """
     query = images[[index % len(images) for index in range(execution.batch)]]
     execution.warm_up()
     computed, end_to_end = execution.latencies_ns(query, _QUERIES), execution.end_to_end_ns(query, _QUERIES)
@@ -182,6 +184,7 @@ def latency(execution: Execution, images: Floats) -> dict[str, object]:
         "queries": _QUERIES,
         "median_ms": sorted(computed)[_QUERIES // 2] / 1e6,
         "end_to_end_median_ms": sorted(end_to_end)[_QUERIES // 2] / 1e6,
+        "latencies_ns": computed,
         **execution.method,
     }
 

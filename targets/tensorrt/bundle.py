@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.recipe import Precision
 from models.errors import CheckFailed
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export
 from targets.runner import __main__ as runner
 from targets.runner.tensorrt_engine import PRIMITIVE, STRONG, WEAK
+from targets.sample_agreement import LEAST
 from targets.tensorrt import rtx
 from targets.tensorrt.target import (
     ENGINE,
@@ -41,14 +41,6 @@ _WEAK_GRAPH, _PRIMITIVE_GRAPH = "model_weak.onnx", "model_weak_8_5.onnx"
 # the same operators in the same order, but weights may differ in the last bit: in INT8 a value may round to the
 # neighbouring integer.
 _LEAST_DB = {"fp32": 60.0, "fp16": 60.0, "int8": 25.0}
-
-# The least signal-to-noise ratio in dB, and the least percentage of equal predictions, of an engine's logits on the
-# sample with those of the torch program. Logits that are all zero have 0 dB. FP32 engines compute in TF32.
-_LEAST: dict[Precision, dict[str, float]] = {
-    "fp32": {"snr_db": 50.0, "agreement": 90.0},
-    "fp16": {"snr_db": 15.0, "agreement": 80.0},
-    "int8": {"snr_db": 12.0, "agreement": 75.0},
-}
 
 # Time the computation only, without transfers. These flags are the defaults of TensorRT 11, which accepts them without
 # effect; 10 and 8.x need them, so that all three versions measure the same quantity.
@@ -112,7 +104,7 @@ class BoardTarget(TensorRtTarget):
             "why_not_accepted": why_not_accepted,
             **facts,
             "trtexec": trtexec_command(self.trtexec),
-            "least": _LEAST[export.precision],
+            "least": LEAST[export.precision],
             "versions": _versions(),
             "sha256": _digests(out),
         }

@@ -21,6 +21,7 @@ from models.errors import EdgelineError
 from tests.fuzz import sources, values
 from tests.fuzz.harness import Kind
 from tests.fuzz.mutate import TEXTS, mutate_message, mutated, mutated_json, mutated_text, value_like
+from tests.pipeline.commands.elsewhere import made
 
 
 class Refused(EdgelineError):
@@ -588,6 +589,43 @@ def _cell(rng: random.Random, old: object) -> object:
     return found if isinstance(found, int | float | str | bytes | None) else json.dumps(found)
 
 
+@dataclass(frozen=True)
+class ResultFiles:
+    """Result files of phones and boards, with values of any type, in a store that has their bundles."""
+
+    name: str = "results"
+
+    def prepare(self, seeds: Path) -> None:
+        app = made.app_result(made.app_bundle(seeds).key)
+        board = made.board_result(made.board_bundle(seeds).path)
+        for unit in app["units"]:
+            del unit["samples_ns"][20:]
+        del board["latency"]["latencies_ns"][20:]
+        for name, content in (("app.json", app), ("board.json", board)):
+            made.saved(seeds, content, name)
+
+    def write(self, case: int, seeds: Path, folder: Path) -> None:
+        rng = _rng(self.name, case)
+        for stage in ("iphone", "bundle"):
+            shutil.copytree(seeds / stage, folder / stage)
+        text = (seeds / rng.choice(("app.json", "board.json"))).read_text()
+        content = json.loads(text)
+        for _ in range(rng.randint(1, 3)):
+            content = mutated_json(rng, content)
+        changed = mutated(rng, text.encode()) if rng.random() < 0.3 else json.dumps(content).encode()
+        (folder / "result.json").write_bytes(changed)
+
+    def run(self, folder: Path) -> None:
+        try:
+            _main(self.command(folder)[2:])
+        except Refused:
+            assert not (folder / "measurements.sqlite").exists(), "a refused file was written to the database"
+            raise
+
+    def command(self, folder: Path) -> list[str]:
+        return ["-m", "pipeline", "import", f"--file={folder / 'result.json'}", f"--store={folder}"]
+
+
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
@@ -620,5 +658,5 @@ class Models:
 
 ALL: Final[dict[str, Kind]] = {
     kind.name: kind
-    for kind in (Values(), Folders(), Checkpoints(), Packages(), Onnx(), Caches(), Databases(), Models())
+    for kind in (Values(), Folders(), Checkpoints(), Packages(), Onnx(), Caches(), Databases(), ResultFiles(), Models())
 }

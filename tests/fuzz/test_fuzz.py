@@ -24,6 +24,7 @@ COUNTS: Final = {
     "onnx": 300,
     "caches": 300,
     "databases": 300,
+    "results": 200,
     "models": 100,
 }
 

@@ -252,7 +252,7 @@ def test_a_bundle_is_left_with_the_next_command(shared: Path) -> None:
     )
     assert answer["next"] == f"carry {bundle.name}"
     assert (bundle.parent.name, answer["top1"]) == ("bundle", 100)
-    assert sorted(path.name for path in bundle.iterdir()) == [MANIFEST, "model.onnx", "report.json"]
+    assert sorted(path.name for path in bundle.iterdir()) == [MANIFEST, "model.onnx", "report.json", "subject.json"]
     with pytest.raises(CannotRunHere) as again:
         make_engine(run, shared)
     assert again.value.answer == answer | {"cached": True}

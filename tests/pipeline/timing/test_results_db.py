@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy.dialects import mysql, postgresql
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, StatementError
 
 from models.errors import BadRequest, CannotRunHere
 from pipeline.timing import results_db as results_module
@@ -119,6 +119,13 @@ def test_rows_are_oldest_first_and_filtered_by_every_given_value(results: Result
     assert results.rows(artifact_key="absent") == []
 
 
+def test_several_rows_are_appended_or_none(results: Results) -> None:
+    assert results.append_all([ROW, replace(ROW, recipe="fp32")]) == [1, 2]
+    with pytest.raises(StatementError, match="Out of range float values are not JSON compliant"):
+        results.append_all([ROW, replace(ROW, conditions={"busy": float("nan")})])
+    assert [row.recipe for row in results.rows()] == [ROW.recipe, "fp32"]
+
+
 def test_a_second_opening_finds_the_rows(results: Results, database: Path) -> None:
     results.append(ROW)
     again = Results(f"sqlite:///{database}")
@@ -128,7 +135,7 @@ def test_a_second_opening_finds_the_rows(results: Results, database: Path) -> No
 
 def test_there_is_no_way_to_change_or_delete() -> None:
     methods = {name for name, _ in inspect.getmembers(Results, inspect.isfunction) if not name.startswith("_")}
-    assert methods == {"append", "rows", "overview", "close"}
+    assert methods == {"append", "append_all", "rows", "overview", "close"}
 
 
 @pytest.mark.parametrize(

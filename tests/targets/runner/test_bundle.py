@@ -68,6 +68,7 @@ def test_an_engine_is_built_and_compared_with_the_sample(tmp_path: Path, python:
     assert timed["queries"] == 201 and timed["spin"] is True and timed["cuda_graph"] is False
     assert "cuStreamBeginCapture_v2 with CUDA error 801" in timed["why_no_cuda_graph"]
     assert 0 < timed["median_ms"] < 1000 and 0 < timed["end_to_end_median_ms"] < 1000
+    assert len(timed["latencies_ns"]) == 201 and sorted(timed["latencies_ns"])[100] == round(timed["median_ms"] * 1e6)
     assert found["device"]["architecture"] == platform.machine()
     assert json.loads((bundle / "layers.json").read_text())["Layers"] == []
 

@@ -1,0 +1,1 @@
+"""Measurements that are made elsewhere and come back as files."""

@@ -1,0 +1,1 @@
+"""Xcode project of an app that times a Core ML package on iPhones and iPads."""
