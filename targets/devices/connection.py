@@ -42,21 +42,26 @@ _BOOTSTRAP: Final = """
 import sys, os
 if sys.version_info < (3, 8):
     sys.exit("python %d.%d is too old: the runner needs 3.8" % sys.version_info[:2])
-import hashlib, io, tempfile, zipfile
+sys.path[:] = [path for path in sys.path if path]  # not the working directory, which is the user's home
+import hashlib, io, shutil, tempfile, zipfile
 data = sys.stdin.buffer.read(SIZE)
 if hashlib.sha256(data).hexdigest() != "DIGEST":
     sys.exit("the runner was damaged on its way")
 base = os.environ.get("EDGELINE_CACHE") or os.path.join(
     os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgeline")
 home = os.path.join(base, "runners", "DIGEST")
-if not os.path.isdir(home):
-    os.makedirs(os.path.dirname(home), exist_ok=True)
-    new = tempfile.mkdtemp(dir=os.path.dirname(home))
-    zipfile.ZipFile(io.BytesIO(data)).extractall(new)
-    try:
+new = None
+try:
+    if not os.path.isdir(home):
+        os.makedirs(os.path.dirname(home), exist_ok=True)
+        new = tempfile.mkdtemp(dir=os.path.dirname(home))
+        zipfile.ZipFile(io.BytesIO(data)).extractall(new)
         os.rename(new, home)
-    except OSError:
-        pass
+except OSError as error:
+    if new:
+        shutil.rmtree(new, ignore_errors=True)
+    if not os.path.isdir(home):  # nor made by another connection
+        sys.exit("%s cannot be written: %s" % (base, error.strerror))
 sys.path.insert(0, home)
 from runner.serve import serve
 sys.exit(serve())
@@ -196,6 +201,11 @@ def _expanded(path: str) -> str:
 
 # The last line of standard error, as a pattern, and what to do.
 _REMEDIES: Final = (
+    (r"cannot be written: (No space|Disk quota)", "free space on the device"),
+    (
+        r"cannot be written: ",
+        "make it writable for the user of the connection, or set EDGELINE_CACHE there to another folder",
+    ),
     (r"Host key verification failed|No \S+ host key is known", "connect once with `ssh {host}` and compare its key"),
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED|host key .* changed", "find out why its key changed before you connect"),
     (r"Permission denied", "add your key to the device with `ssh-copy-id`, or set `identity_file` and `user`"),

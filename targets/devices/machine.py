@@ -316,18 +316,16 @@ def _sent(connection: Connection, folder: Path) -> dict[str, str]:
 
 
 def _send(connection: Connection, file: Path, digest: str, received: int) -> None:
-    """Send the bytes of a file from `received` on."""
+    """Send the bytes of a file from `received` on. The device replies with the bytes that it has; -1 for all."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        stream.seek(received)
-        while True:
-            offset = stream.tell()
+        while received >= 0:
+            stream.seek(received)
             content = stream.read(_CHUNK)
-            last = offset + len(content) == size
-            fields = {"op": "put", "digest": digest, "offset": offset, "last": last}
-            connection.request(fields, {"content": content})
-            if last:
-                return
+            last = received + len(content) >= size
+            fields = {"op": "put", "digest": digest, "offset": received, "last": last}
+            reply, _ = connection.request(fields, {"content": content})
+            received = int(reply["received"])
 
 
 def _receive(connection: Connection, digest: str, file: Path) -> None:

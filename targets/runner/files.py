@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import Damaged, Unable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 _MOST_BYTES = 4 << 30  # of all files; the files that were not used for the longest time are removed
+_REMEDIES = {
+    errno.ENOSPC: "free space on the device",
+    errno.EDQUOT: "free space on the device",
+    errno.EFBIG: "raise the limit of file sizes on the device (`ulimit -f`)",
+}
 
 
 class Files:
@@ -30,27 +38,32 @@ class Files:
     def received(self, digest: str) -> int:
         """Return the number of bytes of a file that have arrived; -1 if it is complete."""
         if self.path(digest).exists():
-            os.utime(self.path(digest))
+            self._use(self.path(digest))
             return -1
         part = self._part(digest)
         return part.stat().st_size if part.exists() else 0
 
-    def append(self, digest: str, offset: int, content: bytes, *, last: bool) -> None:
-        """Append `content` at `offset` of a file. Raises Damaged if the offset is not the end of the received bytes, or
-        the complete file has another digest; Unable if the disk is full.
+    def append(self, digest: str, offset: int, content: bytes, *, last: bool) -> int:
+        """Append `content` if `offset` is the end of the received bytes; `last` completes the file. Returns `received`.
+
+        Several connections may send one file: each continues where the others are. Raises Damaged if the complete file
+        has another digest; Unable if it cannot be written.
         """
         part = self._part(digest)
-        size = part.stat().st_size if part.exists() else 0
-        if offset != size:
-            raise Damaged(f"a part of {digest[:12]} was sent for byte {offset}, expected byte {size}: send it again")
         try:
-            with part.open("ab") as file:
-                file.write(content)
+            if not self.path(digest).exists():
+                with part.open("ab") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    if offset == os.fstat(file.fileno()).st_size and not self.path(digest).exists():
+                        file.write(content)
+                        file.flush()
+                        self._use(part)
+                        if last:
+                            self._finish(digest, part)
         except OSError as error:
-            part.unlink()
-            raise Unable(f"{part.parent} cannot be written: {error.strerror}; free space on the device") from error
-        if last:
-            self._finish(digest, part)
+            part.unlink(missing_ok=True)
+            raise _unwritable(part.parent, error) from error
+        return self.received(digest)
 
     def _finish(self, digest: str, part: Path) -> None:
         if digest_of(part) != digest:
@@ -60,12 +73,17 @@ class Files:
         self._evict(keep=digest)
 
     def add(self, file: Path) -> str:
-        """Add a file of this machine and return its digest."""
+        """Add a file of this machine and return its digest. Raises Unable if it cannot be written."""
         digest = digest_of(file)
         if not self.path(digest).exists():
             part = self._part(digest)
-            shutil.copyfile(file, part)
+            try:
+                shutil.copyfile(file, part)
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                raise _unwritable(part.parent, error) from error
             part.replace(self.path(digest))
+        self._use(self.path(digest))
         return digest
 
     def path(self, digest: str) -> Path:
@@ -89,7 +107,7 @@ class Files:
                 raise Damaged(f"{name[:80]!r} is no name of a file of an engine")
             if not self.path(digest).exists():
                 raise Damaged(f"{name} ({digest[:12]}) was not sent to the device, or was removed: send it again")
-            os.utime(self.path(digest))
+            self._use(self.path(digest))
             link = folder / name
             if not link.exists():
                 link.symlink_to(self.path(digest).resolve())
@@ -98,13 +116,38 @@ class Files:
         path = self.path(digest)
         return path.with_name(path.name + ".part")
 
+    def _use(self, file: Path) -> None:
+        """Date a file after all others, whatever the clock: boards without a battery start in 1970."""
+        newest = max((status.st_mtime_ns for _, status in self._files()), default=0)
+        now = max(time.time_ns(), newest + 1)
+        os.utime(file, ns=(now, now))
+
     def _evict(self, keep: str) -> None:
-        files = sorted((file for file in self._folder.iterdir()), key=lambda file: file.stat().st_mtime)
-        excess = sum(file.stat().st_size for file in files) - _MOST_BYTES
-        for file in files:
+        files = sorted(self._files(), key=lambda item: item[1].st_mtime_ns)
+        excess = sum(status.st_size for _, status in files) - _MOST_BYTES
+        for file, status in files:
             if excess > 0 and file.name != keep:
-                excess -= file.stat().st_size
-                file.unlink()
+                excess -= status.st_size
+                file.unlink(missing_ok=True)
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for file in self._folder.iterdir():
+            try:
+                yield file, file.stat()
+            except FileNotFoundError:  # removed by the runner of another connection
+                continue
+
+
+def _unwritable(folder: Path, error: OSError) -> Unable:
+    remedy = _REMEDIES.get(error.errno or 0, "make it writable for the user of the connection")
+    return Unable(f"{folder} cannot be written: {error.strerror}; {remedy}")
+
+
+def explained(error: Exception, folder: Path) -> str:
+    """Return one sentence for an error of a runtime or of the system; for a full disk, with `folder` and the remedy."""
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return str(_unwritable(folder, error))
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def digest_of(file: Path) -> str:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import Damaged, Refused, Rejected, Unable
-from .files import Files
+from .files import Files, explained
 from .runtimes import runtime
 
 if TYPE_CHECKING:
@@ -34,16 +35,20 @@ def collected(root: Path, task: Mapping[str, Any], say: Say) -> dict[str, Any]:
     built `files` by name, which are kept in `Files(root)`.
 
     A task has `runtime`, `options`, and the digests of the input `files` by name. Log records of the job are passed to
-    `say`. Raises the error of the build.
+    `say`. Raises the error of the build, and Unable if the process of a job that was started here dies.
     """
     files = Files(root)
     folder = root / "jobs" / hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
-    shown = 0
+    shown, process = 0, None
     while True:
         done = _result(folder, files)
         if done is not None:
             break
-        shown = 0 if _restarted(folder, task, files) else shown
+        if process is not None and process.poll():
+            raise Unable(_why_ended(process, folder))
+        if process is None or process.poll() == 0:  # its result was collected and removed by another host
+            process = _started(folder, task, files)
+            shown = 0 if process is not None else shown
         time.sleep(_POLL_S)
         shown = _show(folder / "log", shown, say)
     _show(folder / "log", shown, say)
@@ -70,7 +75,9 @@ def run(folder: Path) -> int:
         except Refused as error:
             done = {"error": str(error), "exit_code": error.exit_code}
         except Exception as error:
-            done = {"error": f"{type(error).__name__}: {error}", "exit_code": Unable.exit_code}
+            done = {"error": explained(error, folder), "exit_code": Unable.exit_code}
+        if "error" in done:
+            shutil.rmtree(folder / "engine", ignore_errors=True)  # a full disk has no space for the error otherwise
         part = folder / "done.json.part"
         part.write_text(json.dumps(done))
         part.replace(folder / "done.json")
@@ -86,19 +93,18 @@ def _result(folder: Path, files: Files) -> dict[str, Any] | None:
     return done if all(files.received(digest) == -1 for digest in done.get("files", {}).values()) else None
 
 
-def _restarted(folder: Path, task: Mapping[str, Any], files: Files) -> bool:
-    """Start the job in `folder` unless it runs. One host at a time decides."""
+def _started(folder: Path, task: Mapping[str, Any], files: Files) -> subprocess.Popen[bytes] | None:
+    """Start the job in `folder` and return its process; None if it runs or has finished. One host at a time decides."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _result(folder, files) is not None or _runs(folder):
-            return False
+            return None
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "engine").mkdir(parents=True)
         files.place(task["files"], folder / "engine")
         (folder / "task.json").write_text(json.dumps(dict(task)))
-        _start(folder)
-        return True
+        return _start(folder)
 
 
 def _moved(engine: Path, inputs: Mapping[str, str]) -> dict[str, str]:
@@ -110,7 +116,7 @@ def _moved(engine: Path, inputs: Mapping[str, str]) -> dict[str, str]:
     return digests
 
 
-def _start(folder: Path) -> None:
+def _start(folder: Path) -> subprocess.Popen[bytes]:
     """Start the process of a job in a session of its own, and wait until it holds the lock or has finished."""
     package = __package__ or ""
     command = [sys.executable, "-m", f"{package}.jobs", str(folder.resolve())]
@@ -125,9 +131,19 @@ def _start(folder: Path) -> None:
         )
     while not _runs(folder) and not (folder / "done.json").exists():
         if process.poll() is not None:
-            told = (folder / "output").read_text(errors="replace").strip().splitlines()
-            raise Unable(f"the build on the device ended with status {process.returncode}: {' '.join(told[-1:])}")
+            raise Unable(_why_ended(process, folder))
         time.sleep(_POLL_S)
+    return process
+
+
+def _why_ended(process: subprocess.Popen[bytes], folder: Path) -> str:
+    status = process.wait()
+    if status == -signal.SIGKILL:
+        return (
+            "the build on the device was killed, as Linux does when memory runs out: close programs or add swap there"
+        )
+    told = (folder / "output").read_text(errors="replace").strip().splitlines()
+    return f"the build on the device ended with status {status}: {' '.join(told[-1:]) or 'no message'}"
 
 
 def _runs(folder: Path) -> bool:

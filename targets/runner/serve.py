@@ -6,7 +6,8 @@ Requests, each with `op`:
     runtime    runtime                  version of a runtime, or why it is missing
     telemetry                           clocks, temperatures and load at this moment: see `telemetry`
     received   digests                  bytes of each file that have arrived; -1 if it is complete
-    put        digest, offset, last     append the attachment `content` to a file
+    put        digest, offset, last     append the attachment `content` to a file if `offset` is its end; replies with
+                                        the bytes that have arrived, as `received`
     get        digest, offset, count    a part of a file
     build      runtime, files, options  compile an engine; replies with the digests of its files
     inspect    runtime, files           describe an engine
@@ -24,6 +25,7 @@ with `log` and `severity`. Engines are timed by one host at a time: see `turn`.
 from __future__ import annotations
 
 import os
+import select
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from . import facts, jobs, messages, runtimes, telemetry
 from .cpu import half_precision, threads
 from .errors import Damaged, Refused
-from .files import Files
+from .files import Files, explained
 from .turn import Turn
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from typing import IO
 
 _CHUNK = 1 << 22  # bytes of a file in one reply
+_IDLE_S = 60.0  # without a request, until another host may time engines
 
 
 class Server:
@@ -56,6 +59,7 @@ class Server:
         self._sink.flush()
         try:
             while True:
+                self._wait()
                 try:
                     fields, attachments = messages.read(self._source)
                 except messages.Broken:
@@ -67,6 +71,11 @@ class Server:
                 session.close()
             self._end_turn()
 
+    def _wait(self) -> None:
+        """Wait for a request. The turn ends after a minute without one: the host may be gone, with no end of stream."""
+        if self._turn is not None and not select.select([self._source], [], [], _IDLE_S)[0]:
+            self._end_turn()
+
     def _execute(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         operation = getattr(self, f"_op_{fields.get('op')}", None)
         if operation is None:
@@ -76,7 +85,7 @@ class Server:
         except Refused as error:
             return {"error": str(error), "exit_code": error.exit_code}, None
         except Exception as error:  # of a runtime: the connection continues
-            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "exit_code": 3}, None
+            return {"error": explained(error, self._folder), "exit_code": 3}, None
         return dict(reply, ok=True), values
 
     def _say(self, severity: str, message: str) -> None:
@@ -99,8 +108,8 @@ class Server:
         return {"received": [self._files.received(digest) for digest in fields["digests"]]}, None
 
     def _op_put(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], None]:
-        self._files.append(fields["digest"], fields["offset"], attachments["content"], last=fields["last"])
-        return {}, None
+        received = self._files.append(fields["digest"], fields["offset"], attachments["content"], last=fields["last"])
+        return {"received": received}, None
 
     def _op_get(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], dict[str, bytes]]:
         path = self._files.path(fields["digest"])
@@ -160,9 +169,14 @@ class Server:
 
 def serve(folder: Path | None = None) -> int:
     """Serve one host over standard input and output. Other output of this process goes to standard error."""
+    folder = folder or cache_folder()
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print to standard output
-    Server(sys.stdin.buffer, sink, folder or cache_folder()).run()
+    try:
+        server = Server(sys.stdin.buffer, sink, folder)
+    except OSError as error:
+        sys.exit(f"{folder} cannot be written: {error.strerror}")
+    server.run()
     return 0
 
 

@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,12 @@ class Server:
     cache: Path  # of the runner
     log: Path
 
+    def through(self, port: int) -> Server:
+        """Return this server behind a proxy on another port."""
+        known_hosts = self.known_hosts.with_name(f"known_hosts.{port}")
+        known_hosts.write_text(self.known_hosts.read_text().replace(f":{self.port} ", f":{port} "))
+        return replace(self, port=port, known_hosts=known_hosts)
+
     def table(self, name: str = "loop", **changes: object) -> str:
         """Return the table of devices.toml for this server."""
         values = {
@@ -52,8 +58,8 @@ def _toml(value: object) -> str:
 
 
 @contextmanager
-def serving(folder: Path, *settings: str) -> Iterator[Server]:
-    """Run a server whose runner keeps its files in `folder`. `settings` are lines of its configuration."""
+def serving(folder: Path, environment: Mapping[str, str | Path] | None = None) -> Iterator[Server]:
+    """Run a server whose runner keeps its files in `folder`. `environment` is added to that of its sessions."""
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     if os.getuid() == 0:
@@ -61,6 +67,7 @@ def serving(folder: Path, *settings: str) -> Iterator[Server]:
     port = _free_port()
     host_key = (folder / "host.pub").read_text().rsplit(" ", 1)[0]
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}\n")
+    variables = {"EDGELINE_CACHE": folder / "cache", **(environment or {})}
     configuration = [
         f"Port {port}",
         "ListenAddress 127.0.0.1",
@@ -70,8 +77,7 @@ def serving(folder: Path, *settings: str) -> Iterator[Server]:
         "PasswordAuthentication no",
         "KbdInteractiveAuthentication no",
         "PidFile none",
-        f"SetEnv EDGELINE_CACHE={folder / 'cache'}",
-        *settings,
+        " ".join(("SetEnv", *(f"{name}={value}" for name, value in variables.items()))),
     ]
     (folder / "sshd_config").write_text("\n".join(configuration) + "\n")
     log = folder / "sshd.log"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,14 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 def test_an_upload_is_resumed_where_it_ended(tmp_path: Path) -> None:
     store = Files(tmp_path)
     assert store.received(DIGEST) == 0
-    store.append(DIGEST, 0, CONTENT[:4], last=False)
+    assert store.append(DIGEST, 0, CONTENT[:4], last=False) == 4
     store = Files(tmp_path)  # of the next connection
     assert store.received(DIGEST) == 4
-    with pytest.raises(Damaged, match="was sent for byte 0, expected byte 4"):
-        store.append(DIGEST, 0, CONTENT, last=True)
-    store.append(DIGEST, 4, CONTENT[4:], last=True)
-    assert store.received(DIGEST) == -1
+    assert store.append(DIGEST, 0, CONTENT, last=True) == 4  # continue at byte 4
+    assert store.append(DIGEST, 4, CONTENT[4:], last=True) == -1
+    assert store.append(DIGEST, 4, CONTENT[4:], last=True) == -1  # another connection was faster
     assert store.path(DIGEST).read_bytes() == CONTENT
+    assert list((tmp_path / "files").iterdir()) == [store.path(DIGEST)]
 
 
 def test_a_damaged_upload_starts_again(tmp_path: Path) -> None:
@@ -74,6 +75,24 @@ def test_the_files_that_were_not_used_for_the_longest_time_are_removed(
             if store.path(digest).exists():
                 os.utime(store.path(digest), (1e9 - age, 1e9 - age))
     assert [store.path(digest).exists() for digest in digests] == [False, True, True]
+
+
+@pytest.mark.parametrize("year", [1970, 2100])
+def test_the_clock_of_the_device_does_not_decide_what_is_removed(
+    year: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of 2100 were used before the clock was corrected; in 1970, the clock starts anew."""
+    monkeypatch.setattr(files, "_MOST_BYTES", 2 * len(CONTENT))
+    store, digests = Files(tmp_path), []
+    seconds = (year - 1970) * 365.25 * 86400
+    monkeypatch.setattr(time, "time_ns", lambda: int(seconds * 1e9))
+    for number in range(4):
+        content = CONTENT[:-1] + bytes([number])
+        digests.append(hashlib.sha256(content).hexdigest())
+        store.append(digests[-1], 0, content, last=True)
+        monkeypatch.setattr(time, "time_ns", lambda: int(1.7e18 if year == 2100 else 0))
+        assert store.received(digests[0]) == -1  # always used last
+    assert [store.path(digest).exists() for digest in digests] == [True, False, False, True]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
