@@ -53,7 +53,8 @@ DOCS := .cache/docs-$(shell cksum < requirements-docs.lock | cut -d' ' -f1)
 VERBS := engine multifunction zoo calibrate qat tune sensitivity profile iphone-bundle import verify prove dashboard \
          explain lint-model placement models targets devices doctor gc
 BENCHES := bench bench-coreml bench-speed bench-quantizers bench-calibration bench-families bench-outliers bench-seeds \
-           bench-real bench-prove bench-qat bench-qat-gain bench-store bench-half bench-dashboard bench-faults
+           bench-real bench-prove bench-qat bench-qat-gain bench-store bench-half bench-dashboard bench-faults \
+           bench-devices
 OTHERS := fuzz check test lint docs licenses
 
 .DEFAULT_GOAL := help
@@ -176,6 +177,9 @@ bench-faults: ## planted wrong conversions, and false alarms over seeds (hours)
 
 bench-dashboard: ## the dashboard of 100,000 measurements: seconds, memory, size of the page
 	@$(VENV)/bin/python -m tests.bench.dashboard
+
+bench-devices: ## an engine timed over SSH on loopback against here; seconds and bytes
+	@$(VENV)/bin/python -m tests.bench.devices $${MODEL:+"$$MODEL"}
 
 fuzz:
 	@$(VENV)/bin/python -m tests.fuzz --kinds="$$CASES" --count="$$COUNT" --start="$$START"

@@ -271,6 +271,7 @@ RULES: Final[Mapping[str, Options]] = {
     "bench-faults": (options.MODELS,),
     "bench-real": (options.SEEDS,),
     "bench-qat": (options.MODEL,),
+    "bench-devices": (options.MODEL,),
     "fuzz": (options.CASES, options.COUNT, options.START),
     "help": (options.VERB,),
 }
