@@ -55,7 +55,7 @@ VERBS := engine multifunction zoo calibrate qat tune sensitivity profile iphone-
 BENCHES := bench bench-coreml bench-speed bench-quantizers bench-calibration bench-families bench-outliers bench-seeds \
            bench-real bench-prove bench-qat bench-qat-gain bench-store bench-half bench-dashboard bench-faults \
            bench-devices
-OTHERS := fuzz check test lint docs licenses
+OTHERS := fuzz gpu-check check test lint docs licenses
 
 .DEFAULT_GOAL := help
 .PHONY: help help-bench $(VERBS) $(BENCHES) $(OTHERS) setup lock system-packages clean .variables
@@ -125,6 +125,7 @@ lint: ## ruff and mypy --strict
 docs: ## the documentation as a web site: build/docs/index.html
 test: ## all tests (twenty minutes on two cores)
 fuzz: ## hostile values and damaged files for every reader: CASES COUNT START
+gpu-check: ## figures of an NVIDIA GPU (under six minutes): build/gpu-check.json
 
 bench: ## small model of every family x four recipes x four targets (an hour)
 	@$(VENV)/bin/python -m tests.bench.table $$MODELS
@@ -180,6 +181,9 @@ bench-dashboard: ## the dashboard of 100,000 measurements: seconds, memory, size
 
 bench-devices: ## an engine timed over SSH on loopback against here; seconds and bytes
 	@$(VENV)/bin/python -m tests.bench.devices $${MODEL:+"$$MODEL"}
+
+gpu-check:
+	@$(VENV)/bin/python -m tests.bench.gpu_check
 
 fuzz:
 	@$(VENV)/bin/python -m tests.fuzz --kinds="$$CASES" --count="$$COUNT" --start="$$START"

@@ -86,15 +86,15 @@ def steps(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Step]:
     size = images.shape[-1]
     plain = prepare_qat_pt2e(exported_program.export(copy.deepcopy(model).train(), size).module(), Plain())
     return {
-        _FLOAT: _float_step(copy.deepcopy(model).train(), images, labels),
-        _FOLLOWING: _step(_calibrated(model, images, "train"), model, images),
-        _FROZEN: _step(_calibrated(model, images, "frozen"), model, images),
-        _LEARNED: _step(_calibrated(model, images, "learn"), model, images),
-        "torchao's own": _step(plain, model, images),
+        _FLOAT: float_step(copy.deepcopy(model).train(), images, labels),
+        _FOLLOWING: qat_step(calibrated(model, images, "train"), model, images),
+        _FROZEN: qat_step(calibrated(model, images, "frozen"), model, images),
+        _LEARNED: qat_step(calibrated(model, images, "learn"), model, images),
+        "torchao's own": qat_step(plain, model, images),
     }
 
 
-def _calibrated(model: nn.Module, images: Tensor, mode: Mode) -> GraphModule:
+def calibrated(model: nn.Module, images: Tensor, mode: Mode) -> GraphModule:
     prepared = prepare(model, SHARED, images.shape[-1])
     exported_program.logits(prepared, [(images, images)])
     for quantizer in fake_quants(prepared):
@@ -105,13 +105,13 @@ def _calibrated(model: nn.Module, images: Tensor, mode: Mode) -> GraphModule:
     return prepared
 
 
-def _step(prepared: GraphModule, teacher: nn.Module, images: Tensor) -> Step:
+def qat_step(prepared: GraphModule, teacher: nn.Module, images: Tensor) -> Step:
     optimizer = RelativeAdam([{"params": list(prepared.parameters())}], lr=1e-6)
-    targets = exported_program.logits(teacher, [(images, images)])
-    return lambda: qat.step(prepared, images, torch.from_numpy(targets), 1.0, optimizer)
+    targets = torch.from_numpy(exported_program.logits(teacher, [(images, images)])).to(images.device)
+    return lambda: qat.step(prepared, images, targets, 1.0, optimizer)
 
 
-def _float_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
+def float_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     optimizer = _optimizer(model)
 
     def step() -> None:
