@@ -138,6 +138,24 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class GpuSession(Session, Protocol):
+    """A session that is timed on its GPU: `latencies_ns` excludes the copies from and to the memory of the host."""
+
+    @property
+    def method(self) -> Mapping[str, object]:
+        """How queries are timed: see `targets.runner.tensorrt_engine.Execution.method`."""
+        ...
+
+    def warm_up(self, seconds: float) -> int:
+        """Run queries for at least `seconds`, so that clocks rise, and return their number."""
+        ...
+
+    def end_to_end_ns(self, images: Images, count: int) -> list[int]:
+        """Run `count` queries in sequence and return the latency of each in nanoseconds, including the copies."""
+        ...
+
+
 class Target(Protocol):
     """A runtime with the toolchain that builds its engines."""
 

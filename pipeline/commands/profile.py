@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from targets.base import Images
 
 MEASUREMENTS: Final = "measurements.sqlite"
+_END_TO_END: Final = "end_to_end_p50_ms"  # measured on GPUs
 
 log = logging.getLogger("edgeline")
 
@@ -90,11 +91,12 @@ def _measurement(
     before: Conditions | dict[str, object],
     unit: str | None = None,
 ) -> Row:
-    from pipeline.timing.latency import Conditions, summarize, time_session
+    from pipeline.timing.latency import Conditions, end_to_end, max_cv, method_of, summarize, time_session
     from pipeline.timing.measurement_identity import identity as identity_of
     from pipeline.timing.results_db import Row
 
     samples = time_session(session, images, plan)
+    method = {**method_of(session, plan), **end_to_end(session, images, plan)}
     after = _conditions(run)
     here = (before, after) if isinstance(before, Conditions) and isinstance(after, Conditions) else (None, None)
     report = VerificationReport.read(artifact.path)
@@ -112,8 +114,8 @@ def _measurement(
         unit=unit,
         artifact_key=artifact.key,
         artifact_path=str(artifact.path),
-        method=plan.method(),
-        summary=summarize(samples, plan, before=here[0], after=here[1]),
+        method=method,
+        summary=summarize(samples, plan, before=here[0], after=here[1], most_cv=max_cv(method)),
         samples_ns=tuple(samples),
         versions=run.target.toolchain(),
         conditions={"before": _plain(before), "after": _plain(after), **_during(session)},
@@ -142,6 +144,7 @@ def _latency(row: Row) -> Answer:
         "n": summary.n,
         "valid": summary.valid,
         "why_invalid": summary.why_invalid,
+        **{name: row.method[name] for name in (_END_TO_END,) if name in row.method},
     }
 
 
@@ -158,12 +161,13 @@ def _log_latency(row: Row) -> None:
 
     summary = row.summary
     log.info(
-        "%sp50 %.3f ms, p90 %.3f ms, p99 %.3f ms over %d queries%s",
+        "%sp50 %.3f ms, p90 %.3f ms, p99 %.3f ms over %d queries%s%s",
         f"{row.unit}: " if row.unit else "",
         summary.p50_ms,
         summary.p90_ms,
         summary.p99_ms,
         summary.n,
+        f", p50 end to end {row.method[_END_TO_END]:.3f} ms" if _END_TO_END in row.method else "",
         "" if summary.valid else f"; INVALID: {summary.why_invalid}",
     )
     if placed := shares(row.plan or ()):

@@ -11,15 +11,17 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from calibration.progress import bar
 from models.errors import BadRequest, CannotRunHere
+from targets.base import GpuSession
 from targets.runner.facts import cpu_name
 from targets.runner.system import sensors
+from targets.runner.tensorrt_engine import CUDA_EVENTS
 
 if TYPE_CHECKING:
     from targets.base import Images, Session
@@ -36,6 +38,11 @@ MAX_DRIFT: Final = 0.10
 # compute time unstable from 0.025; a host clock also includes the scheduler, hence the wide margin. The slowest 1 % is
 # left out: a single stall of the operating system among a thousand queries is reported by `max_ms`.
 MAX_CV: Final = 0.5
+MAX_GPU_CV: Final = 0.025  # of times between CUDA events
+
+# Warm-up of a session on a GPU, whose clocks rise with time: trtexec's default. Its chunks take as long, since the
+# first query of a chunk starts on an idle GPU and is slower than the others.
+WARMUP_SECONDS: Final = 0.2
 
 # Largest share of processor time that other processes may use just before the first query. The load average is not
 # suitable: it includes a preceding build for a minute after its end.
@@ -54,7 +61,7 @@ class TimingPlan:
     latencies that the session reports, so time between queries (a network connection, the progress bar) does not count.
     """
 
-    warmup: int = 20  # queries before the measurement, discarded
+    warmup: int = 20  # queries before the measurement, discarded; on a GPU, WARMUP_SECONDS of queries
     min_queries: int = BACKED_FROM["p90"]
     min_seconds: float = 3.0  # in timed queries
     either: bool = False
@@ -70,7 +77,7 @@ class TimingPlan:
             )
 
     def method(self) -> dict[str, object]:
-        """Return the description of the measurement method that is stored with every row."""
+        """Return the description of the stopping rule: see `method_of`."""
         return {
             "warmup": self.warmup,
             "min_queries": self.min_queries,
@@ -96,18 +103,26 @@ def time_session(session: Session, images: Images, plan: TimingPlan = STANDARD) 
     """
     samples: list[int] = []
     busy_ns = 0
-    if plan.warmup:
-        with bar(total=plan.warmup, title="warm-up", unit="query") as progress:
-            session.latencies_ns(images, plan.warmup)
-            progress.update(plan.warmup)
+    count = _warm_up(session, images, plan)
     with bar(total=100, title="measuring", unit="%") as progress:
         while (done := _progress(len(samples), busy_ns, plan)) < 1.0:
-            chunk = timed(session, images, plan.chunk)
+            chunk = timed(session, images, count)
             samples += chunk
             busy_ns += sum(chunk)
             progress.set_postfix(queries=len(samples))
             progress.update(100 * (_progress(len(samples), busy_ns, plan) - done))
     return samples
+
+
+def _warm_up(session: Session, images: Images, plan: TimingPlan) -> int:
+    """Run the queries of the warm-up, and return the number of queries of a chunk."""
+    if isinstance(session, GpuSession):
+        return max(session.warm_up(WARMUP_SECONDS), plan.chunk)
+    if plan.warmup:
+        with bar(total=plan.warmup, title="warm-up", unit="query") as progress:
+            session.latencies_ns(images, plan.warmup)
+            progress.update(plan.warmup)
+    return plan.chunk
 
 
 def _progress(queries: int, busy_ns: int, plan: TimingPlan) -> float:
@@ -127,6 +142,34 @@ def timed(session: Session, images: Images, count: int) -> list[int]:
             "first"
         )
     return latencies
+
+
+def method_of(session: Session, plan: TimingPlan = STANDARD) -> dict[str, object]:
+    """Return the description of the measurement method that is stored with every row: the stopping rule, and the method
+    of a session that is timed on a GPU.
+    """
+    method = plan.method()
+    if isinstance(session, GpuSession):
+        del method["warmup"], method["chunk"]
+        method |= {"warmup_seconds": WARMUP_SECONDS, "chunk_seconds": WARMUP_SECONDS, **session.method}
+    return method
+
+
+def end_to_end(session: Session, images: Images, plan: TimingPlan = STANDARD) -> dict[str, object]:
+    """Time `plan.min_queries` queries of a session on a GPU with the copies from and to the memory of the host.
+
+    Returns `end_to_end_p50_ms` and `end_to_end_queries`, which are stored with the method; nothing for other sessions,
+    whose latencies include all copies.
+    """
+    if not isinstance(session, GpuSession):
+        return {}
+    samples = sorted(session.end_to_end_ns(images, plan.min_queries))
+    return {"end_to_end_p50_ms": _percentile(samples, 50) / 1e6, "end_to_end_queries": len(samples)}
+
+
+def max_cv(method: Mapping[str, object]) -> float:
+    """Return the largest coefficient of variation of a measurement with this method: that of its clock."""
+    return MAX_GPU_CV if method.get("timer") == CUDA_EVENTS else MAX_CV
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +202,7 @@ def summarize(
     *,
     before: Conditions | None = None,
     after: Conditions | None = None,
+    most_cv: float = MAX_CV,
 ) -> Summary:
     """Compute statistics of latencies in nanoseconds, in order of execution, and check their validity.
 
@@ -168,7 +212,7 @@ def summarize(
 
     A measurement is invalid if
     - it has fewer queries, or less time in queries, than `plan` requires;
-    - it is scattered: the coefficient of variation of the fastest 99 % is above MAX_CV;
+    - it is scattered: the coefficient of variation of the fastest 99 % is above `most_cv`;
     - it drifts: the medians of its halves differ by more than MAX_DRIFT;
     - it started on a busy machine: other processes used more than MAX_BUSY of the processor time;
     - it was throttled: the kernel counted thermal throttling between `before` and `after`.
@@ -180,7 +224,7 @@ def summarize(
         raise BadRequest("cannot summarize a measurement without latencies: expected at least one query; measure again")
     ascending = sorted(samples)
     mean_ns, cv = _mean_and_cv(ascending)
-    causes = [*_unfinished(samples, plan), *_unsteady(samples, ascending), *_disturbed(before, after)]
+    causes = [*_unfinished(samples, plan), *_unsteady(samples, ascending, most_cv), *_disturbed(before, after)]
     return Summary(
         p50_ms=_percentile(ascending, 50) / 1e6,
         p90_ms=_percentile(ascending, 90) / 1e6,
@@ -216,10 +260,10 @@ def _unfinished(samples: Sequence[int], plan: TimingPlan) -> Iterator[str]:
         yield f"only {busy_ns / 1e9:.3f} s in timed queries of at least {plan.min_seconds:g} s"
 
 
-def _unsteady(samples: Sequence[int], ascending: Sequence[int]) -> Iterator[str]:
+def _unsteady(samples: Sequence[int], ascending: Sequence[int], most_cv: float) -> Iterator[str]:
     _, cv = _mean_and_cv(ascending[: len(ascending) - len(ascending) // 100])
-    if cv > MAX_CV:
-        yield f"latencies are scattered: coefficient of variation {cv:.2f} of the fastest 99%, above {MAX_CV:g}"
+    if cv > most_cv:
+        yield f"latencies are scattered: coefficient of variation {cv:.2f} of the fastest 99%, above {most_cv:g}"
     half = len(samples) // 2
     if half == 0:
         return

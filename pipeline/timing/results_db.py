@@ -136,7 +136,7 @@ class Row:
     threads: int | None
     artifact_key: _Name
     artifact_path: str
-    method: Mapping[str, object] = field(default_factory=dict)  # TimingPlan.method()
+    method: Mapping[str, object] = field(default_factory=dict)  # latency.method_of, latency.end_to_end
     summary: Summary
     samples_ns: _Nanoseconds  # latency of every timed query, in order of execution
     versions: Mapping[str, str] = field(default_factory=dict)

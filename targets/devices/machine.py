@@ -224,7 +224,9 @@ class RemoteMachine:
 
     @contextmanager
     def open(self, runtime: str, engine: Path) -> Iterator[RemoteSession]:
-        session = RemoteSession(self, runtime, engine)
+        connection, opened = self._repeated(lambda connection: (connection, _opened(connection, runtime, engine)))
+        kind = RemoteGpuSession if "method" in opened else RemoteSession
+        session = kind(self, runtime, engine, connection, opened)
         try:
             yield session
         finally:
@@ -257,12 +259,16 @@ class RemoteMachine:
 class RemoteSession:
     """An engine that is loaded on a device. It is loaded again after a lost connection."""
 
-    def __init__(self, machine: RemoteMachine, runtime: str, engine: Path) -> None:
+    def __init__(
+        self, machine: RemoteMachine, runtime: str, engine: Path, connection: Connection, opened: Mapping[str, Any]
+    ) -> None:
         self._machine, self._runtime, self._engine = machine, runtime, engine
-        self._on: Connection | None = None  # the connection in which the engine is loaded
-        self._number = 0
-        self.batch = 0
-        machine._repeated(self._load)
+        self._on = connection  # in which the engine is loaded
+        self._opened = opened  # the reply to `open`
+
+    @property
+    def batch(self) -> int:
+        return int(self._opened["batch"])
 
     def infer(self, images: Images) -> Logits:
         def inferred(connection: Connection) -> Logits:
@@ -274,13 +280,7 @@ class RemoteSession:
 
     def latencies_ns(self, images: Images, count: int) -> list[int]:
         """Run `count` queries on the device and return the latency of each, measured there: without the connection."""
-
-        def timed(connection: Connection) -> list[int]:
-            fields = {"op": "time", "session": self._load(connection), "count": count, **self._machine.power}
-            reply, _ = connection.request(fields, {"images": images})
-            return [int(latency) for latency in reply["latencies"]]
-
-        return self._machine._repeated(timed)
+        return self._timed(images, count, end_to_end=False)
 
     def conditions(self) -> dict[str, Any] | None:
         """Return clocks, temperatures, power and load of the device since the first timed query: see
@@ -291,17 +291,51 @@ class RemoteSession:
         return conditions
 
     def close(self) -> None:
-        if self._on is not None and self._on is self._machine._connection:
+        if self._on is self._machine._connection:
             with contextlib.suppress(EdgelineError):
-                self._on.request({"op": "close", "session": self._number})
+                self._on.request({"op": "close", "session": self._opened["session"]})
+
+    def _timed(self, images: Images, count: int, *, end_to_end: bool) -> list[int]:
+        fields = {"op": "time", "count": count, "end_to_end": end_to_end, **self._machine.power}
+
+        def timed(connection: Connection) -> list[int]:
+            reply, _ = connection.request({**fields, "session": self._load(connection)}, {"images": images})
+            return [int(latency) for latency in reply["latencies"]]
+
+        return self._machine._repeated(timed)
 
     def _load(self, connection: Connection) -> int:
         """Return the number of the session in `connection`, loading the engine if it is not loaded there."""
         if self._on is not connection:
-            fields = {"op": "open", "runtime": self._runtime, "files": _sent(connection, self._engine)}
-            reply, _ = connection.request(fields)
-            self._on, self._number, self.batch = connection, reply["session"], reply["batch"]
-        return self._number
+            self._on, self._opened = connection, _opened(connection, self._runtime, self._engine)
+        return int(self._opened["session"])
+
+
+class RemoteGpuSession(RemoteSession):
+    """An engine that is loaded on the GPU of a device: see `targets.base.GpuSession`."""
+
+    @property
+    def method(self) -> Mapping[str, object]:
+        method: Mapping[str, object] = self._opened["method"]
+        return method
+
+    def warm_up(self, seconds: float) -> int:
+        fields = {"op": "warm_up", "seconds": seconds, **self._machine.power}
+
+        def warmed(connection: Connection) -> int:
+            reply, _ = connection.request({**fields, "session": self._load(connection)})
+            return int(reply["queries"])
+
+        return self._machine._repeated(warmed)
+
+    def end_to_end_ns(self, images: Images, count: int) -> list[int]:
+        return self._timed(images, count, end_to_end=True)
+
+
+def _opened(connection: Connection, runtime: str, engine: Path) -> Mapping[str, Any]:
+    """Load an engine on the device, sending it first if the device lacks it. Returns the reply to `open`."""
+    reply, _ = connection.request({"op": "open", "runtime": runtime, "files": _sent(connection, engine)})
+    return dict(reply)
 
 
 def _sent(connection: Connection, folder: Path) -> dict[str, str]:

@@ -11,10 +11,14 @@ Requests, each with `op`:
     get        digest, offset, count    a part of a file
     build      runtime, files, options  compile an engine; replies with the digests of its files
     inspect    runtime, files           describe an engine
-    open       runtime, files           load an engine; replies with `session` and `batch`
+    open       runtime, files           load an engine; replies with `session` and `batch`, and with `method` if it is
+                                        timed on a GPU: see `tensorrt_engine.Execution.method`
     infer      session                  run one query: attachment `images`, replies with `logits`
-    time       session, count,          time queries: attachment `images`, replies with `latencies` in nanoseconds
+    warm_up    session, seconds,        run queries for some time, on a GPU; replies with the number of `queries`
                power_mode, lock_clocks  (settings for the turn, see `turn`)
+    time       session, count,          time queries: attachment `images`, replies with `latencies` in nanoseconds;
+               end_to_end,              `end_to_end`: with the copies to and from the GPU
+               power_mode, lock_clocks
     conditions                          clocks, temperatures, power and load since the first timed query
     close      session
 
@@ -137,17 +141,22 @@ class Server:
         session = runtimes.runtime(fields["runtime"]).open_engine(engine, threads(), self._say)
         number = max(self._sessions, default=0) + 1
         self._sessions[number] = session
-        return {"session": number, "batch": session.batch}, None
+        method = getattr(session, "method", None)
+        return {"session": number, "batch": session.batch, **({} if method is None else {"method": method})}, None
 
     def _op_infer(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         return {}, {"logits": self._session(fields).infer(attachments["images"])}
 
+    def _op_warm_up(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
+        session = self._session(fields)
+        self._take_turn(fields)
+        return {"queries": session.warm_up(fields["seconds"])}, None
+
     def _op_time(self, fields: Mapping[str, Any], attachments: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         session = self._session(fields)
-        if self._turn is None:
-            self._turn = Turn(self._folder, fields["power_mode"], fields["lock_clocks"], self._say)
-        latencies = session.latencies_ns(attachments["images"], fields["count"])
-        return {"latencies": list(latencies)}, None
+        self._take_turn(fields)
+        timed = session.end_to_end_ns if fields["end_to_end"] else session.latencies_ns
+        return {"latencies": list(timed(attachments["images"], fields["count"]))}, None
 
     def _op_close(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
         self._sessions.pop(fields["session"]).close()
@@ -157,6 +166,10 @@ class Server:
 
     def _op_conditions(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
         return {"conditions": self._turn.conditions() if self._turn else None}, None
+
+    def _take_turn(self, fields: Mapping[str, Any]) -> None:
+        if self._turn is None:
+            self._turn = Turn(self._folder, fields["power_mode"], fields["lock_clocks"], self._say)
 
     def _end_turn(self) -> None:
         if self._turn is not None:

@@ -38,6 +38,7 @@ WORKSPACE_BYTES = 1 << 30
 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|could not be allocated", re.IGNORECASE)
 _IN_FLIGHT = 2  # queries on the stream while timing, as trtexec has
+CUDA_EVENTS = "CUDA events"  # `timer` of an execution's method
 
 
 # Libraries without which an installed TensorRT does not import, with the remedies.
@@ -449,13 +450,14 @@ class Execution:
 
     @property
     def method(self) -> dict[str, object]:
-        """How queries are timed: `cuda_graph` and `why_no_cuda_graph`, `spin`, `transfers`, `timer` and
-        `queries_in_flight`. The CUDA graph is captured at the first use.
+        """How queries are timed: `timer` and `end_to_end_timer`, `in_flight` queries, `cuda_graph` and
+        `why_no_cuda_graph`, `spin` and `transfers`. The CUDA graph is captured at the first use.
         """
         self._launcher()
         return {
-            "timer": "CUDA events around the computation of a query; end to end, the clock of the CPU",
-            "queries_in_flight": _IN_FLIGHT,
+            "timer": CUDA_EVENTS,
+            "end_to_end_timer": "clock of the CPU",
+            "in_flight": _IN_FLIGHT,
             "cuda_graph": self._graph is not None,
             "why_no_cuda_graph": self._why_no_graph,
             "spin": self._cuda.spins(),

@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 
 from models.errors import BadRequest, CannotRunHere
-from pipeline.timing.latency import ON_UNITS, Conditions, Summary, TimingPlan, summarize, time_session
+from pipeline.timing.latency import (
+    MAX_CV,
+    ON_UNITS,
+    Conditions,
+    Summary,
+    TimingPlan,
+    end_to_end,
+    max_cv,
+    method_of,
+    summarize,
+    time_session,
+)
 from targets.null import NullSession
 
 if TYPE_CHECKING:
@@ -52,6 +63,62 @@ class ScriptedSession:
     def latencies_ns(self, images: Images, count: int) -> list[int]:
         self.asked.append(count)
         return [next(self.script) for _ in range(count)]
+
+
+@dataclass
+class ScriptedGpu(ScriptedSession):
+    """A session on a GPU, with the given latencies of queries including copies."""
+
+    copied: list[int] = field(default_factory=list)
+    warmed: list[float] = field(default_factory=list)
+    timer: str = "CUDA events"
+
+    @property
+    def method(self) -> dict[str, object]:
+        return {"timer": self.timer, "in_flight": 2, "cuda_graph": True}
+
+    def warm_up(self, seconds: float) -> int:
+        self.warmed.append(seconds)
+        return 7
+
+    def end_to_end_ns(self, images: Images, count: int) -> list[int]:
+        return self.copied[:count]
+
+
+@pytest.mark.parametrize(("chunk", "asked"), [(4, [7, 7]), (10, [10])])
+def test_a_gpu_is_warmed_up_by_time_and_its_chunks_take_as_long(chunk: int, asked: list[int]) -> None:
+    session = ScriptedGpu(repeat(MS))
+    samples = time_session(session, IMAGES, TimingPlan(min_queries=8, min_seconds=0, chunk=chunk))
+    assert samples == [MS] * sum(asked)
+    assert (session.warmed, session.asked) == ([0.2], asked)
+
+
+def test_the_method_of_a_gpu_is_part_of_the_description() -> None:
+    plan = TimingPlan(min_queries=3)
+    of_gpu, of_host = method_of(ScriptedGpu(repeat(MS)), plan), method_of(ScriptedSession(repeat(MS)), plan)
+    assert of_host == plan.method() and of_host["warmup"] == 20 and of_host["in_flight"] == 1
+    assert not {"warmup", "chunk"} & of_gpu.keys()
+    assert of_gpu["warmup_seconds"] == of_gpu["chunk_seconds"] == 0.2
+    assert (of_gpu["timer"], of_gpu["in_flight"], of_gpu["min_queries"]) == ("CUDA events", 2, 3)
+
+
+def test_latencies_with_copies_are_the_second_figure_of_a_gpu() -> None:
+    plan = TimingPlan(min_queries=3)
+    session = ScriptedGpu(repeat(MS), copied=[9 * MS, 2 * MS, 4 * MS, MS])
+    assert end_to_end(session, IMAGES, plan) == {"end_to_end_p50_ms": 4.0, "end_to_end_queries": 3}
+    assert end_to_end(ScriptedSession(repeat(MS)), IMAGES, plan) == {}
+
+
+def test_times_between_events_of_a_gpu_may_scatter_less_than_those_of_a_host_clock() -> None:
+    samples = [100 * MS, 106 * MS] * 32
+    method = method_of(ScriptedGpu(repeat(MS)))
+    assert summarize(samples, ANY, most_cv=max_cv(method)).why_invalid == (
+        "latencies are scattered: coefficient of variation 0.03 of the fastest 99%, above 0.025"
+    )
+    assert summarize([100 * MS, 104 * MS] * 32, ANY, most_cv=max_cv(method)).valid
+    assert summarize(samples, ANY).valid
+    assert max_cv(method_of(ScriptedSession(repeat(MS)))) == MAX_CV
+    assert max_cv(method_of(ScriptedGpu(repeat(MS), timer="clock of the CPU"))) == MAX_CV
 
 
 def test_the_warm_up_is_run_first_and_forgotten() -> None:

@@ -16,11 +16,12 @@ import pytest
 
 import targets
 from models.errors import CannotRunHere, CheckFailed
-from targets.base import Export
+from targets.base import Export, GpuSession
 from targets.devices.connection import Connection, Dropped
 from targets.devices.machine import LOCAL, RemoteMachine, machine_of
 from targets.tensorrt import rtx
-from tests.support.tiny_export import SIZE, tiny_export
+from tests.support.stand_ins.board import Board, needs_gcc
+from tests.support.tiny_export import CLASSES, SIZE, tiny_export
 
 pytestmark = pytest.mark.slow
 BATCH = 2
@@ -36,9 +37,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Recorded(Connection):
     """A connection that counts requests, and can be cut before or after a request."""
 
-    def __init__(self, log: list[str], cut: Callable[[str, int], str | None]) -> None:
+    def __init__(
+        self, log: list[str], cut: Callable[[str, int], str | None], interpreter: str = sys.executable
+    ) -> None:
         self.log, self.cut = log, cut
-        super().__init__(lambda program: [sys.executable, "-u", "-c", program], "DEVICE=here")
+        super().__init__(lambda program: [interpreter, "-u", "-c", program], "DEVICE=here")
 
     def request(self, fields: Mapping[str, object], attachments: Mapping[str, Any] | None = None) -> Any:
         operation = str(fields["op"])
@@ -106,6 +109,41 @@ def test_an_engine_is_compiled_on_a_device(machine: RemoteMachine, export: Expor
     assert {file.name for file in (tmp_path / "engine").iterdir()} == {"model.onnx", "model.engine", "engine.json"}
     assert target.inspect(export, tmp_path / "engine")["quantized_layers"] == 2
     assert target.not_executed() == rtx.TARGET.not_executed()
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    """Return a machine whose Python has a stand-in for TensorRT, and a driver without CUDA graphs."""
+    board = Board(folder=tmp_path / "board", settings={"input": [BATCH, 3, SIZE, SIZE], "output": [BATCH, CLASSES]})
+    board.folder.mkdir()
+    return board
+
+
+@needs_gcc
+def test_an_engine_on_a_gpu_is_timed_by_its_own_method(
+    cache: Path, log: list[str], board: Board, export: Export, tmp_path: Path
+) -> None:
+    def cut(operation: str, number: int) -> str | None:
+        return "before" if (operation, number) == ("warm_up", 1) else None
+
+    machine = RemoteMachine(lambda: Recorded(log, cut, str(board.interpreter())))
+    target = built("jetson", machine, export, tmp_path / "engine")
+    with target.open(tmp_path / "engine") as session:
+        assert isinstance(session, GpuSession) and session.batch == BATCH
+        assert (session.method["timer"], session.method["spin"]) == ("CUDA events", True)
+        assert session.method["cuda_graph"] is False and "801" in str(session.method["why_no_cuda_graph"])
+        assert session.warm_up(0.01) >= 1  # repeated over a new connection, in which the engine is loaded again
+        assert len(session.latencies_ns(IMAGES, 5)) == 5
+        end_to_end = session.end_to_end_ns(IMAGES, 3)
+        assert len(end_to_end) == 3 and min(end_to_end) > 0
+    assert (log.count("warm_up"), log.count("open"), log.count("time")) == (2, 2, 2)
+    machine.close()
+
+
+def test_an_engine_on_a_cpu_has_no_method_of_its_own(machine: RemoteMachine, export: Export, tmp_path: Path) -> None:
+    target = built("onnxruntime", machine, export, tmp_path / "engine")
+    with target.open(tmp_path / "engine") as there, targets.ALL["onnxruntime"].open(tmp_path / "engine") as here:
+        assert not isinstance(there, GpuSession) and not isinstance(here, GpuSession)
 
 
 def test_files_are_sent_once(machine: RemoteMachine, log: list[str], export: Export, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ BATCH = 2
 IMAGES = np.random.default_rng(0).normal(size=(BATCH, 3, SIZE, SIZE)).astype(np.float32)
 CONTENT = bytes(range(100))
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-PLAIN = {"power_mode": "", "lock_clocks": False}  # settings of a turn
+PLAIN = {"power_mode": "", "lock_clocks": False, "end_to_end": False}  # fields of `time`
 
 
 class Host:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from targets.base import GpuSession
 from targets.runner import cuda, errors, tensorrt_engine
 from targets.tensorrt import target as tensorrt_target
 from tests.support.stand_ins.board import libcuda, needs_gcc
@@ -107,6 +108,8 @@ def test_any_number_of_queries_is_timed(count: int) -> None:
 def test_the_graph_is_captured_once_after_a_plain_query() -> None:
     driver = ToyDriver()
     with opened(driver) as (session, engine):
+        assert isinstance(session, GpuSession)
+        assert (session.method["timer"], session.method["in_flight"]) == (tensorrt_engine.CUDA_EVENTS, 2)
         assert session.method["cuda_graph"] is True and session.method["why_no_cuda_graph"] is None
         assert engine.runs == 1
         names = ("cuStreamSynchronize", "cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraph")

@@ -63,6 +63,7 @@ def test_an_engine_is_built_verified_and_timed_on_a_device(file: Path, store: Pa
     assert (there["top1"], there["agreement"]) == (here["top1"], here["agreement"])
     assert there["key"] == here["key"]  # the versions are the same, and the name of the device is no part of the key
     answer = profile(on_device(file, target), store)
+    assert "end_to_end_p50_ms" not in answer
     (row,) = (row for row in Results(store / MEASUREMENTS).rows(target=target, device="loop"))
     assert (row.summary.p50_ms, answer["by"]) == (answer["p50_ms"], target)
     during: Any = row.conditions["during"]
@@ -87,8 +88,12 @@ def test_an_engine_for_a_jetson_is_built_verified_and_timed_on_it(
     names = [call[0] for call in board.calls()]
     assert ["create_network", ["EXPLICIT_BATCH", "STRONGLY_TYPED"]] in board.calls()
     assert names.count("build_serialized_network") == 1
-    row = profile(run, store)
-    assert row["by"] == "jetson" and isinstance(row["n"], int) and row["n"] >= 64
+    timed: Any = profile(run, store)
+    assert timed["by"] == "jetson" and timed["n"] >= 64 and timed["end_to_end_p50_ms"] > 0
+    (row,) = Results(store / MEASUREMENTS).rows(target="jetson", device="loop")
+    assert (row.method["timer"], row.method["warmup_seconds"], row.method["in_flight"]) == ("CUDA events", 0.2, 2)
+    assert (row.method["cuda_graph"], row.method["spin"]) == (False, True)
+    assert row.method["end_to_end_p50_ms"] == timed["end_to_end_p50_ms"]
     assert engine(run, store)["cached"]
 
 
