@@ -77,6 +77,7 @@ def build_bundle(folder: Path, options: dict[str, Any], say: Say) -> dict[str, o
         "precision": bundle["precision"],
         "batch": bundle["batch"],
         "settings": built.settings,
+        "timing_cache_sha256": built.timing_cache and _sha256(built.timing_cache),
         "versions": {"python": platform.python_version(), **versions()},
     }
     result = {

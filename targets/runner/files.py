@@ -1,4 +1,7 @@
-"""Files that a host has sent, by the SHA-256 of their contents: nothing is sent twice, and an upload can be resumed."""
+"""Files that a host has sent, by the SHA-256 of their contents: nothing is sent twice, and an upload can be resumed.
+
+They are kept in the cache folder of the runner, with its jobs and timing caches.
+"""
 
 from __future__ import annotations
 
@@ -148,6 +151,13 @@ def explained(error: Exception, folder: Path) -> str:
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         return str(_unwritable(folder, error))
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def cache_folder() -> Path:
+    """Return the folder of the runner's files: `$EDGELINE_CACHE`, or `edgeline` in the user's cache folder."""
+    named = os.environ.get("EDGELINE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(named or os.path.join(base, "edgeline")).expanduser()  # noqa: PTH118
 
 
 def digest_of(file: Path) -> str:

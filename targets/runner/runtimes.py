@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cpu import HostSession
 from .errors import Refused, Unable
+from .files import cache_folder
 from .system.packages import module_version
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ class TensorRt:
         from .tensorrt_engine import build
 
         trt, graph = self.module(), (folder / "model.onnx").read_bytes()
-        built = build(trt, graph, say=say, detailed=True, **options)
+        cache = self._timing_cache(trt)
+        built = build(trt, graph, say=say, detailed=True, timing_cache=_read(cache), **options)
+        _keep(cache, built.timing_cache, say)
         (folder / "model.engine").write_bytes(built.plan)
         facts = {
             "engine": "model.engine",
@@ -138,9 +141,24 @@ class TensorRt:
             "precision": options["precision"],
             "batch": options["batch"],
             "settings": built.settings,
+            "timing_cache_sha256": built.timing_cache and hashlib.sha256(built.timing_cache).hexdigest(),
             **described(self.package, self._information(trt, built.plan, say)),
         }
         (folder / "engine.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def _timing_cache(self, trt: Any) -> Path | None:
+        """Return the file of the kernels that were measured on GPUs like this one, by this version of TensorRT; None
+        where none are measured: without a GPU, and by TensorRT-RTX, which chooses kernels when an engine is loaded.
+        """
+        from .cuda import find_cuda
+
+        if self.package == "tensorrt_rtx":
+            return None
+        try:
+            major, minor = find_cuda().gpu().capability
+        except Unable:
+            return None
+        return cache_folder() / "timings" / f"{self.package}-{trt.__version__}-sm{major}{minor}"
 
     def _information(self, trt: Any, plan: bytes, say: Say) -> str | None:
         """Return the engine inspector's description of the layers; None where the engine cannot be loaded here."""
@@ -160,6 +178,26 @@ class TensorRt:
         from .tensorrt_engine import load
 
         return load(self.package)
+
+
+def _read(cache: Path | None) -> bytes | None:
+    """Return the contents of a timing cache, empty if there is none yet."""
+    if cache is None:
+        return None
+    return cache.read_bytes() if cache.exists() else b""
+
+
+def _keep(cache: Path | None, contents: bytes | None, say: Say) -> None:
+    """Replace a timing cache. Of two builds at the same time, the later one is kept."""
+    if cache is None or contents is None:
+        return
+    part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(contents)
+        part.replace(cache)
+    except OSError as error:
+        say("WARNING", f"{cache} cannot be written ({error.strerror}): the next build measures all kernels again")
 
 
 RUNTIMES: dict[str, Any] = {

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from . import facts, jobs, messages, runtimes, telemetry
 from .cpu import half_precision, threads
 from .errors import Damaged, Refused
-from .files import Files, explained
+from .files import Files, cache_folder, explained
 from .turn import Turn
 
 if TYPE_CHECKING:
@@ -191,13 +191,6 @@ def serve(folder: Path | None = None) -> int:
         sys.exit(f"{folder} cannot be written: {error.strerror}")
     server.run()
     return 0
-
-
-def cache_folder() -> Path:
-    """Return the folder of files and jobs: `$EDGELINE_CACHE`, or `edgeline` in the user's cache folder."""
-    named = os.environ.get("EDGELINE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(named or os.path.join(base, "edgeline")).expanduser()  # noqa: PTH118
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,10 @@ def board(tmp_path: Path) -> Board:
     return board
 
 
+def connected(board: Board, log: list[str]) -> RemoteMachine:
+    return RemoteMachine(lambda: Recorded(log, lambda *_: None, str(board.interpreter())))
+
+
 @needs_gcc
 def test_an_engine_on_a_gpu_is_timed_by_its_own_method(
     cache: Path, log: list[str], board: Board, export: Export, tmp_path: Path
@@ -138,6 +145,41 @@ def test_an_engine_on_a_gpu_is_timed_by_its_own_method(
         assert len(end_to_end) == 3 and min(end_to_end) > 0
     assert (log.count("warm_up"), log.count("open"), log.count("time")) == (2, 2, 2)
     machine.close()
+
+
+@needs_gcc
+def test_measured_kernels_are_kept_for_the_next_build_with_this_gpu_and_version(
+    cache: Path, log: list[str], board: Board, tmp_path: Path
+) -> None:
+    newer = dataclasses.replace(board, folder=tmp_path / "newer", settings={**board.settings, "version": "10.7.0"})
+    newer.folder.mkdir()
+    for number, machine in enumerate((board, board, newer)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(b"a graph %d" % number)
+        with closing(connected(machine, log)) as remote:
+            remote.build("tensorrt", folder, {"precision": "int8", "batch": BATCH})
+        found = json.loads((folder / "engine.json").read_text())
+        assert found["timing_cache_sha256"] == hashlib.sha256(b"timings").hexdigest()
+    files = sorted((cache / "timings").iterdir())
+    assert [file.name for file in files] == ["tensorrt-10.3.0-sm87", "tensorrt-10.7.0-sm87"]
+    assert {file.read_bytes() for file in files} == {b"timings"}
+    started = [call for machine in (board, newer) for call in machine.calls() if call[0] == "create_timing_cache"]
+    assert started == [["create_timing_cache", ""], ["create_timing_cache", "timings"], ["create_timing_cache", ""]]
+
+
+@needs_gcc
+def test_an_engine_is_built_where_measured_kernels_cannot_be_kept(
+    cache: Path, log: list[str], board: Board, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.mkdir()
+    (cache / "timings").write_text("no folder")
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "model.onnx").write_bytes(b"a graph")
+    with closing(connected(board, log)) as machine:
+        machine.build("tensorrt", tmp_path / "engine", {"precision": "int8", "batch": BATCH})
+    assert (tmp_path / "engine" / "model.engine").exists()
+    assert "sm87 cannot be written (File exists): the next build measures all kernels again" in caplog.text
 
 
 def test_an_engine_on_a_cpu_has_no_method_of_its_own(machine: RemoteMachine, export: Export, tmp_path: Path) -> None:

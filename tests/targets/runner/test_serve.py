@@ -24,8 +24,9 @@ from targets.runner import jobs, messages, runtimes, serve
 from targets.runner.cpu import HostSession, half_precision, threads
 from targets.runner.errors import Damaged, Rejected
 from targets.runner.facts import Facts
+from targets.runner.files import cache_folder
 from targets.runner.runtimes import OnnxRuntime
-from targets.runner.serve import Server, cache_folder
+from targets.runner.serve import Server
 from targets.runner.telemetry import Snapshot
 from tests.support.tiny import ROOT, surroundings
 from tests.support.tiny_export import CLASSES, SIZE, tiny_export
