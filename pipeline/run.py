@@ -78,4 +78,6 @@ class Run:
     def built_label(self) -> str:
         """Label of the artifacts of the target."""
         form = [self.form] * (self.form != "tokens")
-        return self.label(*form, self.recipe.name, self.target.name, *map(str, self.options.changed().values()))
+        changed = self.options.changed()
+        options = (value if isinstance(value, str) else f"{name}{value}" for name, value in changed.items())
+        return self.label(*form, self.recipe.name, self.target.name, *options)

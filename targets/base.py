@@ -242,12 +242,22 @@ class Bundles(Protocol):
 
 @runtime_checkable
 class Customizes(Protocol):
-    """A target with weight compression and options of its own."""
+    """A target with options of its own, and possibly weight compression."""
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of its options on the command line."""
+        ...
+
+    @property
+    def compresses(self) -> bool:
+        """Whether its engines can have weight compression."""
+        ...
 
     def options(
         self, variables: Mapping[str, str], *, precision: Precision, storage: WeightOnly | None, batch: int
     ) -> Options:
-        """Parse the options in `variables` of the command line; an empty text stands for the default.
+        """Parse its options in `variables` of the command line; an empty text stands for the default.
 
         Raises BadRequest if an option is invalid or excludes another option.
         """

@@ -87,7 +87,7 @@ def _integer(low: int, high: int, **declared: Any) -> Any:
 
 
 _DATA, _INT8, _TRAINING = "Model and data", "INT8 quantization", "Training"
-_BUILD, _COREML, _OTHER = "Engine", "Core ML", "Other"
+_BUILD, _COREML, _TENSORRT, _OTHER = "Engine", "Core ML", "TensorRT", "Other"
 
 MODEL: Final[Option[ModelSpec]] = Option(
     name="MODEL",
@@ -308,6 +308,21 @@ DEPLOYMENT: Final[Option[str]] = Option(
     help="Oldest system that must run the package, such as iOS17. Default: the oldest that the recipe allows.",
 )
 
+DLA: Final[Option[str]] = Option(
+    name="DLA",
+    parse=text,
+    choices=("0", "1"),
+    group=_TENSORRT,
+    help="Core of the Deep Learning Accelerator of a Jetson; layers that it does not support run on the GPU.",
+)
+LEVEL: Final[Option[str]] = Option(
+    name="LEVEL",
+    parse=text,
+    choices=("0", "1", "2", "3", "4", "5"),
+    group=_TENSORRT,
+    help="Builder optimization level: 5 searches longest. Default: that of TensorRT, 3.",
+)
+
 SIZES: Final[Option[list[str]]] = Option(
     name="SIZES",
     parse=words,
@@ -356,7 +371,7 @@ FILE: Final[Option[Path | None]] = Option(
     help="Result file that was shared from the app of `make iphone-bundle`, or result.json of a bundle.",
 )
 
-OF_TARGETS: Final = (INTERFACE, DEPLOYMENT)  # parsed by the target
+OF_TARGETS: Final = (INTERFACE, DEPLOYMENT, DLA, LEVEL)  # parsed by the target
 PREPROCESSING: Final = (MEAN, STD, CROP, INTERPOLATION, BACKGROUND)
 # PROGRAM: options up to the quantized program; RUN: options up to the engine.
 PROGRAM: Final[Options] = (

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import calibration.data.load
 import models
+import targets
 from calibration import accuracy_budget, family_placements
 from calibration.qdq_placement import Placement
 from calibration.recipe import Ptq, Qat, Recipe, Schedule, WeightOnly, budgeted, scheduled, with_ptq
@@ -19,7 +20,7 @@ from models.external import user_files
 from models.spec import Form, ModelSpec, Preprocess
 from pipeline.cli import options, preprocess_options
 from pipeline.cli.options import Option
-from pipeline.cli.values import digits, nearest
+from pipeline.cli.values import alternatives, digits, nearest
 from pipeline.run import Run
 from pipeline.store import integrity
 from targets.base import NO_OPTIONS, Customizes, Options, Target
@@ -116,16 +117,25 @@ def options_for(request: Request, target: Target, recipe: Recipe, batch: int) ->
     """
     storage = recipe if isinstance(recipe, WeightOnly) else None
     variables = {option.name: request[option] for option in options.OF_TARGETS}
-    if isinstance(target, Customizes):
-        return target.options(variables, precision=recipe.precision, storage=storage, batch=batch)
     given = [option for option in options.OF_TARGETS if request.text(option) != option.default]
-    if storage or given:
-        option = options.RECIPE if storage else given[-1]
-        raise BadRequest(
-            f"{option.name}={request.text(option)}: not supported by TARGET={target.name}; use TARGET=coreml, or "
-            f"leave {option.name} out"
-        )
-    return NO_OPTIONS
+    for option in [options.RECIPE] * bool(storage) + given[::-1]:
+        having = [each.name for each in targets.ALL.values() if _has(each, option)]
+        if target.name not in having:
+            others = alternatives([f"TARGET={name}" for name in having])
+            raise BadRequest(
+                f"{option.name}={request.text(option)}: not supported by TARGET={target.name}; use {others}, or leave "
+                f"{option.name} out"
+            )
+    if not isinstance(target, Customizes):
+        return NO_OPTIONS
+    return target.options(variables, precision=recipe.precision, storage=storage, batch=batch)
+
+
+def _has(target: Target, option: Option[Any]) -> bool:
+    """Return whether `target` has `option` of its own; of RECIPE, weight compression."""
+    if not isinstance(target, Customizes):
+        return False
+    return target.compresses if option is options.RECIPE else option.name in target.variables
 
 
 def adjusted(recipe: Recipe, request: Request) -> Recipe:

@@ -78,6 +78,8 @@ class CoreMLTarget:
     scheme: Scheme = SHARED
     processor: Runtime = "accelerator"
     machine: Machine = ThisMac()  # noqa: RUF009 - frozen
+    variables: tuple[str, ...] = ("INTERFACE", "DEPLOYMENT")
+    compresses: bool = True
 
     def missing(self) -> str | None:
         return (

@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--workspace-mib", type=_positive, help="GPU memory for building (half of the free memory, at most 1024)"
     )
-    build.add_argument("--optimization-level", type=int, choices=range(6), help="TensorRT's (3); 5 builds longest")
+    build.add_argument("--optimization-level", type=int, choices=range(6), help="TensorRT's; 5 builds longest")
     build.add_argument("--dla-core", type=int, choices=range(2), help="run on this DLA core, the rest on the GPU")
     build.set_defaults(run=_build)
     return parser

@@ -48,10 +48,10 @@ def verified_bundle(folder: Path) -> dict[str, Any]:
 def build_bundle(folder: Path, options: dict[str, Any], say: Say) -> dict[str, object]:
     """Build the engine of the bundle in `folder`, run its sample, and return the JSON object that the command prints.
 
-    `options` are keyword arguments of `tensorrt_engine.build`. Writes `model.engine`, `engine.json` (see
-    `engine_facts`), `timing.cache`, `result.json` with the returned object and, where the sample was run,
-    `layers.json`. An engine whose logits differ too much becomes `rejected.engine` instead of `model.engine`.
-    Raises Damaged, Unable or Rejected.
+    `options` are keyword arguments of `tensorrt_engine.build`; None stands for the option in bundle.json. Writes
+    `model.engine`, `engine.json` (see `engine_facts`), `timing.cache`, `result.json` with the returned object and,
+    where the sample was run, `layers.json`. An engine whose logits differ too much becomes `rejected.engine` instead of
+    `model.engine`. Raises Damaged, Unable or Rejected.
     """
     bundle = verified_bundle(folder)
     trt = load("tensorrt")
@@ -60,7 +60,9 @@ def build_bundle(folder: Path, options: dict[str, Any], say: Say) -> dict[str, o
     if why_not is not None:
         say("WARNING", f"the engine will be built, but not run on the sample images: {why_not}")
     started = time.time()
-    built = _built(trt, folder, bundle, dict(options, float32_layers=graph["float32_layers"]), graph["file"], say)
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = {**bundle["options"], **given, "float32_layers": graph["float32_layers"]}
+    built = _built(trt, folder, bundle, chosen, graph["file"], say)
     seconds = time.time() - started
     executed = try_engine(trt, built.plan, folder, say) if why_not is None else {}
     why_rejected = _why_rejected(executed, bundle["least"]) if executed else None

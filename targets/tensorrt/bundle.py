@@ -9,16 +9,19 @@ import hashlib
 import importlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.recipe import Precision, WeightOnly
 from models.errors import CheckFailed
 from targets.base import INPUT_NAME, OUTPUT_NAME, Export
 from targets.runner import __main__ as runner
 from targets.runner.tensorrt_engine import PRIMITIVE, STRONG, WEAK
 from targets.sample_agreement import LEAST
-from targets.tensorrt import rtx
+from targets.tensorrt import options, rtx
+from targets.tensorrt.options import TensorRtOptions
 from targets.tensorrt.target import (
     ENGINE,
     GRAPH,
@@ -57,6 +60,13 @@ class BoardTarget(TensorRtTarget):
     package: str = "tensorrt"
     runtime: str = "TensorRT"
     trtexec: str = "trtexec"  # its path on the device
+    variables: tuple[str, ...] = ("LEVEL",)
+    compresses: bool = False
+
+    def options(
+        self, variables: Mapping[str, str], *, precision: Precision, storage: WeightOnly | None, batch: int
+    ) -> TensorRtOptions:
+        return options.parse(variables)
 
     def not_executed(self) -> str | None:
         why_not = TensorRtTarget.not_executed(self)
@@ -104,6 +114,7 @@ class BoardTarget(TensorRtTarget):
             "why_not_accepted": why_not_accepted,
             **facts,
             "trtexec": trtexec_command(self.trtexec),
+            "options": options.for_builder(export),
             "least": LEAST[export.precision],
             "versions": _versions(),
             "sha256": _digests(out),

@@ -20,6 +20,7 @@ class JetsonTarget(BoardTarget):
     name: str = "jetson"
     summary: str = "TensorRT on Jetson Xavier, Orin and Thor; elsewhere, a bundle to build the engine from"
     trtexec: str = "/usr/src/tensorrt/bin/trtexec"  # JetPack leaves it off the PATH
+    variables: tuple[str, ...] = ("DLA", "LEVEL")
 
     def missing(self) -> str | None:
         if not self.machine.local:

@@ -26,6 +26,7 @@ from targets.base import Export, Session
 from targets.devices.machine import LOCAL, Machine, explained
 from targets.onnx.index import LAYOUT_OPERATORS
 from targets.runner import cuda, errors, tensorrt_engine
+from targets.tensorrt import options
 from targets.tensorrt.weak_graph import float32_layers, is_weak, weak_onnx
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ class TensorRtTarget:
 
         graph = graph_for(self.machine.runtime(self.package).generation, export)
         onnx.save(graph, out / GRAPH)
-        options = {"precision": export.precision, "batch": export.batch, "float32_layers": float32_layers(graph)}
-        self.machine.build(self.package, out, options)
+        chosen = {"precision": export.precision, "batch": export.batch, **options.for_builder(export)}
+        self.machine.build(self.package, out, {**chosen, "float32_layers": float32_layers(graph)})
 
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         header = read_plan_header(engine / ENGINE)

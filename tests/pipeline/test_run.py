@@ -8,6 +8,8 @@ import pytest
 
 import calibration.recipe
 from calibration.recipe import WeightOnly
+from targets.coreml.options import CoreMLOptions
+from targets.tensorrt.options import TensorRtOptions
 from tests.support.tiny import Colours, tiny_run
 
 
@@ -18,6 +20,13 @@ def test_a_label_names_model_data_size_and_what_differs() -> None:
     channels = replace(run, form="channels")
     assert channels.label() == run.label()
     assert channels.built_label == "tiny-colours-16-channels-int8_ptq-cpu"
+
+
+def test_a_label_names_the_options_of_the_target() -> None:
+    run = replace(tiny_run("int8_ptq", "jetson"), options=TensorRtOptions(dla=0, level=5))
+    assert run.built_label == "tiny-colours-16-int8_ptq-jetson-dla0-level5"
+    run = replace(tiny_run("int8_ptq", "coreml"), options=CoreMLOptions(interface="image"))
+    assert run.built_label == "tiny-colours-16-int8_ptq-coreml-image"
 
 
 def test_a_name_of_data_is_short_and_safe_for_file_systems() -> None:

@@ -11,6 +11,7 @@ from calibration.recipe import ALL, Schedule, scheduled, with_ptq
 from models.errors import BadRequest
 from pipeline.cli import options
 from pipeline.cli.request import Request, check_modules, read, read_several, size_for
+from targets.tensorrt.options import TensorRtOptions
 
 FAMILY = {"MODEL": "convmixer_mini", "TARGET": "onnxruntime"}
 
@@ -64,13 +65,39 @@ def test_there_is_a_run_for_each_recipe_and_size() -> None:
     [
         ({"RECIPE": "fp32", "CALIBRATOR": "mse"}, "CALIBRATOR=mse: RECIPE=fp32 is not quantized to INT8"),
         ({"RECIPE": "w8a16"}, "RECIPE=w8a16: not supported by TARGET=onnxruntime; use TARGET=coreml"),
+        (
+            {"RECIPE": "w8a16", "TARGET": "jetson"},
+            "RECIPE=w8a16: not supported by TARGET=jetson; use TARGET=coreml, or",
+        ),
         ({"INTERFACE": "image"}, "INTERFACE=image: not supported by TARGET=onnxruntime; use TARGET=coreml"),
+        ({"INTERFACE": "image", "TARGET": "jetson"}, "INTERFACE=image: not supported by TARGET=jetson; use TARGET=cor"),
+        ({"DLA": "0"}, "DLA=0: not supported by TARGET=onnxruntime; use TARGET=jetson, or leave DLA out"),
+        ({"DLA": "0", "TARGET": "rtx"}, "DLA=0: not supported by TARGET=rtx; use TARGET=jetson, or leave DLA out"),
+        (
+            {"DLA": "0", "TARGET": "nvidia"},
+            "DLA=0: not supported by TARGET=nvidia; use TARGET=jetson, or leave DLA out",
+        ),
+        ({"DLA": "2", "TARGET": "jetson"}, "DLA=2: expected a whole number from 0 to 1"),
+        (
+            {"LEVEL": "5"},
+            "LEVEL=5: not supported by TARGET=onnxruntime; use TARGET=jetson or TARGET=nvidia, or leave LEV",
+        ),
+        ({"LEVEL": "6", "TARGET": "jetson"}, "LEVEL=6: expected a whole number from 0 to 5"),
+        ({"LEVEL": "fast", "TARGET": "nvidia"}, "LEVEL=fast: expected a whole number from 0 to 5"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(texts: dict[str, str], sentence: str) -> None:
     with pytest.raises(BadRequest) as refused:
         read(request(**texts))
     assert str(refused.value).startswith(sentence)
+
+
+def test_options_of_tensorrt_are_those_of_the_run_and_of_its_keys() -> None:
+    run = read(request(TARGET="jetson", DLA="0", LEVEL="5"))
+    assert run.options == TensorRtOptions(dla=0, level=5)
+    assert run.choices["options"] == {"dla": 0, "level": 5}
+    assert read(request(TARGET="nvidia", LEVEL="0")).options.changed() == {"level": 0}
+    assert read(request(TARGET="jetson")).options.changed() == {}
 
 
 def test_a_side_that_the_model_does_not_take_is_refused_with_the_nearest() -> None:

@@ -23,6 +23,7 @@ from targets.base import Export, GpuSession
 from targets.devices.connection import Connection, Dropped
 from targets.devices.machine import LOCAL, RemoteMachine, machine_of
 from targets.tensorrt import rtx
+from targets.tensorrt.options import TensorRtOptions
 from tests.support.stand_ins.board import Board, needs_gcc
 from tests.support.tiny_export import CLASSES, SIZE, tiny_export
 
@@ -145,6 +146,19 @@ def test_an_engine_on_a_gpu_is_timed_by_its_own_method(
         assert len(end_to_end) == 3 and min(end_to_end) > 0
     assert (log.count("warm_up"), log.count("open"), log.count("time")) == (2, 2, 2)
     machine.close()
+
+
+@needs_gcc
+def test_options_reach_the_builder_on_the_device(
+    cache: Path, log: list[str], board: Board, export: Export, tmp_path: Path
+) -> None:
+    board.settings.update(dla_cores=2, layers=["conv", "softmax"], dla_layers=["conv"])
+    chosen = dataclasses.replace(export, options=TensorRtOptions(dla=1, level=5))
+    with closing(connected(board, log)) as machine:
+        built("jetson", machine, chosen, tmp_path / "engine")
+    settings = json.loads((tmp_path / "engine" / "engine.json").read_text())["settings"]
+    assert (settings["dla_core"], settings["layers_on_gpu"], settings["optimization_level"]) == (1, ["softmax"], 5)
+    assert ["builder_optimization_level", 5] in board.calls() and ["DLA_core", 1] in board.calls()
 
 
 @needs_gcc

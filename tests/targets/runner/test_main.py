@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from targets.tensorrt import jetson
+from targets.tensorrt.options import TensorRtOptions
 from tests.support.stand_ins.board import Board, bundled, expected_logits, needs_gcc
+from tests.support.tiny_export import tiny_export
 
 
 def settings_of(bundle: Path) -> dict[str, Any]:
@@ -64,6 +68,17 @@ def test_the_optimization_level_is_set_where_tensorrt_has_it(tmp_path: Path) -> 
     answer = old.run(bundle, "--optimization-level", "5")
     assert answer.returncode == 3 and "TensorRT 8.5.2.2 has no optimization levels" in answer.stderr
     assert ["build_serialized_network"] not in old.calls()
+
+
+def test_the_options_of_the_bundle_are_taken_unless_the_command_has_others(tmp_path: Path) -> None:
+    export = replace(tiny_export(tmp_path / "export", "int8", batch=2), options=TensorRtOptions(level=4))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    jetson.TARGET.bundle(export, bundle)
+    board = Board(folder=tmp_path / "board", gpu=False)
+    for arguments, level in (((), 4), (("--optimization-level", "0"), 0)):
+        assert board.run(bundle, *arguments).returncode == 0
+        assert settings_of(bundle)["optimization_level"] == level and "dla_core" not in settings_of(bundle)
 
 
 def test_the_layers_that_a_dla_core_does_not_support_are_listed(tmp_path: Path) -> None:
