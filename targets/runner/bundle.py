@@ -97,7 +97,10 @@ def build_bundle(folder: Path, options: dict[str, Any], say: Say) -> dict[str, o
     if why_rejected is not None:
         raise Rejected(f"{why_rejected}; the engine was kept as {engine}")
     information = (folder / "layers.json").read_text() if executed else None
-    _write(folder / "engine.json", _json(dict(about, engine=engine.name, **described(trt.__name__, information))))
+    _write(
+        folder / "engine.json",
+        _json(dict(about, engine=engine.name, **described(trt.__name__, information, graph["operators"]))),
+    )
     return result
 
 

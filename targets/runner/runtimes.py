@@ -122,14 +122,16 @@ class TensorRt:
     def build(self, folder: Path, options: Mapping[str, Any], say: Say) -> None:
         """Compile `model.onnx` in `folder` to `model.engine`, and describe the engine in `engine.json`.
 
-        `options`: those of `tensorrt_engine.build`.
+        `options`: those of `tensorrt_engine.build`, and `operators` of `engine_facts.usage`.
         """
         from .engine_facts import described
         from .tensorrt_engine import build
 
         trt, graph = self.module(), (folder / "model.onnx").read_bytes()
         cache = self._timing_cache(trt)
-        built = build(trt, graph, say=say, detailed=True, timing_cache=_read(cache), **options)
+        settings = dict(options)
+        operators = settings.pop("operators", None)
+        built = build(trt, graph, say=say, detailed=True, timing_cache=_read(cache), **settings)
         _keep(cache, built.timing_cache, say)
         (folder / "model.engine").write_bytes(built.plan)
         facts = {
@@ -142,7 +144,7 @@ class TensorRt:
             "batch": options["batch"],
             "settings": built.settings,
             "timing_cache_sha256": built.timing_cache and hashlib.sha256(built.timing_cache).hexdigest(),
-            **described(self.package, self._information(trt, built.plan, say)),
+            **described(self.package, self._information(trt, built.plan, say), operators),
         }
         (folder / "engine.json").write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -29,6 +29,7 @@ from targets.tensorrt.target import (
     build_plan,
     check_graph,
     installed_version,
+    operators,
     typed_onnx,
     why_not_importable,
 )
@@ -97,7 +98,7 @@ class BoardTarget(TensorRtTarget):
         facts = check_graph(export, out / GRAPH)
         accepted_by, why_not_accepted = _acceptance(typed, export)
         graphs = {PRIMITIVE: _weak_graph(export, False, out), WEAK: _weak_graph(export, True, out)}
-        graphs[STRONG] = {"file": GRAPH, "why_not": None, "float32_layers": []}
+        graphs[STRONG] = {"file": GRAPH, "why_not": None, "float32_layers": [], "operators": operators(typed)}
         for name in ("scales.json", "model.json", "sample.npz"):
             shutil.copyfile(export.path / name, out / name)
         copy_runner(out / RUNNER)
@@ -153,19 +154,20 @@ def _acceptance(typed: ModelProto, export: Export) -> tuple[str | None, str | No
 def _weak_graph(export: Export, normalization: bool, out: Path) -> dict[str, object]:
     """Write the graph for TensorRT 8.6 (`normalization`) or 8.5 into `out`, compared with the export.
 
-    Returns its `file`, None where the model has no such graph, `why_not`, and the layers that stay in float32.
+    Returns its `file`, None where the model has no such graph, `why_not`, the layers that stay in float32, and its
+    `operators`.
     """
     import onnx
 
     try:
         weak = weak_onnx(export, normalization=normalization)
     except CheckFailed as e:
-        return {"file": None, "why_not": str(e), "float32_layers": []}
+        return {"file": None, "why_not": str(e), "float32_layers": [], "operators": None}
     pinned = float32_layers(weak)
     file = _PRIMITIVE_GRAPH if pinned else _WEAK_GRAPH  # without LayerNormalization, one graph serves both
     _compare(export, weak)
     onnx.save(weak, out / file)
-    return {"file": file, "why_not": None, "float32_layers": pinned}
+    return {"file": file, "why_not": None, "float32_layers": pinned, "operators": operators(weak)}
 
 
 def _compare(export: Export, weak: ModelProto) -> None:

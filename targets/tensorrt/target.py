@@ -95,7 +95,8 @@ class TensorRtTarget:
         graph = graph_for(self.machine.runtime(self.package).generation, export)
         onnx.save(graph, out / GRAPH)
         chosen = {"precision": export.precision, "batch": export.batch, **options.for_builder(export)}
-        self.machine.build(self.package, out, {**chosen, "float32_layers": float32_layers(graph)})
+        of_graph = {"float32_layers": float32_layers(graph), "operators": operators(graph)}
+        self.machine.build(self.package, out, {**chosen, **of_graph})
 
     def inspect(self, export: Export, engine: Path) -> dict[str, object]:
         header = read_plan_header(engine / ENGINE)
@@ -202,6 +203,18 @@ def graph_for(generation: str, export: Export) -> ModelProto:
     if generation == tensorrt_engine.STRONG:
         return typed_onnx(export)
     return weak_onnx(export, normalization=generation == tensorrt_engine.WEAK)
+
+
+def operators(graph: ModelProto) -> dict[str, object]:
+    """Return the operators by which the runner describes an engine, see `targets.runner.engine_facts.usage`: `macs` by
+    name, and the names of `softmaxes`.
+    """
+    from onnx.shape_inference import infer_shapes
+
+    from targets.onnx.graph import macs
+
+    softmaxes = [node.name for node in graph.graph.node if node.op_type == "Softmax"]
+    return {"macs": macs(infer_shapes(graph, data_prop=True)), "softmaxes": softmaxes}
 
 
 def check_graph(export: Export, file: Path) -> dict[str, object]:

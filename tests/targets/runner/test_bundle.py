@@ -255,6 +255,9 @@ def test_the_engine_is_described_beside_it(tmp_path: Path) -> None:
     assert found["sha256"] == hashlib.sha256((bundle / "model.engine").read_bytes()).hexdigest()
     assert found["layers"] == [{"name": "conv", "type": "CaskConvolution", "inputs": ["int8"], "outputs": ["fp16"]}]
     assert (found["layers_by_type"], found["reformat_layers"]) == ({"int8": 1}, 0)
+    macs = json.loads((bundle / "bundle.json").read_text())["graphs"]["TensorRT 10 and later"]["operators"]["macs"]
+    assert found["macs_by_type"] == {"int8": macs["conv"], "unknown": macs["linear"]}
+    assert (found["int8_macs_percent"], found["fused_attention"]) == (None, {})
     result = json.loads((bundle / "result.json").read_text())
     assert {name: found[name] for name in ("settings", "versions", "tensorrt")}.items() <= result.items()
 
