@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from pipeline.timing.latency import MAX_BUSY, MAX_DRIFT, throttle_events, timed
+from targets.devices.machine import RemoteSession
 from targets.runner.system import sensors
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def compare(
     chunks = {name: _chunk(timed(sessions[name], images, _WARMUP), plan) for name in names}
     rng = np.random.default_rng(seed)
     rounds: list[list[float]] = []
-    busy_ns, look_at, before, throttled = 0, plan.min_rounds, _moment(), throttle_events()
+    busy_ns, look_at, disturbance = 0, plan.min_rounds, _disturbance(sessions)
     while True:
         medians = dict.fromkeys(names, 0.0)
         for index in rng.permutation(len(names)):
@@ -168,9 +169,27 @@ def compare(
         if used or len(rounds) >= look_at:
             comparison = Comparison(names=names, medians_ns=np.array(rounds), seed=seed)
             if used or _narrow(comparison, plan.width):
-                others = _taken_by_others(before, _moment())
-                return replace(comparison, busy=others, throttled=_counted(throttled, throttle_events()))
+                busy, throttled = disturbance()
+                return replace(comparison, busy=busy, throttled=throttled)
             look_at = math.ceil(look_at * _LOOK_AGAIN)
+
+
+def _disturbance(sessions: Mapping[str, Session]) -> Callable[[], tuple[float | None, int | None]]:
+    """Return a function that returns what has disturbed timing since this call: the share of processor time of other
+    processes, and the number of throttling events. On a device, the share is unknown.
+    """
+    for session in sessions.values():
+        if isinstance(session, RemoteSession):
+            return lambda: (None, _throttled_there(session.conditions()))
+    before, throttled = _moment(), throttle_events()
+    return lambda: (_taken_by_others(before, _moment()), _counted(throttled, throttle_events()))
+
+
+def _throttled_there(conditions: Mapping[str, Any] | None) -> int | None:
+    """Return the throttling events in the conditions of a device; None if it counts none."""
+    values = conditions["values"] if conditions else {}
+    events = [value["end"] - value["start"] for name, value in values.items() if name.startswith("throttle_events.")]
+    return round(sum(events)) if events else None
 
 
 def _moment() -> tuple[float, float, float] | None:

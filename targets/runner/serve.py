@@ -31,6 +31,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +72,10 @@ class Server:
                 reply, values = self._execute(fields, attachments)
                 messages.write(self._sink, reply, values)
         finally:
-            for session in self._sessions.values():
-                session.close()
-            self._end_turn()
+            with ExitStack() as ending:  # each step runs even if another one fails
+                ending.callback(self._end_turn)
+                for session in self._sessions.values():
+                    ending.callback(session.close)
 
     def _wait(self) -> None:
         """Wait for a request. The turn ends after a minute without one: the host may be gone, with no end of stream."""

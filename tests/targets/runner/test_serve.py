@@ -418,3 +418,22 @@ def test_the_folder_follows_the_environment(
     for name, value in ({"HOME": "/users/me"} | environment).items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(folder)
+
+
+def test_a_session_that_cannot_be_closed_does_not_keep_the_others_or_the_turn(tmp_path: Path) -> None:
+    closed: list[str] = []
+
+    class Session:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+            raise RuntimeError(self.name)
+
+    server = Server(io.BytesIO(), io.BytesIO(), tmp_path)
+    server._sessions = {1: Session("first"), 2: Session("second")}
+    server._end_turn = lambda: closed.append("turn")  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        server.run()
+    assert sorted(closed) == ["first", "second", "turn"]
