@@ -34,7 +34,7 @@ class OnnxRuntimeTarget:
         return self.missing()
 
     def toolchain(self) -> dict[str, str]:
-        return {"onnxruntime": self.machine.runtime("onnxruntime").version}
+        return {"onnxruntime": self.machine.runtime("onnxruntime").version, **self.machine.processor()}
 
     def float_type(self, precision: Precision) -> FloatType:
         return "f16" if precision == "fp16" else "f32"  # int8: the CPU provider has no FP16 arithmetic

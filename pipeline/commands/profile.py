@@ -96,9 +96,11 @@ def _measurement(
     from pipeline.timing.results_db import Row
 
     samples = time_session(session, images, plan)
+    during = session.conditions() if isinstance(session, RemoteSession) else None
     method = {**method_of(session, plan), **end_to_end(session, images, plan)}
     after = _conditions(run)
     here = (before, after) if isinstance(before, Conditions) and isinstance(after, Conditions) else (None, None)
+    there = {"before": during["before"], "during": during} if during else {"before": _plain(before)}
     report = VerificationReport.read(artifact.path)
     on_unit = report.units.get(unit) if unit else None
     return Row(
@@ -115,20 +117,22 @@ def _measurement(
         artifact_key=artifact.key,
         artifact_path=str(artifact.path),
         method=method,
-        summary=summarize(samples, plan, before=here[0], after=here[1], most_cv=max_cv(method)),
+        summary=summarize(
+            samples,
+            plan,
+            before=here[0],
+            after=here[1],
+            most_cv=max_cv(method),
+            device=during,
+        ),
         samples_ns=tuple(samples),
         versions=run.target.toolchain(),
-        conditions={"before": _plain(before), "after": _plain(after), **_during(session)},
+        conditions={**there, "after": _plain(after)},
         top1=(on_unit or report.accuracy).top1,
         float_top1=report.accuracy.float_top1,
         agreement=(on_unit or report).agreement,
         identity=identity_of(run),
     )
-
-
-def _during(session: Session) -> dict[str, object]:
-    """Return the conditions of a device while the session was timed, as `during`."""
-    return {"during": session.conditions()} if isinstance(session, RemoteSession) else {}
 
 
 def _plain(conditions: Conditions | dict[str, object]) -> dict[str, object]:

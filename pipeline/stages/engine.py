@@ -18,6 +18,7 @@ from pipeline.stages.compiled import compiled, target_params
 from pipeline.stages.exported import export_of
 from pipeline.store.store import MANIFEST, Inputs, Step
 from targets.base import Bundles, Publishes
+from targets.devices.inventory import LOCAL
 
 
 def deliverable(run: Run) -> Step:
@@ -28,6 +29,8 @@ def deliverable(run: Run) -> Step:
     reason = run.target.missing()
     if reason is None:
         return engine(run)
+    if run.device != LOCAL:
+        raise CannotRunHere(f"DEVICE={run.device}: {reason}; `make doctor DEVICE={run.device}` checks the device")
     if isinstance(run.target, Bundles):
         return bundle(run)
     raise CannotRunHere(f"cannot build for {run.target.name}: {reason}")

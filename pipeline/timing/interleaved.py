@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.timing.latency import MAX_BUSY, MAX_DRIFT, throttle_events, timed
+from pipeline.timing.latency import MAX_BUSY, MAX_DRIFT, throttle_events, throttled_there, timed
 from targets.devices.machine import RemoteSession
 from targets.runner.system import sensors
 
@@ -176,20 +176,17 @@ def compare(
 
 def _disturbance(sessions: Mapping[str, Session]) -> Callable[[], tuple[float | None, int | None]]:
     """Return a function that returns what has disturbed timing since this call: the share of processor time of other
-    processes, and the number of throttling events. On a device, the share is unknown.
+    processes, and the number of throttling events. On a device, the share is that before its first query.
     """
     for session in sessions.values():
         if isinstance(session, RemoteSession):
-            return lambda: (None, _throttled_there(session.conditions()))
+            return lambda: _disturbance_there(session.conditions())
     before, throttled = _moment(), throttle_events()
     return lambda: (_taken_by_others(before, _moment()), _counted(throttled, throttle_events()))
 
 
-def _throttled_there(conditions: Mapping[str, Any] | None) -> int | None:
-    """Return the throttling events in the conditions of a device; None if it counts none."""
-    values = conditions["values"] if conditions else {}
-    events = [value["end"] - value["start"] for name, value in values.items() if name.startswith("throttle_events.")]
-    return round(sum(events)) if events else None
+def _disturbance_there(conditions: Mapping[str, Any] | None) -> tuple[float | None, int | None]:
+    return conditions["before"]["busy"] if conditions else None, throttled_there(conditions)
 
 
 def _moment() -> tuple[float, float, float] | None:

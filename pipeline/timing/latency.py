@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from calibration.progress import bar
 from models.errors import BadRequest, CannotRunHere
@@ -203,6 +203,7 @@ def summarize(
     before: Conditions | None = None,
     after: Conditions | None = None,
     most_cv: float = MAX_CV,
+    device: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Compute statistics of latencies in nanoseconds, in order of execution, and check their validity.
 
@@ -216,7 +217,8 @@ def summarize(
     - it drifts: the medians of its halves differ by more than MAX_DRIFT;
     - it started on a busy machine: other processes used more than MAX_BUSY of the processor time;
     - it was throttled: the kernel counted thermal throttling between `before` and `after`.
-    Unknown conditions are ignored: leave `before` and `after` out for a device other than this machine.
+    Unknown conditions are ignored. `before` and `after` are of this machine; of a device there is `device` instead, the
+    conditions of its turn (`targets.runner.turn.Turn.conditions`).
 
     Raises BadRequest if `samples` is empty.
     """
@@ -224,7 +226,7 @@ def summarize(
         raise BadRequest("cannot summarize a measurement without latencies: expected at least one query; measure again")
     ascending = sorted(samples)
     mean_ns, cv = _mean_and_cv(ascending)
-    causes = [*_unfinished(samples, plan), *_unsteady(samples, ascending, most_cv), *_disturbed(before, after)]
+    causes = [*_unfinished(samples, plan), *_unsteady(samples, ascending, most_cv), *_disturbed(before, after, device)]
     return Summary(
         p50_ms=_percentile(ascending, 50) / 1e6,
         p90_ms=_percentile(ascending, 90) / 1e6,
@@ -275,18 +277,26 @@ def _unsteady(samples: Sequence[int], ascending: Sequence[int], most_cv: float) 
         )
 
 
-def _disturbed(before: Conditions | None, after: Conditions | None) -> Iterator[str]:
-    if before is None:
-        return
-    if before.busy is not None and before.busy > MAX_BUSY:
+def _disturbed(before: Conditions | None, after: Conditions | None, device: Mapping[str, Any] | None) -> Iterator[str]:
+    busy: float | None = device["before"]["busy"] if device else None
+    busy = before.busy if before else busy
+    if busy is not None and busy > MAX_BUSY:
         yield (
-            f"the machine was busy before the first query: other processes used {before.busy:.0%} of the processor, "
+            f"the machine was busy before the first query: other processes used {busy:.0%} of the processor, "
             f"more than {MAX_BUSY:.0%}"
         )
-    if after is None or before.throttle_events is None or after.throttle_events is None:
-        return
-    if (events := after.throttle_events - before.throttle_events) > 0:
+    events = throttled_there(device) if device else None
+    if before and after and before.throttle_events is not None and after.throttle_events is not None:
+        events = after.throttle_events - before.throttle_events
+    if events:
         yield f"the processor was throttled by heat during the run ({events} events)"
+
+
+def throttled_there(conditions: Mapping[str, Any] | None) -> int | None:
+    """Return the throttling events in the conditions of a device; None if it counts none."""
+    values = conditions["values"] if conditions else {}
+    events = [value["end"] - value["start"] for name, value in values.items() if name.startswith("throttle_events.")]
+    return round(sum(events)) if events else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

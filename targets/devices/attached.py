@@ -12,7 +12,7 @@ import targets
 from models.errors import BadRequest
 from targets.base import Target
 from targets.devices import inventory
-from targets.devices.connection import Connection, over_ssh
+from targets.devices.connection import Connection, by_hand, over_ssh
 from targets.devices.inventory import LOCAL, Device
 from targets.devices.machine import RemoteMachine, runs_on_devices
 
@@ -26,22 +26,27 @@ def attached(target: T, name: str, file: Path) -> T:
     """
     if name == LOCAL:
         return target
-    device = inventory.find(file, name)
+    device = inventory.find(file, name, able())
+    there = on(target, device)
     if target.name not in device.targets:
         raise BadRequest(
             f"DEVICE={name}: {file} has no `{target.name}` in its targets ({', '.join(device.targets)}); add it if the "
-            f"device has the runtime, or use TARGET={device.targets[0] if device.targets else 'onnxruntime'}"
+            f"device has the runtime, or use TARGET={device.targets[0]}"
         )
-    return on(target, device)
+    return there
+
+
+def able() -> list[str]:
+    """Return the names of the targets that run on devices."""
+    return [each.name for each in targets.ALL.values() if runs_on_devices(each)]
 
 
 def on(target: T, device: Device) -> T:
     """Return `target` for `device`. Raises BadRequest if the target runs on this machine only."""
-    able = [each.name for each in targets.ALL.values() if runs_on_devices(each)]
-    if target.name not in able:
+    if target.name not in able():
         raise BadRequest(
             f"DEVICE={device.name}: TARGET={target.name} runs on this machine only; targets that run on devices: "
-            f"{', '.join(able)}"
+            f"{', '.join(able())}"
         )
     return dataclasses.replace(target, machine=machine_of(device))  # type: ignore[type-var]
 
@@ -55,7 +60,7 @@ def machine_of(device: Device) -> RemoteMachine:
     """
     if device not in _machines:
         _machines[device] = RemoteMachine(
-            lambda: Connection(partial(over_ssh, device), f"DEVICE={device.name}"),
+            lambda: Connection(partial(over_ssh, device), f"DEVICE={device.name}", by_hand(device)),
             power_mode=device.power_mode,
             lock_clocks=device.lock_clocks,
         )

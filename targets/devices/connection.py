@@ -18,7 +18,7 @@ import subprocess
 import threading
 import zipfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from targets.runner.errors import Damaged, Rejected, Unable
 
 CONNECT_S: Final = 10  # for the TCP connection and its handshake; the runner must start within 5 s after it
 _START_S: Final = 15.0
+_MOST_SHOWN: Final = 300  # characters of a line in a message
 _ALIVE_S, _ALIVE_COUNT = 5, 3  # the client ends a connection that does not respond for 15 s
 _CACHE_VOLUME: Final = '--volume "$HOME/.cache/edgeline:/edgeline" --env EDGELINE_CACHE=/edgeline'  # outlives it
 _ERRORS: Final[Mapping[int, type[EdgelineError]]] = {
@@ -63,6 +64,7 @@ except OSError as error:
     if not os.path.isdir(home):  # nor made by another connection
         sys.exit("%s cannot be written: %s" % (base, error.strerror))
 sys.path.insert(0, home)
+sys.dont_write_bytecode = True  # a full disk would leave bytecode files that are cut off
 from runner.serve import serve
 sys.exit(serve())
 """
@@ -76,13 +78,13 @@ class Dropped(CannotRunHere):
 
 class Connection:
     """A running runner. `command` returns the command that runs a Python program on the device; `place` names the
-    device in messages.
+    device in messages, `ssh` is a command that connects to it.
 
     Raises CannotRunHere with the reason and a remedy if the runner does not start.
     """
 
-    def __init__(self, command: Callable[[str], list[str]], place: str) -> None:
-        self._place = place
+    def __init__(self, command: Callable[[str], list[str]], place: str, ssh: str = "ssh") -> None:
+        self._place, self._ssh = place, ssh
         archive, digest = runner_archive()
         started = command(_BOOTSTRAP.replace("SIZE", str(len(archive))).replace("DIGEST", digest))
         try:
@@ -118,7 +120,7 @@ class Connection:
                 log.log(level, "%s: %s", self._place, printable(str(reply["log"])))
         except (messages.Broken, OSError, ValueError) as error:
             self.close()
-            reason = self._told() or error
+            reason = (self._lines() or [str(error)])[-1]
             raise Dropped(f"{self._place}: the connection was lost ({reason}); repeat the command") from error
         if "error" in reply:
             kind = _ERRORS.get(reply.get("exit_code", 0), CannotRunHere)
@@ -147,10 +149,14 @@ class Connection:
         except (messages.Broken, OSError) as error:
             timed_out = not timer.is_alive()
             self.close()
-            reason = f"no reply within {_START_S:.0f} s" if timed_out else ""
-            raise CannotRunHere(
-                f"{self._place} cannot be reached: {reason or explained(self._told() or str(error))}"
-            ) from error
+            lines = [*self._lines(), *([] if isinstance(error, OSError) else [str(error)])]
+            reason = explained([line for line in lines if line], self._ssh)
+            late = f"no reply within {_START_S:.0f} s" + (f" ({reason})" if any(lines) else "")
+            raise CannotRunHere(f"{self._place} cannot be reached: {late if timed_out else reason}") from error
+        except BaseException:  # an interrupt
+            self._process.kill()
+            self.close()
+            raise
         finally:
             timer.cancel()
 
@@ -162,10 +168,10 @@ class Connection:
                 log.debug("%s: %s", self._place, text)
         stream.close()
 
-    def _told(self) -> str:
-        """Return the last line of the standard error of client and runner."""
+    def _lines(self) -> list[str]:
+        """Return the last lines of the standard error of client and runner."""
         self._reader.join(timeout=1)
-        return self._errors[-1] if self._errors else ""
+        return list(self._errors)
 
 
 def over_ssh(device: Device, program: str) -> list[str]:
@@ -195,20 +201,36 @@ def over_ssh(device: Device, program: str) -> list[str]:
     return [*command, "--", device.host, f"exec {python}"]
 
 
+def by_hand(device: Device) -> str:
+    """Return the command with which the user connects to a device."""
+    words = ["ssh"]
+    if device.known_hosts:
+        words += ["-o", f"UserKnownHostsFile={_expanded(device.known_hosts)}"]
+    words += ["-p", str(device.port)] if device.port else []
+    words += ["-l", device.user] if device.user else []
+    return shlex.join([*words, device.host])
+
+
 def _expanded(path: str) -> str:
     return str(Path(path).expanduser())
 
 
-# The last line of standard error, as a pattern, and what to do.
+# A line of standard error, as a pattern, and what to do; the first pattern that a line matches counts.
 _REMEDIES: Final = (
     (r"cannot be written: (No space|Disk quota)", "free space on the device"),
     (
         r"cannot be written: ",
         "make it writable for the user of the connection, or set EDGELINE_CACHE there to another folder",
     ),
-    (r"Host key verification failed|No \S+ host key is known", "connect once with `ssh {host}` and compare its key"),
-    (r"REMOTE HOST IDENTIFICATION HAS CHANGED|host key .* changed", "find out why its key changed before you connect"),
-    (r"Permission denied", "add your key to the device with `ssh-copy-id`, or set `identity_file` and `user`"),
+    (r"IDENTIFICATION HAS CHANGED|[Hh]ost key .* changed", "find out why its key changed before you connect"),
+    (r"Host key verification failed|No \S+ host key is known", "connect once with `{ssh}` and compare its key"),
+    (r"bad permissions|UNPROTECTED PRIVATE KEY", "run `chmod 600` on the file of the key"),
+    (r"Identity file .* not accessible", "correct `identity_file` in devices.toml"),
+    (r"Bad configuration option|keyword .* extra arguments|line \d+: ", "correct your ~/.ssh/config"),
+    (r"Permission denied \(", "add your key to the device with `ssh-copy-id`, or set `identity_file` and `user`"),
+    (r"Cannot connect to the Docker daemon", "start Docker on the device"),
+    (r"Unable to find image|pull access denied", "run `docker pull` with `container` of devices.toml there first"),
+    (r"cannot execute|Is a directory|Permission denied", "set `python` in devices.toml to the program of Python 3.8"),
     (r"Could not resolve hostname", "correct `host` in devices.toml, or add it to ~/.ssh/config"),
     (r"Connection refused", "start an SSH server on the device, or correct `port`"),
     (r"timed out|No route to host|Network is unreachable", "is the device on, and in the same network?"),
@@ -218,12 +240,15 @@ _REMEDIES: Final = (
 )
 
 
-def explained(line: str) -> str:
-    """Return a line of standard error with the remedy of its kind."""
+def explained(lines: Sequence[str], ssh: str = "ssh") -> str:
+    """Return the line of standard error that tells the reason, with the remedy of its kind; the last line if none is
+    known. `ssh`: a command that connects to the device.
+    """
     for pattern, remedy in _REMEDIES:
-        if re.search(pattern, line):
-            return f"{line}; {remedy.replace(' {host}', ' <host>')}"
-    return line or "the connection ended without a message"
+        for line in lines:
+            if re.search(pattern, line):
+                return f"{line[:_MOST_SHOWN]}; {remedy.replace('{ssh}', ssh)}"
+    return lines[-1][:_MOST_SHOWN] if lines else "the connection ended without a message"
 
 
 @functools.cache

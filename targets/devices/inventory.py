@@ -12,14 +12,16 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
 from models.errors import BadRequest
+from models.external import user_files
 
 DEFAULT: Final = "devices.toml"
+_MOST_BYTES: Final = 1 << 20
 LOCAL: Final = "local"  # this machine, which needs no entry
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _HOST: Final = re.compile(r"[A-Za-z0-9_\[][A-Za-z0-9_.:%\[\]-]{0,252}")  # no leading hyphen: ssh would read an option
@@ -45,24 +47,31 @@ class Device:
     tags: tuple[str, ...] = ()
 
 
-def load(file: Path) -> dict[str, Device]:
-    """Return the devices of a file by name. Raises BadRequest with file, line and key of the first mistake."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+def load(file: Path, targets: Collection[str]) -> dict[str, Device]:
+    """Return the devices of a file by name. `targets`: names of the targets that run on devices.
+
+    Raises BadRequest with file, line and key of the first mistake.
+    """
+    problem = user_files.problem(file)
+    if problem == user_files.MISSING:
         return {}
+    if problem or file.stat().st_size > _MOST_BYTES:
+        what = problem or f"it has more than {_MOST_BYTES >> 20} MiB"
+        raise BadRequest(f"{file}: {what}; expected a text file with a table per device")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"{file} cannot be read ({error}): expected a text file with a table per device") from error
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadRequest(f'{file}: {error}; expected TOML such as `[orin]` and `host = "orin.local"`') from error
-    return {name: _device(file, text, name, table) for name, table in tables.items()}
+    return {name: _device(file, text, name, table, targets) for name, table in tables.items()}
 
 
-def find(file: Path, name: str) -> Device:
-    """Return the device `name` of a file. Raises BadRequest if the file does not have it."""
-    devices = load(file)
+def find(file: Path, name: str, targets: Collection[str]) -> Device:
+    """Return the device `name` of a file. Raises BadRequest if the file does not have it, and as `load` does."""
+    devices = load(file, targets)
     if name not in devices:
         if not devices:
             raise BadRequest(
@@ -75,7 +84,7 @@ def find(file: Path, name: str) -> Device:
     return devices[name]
 
 
-def _device(file: Path, text: str, name: str, table: object) -> Device:
+def _device(file: Path, text: str, name: str, table: object, targets: Collection[str]) -> Device:
     where = f"{file}, line {_line(text, name)}"
     if not isinstance(table, dict):
         raise BadRequest(f"{where}: `{name}` is not a table; write `[device]` above the keys of each device")
@@ -86,11 +95,13 @@ def _device(file: Path, text: str, name: str, table: object) -> Device:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean `{close[0]}`?" if close else f"keys: {', '.join(known)}"
+            if isinstance(table[key], dict):
+                hint = f'write `["{name}.{key}"]` for a device whose name contains a point'
             raise BadRequest(f"{file}, line {_line(text, name, key)}: `{key}` is no key of a device; {hint}")
     for key in ("targets", "host"):
         if key not in table:
             raise BadRequest(f"{where}: `{name}` has no `{key}`; write `{key} = {_EXAMPLES[key]}`")
-    for key, problem in _problems(table):
+    for key, problem in (*_problems(table), *_target_problems(table["targets"], targets)):
         raise BadRequest(f"{file}, line {_line(text, name, key)}: `{key} = {table[key]!r}`: {problem}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     return Device(name=name, **values)
@@ -116,6 +127,19 @@ def _problems(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"this is no {'image' if key == 'container' else key}"
         elif key == "port" and not 0 < value < 65536:
             yield key, "expected a port from 1 to 65535"
+
+
+def _target_problems(names: object, targets: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the problem of the first target that does not run on devices, or of an empty list."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return
+    for name in names:
+        if name not in targets:
+            close = difflib.get_close_matches(name, targets, 1)
+            hint = f"did you mean `{close[0]}`?" if close else f"targets: {', '.join(targets)}"
+            yield "targets", f"`{name}` is no target that runs on devices; {hint}"
+    if not names:
+        yield "targets", f"expected at least one of {', '.join(targets)}"
 
 
 def _line(text: str, name: str, key: str | None = None) -> int:

@@ -73,6 +73,10 @@ class Machine(Protocol):
         """Return the fastest 16-bit float type of the CPU; f32 if it has none."""
         ...
 
+    def processor(self) -> dict[str, str]:
+        """Return the processor for keys of engines that run on a CPU; empty for this machine, whose store it is."""
+        ...
+
     def build(self, runtime: str, folder: Path, options: Mapping[str, object]) -> None:
         """Compile the graph in `folder` and add the compiled files to it. Raises CheckFailed if it is rejected."""
         ...
@@ -102,6 +106,9 @@ class ThisMachine:
 
     def threads(self) -> int:
         return cpu.threads()
+
+    def processor(self) -> dict[str, str]:
+        return {}
 
     def half(self) -> FloatType:
         half: FloatType = cpu.half_precision()  # type: ignore[assignment]
@@ -195,6 +202,10 @@ class RemoteMachine:
 
     def threads(self) -> int:
         return int(self._machine["threads"])
+
+    def processor(self) -> dict[str, str]:
+        facts = self.facts()
+        return {"processor": f"{facts.get('architecture')} {facts.get('cpu')}"}
 
     def half(self) -> FloatType:
         half: FloatType = self._machine["half"]

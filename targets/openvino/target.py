@@ -46,7 +46,8 @@ class CpuTarget:
         return self.missing()
 
     def toolchain(self) -> dict[str, str]:
-        return {"openvino": self.machine.runtime("openvino").version, "half": self.machine.half()}
+        version, half = self.machine.runtime("openvino").version, self.machine.half()
+        return {"openvino": version, "half": half, **self.machine.processor()}
 
     def float_type(self, precision: Precision) -> FloatType:
         return "f32" if precision == "fp32" else self.machine.half()

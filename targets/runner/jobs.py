@@ -119,7 +119,7 @@ def _moved(engine: Path, inputs: Mapping[str, str]) -> dict[str, str]:
 def _start(folder: Path) -> subprocess.Popen[bytes]:
     """Start the process of a job in a session of its own, and wait until it holds the lock or has finished."""
     package = __package__ or ""
-    command = [sys.executable, "-m", f"{package}.jobs", str(folder.resolve())]
+    command = [sys.executable, "-B", "-m", f"{package}.jobs", str(folder.resolve())]
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
             command,

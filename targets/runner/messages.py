@@ -75,8 +75,10 @@ def skip_to_greeting(stream: IO[bytes]) -> bytes:
     while not seen.endswith(GREETING):
         byte = stream.read(1)
         seen += byte
-        if not byte or len(seen) > MOST_NOISE:
-            raise Broken(seen[:MOST_NOISE].decode(errors="replace").strip())
+        if len(seen) > MOST_NOISE:
+            raise Broken("its shell prints more than 64 KiB before the runner starts: make its startup files silent")
+        if not byte:
+            raise Broken(seen.decode(errors="replace").strip())
     return seen[: -len(GREETING)]
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -100,7 +101,9 @@ class Server:
     # --- Machine ----------------------------------------------------------------------------------------------------
 
     def _op_facts(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
-        return {"facts": facts.facts(), "threads": threads(), "half": half_precision()}, None
+        free = shutil.disk_usage(self._folder).free  # where engines are kept, which may be another file system
+        machine = dict(facts.facts(), disk_free_bytes=free)
+        return {"facts": machine, "threads": threads(), "half": half_precision()}, None
 
     def _op_runtime(self, fields: Mapping[str, Any], _: object) -> tuple[dict[str, Any], None]:
         return runtimes.described(fields["runtime"]), None

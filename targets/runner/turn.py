@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import power
 from .errors import Unable
-from .telemetry import Sampler
+from .telemetry import Sampler, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,12 +34,15 @@ class Turn:
             lock = ending.enter_context((folder / "timing.lock").open("a+"))
             _wait_for(lock, say)
             ending.callback(power.applied(mode, lock_clocks, folder / "clocks"))
+            self._before = snapshot()
             self._sampler = ending.enter_context(Sampler(_SAMPLE_S))
             self._ending = ending.pop_all()
 
     def conditions(self) -> dict[str, Any]:
-        """Return the summary of clocks, temperatures, power and load since the turn started."""
-        return dict(self._sampler.series())
+        """Return the summary of clocks, temperatures, power and load since the turn started, and as `before` the
+        snapshot of its start, when no engine was timed.
+        """
+        return dict(self._sampler.series(), before=self._before)
 
     def end(self) -> None:
         """Restore the power settings and let the next host time engines."""

@@ -30,6 +30,7 @@ from pipeline.stages.compiled import compiled
 from pipeline.store.store import Store
 from pipeline.timing.interleaved import ComparisonPlan, Speedup, compare
 from targets.devices import inventory
+from targets.devices.attached import able
 from targets.devices.connection import Connection, over_ssh
 from targets.devices.machine import RemoteMachine
 from tests.support.devices.proxy import proxy
@@ -113,7 +114,7 @@ def _compared(server: Server, engine: Path, images: Images) -> Speedup:
 def _machine(server: Server) -> RemoteMachine:
     file = server.key.with_name("devices.toml")
     file.write_text(server.table())
-    return RemoteMachine(lambda: Connection(partial(over_ssh, inventory.find(file, "loop")), "DEVICE=loop"))
+    return RemoteMachine(lambda: Connection(partial(over_ssh, inventory.find(file, "loop", able())), "DEVICE=loop"))
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -20,7 +20,9 @@ log = logging.getLogger("edgeline")
 
 def list_devices(file: Path) -> Answer:
     """Return the devices in `file`, each with its facts, or the reason why it cannot be reached."""
-    devices = inventory.load(file)
+    if file != Path(inventory.DEFAULT) and not file.exists():
+        raise BadRequest(f"DEVICES={file}: there is no such file; give the file with a table per device")
+    devices = inventory.load(file, attached.able())
     if not devices:
         log.info("%s describes no device; `docs/devices.md` shows how", file)
     with ThreadPoolExecutor(max(1, len(devices))) as threads:
@@ -37,7 +39,7 @@ def doctor(file: Path, name: str) -> Answer:
     """
     if name == inventory.LOCAL:
         raise BadRequest("DEVICE=local: `make targets` checks this machine; give the name of a device in devices.toml")
-    device = inventory.find(file, name)
+    device = inventory.find(file, name, attached.able())
     checks = []
     for what, reason in _checks(device):
         checks.append({"check": what, "passed": reason is None, "why_not": reason})
@@ -58,12 +60,8 @@ def _checks(device: Device) -> Iterator[tuple[str, str | None]]:
         return
     yield "connection and Python", None
     for name in device.targets:
-        target = targets.ALL.get(name)
-        if target is None:
-            yield f"target {name}", f"no such target; targets: {', '.join(targets.ALL)}"
-            continue
         try:
-            yield f"target {name}", attached.on(target, device).missing()
+            yield f"target {name}", attached.on(targets.ALL[name], device).missing()
         except EdgelineError as error:
             yield f"target {name}", str(error)
     free = facts.get("disk_free_bytes")

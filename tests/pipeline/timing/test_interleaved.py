@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from models.errors import CannotRunHere
-from pipeline.timing import interleaved
 from pipeline.timing.interleaved import Comparison, ComparisonPlan, Speedup, _taken_by_others, compare
 from targets.null import NullSession
 
@@ -214,14 +213,3 @@ def test_own_processor_time_does_not_count_as_other_processes() -> None:
     assert _taken_by_others(started, (1200.0, 500.0, 160.0)) == 0.25  # of 200 ticks none was idle, 150 were its own
     assert _taken_by_others(started, (1010.0, 500.0, 10.0)) is None
     assert _taken_by_others(None, started) is None
-
-
-def test_throttling_on_a_device_is_the_change_of_its_counters() -> None:
-    values = {
-        "throttle_events.oc1": {"start": 2.0, "end": 5.0},
-        "throttle_events.oc2": {"start": 0.0, "end": 0.0},
-        "busy": {"start": 0.1, "end": 0.9},
-    }
-    assert interleaved._throttled_there({"values": values}) == 3
-    assert interleaved._throttled_there({"values": {"busy": values["busy"]}}) is None
-    assert interleaved._throttled_there(None) is None

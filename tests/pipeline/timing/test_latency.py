@@ -354,3 +354,24 @@ def test_conditions_count_the_cores_this_process_may_use() -> None:
         assert Conditions.now().allowed_cores == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("busy", "events", "why"),
+    [
+        (0.1, 0.0, None),
+        (None, None, None),
+        (
+            0.59,
+            0.0,
+            "the machine was busy before the first query: other processes used 59% of the processor",
+        ),
+        (0.1, 3.0, "the processor was throttled by heat during the run (3 events)"),
+    ],
+)
+def test_a_device_is_judged_by_the_conditions_of_its_turn(
+    busy: float | None, events: float | None, why: str | None
+) -> None:
+    values = {} if events is None else {"throttle_events.oc1": {"start": 2.0, "end": 2.0 + events}}
+    found = summarize([MS] * 64, ANY, device={"before": {"busy": busy}, "values": values}).why_invalid
+    assert found is None if why is None else str(found).startswith(why)

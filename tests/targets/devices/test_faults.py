@@ -69,7 +69,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
 def device(server: Server, folder: Path, **changes: Any) -> Iterator[RemoteMachine]:
     file = folder / "devices.toml"
     file.write_text(server.table(**changes))
-    command = partial(over_ssh, inventory.find(file, "loop"))
+    command = partial(over_ssh, inventory.find(file, "loop", ["onnxruntime", "cpu", "rtx", "jetson"]))
     machine = RemoteMachine(lambda: Connection(command, "DEVICE=loop"))
     try:
         yield machine
