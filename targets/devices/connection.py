@@ -226,7 +226,7 @@ _REMEDIES: Final = (
     (r"Host key verification failed|No \S+ host key is known", "connect once with `{ssh}` and compare its key"),
     (r"bad permissions|UNPROTECTED PRIVATE KEY", "run `chmod 600` on the file of the key"),
     (r"Identity file .* not accessible", "correct `identity_file` in devices.toml"),
-    (r"Bad configuration option|keyword .* extra arguments|line \d+: ", "correct your ~/.ssh/config"),
+    (r"Bad configuration option|/config[^:]*:? line \d+:", "correct your ~/.ssh/config"),
     (r"Permission denied \(", "add your key to the device with `ssh-copy-id`, or set `identity_file` and `user`"),
     (r"Cannot connect to the Docker daemon", "start Docker on the device"),
     (r"Unable to find image|pull access denied", "run `docker pull` with `container` of devices.toml there first"),

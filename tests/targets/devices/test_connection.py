@@ -46,7 +46,7 @@ def test_libraries_that_print_do_no_harm(cache: Path) -> None:
     (runner,) = (cache / "runners").glob("*/runner")
     (runner / "facts.py").write_text("import os\n\n\ndef facts():\n    print('x'); os.write(1, b'y')\n    return {}\n")
     connected = here()
-    assert connected.request({"op": "facts"})[0]["facts"] == {}
+    assert connected.request({"op": "facts"})[0]["facts"].keys() == {"disk_free_bytes"}
     connected.close()
 
 
@@ -154,7 +154,10 @@ def test_a_path_with_spaces_and_quotes_is_no_shell_text(server: Server, tmp_path
         ({"port": 1}, r"Connection refused; start an SSH server on the device, or correct `port`"),
         ({"host": "no-such-host.invalid"}, r"Could not resolve hostname .*; correct `host` in devices.toml"),
         ({"user": "nobody-of-this-name"}, r"Permission denied .*; add your key to the device with `ssh-copy-id`"),
-        ({"known_hosts": "/dev/null"}, r"Host key verification failed.*; connect once with `ssh <host>`"),
+        (
+            {"known_hosts": "/dev/null"},
+            r"No \w+ host key is known for .*; connect once with `ssh`",
+        ),
     ],
 )
 def test_a_device_that_cannot_be_reached_says_why(

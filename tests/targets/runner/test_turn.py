@@ -148,6 +148,6 @@ def test_the_conditions_are_those_since_the_start(tmp_path: Path, monkeypatch: p
     last = own.conditions()
     assert first["samples"] >= 1 and 0 <= first["seconds"] < later["seconds"] < last["seconds"]
     assert later["samples"] < last["samples"], "the end is sampled"
-    assert last.keys() == {"seconds", "samples", "values", "seen", "energy_mj"}
+    assert last.keys() == {"seconds", "samples", "values", "seen", "energy_mj", "before"}
     assert json.loads(json.dumps(last)) == last
     assert own.conditions() == last, "the thread has ended"
