@@ -19,7 +19,8 @@ def test_profile_appends_a_measurement_of_queries_larger_than_the_validation_par
     """The validation part holds 32 images, a query 40: the last one is repeated."""
     (tmp_path / "build").mkdir()
     for path in shared.iterdir():
-        (tmp_path / "build" / path.name).symlink_to(path)
+        if path.is_dir():  # other tests have measured into the database of the session
+            (tmp_path / "build" / path.name).symlink_to(path)
     run = tiny_run("fp32", "onnxruntime", batch=40)
     answer = make_profile(run, tmp_path / "build")
     assert answer.keys() >= {"p50_ms", "p90_ms", "p99_ms", "n", "valid", "why_invalid", "artifact", "key"}
