@@ -55,6 +55,11 @@ class Run:
         return "-".join((self.model.name, data, str(self.preprocess.size), *parts))
 
     @property
+    def is_local(self) -> bool:
+        """Whether this machine builds and executes the engines."""
+        return self.device == "local"
+
+    @property
     def makes(self) -> str:
         """Kind of program that the quantized stage produces; all recipes that compute in float share one."""
         return "float" if isinstance(self.recipe, Float | WeightOnly) else self.recipe.name

@@ -12,7 +12,6 @@ from models.errors import BadRequest, CannotRunHere
 from pipeline.run import Run
 from pipeline.stages.engine import engine
 from pipeline.store.store import Artifact, Step, Store
-from targets.devices.inventory import LOCAL
 
 Answer: TypeAlias = dict[str, object]
 
@@ -34,7 +33,7 @@ def engine_step(run: Run) -> Step:
     build engines for the target.
     """
     if reason := run.target.missing():
-        where = "on this machine" if run.device == LOCAL else f"on DEVICE={run.device}"
+        where = "on this machine" if run.is_local else f"on DEVICE={run.device}"
         raise CannotRunHere(f"there is no engine for {run.target.name} {where}: {reason}")
     return engine(run)
 

@@ -18,7 +18,6 @@ from pipeline.stages.compiled import compiled, target_params
 from pipeline.stages.exported import export_of
 from pipeline.store.store import MANIFEST, Inputs, Step
 from targets.base import Bundles, Publishes
-from targets.devices.inventory import LOCAL
 
 
 def deliverable(run: Run) -> Step:
@@ -29,7 +28,7 @@ def deliverable(run: Run) -> Step:
     reason = run.target.missing()
     if reason is None:
         return engine(run)
-    if run.device != LOCAL:
+    if not run.is_local:
         raise CannotRunHere(f"DEVICE={run.device}: {reason}; `make doctor DEVICE={run.device}` checks the device")
     if isinstance(run.target, Bundles):
         return bundle(run)
