@@ -743,7 +743,7 @@ def test_a_command_rebuilds_the_damaged_stage(
 
 # Files with durations or times of creation; and ranges, whose last bits may differ between processes.
 TIMED: dict[str, set[str]] = {
-    **dict.fromkeys(("weights", "quantized", "engine"), {"report.json"}),
+    **{stage: {"report.json"} for stage in ("weights", "quantized", "engine")},
     "exported": {"ranges.json"},
 }
 
