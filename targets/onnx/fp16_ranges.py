@@ -158,13 +158,13 @@ class _Probes:
             for value in onnx.shape_inference.infer_shapes(model).graph.value_info
         }
         types = float_tensors(model)
-        for name in types:
+        for name in sorted(types):  # the order of a set differs between processes, and would be that of the file
             self._add_extreme("highest", name, "ReduceMax", name)
             self._add_extreme("lowest", name, "ReduceMin", name)
         for node in list(model.graph.node):
             if node.op_type in _SUMS and node.output[0] in types:
                 self._add_largest_sum(node)
-        for name in {name for operator in operators(model) for name in operator.delicate()} & types:
+        for name in sorted({name for operator in operators(model) for name in operator.delicate()} & types):
             self._add_least_nonzero(name)
         del self._graph.graph.output[:]
         names = [name for _, _, name in self._outputs]
