@@ -66,11 +66,11 @@ ifneq ($(filter VERB,$(TYPED)),)
 	 { printf "make %s: %s\n", $$1, $$2; found = 1 } END { exit !found }' Makefile || $(PIPELINE) "$$VERB" --help
 else
 	@awk -F ':.*## ' '/^##@ / { print substr($$0, 5) } \
-	 /^[a-z-]+:.*## / && !/^bench/ { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+	 /^[a-z-]+:.*## / && !/^(bench|gpu-check)/ { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 endif
 
 help-bench: ## benchmarks (minutes to hours each)
-	@awk -F ':.*## ' '/^bench[a-z-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^(bench[a-z-]*|gpu-check):.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 $(VERBS): $(READY)
 	@$(PIPELINE) $@

@@ -1,8 +1,5 @@
 """The targets that the pipeline can build for. To add a target, add a module here and its `TARGET` to the tuple."""
 
-import os
-import sys
-
 from targets import null, onnxruntime
 from targets.base import Target
 from targets.coreml import target as coreml_target
@@ -21,9 +18,3 @@ _TARGETS: tuple[Target, ...] = (
 )
 ALL: dict[str, Target] = {target.name: target for target in _TARGETS}
 ALIASES: dict[str, str] = {"apple": "coreml", "mac": "coreml", "iphone": "coreml"}  # alternative names of targets
-
-# ONNX Runtime and OpenVINO send telemetry and write an identifier to the user's home, OpenVINO as soon as it is
-# imported. Telemetry is disabled here, before a module of `targets` can import them. OpenVINO uses a stub where its
-# telemetry package cannot be imported.
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ RULES = set(re.findall(r"^([a-z][a-z-]*):", TEXT, re.M))
 LISTS = {
     name: words.replace("\\\n", " ").split() for name, words in re.findall(r"^([A-Z]+) := ((?:.*\\\n)*.*)$", TEXT, re.M)
 }
-HELP_LINES, HELP_COLUMNS = 45, 100
+HELP_LINES, HELP_COLUMNS = 40, 100
 NASTY = (
     "$(touch made)",
     "`touch made`",

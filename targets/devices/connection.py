@@ -183,17 +183,9 @@ def over_ssh(device: Device, program: str) -> list[str]:
         "ServerAliveInterval": _ALIVE_S,
         "ServerAliveCountMax": _ALIVE_COUNT,
     }
-    if device.known_hosts:
-        options["UserKnownHostsFile"] = _expanded(device.known_hosts)
-    command = ["ssh", "-T"]
+    command = ["ssh", "-T", *_login(device)]
     for name, value in options.items():
         command += ["-o", f"{name}={value}"]
-    if device.identity_file:
-        command += ["-i", _expanded(device.identity_file)]
-    if device.port:
-        command += ["-p", str(device.port)]
-    if device.user:
-        command += ["-l", device.user]
     python = shlex.join([device.python, "-u", "-c", program])
     if device.container:
         start = f"docker run --rm --interactive --runtime nvidia {_CACHE_VOLUME} {shlex.quote(device.container)}"
@@ -203,12 +195,21 @@ def over_ssh(device: Device, program: str) -> list[str]:
 
 def by_hand(device: Device) -> str:
     """Return the command with which the user connects to a device."""
-    words = ["ssh"]
+    return shlex.join(["ssh", *_login(device), device.host])
+
+
+def _login(device: Device) -> list[str]:
+    """Return the options of ssh that devices.toml states."""
+    words = []
     if device.known_hosts:
         words += ["-o", f"UserKnownHostsFile={_expanded(device.known_hosts)}"]
-    words += ["-p", str(device.port)] if device.port else []
-    words += ["-l", device.user] if device.user else []
-    return shlex.join([*words, device.host])
+    if device.identity_file:
+        words += ["-i", _expanded(device.identity_file)]
+    if device.port:
+        words += ["-p", str(device.port)]
+    if device.user:
+        words += ["-l", device.user]
+    return words
 
 
 def _expanded(path: str) -> str:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 INPUT = "image"
 
 # ONNX Runtime and OpenVINO send telemetry and write an identifier to the user's home, OpenVINO as soon as it is
-# imported. OpenVINO uses a stub where its telemetry package cannot be imported.
+# imported. Telemetry is disabled here, before either is imported: `targets` imports this module. OpenVINO uses a stub
+# where its telemetry package cannot be imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 

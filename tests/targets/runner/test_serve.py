@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import os
@@ -30,6 +29,7 @@ from targets.runner.serve import Server
 from targets.runner.telemetry import Snapshot
 from tests.support.tiny import ROOT, surroundings
 from tests.support.tiny_export import CLASSES, SIZE, tiny_export
+from tests.targets.runner.test_turn import free
 
 BATCH = 2
 IMAGES = np.random.default_rng(0).normal(size=(BATCH, 3, SIZE, SIZE)).astype(np.float32)
@@ -129,16 +129,6 @@ def engines(exports: dict[Precision, Export], tmp_path_factory: pytest.TempPathF
 def sent(host: Host, engine: Path) -> dict[str, str]:
     """Send the files of an engine and return their digests by name."""
     return {file.name: host.put(file.read_bytes()) for file in engine.iterdir()}
-
-
-def free(folder: Path) -> bool:
-    """Return whether no host times engines."""
-    with (folder / "timing.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
 
 # --- Machine
